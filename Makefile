@@ -1,0 +1,46 @@
+# Every target sets up what it needs: a virtual environment in .venv, the development set of constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: test test-triton36 lint demo bench dist clean
+
+test: $(VENV)/.installed
+	$(BIN)/pytest -q -n 2 --dist loadgroup
+
+# The kernels under the oldest supported Triton. Its interpreter needs numpy < 2.4; torch's own pin names another triton.
+test-triton36: .venv36/.installed
+	.venv36/bin/pytest -q tests/test_kernels.py tests/test_aot.py tests/test_ops.py
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/demo.py
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m bench.cpu
+
+dist: $(VENV)/.installed
+	$(BIN)/python -m build
+
+# torch first and alone: with torch present, nothing below pulls another build of it.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv36/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv36
+	.venv36/bin/pip install -q -c constraints.txt torch
+	.venv36/bin/pip install -q 'numpy<2.4' einops safetensors regex hypothesis pytest
+	.venv36/bin/pip install -q --no-deps triton==3.6.0
+	.venv36/bin/pip install -q --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf .venv .venv36 build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

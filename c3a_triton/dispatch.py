@@ -1,0 +1,126 @@
+"""Which backend computes a product: by name, or by a cost model where the name is `"auto"`.
+
+The decision is taken inside the operator, at run time, from the device, dtype and sizes of one call, so that traced code
+sees neither a table nor a branch on the number of tokens.
+"""
+
+import functools
+import logging
+import os
+import warnings
+
+import torch
+
+from . import launch
+from .errors import BackendError
+
+__all__ = ["BACKENDS", "check_backend", "choose", "predicted_seconds", "why_not"]
+
+BACKENDS = ("auto", "reference", "torch", "direct", "expand")
+TRITON_BACKENDS = ("direct", "expand")
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+logger = logging.getLogger("c3a_triton")
+
+# Ceilings of the cost model, per second: an H200's measured copy bandwidth and cuBLAS rate, and estimates (not
+# measurements) of what a plain Triton GEMM and cuFFT's neighbours reach. Other cards have other ceilings but similar
+# ratios, and only ratios decide.
+BANDWIDTH = 4.2e12
+CUBLAS_FLOPS = {2: 650e12, 4: 40e12}  # by bytes per element: tensor cores in 16 bits, CUDA cores in float32
+TRITON_FLOPS = {2: 500e12, 4: 150e12}  # float32 runs as three TF32 products on tensor cores
+LAUNCH_SECONDS = 2.5e-6
+
+
+def check_backend(backend: str) -> None:
+    """Raise `BackendError` unless `backend` is one of `BACKENDS`."""
+    if backend not in BACKENDS:
+        raise BackendError(f"unknown backend {backend!r}: choose one of {', '.join(map(repr, BACKENDS))}")
+
+
+def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot compute tensors of this device and dtype, or None if it can."""
+    if backend in TRITON_BACKENDS:
+        if dtype not in TRITON_DTYPES:
+            return f"it computes float32, float16 and bfloat16, not {dtype}"
+        return launch.unavailable_reason(device)
+    return None
+
+
+def choose(
+    backend: str, device: torch.device, dtype: torch.dtype, n_tokens: int, in_features: int, out_features: int, b: int
+) -> str:
+    """The backend that computes this call.
+
+    Args:
+        backend: a name of `BACKENDS`; `"auto"` stands for what C3A_TRITON_BACKEND says, else for the cheapest by the
+            cost model among those that run here.
+        device: device of the operands.
+        dtype: the widest dtype among the operands.
+        n_tokens: rows of x.
+        in_features: columns of ΔW.
+        out_features: rows of ΔW.
+        b: block size.
+
+    Raises:
+        BackendError: the name is unknown, or that backend cannot run here; the message says why.
+    """
+    if backend == "auto":
+        backend = os.environ.get("C3A_TRITON_BACKEND", "auto")
+    # Buckets of powers of two keep the cache small when the number of tokens varies from call to call.
+    return _choose(backend, device, dtype, max(n_tokens - 1, 0).bit_length(), in_features, out_features, b)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(
+    backend: str, device: torch.device, dtype: torch.dtype, token_bits: int, in_features: int, out_features: int, b: int
+) -> str:
+    check_backend(backend)
+    if backend != "auto":
+        reason = why_not(backend, device, dtype)
+        if reason is not None:
+            raise BackendError(f"backend {backend!r} cannot run on {device}: {reason}. Use backend='auto' or 'torch'.")
+        return backend
+    if device.type != "cuda":
+        _say_once(device.type, f"'auto' computes with 'torch' on {device.type}: Triton kernels need an NVIDIA GPU")
+        return "torch"
+    reason = why_not("direct", device, dtype)
+    if reason is not None:
+        _say_once("cuda", f"'auto' computes with 'torch' instead of Triton kernels: {reason}")
+        return "torch"
+    sizes = (1 << token_bits, in_features, out_features, b, dtype.itemsize)
+    return min((*TRITON_BACKENDS, "torch"), key=lambda name: predicted_seconds(name, *sizes))
+
+
+@functools.cache
+def _say_once(device_type: str, message: str) -> None:
+    # On a CPU this is what anyone expects: told to those who listen. On a GPU it costs time: told to everyone.
+    if device_type == "cuda":
+        warnings.warn(message, stacklevel=2)
+    else:
+        logger.info(message)
+
+
+def predicted_seconds(backend: str, n_tokens: int, in_features: int, out_features: int, b: int, itemsize: int) -> float:
+    """Predicted GPU time of one product x ΔWᵀ: launches, and the larger of bytes and FLOPs over their ceilings.
+
+    A model, not a measurement. Counted for each path (d = in_features + out_features, elements per token):
+
+    - direct: reads x, writes y (itemsize·d), a table of 16 bytes per element of w; the FLOPs of a dense product.
+    - expand: writes ΔW densely and reads it back, then a cuBLAS product.
+    - torch: float32 copies, complex spectra, their transposition and the batched product: about 26·d bytes a token, and
+      8·n_freqs·n·m FLOPs a token on CUDA cores.
+    """
+    tokens_bytes = itemsize * n_tokens * (in_features + out_features)
+    dense_elements = in_features * out_features
+    dense_flops = 2 * n_tokens * dense_elements
+    if backend == "direct":
+        table_bytes = 32 * dense_elements / b
+        return 2 * LAUNCH_SECONDS + max((tokens_bytes + table_bytes) / BANDWIDTH, dense_flops / TRITON_FLOPS[itemsize])
+    if backend == "expand":
+        gemm = max(tokens_bytes / BANDWIDTH, dense_flops / CUBLAS_FLOPS[itemsize])
+        return 2 * LAUNCH_SECONDS + 2 * itemsize * dense_elements / BANDWIDTH + gemm
+    if backend == "torch":
+        mix_flops = 8 * n_tokens * (b // 2 + 1) * dense_elements / b**2
+        spectra_bytes = 26 * n_tokens * (in_features + out_features)
+        return 10 * LAUNCH_SECONDS + spectra_bytes / BANDWIDTH + mix_flops / CUBLAS_FLOPS[4]
+    raise BackendError(f"the cost model knows no backend {backend!r}")

@@ -1,0 +1,60 @@
+"""The dense definition of the block-circulant product, in plain torch.
+
+This is the truth that every other backend is compared with, and the backend `"reference"`: slow, obvious, any floating
+dtype. It has no hand-written backward rule of its own beyond the two products below.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["circulant_matrix", "product", "weight_grad"]
+
+
+def circulant_matrix(w: Tensor, scale: float, dtype: torch.dtype | None = None) -> Tensor:
+    """ΔW[M·b + j, N·b + p] = scale · w[M, N, (p − j) mod b].
+
+    Args:
+        w: first rows of the circulant blocks, `(out_blocks, in_blocks, b)`, any floating dtype.
+        scale: factor of every element, applied in w's dtype before the one rounding to `dtype`.
+        dtype: dtype of the result; w's own by default.
+
+    Returns:
+        `(out_blocks * b, in_blocks * b)`, contiguous.
+    """
+    out_blocks, in_blocks, b = w.shape
+    row = (w * scale).to(dtype or w.dtype)
+    doubled = torch.cat([row, row], dim=-1)
+    # Row j of a block is its first row shifted right by j: a window of the doubled row. Stacking windows writes the
+    # result once, in order; gathering with an index tensor is four times slower.
+    rows = [doubled[..., b - j : 2 * b - j] for j in range(b)]
+    return torch.stack(rows, dim=1).view(out_blocks * b, in_blocks * b)
+
+
+def product(
+    x: Tensor, w: Tensor, *, scale: float, transpose: bool = False, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """x ΔWᵀ, or x ΔW with `transpose`, through the dense matrix. See `fourier.product` for the arguments."""
+    compute_dtype = compute_dtype_of(x, w)
+    delta_weight = circulant_matrix(w.to(compute_dtype), scale)
+    y = x.to(compute_dtype) @ (delta_weight if transpose else delta_weight.T)
+    if bias is not None:
+        y += bias
+    return y.to(x.dtype) if out is None else out.add_(y)
+
+
+def weight_grad(dy: Tensor, x: Tensor, block_size: int, *, scale: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """dw[M, N, q] = scale · Σ_t Σ_j dy[t, M·b + j] · x[t, N·b + (j + q) mod b], through the dense gradient dyᵀ x.
+
+    See `fourier.weight_grad` for the arguments.
+    """
+    compute_dtype = torch.promote_types(torch.promote_types(dy.dtype, torch.float32), dtype)
+    dense = (dy.to(compute_dtype).T @ x.to(compute_dtype)).mul_(scale)
+    blocks = dense.view(dense.shape[0] // block_size, block_size, dense.shape[1] // block_size, block_size)
+    # Sum each circulant diagonal: row j of a block, rotated left by j, lies over the first row.
+    rows = [blocks[:, j].roll(-j, dims=-1) for j in range(block_size)]
+    return torch.stack(rows).sum(0).to(dtype)
+
+
+def compute_dtype_of(x: Tensor, w: Tensor) -> torch.dtype:
+    """At least float32; float64 where an operand has it."""
+    return torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)

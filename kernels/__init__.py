@@ -1,0 +1,1 @@
+"""Triton kernels for block-circulant products: Triton only, no torch. Installed as `c3a_triton.kernels`."""
