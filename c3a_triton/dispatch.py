@@ -1,7 +1,7 @@
 """Which backend computes a product: by name, or by a cost model where the name is `"auto"`.
 
-The decision is taken inside the operator, at run time, from the device, dtype and sizes of one call, so that traced code
-sees neither a table nor a branch on the number of tokens.
+The decision is taken inside the operator, at run time, from the device, dtype and sizes of one call, so that traced
+code sees neither a table nor a branch on the number of tokens.
 """
 
 import functools
@@ -80,10 +80,10 @@ def _choose(
         if reason is not None:
             raise BackendError(f"backend {backend!r} cannot run on {device}: {reason}. Use backend='auto' or 'torch'.")
         return backend
+    reason = why_not("direct", device, dtype)  # asked on a CPU too: a broken installation must not pass as a slow one
     if device.type != "cuda":
         _say_once(device.type, f"'auto' computes with 'torch' on {device.type}: Triton kernels need an NVIDIA GPU")
         return "torch"
-    reason = why_not("direct", device, dtype)
     if reason is not None:
         _say_once("cuda", f"'auto' computes with 'torch' instead of Triton kernels: {reason}")
         return "torch"

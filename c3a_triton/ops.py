@@ -57,9 +57,10 @@ def c3a_linear(
 ) -> Tensor:
     """x Wᵀ + bias + Σ_a x ΔW_aᵀ: a linear layer and its C3A adapters in one autograd node.
 
-    No sum over activations is launched beside the products, forward or backward. Adapters of equal block size are summed
-    as kernels. For the backward pass only x is kept, if a kernel or the weight wants a gradient. Differentiable in x,
-    every kernel, bias and, where it requires a gradient, weight. Under autocast it computes in the autocast dtype.
+    No sum over activations is launched beside the products, forward or backward. Adapters of equal block size are
+    summed as kernels. For the backward pass only x is kept, if a kernel or the weight wants a gradient. Differentiable
+    in x, every kernel, bias and, where it requires a gradient, weight. Under autocast it computes in the autocast
+    dtype.
 
     Args:
         x: `(*, in_features)`.
@@ -181,7 +182,7 @@ def _linear(
     transpose: bool,
     backend: str,
 ) -> Tensor:
-    """Implementation of `c3a_triton::linear`. The adapters come first: the base GEMM then adds their sum in its epilogue."""
+    """Implementation of `c3a_triton::linear`: the adapters first, so that the base GEMM's epilogue adds their sum."""
     with _NoAutocast(x.device.type):
         rows = x.reshape(-1, x.shape[-1])
         y = None
@@ -297,7 +298,8 @@ def _weight_grad_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
 
 _library = torch.library.Library("c3a_triton", "DEF")
 _library.define(
-    "linear(Tensor x, Tensor? weight, Tensor? bias, Tensor[] kernels, float scale, bool transpose, str backend) -> Tensor"
+    "linear(Tensor x, Tensor? weight, Tensor? bias, Tensor[] kernels, float scale, bool transpose, str backend)"
+    " -> Tensor"
 )
 _library.define(
     "weight_grad(Tensor dy, Tensor x, int block_size, float scale, ScalarType dtype, str backend) -> Tensor"
@@ -480,7 +482,13 @@ def _slice(args: Sequence[Any], dims: Sequence[int | None], i: int) -> list[Any]
 
 
 def _expand_product(
-    x: Tensor, w: Tensor, *, scale: float, transpose: bool = False, bias: Tensor | None = None, out: Tensor | None = None
+    x: Tensor,
+    w: Tensor,
+    *,
+    scale: float,
+    transpose: bool = False,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The product through a dense ΔW in x's dtype and cuBLAS. The scale is left to the GEMM: scaled down by 1 /
     in_features, the elements of ΔW would be subnormal in float16."""
@@ -518,11 +526,7 @@ def _choose(backend: str, rows: Tensor, w: Tensor) -> str:
 
 def _triton_expands(w: Tensor, dtype: torch.dtype) -> bool:
     """Whether the dense matrix of w in `dtype` is written by Triton: on GPUs, not in its interpreter."""
-    return (
-        w.device.type == "cuda"
-        and w.dtype == torch.float32
-        and dispatch.why_not("expand", w.device, dtype) is None
-    )
+    return w.device.type == "cuda" and w.dtype == torch.float32 and dispatch.why_not("expand", w.device, dtype) is None
 
 
 def _summed(kernels: Sequence[Tensor]) -> list[tuple[Tensor, list[int]]]:
@@ -548,9 +552,13 @@ def _is_plain(x: Tensor) -> bool:
     return type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta
 
 
+def _autocasts(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def _autocast(x: Tensor, device_type: str) -> Tensor:
     """x in the autocast dtype, where autocast is on; float64 and integers are left alone, as torch does."""
-    if not torch.is_autocast_enabled(device_type) or not x.is_floating_point() or x.dtype == torch.float64:
+    if not _autocasts(device_type) or not x.is_floating_point() or x.dtype == torch.float64:
         return x
     return x.to(torch.get_autocast_dtype(device_type))
 
@@ -561,8 +569,7 @@ class _NoAutocast:
     __slots__ = ("_context",)
 
     def __init__(self, device_type: str) -> None:
-        enabled = torch.is_autocast_enabled(device_type)
-        self._context = torch.autocast(device_type, enabled=False) if enabled else None
+        self._context = torch.autocast(device_type, enabled=False) if _autocasts(device_type) else None
 
     def __enter__(self) -> None:
         if self._context is not None:

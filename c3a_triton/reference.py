@@ -31,7 +31,13 @@ def circulant_matrix(w: Tensor, scale: float, dtype: torch.dtype | None = None) 
 
 
 def product(
-    x: Tensor, w: Tensor, *, scale: float, transpose: bool = False, bias: Tensor | None = None, out: Tensor | None = None
+    x: Tensor,
+    w: Tensor,
+    *,
+    scale: float,
+    transpose: bool = False,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """x ΔWᵀ, or x ΔW with `transpose`, through the dense matrix. See `fourier.product` for the arguments."""
     compute_dtype = compute_dtype_of(x, w)
