@@ -85,7 +85,7 @@ def weight_grad(dy: Tensor, x: Tensor, block_size: int, *, scale: float, dtype: 
 
 
 def backward(dy: Tensor, x: Tensor, w: Tensor, *, scale: float, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Both gradients of `product(x, w)`, dy transformed once: dx (accumulated into `out`, if given) and dw in w's dtype."""
+    """Both gradients of `product(x, w)`, dy transformed once: dx (accumulated into a given `out`) and dw in w's dtype."""
     block_size = w.shape[2]
     w_hat = _weight_spectrum(w, compute_dtype_of(dy, w), scale, transpose=True)
     compute_dtype = w_hat.dtype.to_real()
@@ -140,7 +140,7 @@ def _store(y_hat: Tensor, block_size: int, out: Tensor, bias: Tensor | None, acc
 
 
 def _weight_spectrum(w: Tensor, dtype: torch.dtype, scale: float, transpose: bool) -> Tensor:
-    """Right operand of the batched product: conj(w_hat)ᵀ `(n_freqs, n, m)`, or w_hat `(n_freqs, m, n)` for ΔW itself."""
+    """Right operand of the batched product: conj(w_hat)ᵀ `(n_freqs, n, m)`, or w_hat `(n_freqs, m, n)` to transpose."""
     w_hat = torch.fft.rfft(w.to(dtype) * scale)
     return w_hat.permute(2, 0, 1).contiguous() if transpose else w_hat.permute(2, 1, 0).contiguous().conj_physical_()
 

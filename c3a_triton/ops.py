@@ -99,7 +99,7 @@ def circulant_matrix(w: Tensor, *, scale: float | None = None, dtype: torch.dtyp
     _check_kernel(w)
     scale = 1.0 / (w.shape[1] * w.shape[2]) if scale is None else scale
     dtype = dtype or w.dtype
-    wide = w.to(torch.promote_types(w.dtype, torch.float32))
+    wide = _at_least_float32(w)
     differentiable = torch.is_grad_enabled() and w.requires_grad
     if differentiable or not _is_plain(w) or not _triton_expands(wide, dtype):
         return reference.circulant_matrix(wide, scale, dtype)
@@ -366,6 +366,8 @@ def _base_grads(
     dy: Tensor, x: Tensor | None, needs_weight: bool, needs_bias: bool, transpose: bool = False
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the base layer's own parameters, in plain torch: right at any order."""
+    if not (needs_weight or needs_bias):
+        return None, None
     dweight = dbias = None
     rows = dy.reshape(-1, dy.shape[-1])
     if needs_weight:
@@ -531,13 +533,14 @@ def _triton_expands(w: Tensor, dtype: torch.dtype) -> bool:
 
 def _summed(kernels: Sequence[Tensor]) -> list[tuple[Tensor, list[int]]]:
     """Kernels of equal block size as one sum each, in at least float32, with the positions of its members."""
+    if len(kernels) == 1:  # nearly every call
+        return [(_at_least_float32(kernels[0]), [0])]
     groups: dict[int, list[int]] = {}
     for i, w in enumerate(kernels):
         groups.setdefault(w.shape[2], []).append(i)
     summed = []
     for members in groups.values():
-        total = kernels[members[0]]
-        total = total.to(torch.promote_types(total.dtype, torch.float32))
+        total = _at_least_float32(kernels[members[0]])
         for i in members[1:]:
             total = total + kernels[i]
         summed.append((total, members))
@@ -545,6 +548,10 @@ def _summed(kernels: Sequence[Tensor]) -> list[tuple[Tensor, list[int]]]:
 
 
 # Checks and casts
+
+
+def _at_least_float32(w: Tensor) -> Tensor:
+    return w if w.dtype == torch.float32 else w.to(torch.promote_types(w.dtype, torch.float32))
 
 
 def _is_plain(x: Tensor) -> bool:

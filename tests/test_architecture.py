@@ -1,0 +1,115 @@
+"""The house's order: every file imports only from those before it, and the core imports nothing but torch and triton."""
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ORDER = [
+    "errors",
+    "config",
+    "patterns",
+    "reference",
+    "fourier",
+    "tiles",
+    "launch",
+    "dispatch",
+    "ops",
+    "linear_like",
+    "layer",
+    "modules_to_save",
+    "checkpoint",
+    "targets",
+    "manager",
+    "api",
+    "__init__",
+]
+CORE = {"errors", "reference", "fourier", "tiles", "launch", "dispatch", "ops"}
+KERNELS = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
+
+
+def imports(path: Path, package: str) -> set[str]:
+    """Absolute names of everything a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = f"{package}.{node.module or ''}".rstrip(".") if node.level == 1 else str(node.module)
+            assert node.level <= 1, f"{path}: {ast.unparse(node)}"
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def ours(names: set[str]) -> set[str]:
+    """Files of the package among imported names."""
+    return {name.split(".")[1] for name in names if name.startswith("c3a_triton.")} & {*ORDER, "kernels"}
+
+
+def test_every_file_has_its_place():
+    assert {path.stem for path in (ROOT / "c3a_triton").glob("*.py")} == set(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_files_import_only_from_those_before(name):
+    allowed = set(ORDER[: ORDER.index(name)]) | ({"kernels"} if name == "launch" else set())
+    assert ours(imports(ROOT / "c3a_triton" / f"{name}.py", "c3a_triton")) <= allowed
+
+
+@pytest.mark.parametrize("name", sorted(CORE))
+def test_the_core_stands_on_torch_triton_and_the_standard_library(name):
+    names = imports(ROOT / "c3a_triton" / f"{name}.py", "c3a_triton")
+    foreign = {module.split(".")[0] for module in names} - set(sys.stdlib_module_names) - {"torch", "triton", "c3a_triton"}
+    assert not foreign
+    assert ours(names) <= CORE | {"kernels"}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_are_triton_only(name):
+    names = imports(ROOT / "kernels" / f"{name}.py", "c3a_triton.kernels")
+    roots = {module.split(".")[0] for module in names} - set(sys.stdlib_module_names)
+    assert roots <= {"triton", "c3a_triton"}
+    assert all(module.startswith("c3a_triton.kernels") for module in names if module.startswith("c3a_triton"))
+
+
+def test_import_is_light():
+    """`import c3a_triton` takes none of the optional packages along, nor Triton."""
+    heavy = ("triton", "transformers", "peft", "einops", "accelerate", "matplotlib", "numpy.testing")
+    code = f"""
+import sys, torch
+before = set(sys.modules)
+import c3a_triton
+print([name for name in {heavy!r} if name in set(sys.modules) - before])
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    assert result.stdout.strip() == "[]"
+
+
+def test_the_root_does_not_shadow_the_published_kernels_package():
+    """transformers looks for a package `kernels`; from the repository root ours must not break its import."""
+    pytest.importorskip("transformers")
+    code = "import transformers, c3a_triton.kernels; from transformers import LlamaForCausalLM, LlamaConfig"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_a_checkout_that_is_not_installed_says_so():
+    """On the path but not installed there is no `c3a_triton.kernels`: an error with the remedy, not a slow path."""
+    code = """
+import importlib.util, sys
+sys.meta_path = [f for f in sys.meta_path if "editable" not in getattr(f, "__name__", type(f).__name__).lower()]
+sys.path = [p for p in sys.path if "__editable__" not in p]
+sys.path.insert(0, ".")
+import c3a_triton, torch
+try:
+    c3a_triton.circulant_linear(torch.randn(1, 4), torch.randn(1, 1, 4))
+except c3a_triton.BackendError as error:
+    print(error)
+"""
+    if importlib.util.find_spec("c3a_triton.kernels").origin.startswith(str(Path(sys.prefix))):
+        pytest.skip("installed as a wheel: the checkout cannot be told from the installation")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "pip install" in result.stdout

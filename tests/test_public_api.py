@@ -1,0 +1,78 @@
+"""The names users' scripts rely on, pinned."""
+
+import inspect
+
+import c3a_triton
+
+
+def test_public_names():
+    assert sorted(c3a_triton.__all__) == [
+        "AdapterManager",
+        "AdapterNotFoundError",
+        "AdapterStateError",
+        "BackendError",
+        "C3AConfig",
+        "C3AError",
+        "C3ALinear",
+        "CheckpointError",
+        "ConfigError",
+        "ShapeError",
+        "apply",
+        "c3a_linear",
+        "circulant_linear",
+        "circulant_matrix",
+        "load_adapter",
+        "suggest_block_size",
+        "valid_block_sizes",
+    ]
+    assert all(hasattr(c3a_triton, name) for name in c3a_triton.__all__)
+
+
+def parameters(function):
+    return [
+        name if p.default is p.empty else f"{name}={p.default!r}"
+        for name, p in inspect.signature(function).parameters.items()
+    ]
+
+
+def test_signatures():
+    assert parameters(c3a_triton.circulant_linear) == ["x", "w", "scale=None", "backend='auto'"]
+    assert parameters(c3a_triton.c3a_linear) == ["x", "weight", "bias", "kernels", "backend='auto'"]
+    assert parameters(c3a_triton.circulant_matrix) == ["w", "scale=None", "dtype=None"]
+    assert parameters(c3a_triton.apply) == ["model", "cfg=None", "adapter_name='default'", "backend='auto'"]
+    assert parameters(c3a_triton.load_adapter)[:3] == ["model", "directory", "adapter_name='default'"]
+    assert parameters(c3a_triton.suggest_block_size) == ["in_features", "out_features", "rank=None", "max_params=None"]
+
+
+def test_members_of_layer_manager_and_config():
+    layer = (
+        "active_adapters bias delete_adapter disable_adapters enable_adapters forward get_base_layer get_delta_weight "
+        "merge merged reset_c3a_parameters set_adapter unmerge update_layer weight"
+    )
+    manager = (
+        "active_adapters adapters add_adapter delete_adapter disable_adapter get_nb_trainable_parameters layers "
+        "load_adapter merge_adapter merge_and_unload print_trainable_parameters rename_adapter save_pretrained "
+        "set_adapter set_backend state_dict summary unload unmerge_adapter using"
+    )
+    config = "from_dict from_pretrained save_pretrained to_dict"
+    for cls, names in (
+        (c3a_triton.C3ALinear, layer),
+        (c3a_triton.AdapterManager, manager),
+        (c3a_triton.C3AConfig, config),
+    ):
+        assert [name for name in names.split() if not hasattr(cls, name)] == []
+
+
+def test_errors_are_also_the_built_in_ones():
+    for name, builtin in {
+        "ConfigError": ValueError,
+        "ShapeError": ValueError,
+        "BackendError": RuntimeError,
+        "AdapterStateError": ValueError,
+        "AdapterNotFoundError": KeyError,
+        "CheckpointError": OSError,
+    }.items():
+        error = getattr(c3a_triton, name)
+        assert issubclass(error, c3a_triton.C3AError)
+        assert issubclass(error, builtin)
+    assert str(c3a_triton.AdapterNotFoundError("no adapter 'a'")) == "no adapter 'a'"
