@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -89,8 +90,18 @@ print([name for name in {heavy!r} if name in set(sys.modules) - before])
     assert result.stdout.strip() == "[]"
 
 
-def test_the_root_does_not_shadow_the_published_kernels_package():
-    """transformers looks for a package `kernels`; from the repository root ours must not break its import."""
+def test_the_root_does_not_shadow_the_published_kernels_package(tmp_path):
+    """transformers imports names from the published package `kernels`; from the repository root it must get them."""
+    code = "import kernels; print(kernels.get_kernel, kernels.__file__); import c3a_triton.kernels"
+    published = tmp_path / "kernels" / "__init__.py"
+    published.parent.mkdir()
+    published.write_text("get_kernel = 'published'")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env, check=True)
+    assert result.stdout.split() == ["published", str(published)]
+
+
+def test_transformers_imports_from_the_root():
     pytest.importorskip("transformers")
     code = "import transformers, c3a_triton.kernels; from transformers import LlamaForCausalLM, LlamaConfig"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
