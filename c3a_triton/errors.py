@@ -3,7 +3,15 @@
 Each is a `C3AError` and also the built-in exception that callers of torch and PEFT would expect to catch.
 """
 
-__all__ = ["AdapterNotFoundError", "AdapterStateError", "BackendError", "C3AError", "CheckpointError", "ConfigError", "ShapeError"]
+__all__ = [
+    "AdapterNotFoundError",
+    "AdapterStateError",
+    "BackendError",
+    "C3AError",
+    "CheckpointError",
+    "ConfigError",
+    "ShapeError",
+]
 
 
 class C3AError(Exception):

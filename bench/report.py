@@ -1,0 +1,129 @@
+"""Where a measurement was made, and how its results are written down."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import ROOT
+
+__all__ = ["environment", "format_bytes", "format_seconds", "format_table", "read_json", "write_json"]
+
+PACKAGES = ("torch", "triton", "c3a_triton", "peft", "transformers", "numpy")
+GPU_FIELDS = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.limit")
+
+
+def _output(*command: str) -> str | None:
+    """What `command` prints, or None where it is missing or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _commit() -> str | None:
+    commit = _output("git", "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    return commit + ("-dirty" if _output("git", "status", "--porcelain") else "")
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    gpu: dict[str, Any] = {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "cuda": torch.version.cuda,
+    }
+    # The clocks are recorded as found; nothing here changes them.
+    query = _output(
+        "nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader", f"--id={device.index or 0}"
+    )
+    if query is not None:
+        gpu |= dict(zip(GPU_FIELDS, (value.strip() for value in query.split(",")), strict=False))
+    return gpu
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Device, driver, versions, commit, CPU and command of this process, for a results file."""
+    return {
+        "device": device.type,
+        "gpu": _gpu(device) if device.type == "cuda" else None,
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "versions": _versions(),
+        "commit": _commit(),
+        "command": f"python -m bench.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}".strip(),
+    }
+
+
+def write_json(path: Path, results: Any) -> None:
+    """Write `results` to `path` whole: a reader, or a run that is cut short, never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def format_seconds(seconds: float) -> str:
+    """Three figures with a unit, for example `12.3 ms`."""
+    for factor, unit in ((1.0, "s"), (1e3, "ms")):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def format_bytes(n_bytes: float) -> str:
+    """Three figures with a binary unit, for example `1.5 MiB`."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(n_bytes) < 1024:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.3g} GiB"
+
+
+def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A markdown table, padded so that it also reads well in a terminal."""
+    cells = [[str(cell) for cell in row] for row in (headers, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(headers))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)

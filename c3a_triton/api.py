@@ -1,0 +1,114 @@
+"""The two calls that adapt a model: `apply` and `load_adapter`."""
+
+import os
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from torch import nn
+
+from c3a_triton.config import C3AConfig
+from c3a_triton.dispatch import check_backend
+from c3a_triton.errors import AdapterStateError, ConfigError
+from c3a_triton.manager import AdapterManager
+
+__all__ = ["apply", "load_adapter"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def apply(
+    model: Model,
+    cfg: C3AConfig | Mapping[str, Any] | Any = None,
+    adapter_name: str = "default",
+    *,
+    backend: str = "auto",
+) -> Model:
+    """Adapt a model in place with C3A; everything but the adapter, `bias` and `modules_to_save` is frozen.
+
+    Every layer is checked before the first one is replaced: a call that fails leaves the model as it was.
+
+    Args:
+        model: the model; afterwards `model.c3a` is its `AdapterManager`. An adapted one gets a further adapter.
+        cfg: a `C3AConfig`, a `peft.C3AConfig` or a dict; None means `C3AConfig()`.
+        adapter_name: the adapter's name.
+        backend: how adapters are computed, a name of `c3a_triton.dispatch.BACKENDS`.
+
+    Returns:
+        The model, the same object.
+
+    Raises:
+        ConfigError: a configuration that cannot be used on this model.
+        ShapeError: a block size that does not divide a layer's widths.
+        AdapterStateError: the adapter's name is taken.
+        BackendError: an unknown backend.
+
+    Example:
+        >>> cfg = C3AConfig(block_size=256, target_modules=["q_proj", "v_proj"])
+        >>> model = c3a_triton.apply(model, cfg)
+        >>> ...  # train
+        >>> model.c3a.save_pretrained("adapter")
+    """
+    manager = _manager_of(model, backend)
+    manager.add_adapter(adapter_name, C3AConfig() if cfg is None else cfg)
+    _bind(manager)
+    return model
+
+
+def load_adapter(
+    model: Model,
+    directory: str | os.PathLike[str],
+    adapter_name: str = "default",
+    *,
+    is_trainable: bool = False,
+    backend: str = "auto",
+) -> Model:
+    """Put an adapter from disk, saved by this library or by PEFT, onto a bare or an adapted model, in place.
+
+    Args:
+        model: the model.
+        directory: the adapter's folder.
+        adapter_name: its name here.
+        is_trainable: whether it is to be trained on.
+        backend: as in `apply`.
+
+    Returns:
+        The model, the same object.
+
+    Raises:
+        CheckpointError: the folder cannot be read, or does not fit the model; nothing has changed.
+        ConfigError: a configuration that is not C3A's or cannot be used.
+        AdapterStateError: the adapter's name is taken.
+        BackendError: an unknown backend.
+    """
+    manager = _manager_of(model, backend)
+    manager.load_adapter(directory, adapter_name, is_trainable=is_trainable)
+    _bind(manager)
+    return model
+
+
+def _manager_of(model: nn.Module, backend: str) -> AdapterManager:
+    """The model's manager, or a new one that is not bound to it yet."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"expected a torch module to adapt, got {type(model).__name__}")
+    if any(cls.__module__.startswith("peft.") for cls in type(model).__mro__):
+        raise ConfigError(
+            f"{type(model).__name__} is PEFT's wrapper: adapt the plain model, which its unload() or "
+            "merge_and_unload() returns"
+        )
+    # torch.compile's wrapper passes attributes through; the layers are those of the module inside.
+    model = getattr(model, "_orig_mod", model)
+    manager = getattr(model, "c3a", None)
+    if isinstance(manager, AdapterManager):
+        check_backend(backend)
+        if backend not in ("auto", manager.backend):
+            raise AdapterStateError(
+                f"the model is adapted already (backend {manager.backend!r}): use model.c3a.set_backend({backend!r})"
+            )
+        return manager
+    if manager is not None:
+        raise ConfigError(f"{type(model).__name__} has an attribute c3a of its own, where its AdapterManager has to go")
+    return AdapterManager(model, backend=backend)
+
+
+def _bind(manager: AdapterManager) -> None:
+    manager.model.c3a = manager  # type: ignore[assignment]

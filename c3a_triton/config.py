@@ -1,0 +1,461 @@
+"""The configuration of one adapter: PEFT's field names, checked when it is built, in PEFT's JSON on disk."""
+
+import json
+import math
+import os
+import uuid
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import regex
+
+from c3a_triton.errors import CheckpointError, ConfigError, ShapeError
+
+__all__ = [
+    "BLOCK_SIZE_KEY_FORM",
+    "CONFIG_NAME",
+    "DEFAULT_RANK",
+    "DEFAULT_TARGET_MODULES",
+    "LAYERS_PATTERN_FORM",
+    "MODULES_TO_SAVE_FORM",
+    "C3AConfig",
+    "check_block_size",
+    "compile_pattern",
+    "read_config_file",
+    "suggest_block_size",
+    "temporary_path",
+    "valid_block_sizes",
+    "write_temporary",
+]
+
+CONFIG_NAME = "adapter_config.json"
+PEFT_TYPE = "C3A"
+# A configuration is a few kilobytes; one that lists every module of a large model is a few megabytes.
+MAX_CONFIG_BYTES = 16 * 2**20
+
+# What `suggest_block_size` assumes when it is given neither a rank nor a number of parameters: at 4096 × 4096 features
+# it leads to the default block size of 256.
+DEFAULT_RANK = 16
+
+INIT_WEIGHTS = ("gaussian", "kaiming_uniform", "xavier_uniform")
+BIASES = ("none", "all", "c3a_only")
+
+# How a user's pattern is completed before it is matched. The first is this library's rule for `block_size_pattern`; the
+# others are PEFT's rules, and to be matched from the start of the module's name, as `re.match` does.
+BLOCK_SIZE_KEY_FORM = r"(?:.*\.)?(?:{})"
+MODULES_TO_SAVE_FORM = r"(^|.*\.){}($|\..*)"
+LAYERS_PATTERN_FORM = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
+
+# PEFT writes every field; these it writes only in newer releases (`peft_version`), or its C3A does not know them: they
+# appear in a file only where they say something, because an older PEFT warns about each field it does not know.
+_WRITTEN_WHERE_SET = ("exclude_modules", "rank", "peft_version")
+
+_MODEL_TYPES_BY_TARGETS = {
+    (
+        "q_proj",
+        "v_proj",
+    ): "bart opt gptj gpt_neo llama llama4 mistral mixtral stablelm gemma gemma2 gemma3_text qwen2 qwen3",
+    ("q_proj", "v_proj", "fc1", "fc2"): "phi",
+    ("q_proj", "k_proj", "v_proj", "o_proj"): "nemotron_h",
+    ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"): "rwkv7",
+    ("key", "value", "receptance", "output"): "rwkv",
+    ("q", "v"): "t5 mt5",
+    ("q", "v", "q_proj", "v_proj"): "blip-2",
+    ("query", "value"): "bert roberta xlm-roberta electra layoutlm",
+    ("query_proj", "value_proj"): "deberta-v2",
+    ("in_proj",): "deberta",
+    ("query_key_value",): "bloom gpt_neox chatglm RefinedWebModel RefinedWeb falcon",
+    ("qkv_proj",): "codegen",
+    ("Wqkv",): "mpt",
+    ("c_proj", "c_attn"): "btlm",
+    ("mlp.c_proj",): "gpt2 gpt_bigcode",
+}
+DEFAULT_TARGET_MODULES: dict[str, list[str] | str] = {
+    model_type: list(targets)
+    for targets, model_types in _MODEL_TYPES_BY_TARGETS.items()
+    for model_type in model_types.split()
+} | {"gemma4": r".*language_model\..*\.(q_proj|v_proj)"}
+
+
+def _is_positive_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+@lru_cache(maxsize=4096)
+def compile_pattern(pattern: str, form: str = "{}") -> "regex.Pattern[str]":
+    """Compiles a user's regular expression, completed by `form`; a bad one is a `ConfigError` that names it."""
+    try:
+        regex.compile(pattern)
+        return regex.compile(form.replace("{}", pattern))
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise ConfigError(f"{pattern!r} is not a valid regular expression: {error}") from error
+
+
+def _name_list(value: Any, what: str) -> list[str]:
+    """A list of non-empty names, each once: a list's or tuple's order is kept, a set is sorted."""
+    if not isinstance(value, (list, tuple, set, frozenset)) or not all(
+        isinstance(name, str) and name for name in value
+    ):
+        raise ConfigError(f"{what} must be a list of non-empty names, got {value!r}")
+    return sorted(value) if isinstance(value, (set, frozenset)) else list(dict.fromkeys(value))
+
+
+@dataclass
+class C3AConfig:
+    """How a model is adapted. The fields are those of PEFT's C3A configuration, and mean the same.
+
+    Lists may be given as tuples or sets, and are kept as lists. Every value is checked when the configuration is built.
+
+    Args:
+        block_size: b, the size of the circulant blocks; it has to divide both widths of every adapted layer. `"auto"`
+            picks one per layer by `suggest_block_size(..., rank=rank)`.
+        target_modules: names (a module is adapted when its name is one of them or ends with "." and one of them), one
+            regular expression that has to match the whole name, `"all-linear"`, or None for the model type's default.
+        block_size_pattern: regular expression → block size. A key decides for a module when it matches the whole name,
+            or the whole of what follows some dot in it; the first such key wins; where none does, `block_size` holds.
+        init_weights: `"xavier_uniform"` (also False), `"gaussian"`, `"kaiming_uniform"`, or True for zeros.
+        bias: which biases are trained: `"none"`, `"all"` or `"c3a_only"` (those of adapted layers).
+        modules_to_save: modules that are trained and saved whole, beside the adapter.
+        exclude_modules: names or one regular expression, as `target_modules`: never adapted.
+        layers_to_transform: with a list of targets only: the layer indexes to adapt.
+        layers_pattern: the names of the lists in which these indexes count; None means any.
+        rank: with `block_size="auto"` only: the rank for `suggest_block_size`; None means `DEFAULT_RANK`.
+        inference_mode: build the adapter frozen.
+        task_type, base_model_name_or_path, revision, auto_mapping, peft_version: kept for PEFT, not used here.
+
+    Raises:
+        ConfigError: a value that cannot be used, named with the rule that it breaks.
+    """
+
+    block_size: int | str = 256
+    target_modules: list[str] | str | None = None
+    block_size_pattern: dict[str, int] = field(default_factory=dict)
+    init_weights: bool | str = "xavier_uniform"
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank: int | None = None
+    inference_mode: bool = False
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+
+    peft_type: ClassVar[str] = PEFT_TYPE
+
+    def __post_init__(self) -> None:
+        self._check_block_sizes()
+        self._check_modules()
+        self._check_layers()
+        if not isinstance(self.init_weights, bool) and self.init_weights not in INIT_WEIGHTS:
+            raise ConfigError(f"init_weights must be True, False or one of {INIT_WEIGHTS}, got {self.init_weights!r}")
+        if self.bias not in BIASES:
+            raise ConfigError(f"bias must be one of {BIASES}, got {self.bias!r}")
+        if not isinstance(self.inference_mode, bool):
+            raise ConfigError(f"inference_mode must be True or False, got {self.inference_mode!r}")
+        self.task_type = getattr(self.task_type, "value", self.task_type)
+        for name in ("task_type", "base_model_name_or_path", "revision", "peft_version"):
+            value = getattr(self, name)
+            if isinstance(value, os.PathLike):
+                setattr(self, name, os.fspath(value))
+            elif not (value is None or isinstance(value, str)):
+                raise ConfigError(f"{name} must be a string or None, got {value!r}")
+        if not (self.auto_mapping is None or isinstance(self.auto_mapping, Mapping)):
+            raise ConfigError(f"auto_mapping must be a dict or None, got {self.auto_mapping!r}")
+
+    def _check_block_sizes(self) -> None:
+        if self.block_size != "auto" and not _is_positive_int(self.block_size):
+            raise ConfigError(f'block_size must be a positive integer or "auto", got {self.block_size!r}')
+        if self.rank is not None and not _is_positive_int(self.rank):
+            raise ConfigError(f"rank must be a positive integer or None, got {self.rank!r}")
+        if self.rank is not None and self.block_size != "auto":
+            raise ConfigError(
+                f"rank={self.rank} has no meaning beside block_size={self.block_size}: "
+                'set block_size="auto" or leave rank out'
+            )
+        pattern = {} if self.block_size_pattern is None else self.block_size_pattern
+        if not isinstance(pattern, Mapping):
+            raise ConfigError(f"block_size_pattern must be a dict of patterns and block sizes, got {pattern!r}")
+        for key, size in pattern.items():
+            if not isinstance(key, str) or not key:
+                raise ConfigError(f"block_size_pattern: a key must be a non-empty regular expression, got {key!r}")
+            if not _is_positive_int(size):
+                raise ConfigError(f"block_size_pattern[{key!r}] must be a positive integer, got {size!r}")
+            compile_pattern(key, BLOCK_SIZE_KEY_FORM)
+        self.block_size_pattern = dict(pattern)
+
+    def _check_modules(self) -> None:
+        if isinstance(self.target_modules, str):
+            if self.target_modules.lower() == "all-linear":
+                self.target_modules = "all-linear"
+            compile_pattern(self.target_modules)
+        elif self.target_modules is not None:
+            self.target_modules = _name_list(self.target_modules, "target_modules")
+        if self.target_modules in ("", []):
+            raise ConfigError('target_modules is empty: name modules, give a regular expression, "all-linear" or None')
+        if isinstance(self.exclude_modules, str):
+            compile_pattern(self.exclude_modules)
+        elif self.exclude_modules is not None:
+            self.exclude_modules = _name_list(self.exclude_modules, "exclude_modules")
+        if self.modules_to_save is not None:
+            modules_to_save = [self.modules_to_save] if isinstance(self.modules_to_save, str) else self.modules_to_save
+            self.modules_to_save = _name_list(modules_to_save, "modules_to_save")
+            for name in self.modules_to_save:
+                compile_pattern(name, MODULES_TO_SAVE_FORM)
+
+    def _check_layers(self) -> None:
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(
+                        f"{name} works only with a list of target_modules, not with {self.target_modules!r}: "
+                        "put the layers into the regular expression"
+                    )
+        layers = self.layers_to_transform
+        if isinstance(layers, (list, tuple, set, frozenset, range)):
+            layers = sorted(layers) if isinstance(layers, (set, frozenset)) else list(layers)
+        if layers is not None and not all(
+            isinstance(index, int) and not isinstance(index, bool)
+            for index in (layers if isinstance(layers, list) else [layers])
+        ):
+            raise ConfigError(f"layers_to_transform must be a layer index or a list of them, got {layers!r}")
+        self.layers_to_transform = layers
+        if self.layers_pattern is not None:
+            if not isinstance(self.layers_pattern, str):
+                self.layers_pattern = _name_list(self.layers_pattern, "layers_pattern")
+            for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern:
+                compile_pattern(pattern, LAYERS_PATTERN_FORM)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain values, in the form of PEFT's `adapter_config.json`.
+
+        `exclude_modules`, `rank` and `peft_version` are in it only where they are set: PEFT's C3A does not know the
+        first two (it warns and ignores them), and its older releases do not know the third.
+        """
+        values: dict[str, Any] = {"peft_type": PEFT_TYPE}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value is not None or item.name not in _WRITTEN_WHERE_SET:
+                values[item.name] = type(value)(value) if isinstance(value, (list, dict)) else value
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "C3AConfig":
+        """A configuration from plain values, such as `to_dict()` of this class or of PEFT's.
+
+        Fields that nobody here knows are left out, with a warning that names them.
+
+        Raises:
+            ConfigError: a value that cannot be used, or a `peft_type` other than C3A.
+        """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"a configuration must be a dict, got {type(values).__name__}")
+        peft_type = values.get("peft_type", PEFT_TYPE)
+        peft_type = getattr(peft_type, "value", peft_type)
+        if peft_type != PEFT_TYPE:
+            raise ConfigError(
+                f"this is the configuration of a {peft_type!r} adapter; only {PEFT_TYPE!r} can be used here"
+            )
+        known = {item.name for item in fields(cls)}
+        unknown = sorted(str(name) for name in values if name not in known and name != "peft_type")
+        if unknown:
+            warnings.warn(f"C3AConfig does not know these fields and ignores them: {', '.join(unknown)}", stacklevel=2)
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+    @classmethod
+    def from_any(cls, config: Any) -> "C3AConfig":
+        """A configuration from a `C3AConfig` (copied and checked again), a `peft.C3AConfig`, or a dict.
+
+        Raises:
+            ConfigError: none of these, or one that cannot be used.
+        """
+        if isinstance(config, C3AConfig):
+            return replace(config)
+        if isinstance(config, Mapping):
+            return cls.from_dict(config)
+        if hasattr(config, "peft_type") and callable(getattr(config, "to_dict", None)):
+            return cls.from_dict(config.to_dict())
+        raise ConfigError(f"expected a C3AConfig, a peft.C3AConfig or a dict, got {type(config).__name__}")
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Writes `adapter_config.json` into a folder (created where it is missing), replacing a former one whole.
+
+        `from_pretrained` reads back an equal configuration. PEFT reads the file too; it warns about `exclude_modules`
+        and `rank`, where they are set, and goes on without them. A saved adapter's file has no such fields.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        path = Path(directory) / CONFIG_NAME
+        temporary = write_temporary(path, self.to_json())
+        try:
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise CheckpointError(f"cannot write {path}: {error}") from error
+
+    def to_json(self) -> bytes:
+        """`to_dict()` as the bytes of a file. Fields are sorted; patterns are not, as their order decides."""
+        return json.dumps(dict(sorted(self.to_dict().items())), indent=2).encode()
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str]) -> "C3AConfig":
+        """Reads the `adapter_config.json` of a folder, written by this library or by PEFT.
+
+        Raises:
+            CheckpointError: the folder or the file is missing or cannot be read.
+            ConfigError: the file belongs to another method, or holds a value that cannot be used.
+        """
+        return cls.from_file_values(read_config_file(directory)[0], Path(directory) / CONFIG_NAME)
+
+    @classmethod
+    def from_file_values(cls, values: Mapping[str, Any], path: Path) -> "C3AConfig":
+        """`from_dict` for values read from a file: `peft_type` has to be there, and errors name the file."""
+        if "peft_type" not in values:
+            raise ConfigError(f"{path} has no peft_type: it is not the configuration of an adapter")
+        try:
+            return cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+
+def read_config_file(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], bytes]:
+    """The content of a folder's `adapter_config.json`, and the bytes it was read from.
+
+    Raises:
+        CheckpointError: there is no such folder or file, or it is no JSON object of at most 16 MiB.
+    """
+    directory = Path(directory)
+    path = directory / CONFIG_NAME
+    if not directory.exists():
+        raise CheckpointError(f"there is no folder {directory}; an adapter on a hub has to be downloaded first")
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is a file; give the folder that holds {CONFIG_NAME}")
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_CONFIG_BYTES + 1)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{directory} has no {CONFIG_NAME}: it is not the folder of an adapter") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if len(content) > MAX_CONFIG_BYTES:
+        raise CheckpointError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes: that is no adapter's configuration")
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, found {type(values).__name__}")
+    return values, content
+
+
+def temporary_path(path: Path) -> Path:
+    """An unused name in the same folder, for a file that is to take the place of `path` when it is complete."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+def write_temporary(path: Path, content: bytes) -> Path:
+    """Writes `content` to disk under a temporary name beside `path`, creating the folder; returns that name.
+
+    Raises:
+        CheckpointError: it cannot be written. Nothing is left behind.
+    """
+    temporary = temporary_path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if path.parent.is_dir():
+            temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {path}: {error}") from error
+    return temporary
+
+
+def valid_block_sizes(in_features: int, out_features: int) -> list[int]:
+    """The block sizes that a layer of these widths can take: the common divisors, ascending.
+
+    Raises:
+        ShapeError: a width that is not a positive integer.
+    """
+    if not (_is_positive_int(in_features) and _is_positive_int(out_features)):
+        raise ShapeError(
+            f"widths must be positive integers, got in_features={in_features!r}, out_features={out_features!r}"
+        )
+    common = math.gcd(in_features, out_features)
+    small = [divisor for divisor in range(1, math.isqrt(common) + 1) if common % divisor == 0]
+    return small + [common // divisor for divisor in reversed(small) if divisor * divisor != common]
+
+
+def suggest_block_size(
+    in_features: int, out_features: int, *, rank: int | None = None, max_params: int | None = None
+) -> int:
+    """The block size for a layer by the rule of C3A's authors, for a given LoRA rank, a parameter budget, or both.
+
+    With `rank`, the common divisor b of both widths that is nearest to √(in·out)/rank, that is with the smallest
+    |log(b·rank/√(in·out))|; of two equally near ones the larger (fewer parameters). The layer then has about
+    rank·√(in·out) parameters (in·out/b exactly), half of what LoRA of this rank has on a square layer.
+    With `max_params`, only block sizes with in·out/b ≤ max_params count. Alone it gives the smallest of them, the most
+    parameters that the budget allows. With neither, `rank` is `DEFAULT_RANK`.
+
+    Raises:
+        ConfigError: a rank or budget that is not a positive integer, or a budget that no block size meets.
+        ShapeError: a width that is not a positive integer.
+    """
+    sizes = valid_block_sizes(in_features, out_features)
+    for name, value in (("rank", rank), ("max_params", max_params)):
+        if value is not None and not _is_positive_int(value):
+            raise ConfigError(f"{name} must be a positive integer or None, got {value!r}")
+    area = in_features * out_features
+    if max_params is not None:
+        if area // sizes[-1] > max_params:
+            raise ConfigError(
+                f"a layer with in_features={in_features} and out_features={out_features} needs at least "
+                f"{area // sizes[-1]} parameters (block size {sizes[-1]}), more than max_params={max_params}"
+            )
+        sizes = [size for size in sizes if area // size <= max_params]
+        if rank is None:
+            return sizes[0]
+    rank = DEFAULT_RANK if rank is None else rank
+
+    def distance(size: int) -> Fraction:
+        # The squared ratio to √(in·out)/rank, or its inverse, whichever is above one: exact, so that ties are ties.
+        squared = Fraction((size * rank) ** 2, area)
+        return max(squared, 1 / squared)
+
+    return min(reversed(sizes), key=distance)
+
+
+def check_block_size(block_size: int, in_features: int, out_features: int, layer: str) -> None:
+    """Refuses a block size that a layer cannot take.
+
+    Raises:
+        ConfigError: it is not a positive integer.
+        ShapeError: it does not divide both widths; the message names the layer and the nearest sizes that do.
+    """
+    if not _is_positive_int(block_size):
+        raise ConfigError(f"{layer}: block_size must be a positive integer, got {block_size!r}")
+    wrong = [
+        f"{name}={width}"
+        for name, width in (("in_features", in_features), ("out_features", out_features))
+        if width % block_size
+    ]
+    if not wrong:
+        return
+    sizes = valid_block_sizes(in_features, out_features)
+    nearby = [size for size in sizes if size < block_size][-2:] + [size for size in sizes if size > block_size][:2]
+    raise ShapeError(
+        f"{layer}: block_size={block_size} does not divide {' or '.join(wrong)} "
+        f"(in_features={in_features}, out_features={out_features}); valid sizes nearby: {', '.join(map(str, nearby))}; "
+        f"the largest is {sizes[-1]}"
+    )

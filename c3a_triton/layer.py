@@ -1,0 +1,673 @@
+"""`C3ALinear`: a base layer and its C3A adapters, with the attributes and methods of PEFT's layer."""
+
+import math
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from c3a_triton.config import C3AConfig, check_block_size, suggest_block_size
+from c3a_triton.dispatch import check_backend
+from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, ConfigError, ShapeError
+from c3a_triton.linear_like import (
+    WeightAccess,
+    fingerprint,
+    is_plain,
+    kernel_device,
+    linear_widths,
+    rounding_dtype,
+    stored_tensor,
+    weight_access,
+)
+from c3a_triton.ops import add_circulant_, c3a_linear, circulant_linear, circulant_matrix
+
+__all__ = ["BASE_ROW", "C3ALinear", "check_adapter_name", "expand_rows"]
+
+BASE_ROW = "__base__"
+"""The name, among the adapter names of a batch's rows, of a row that gets the base model alone."""
+
+KEEP_BASE = ("cpu", "device", None)
+_DEFAULT_BLOCK_SIZE = 256
+_COMPUTED_DTYPES = (torch.float32, torch.float64)
+_RESERVED_NAMES = frozenset(dir(nn.ParameterDict())) | frozenset(dir(nn.ModuleDict()))
+
+
+def check_adapter_name(name: str) -> None:
+    """Refuse a name that torch's containers cannot hold, or that means something else.
+
+    Raises:
+        ConfigError: the name is no string, empty, has a dot, or is taken by torch or by this library.
+    """
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"an adapter's name must be a non-empty string, got {name!r}")
+    if "." in name:
+        raise ConfigError(f"the adapter name {name!r} has a dot, by which torch separates modules: leave it out")
+    if name == BASE_ROW or name in _RESERVED_NAMES:
+        raise ConfigError(f"the adapter name {name!r} is reserved: choose another one")
+
+
+def expand_rows(names: Sequence[str], n_rows: int, *, exact: bool = False) -> list[str]:
+    """One adapter name per row of a tensor, from one per row of the batch.
+
+    Beam search and layers that flatten [batch, time] make several consecutive rows of one; `exact` forbids it.
+
+    Raises:
+        ShapeError: the numbers do not fit.
+    """
+    repeats, rest = divmod(n_rows, len(names)) if names else (0, 1)
+    if rest or (exact and repeats != 1):
+        raise ShapeError(f"{len(names)} adapter names for a batch of {n_rows} rows: give one name per row")
+    return [name for name in names for _ in range(repeats)]
+
+
+@dataclass
+class _MergeState:
+    """What is remembered of a base weight while adapters are merged into it."""
+
+    kept: Tensor | nn.Module | None  # the original, or None with keep_base=None
+    where: str | None
+    mark: int | None  # fingerprint of the merged weight; None where it is known to have been changed
+
+
+class _WatchedParameters(dict[str, Any]):
+    """A ParameterDict's `_parameters` that tells the layer of every exchange.
+
+    torch replaces parameters behind a module's back: `functional_call`, `load_state_dict(assign=True)`, moves from
+    meta, FSDP. All of them write into this dictionary, so the layer's tuple of active parameters follows.
+    """
+
+    layer: "weakref.ref[C3ALinear] | None" = None
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        self._tell()
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        self._tell()
+
+    def pop(self, *args: Any) -> Any:
+        value = super().pop(*args)
+        self._tell()
+        return value
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        super().update(*args, **kwargs)
+        self._tell()
+
+    def clear(self) -> None:
+        super().clear()
+        self._tell()
+
+    def _tell(self) -> None:
+        layer = None if self.layer is None else self.layer()
+        if layer is not None:
+            layer._refresh()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Copies and pickles are plain; the copied layer watches its own.
+        return dict, (dict(self),)
+
+
+class C3ALinear(nn.Module):
+    """A linear layer with C3A adapters: y = base(x) + Σ x ΔW_aᵀ over the active adapters, each of the same x.
+
+    Args:
+        base_layer: an `nn.Linear`, transformers' `Conv1D`, or any module with `in_features` and `out_features`.
+        adapter_name: name of the first adapter, which becomes active.
+        block_size: b, a common divisor of both widths; None means `config`'s, or 256 without one; `"auto"` the one that
+            `suggest_block_size` gives.
+        init_weights: as in `C3AConfig`; None means `config`'s, or `"xavier_uniform"` without one.
+        config: in place of both, as in PEFT: a `C3AConfig`, a `peft.C3AConfig` or a dict.
+        backend: how the adapters are computed, a name of `c3a_triton.dispatch.BACKENDS`.
+
+    Attributes:
+        base_layer: the wrapped module.
+        c3a_kernel: adapter name → w [out_features / b, in_features / b, b], float32.
+        block_size: adapter name → b.
+        merged_adapters: names of the adapters that are merged into the base weight.
+        layer_name: its full name in the model, for messages.
+
+    Raises:
+        ConfigError: a name or value that cannot be used, or a base layer that is not linear.
+        ShapeError: a block size that does not divide both widths.
+    """
+
+    adapter_layer_names = ("c3a_kernel",)
+    other_param_names = ("block_size",)
+
+    base_layer: nn.Module
+    c3a_kernel: nn.ParameterDict
+    _kernels: tuple[Tensor, ...] | None
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str = "default",
+        block_size: int | str | None = None,
+        init_weights: bool | str | None = None,
+        *,
+        config: Any = None,
+        backend: str = "auto",
+        layer_name: str = "",
+    ) -> None:
+        super().__init__()
+        check_backend(backend)
+        self.base_layer = base_layer
+        self.c3a_kernel = nn.ParameterDict()
+        self.block_size: dict[str, int] = {}
+        self.backend = backend
+        self.layer_name = layer_name
+        self.merged_adapters: list[str] = []
+        self.training = base_layer.training
+        self._active_adapters = [adapter_name]
+        self._disable_adapters = False
+        self._row_adapters: tuple[str, ...] | None = None
+        self._merge_state: _MergeState | None = None
+        widths = linear_widths(self.get_base_layer())
+        if widths is None:
+            raise ConfigError(f"{self._label}: {type(base_layer).__name__} is not a linear layer of known widths")
+        self.in_features, self.out_features = widths
+        self._watch()
+        self.update_layer(adapter_name, block_size, init_weights, config=config)
+
+    # -- what the forward reads ---------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        watched = _WatchedParameters(self.c3a_kernel._parameters)
+        watched.layer = weakref.ref(self)
+        self.c3a_kernel.__dict__["_parameters"] = watched
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Set the tuple of parameters that the forward applies; None sends it the general way, which looks names up."""
+        if self._row_adapters is not None:
+            self._kernels = None
+            return
+        names = self._applied_names()
+        found = [self.c3a_kernel._parameters.get(name) for name in names]
+        kernels = tuple(kernel for kernel in found if kernel is not None)
+        usable = len(kernels) == len(names) and all(w.dtype in _COMPUTED_DTYPES and not w.is_meta for w in kernels)
+        self._kernels = kernels if usable else None
+
+    def _applied_names(self) -> list[str]:
+        """The active adapters of this layer that are not merged; none while adapters are disabled."""
+        if self._disable_adapters:
+            return []
+        return [name for name in self._active_adapters if name in self.c3a_kernel and name not in self.merged_adapters]
+
+    def _kernel_on(self, name: str, device: torch.device) -> Tensor:
+        """An adapter's w on a device in a dtype to compute in, wherever it is kept."""
+        kernel = stored_tensor(self.c3a_kernel, name).to(device)
+        return kernel if kernel.dtype in _COMPUTED_DTYPES else kernel.float()
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output plus the active adapters', in x's dtype.
+
+        Args:
+            x: [..., in_features].
+            adapter_names: keyword, one adapter name per row of x (`"__base__"` for none) in place of the active ones.
+            args, kwargs: passed on to the base layer.
+
+        Returns:
+            [..., out_features].
+
+        Raises:
+            ShapeError: sizes, dtypes or devices that do not fit.
+            BackendError: the layer's backend cannot run here.
+        """
+        kernels = self._kernels
+        if kernels and not args and not kwargs:
+            base = self._modules["base_layer"]
+            if is_plain(base, x):  # type: ignore[arg-type]
+                tensors = base._parameters  # type: ignore[union-attr]
+                y = c3a_linear(x, tensors["weight"], tensors["bias"], kernels, backend=self.backend)  # type: ignore[arg-type]
+                return y if y.dtype == x.dtype else y.to(x.dtype)
+        return self._general_forward(x, *args, **kwargs)
+
+    def _general_forward(
+        self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Tensor:
+        dtype = x.dtype
+        y = self.base_layer(x, *args, **kwargs)
+        # With offloading or several devices the base layer's hook decides where it computes.
+        x = x.to(y.device)
+        if adapter_names is not None and not self._disable_adapters:
+            y = self._add_rows(y, x, expand_rows(adapter_names, x.shape[0], exact=True))
+        elif self._row_adapters is not None and not self._disable_adapters:
+            y = self._add_rows(y, x, expand_rows(self._row_adapters, x.shape[0]))
+        else:
+            kernels = self._kernels
+            if kernels is None or any(kernel.device != x.device for kernel in kernels):
+                kernels = tuple(self._kernel_on(name, x.device) for name in self._applied_names())
+            for kernel in _sums_by_block_size(kernels):
+                y = y + circulant_linear(x, kernel, backend=self.backend).to(y.dtype)
+        return y.to(dtype)
+
+    def _add_rows(self, y: Tensor, x: Tensor, names: list[str]) -> Tensor:
+        """y plus, for each row, the adapter of that name."""
+        if self.merged_adapters:
+            raise AdapterStateError(
+                f"{self._label}: rows cannot have adapters of their own while {self.merged_adapters} are merged; "
+                "unmerge them first"
+            )
+        for name in dict.fromkeys(names):
+            if name not in self.c3a_kernel:
+                continue
+            rows = torch.tensor([row for row, other in enumerate(names) if other == name], device=x.device)
+            delta = circulant_linear(x.index_select(0, rows), self._kernel_on(name, x.device), backend=self.backend)
+            y = y.index_add(0, rows, delta.to(y.dtype))
+        return y
+
+    # -- PEFT's attributes --------------------------------------------------------------------------------------------
+
+    @property
+    def _label(self) -> str:
+        return self.layer_name or type(self).__name__
+
+    def get_base_layer(self) -> nn.Module:
+        """The innermost wrapped module."""
+        base: Any = self.base_layer
+        while hasattr(base, "base_layer"):
+            base = base.base_layer
+        return base
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight."""
+        base: Any = self.get_base_layer()
+        return base.qweight if hasattr(base, "qweight") else base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        base: Any = self.get_base_layer()
+        return base.bias
+
+    @property
+    def merged(self) -> bool:
+        """Whether any adapter is merged into the base weight."""
+        return bool(self.merged_adapters)
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the layer computes its base alone; set by `enable_adapters`."""
+        return self._disable_adapters
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters, those of other layers included; set by `set_adapter`."""
+        return list(self._active_adapters)
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """As `active_adapters`."""
+        return self.active_adapters
+
+    # -- adapters -----------------------------------------------------------------------------------------------------
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        block_size: int | str | None = None,
+        init_weights: bool | str | None = None,
+        *,
+        config: Any = None,
+    ) -> None:
+        """Add an adapter, or replace the one of that name. It is trainable if it is active and not for inference.
+
+        Args:
+            adapter_name: its name.
+            block_size: as in the constructor.
+            init_weights: as in the constructor.
+            config: as in the constructor.
+
+        Raises:
+            ConfigError: a name or value that cannot be used.
+            ShapeError: a block size that does not divide both widths.
+            AdapterStateError: the adapter of that name is merged.
+        """
+        config = None if config is None else C3AConfig.from_any(config)
+        kernel = self._new_kernel(adapter_name, block_size, init_weights, config)
+        self._install(adapter_name, kernel, trainable=config is None or not config.inference_mode)
+
+    def _new_kernel(
+        self,
+        adapter_name: str,
+        block_size: int | str | None = None,
+        init_weights: bool | str | None = None,
+        config: C3AConfig | None = None,
+    ) -> nn.Parameter:
+        """An initialised kernel that is not yet part of the layer, which stays as it is."""
+        check_adapter_name(adapter_name)
+        if adapter_name in self.merged_adapters:
+            raise AdapterStateError(f"{self._label}: adapter {adapter_name!r} is merged; unmerge before replacing it")
+        if block_size is None:
+            block_size = _DEFAULT_BLOCK_SIZE if config is None else config.block_size
+        if init_weights is None:
+            init_weights = "xavier_uniform" if config is None else config.init_weights
+        if block_size == "auto":
+            rank = None if config is None else config.rank
+            block_size = suggest_block_size(self.in_features, self.out_features, rank=rank)
+        b: int = block_size  # type: ignore[assignment]
+        check_block_size(b, self.in_features, self.out_features, self._label)
+        base = self.get_base_layer()
+        shape = (self.out_features // b, self.in_features // b, b)
+        kernel = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=kernel_device(base)))
+        self._initialise(kernel, init_weights)
+        dtype = rounding_dtype(base)
+        if dtype is not None and init_weights is not True:
+            kernel.data = kernel.data.to(dtype).float()
+        return kernel
+
+    def _install(self, adapter_name: str, kernel: nn.Parameter, *, trainable: bool = True) -> None:
+        kernel.requires_grad_(trainable and adapter_name in self._active_adapters and not self._disable_adapters)
+        self.block_size[adapter_name] = kernel.shape[-1]
+        self.c3a_kernel[adapter_name] = kernel
+
+    def reset_c3a_parameters(self, adapter_name: str, init_weights: bool | str = "xavier_uniform") -> None:
+        """Initialise an adapter afresh, in place, by PEFT's distributions; True means zeros.
+
+        Raises:
+            AdapterNotFoundError: this layer has no such adapter.
+            AdapterStateError: the adapter is merged.
+            ConfigError: an unknown `init_weights`.
+        """
+        self._check_known(adapter_name)
+        if adapter_name in self.merged_adapters:
+            raise AdapterStateError(f"{self._label}: adapter {adapter_name!r} is merged; unmerge before resetting it")
+        self._initialise(self.c3a_kernel[adapter_name], init_weights)
+
+    def _initialise(self, kernel: Tensor, init_weights: bool | str) -> None:
+        if init_weights is True:
+            nn.init.zeros_(kernel)
+        elif init_weights == "gaussian":
+            nn.init.normal_(kernel)
+        elif init_weights is False or init_weights == "xavier_uniform":
+            bound = math.sqrt(3.0) * math.sqrt(2.0 / (self.in_features + self.out_features))
+            nn.init.uniform_(kernel, -bound, bound)
+        elif init_weights == "kaiming_uniform":
+            bound = math.sqrt(1.0 / self.in_features)
+            nn.init.uniform_(kernel, -bound, bound)
+        else:
+            raise ConfigError(
+                f"{self._label}: init_weights must be True, False, 'gaussian', 'kaiming_uniform' or 'xavier_uniform', "
+                f"got {init_weights!r}"
+            )
+
+    def _check_known(self, adapter_name: str) -> None:
+        if adapter_name not in self.c3a_kernel:
+            raise AdapterNotFoundError(
+                f"{self._label} has no adapter {adapter_name!r}; it has: {', '.join(self.c3a_kernel) or 'none'}"
+            )
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """ΔW of one adapter, [out_features, in_features] in the base weight's dtype.
+
+        Raises:
+            AdapterNotFoundError: this layer has no such adapter.
+        """
+        self._check_known(adapter)
+        dtype = self.weight.dtype
+        kernel = stored_tensor(self.c3a_kernel, adapter)
+        kernel = kernel if kernel.dtype in _COMPUTED_DTYPES else kernel.float()
+        return circulant_matrix(kernel, dtype=dtype if dtype.is_floating_point else None)
+
+    def set_adapter(self, adapter_names: str | Iterable[str], inference_mode: bool = False) -> None:
+        """Activate these adapters and no others; names that other layers have are fine.
+
+        The active ones become trainable, unless `inference_mode`, all others frozen.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for name, kernel in self.c3a_kernel.items():
+            _set_requires_grad(kernel, name in names and not inference_mode)
+        self._active_adapters = names
+        self._refresh()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on, the active ones trainable, or off. Switching off unmerges first.
+
+        Raises:
+            AdapterStateError: adapters are merged and cannot be unmerged.
+        """
+        if enabled:
+            self._disable_adapters = False
+            self.set_adapter(self._active_adapters)
+            return
+        if self.merged:
+            self.unmerge()
+        for kernel in self.c3a_kernel.values():
+            _set_requires_grad(kernel, False)
+        self._disable_adapters = True
+        self._refresh()
+
+    def set_row_adapters(self, adapter_names: Sequence[str] | None) -> None:
+        """Let each row of the batch have the adapter of its name (`"__base__"` for none); None ends it."""
+        self._row_adapters = None if adapter_names is None else tuple(adapter_names)
+        self._refresh()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter, if the layer has it. If no active one is left, the first remaining becomes active.
+
+        Raises:
+            AdapterStateError: the adapter is merged.
+        """
+        if adapter_name in self.merged_adapters:
+            raise AdapterStateError(f"{self._label}: adapter {adapter_name!r} is merged; unmerge before deleting it")
+        if adapter_name in self.c3a_kernel:
+            del self.c3a_kernel[adapter_name]
+            del self.block_size[adapter_name]
+        if adapter_name not in self._active_adapters:
+            return
+        remaining = [name for name in self._active_adapters if name != adapter_name]
+        if not remaining and len(self.c3a_kernel):
+            remaining = [min(self.c3a_kernel)]
+            warnings.warn(
+                f"{self._label}: the active adapter {adapter_name!r} is deleted; {remaining[0]!r} is active now",
+                stacklevel=2,
+            )
+        self.set_adapter(remaining)
+
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Give an adapter another name; its parameter stays the same object.
+
+        Raises:
+            ConfigError: a name that cannot be used.
+            AdapterStateError: the name is taken.
+        """
+        check_adapter_name(new)
+        if new in self.c3a_kernel:
+            raise AdapterStateError(f"{self._label} has an adapter {new!r} already")
+
+        def renamed(name: str) -> str:
+            return new if name == old else name
+
+        self._active_adapters = [renamed(name) for name in self._active_adapters]
+        self.merged_adapters = [renamed(name) for name in self.merged_adapters]
+        self.block_size = {renamed(name): b for name, b in self.block_size.items()}
+        kernels = {renamed(name): kernel for name, kernel in self.c3a_kernel.items()}
+        self.c3a_kernel.clear()
+        for name, kernel in kernels.items():
+            self.c3a_kernel[name] = kernel
+
+    # -- merging ------------------------------------------------------------------------------------------------------
+
+    def merge(
+        self, safe_merge: bool = False, adapter_names: Iterable[str] | None = None, *, keep_base: str | None = "cpu"
+    ) -> None:
+        """Add the adapters' ΔW, built in float32 and rounded once, to the base weight.
+
+        Other active adapters stay applied. The original weight is kept for `unmerge`, and a fingerprint of the merged
+        one, which takes another pass over it.
+
+        Args:
+            safe_merge: refuse a result that is not finite.
+            adapter_names: which adapters; None means the active ones. Names that this layer lacks are passed over.
+            keep_base: where the original is kept: `"cpu"`, `"device"`, or None, after which nothing can be unmerged.
+
+        Raises:
+            AdapterStateError: the base layer cannot be merged into or was changed since the last merge, adapters are
+                disabled, or with `safe_merge` the result is not finite. The layer stays as it was.
+        """
+        if keep_base not in KEEP_BASE:
+            raise ConfigError(f"keep_base must be one of {KEEP_BASE}, got {keep_base!r}")
+        names = self.unmerged(adapter_names)
+        if self.merged:
+            what = f"merging {names} too" if names else "nothing to do"
+            warnings.warn(f"{self._label}: {self.merged_adapters} are merged already; {what}", stacklevel=2)
+        if names:
+            self._merge(names, keep_base, safe_merge)
+
+    def unmerged(self, adapter_names: Iterable[str] | None = None) -> list[str]:
+        """Those of these adapters (None: the active ones) that this layer has and that are not merged."""
+        names = self._active_adapters if adapter_names is None else adapter_names
+        names = [names] if isinstance(names, str) else names
+        return [name for name in dict.fromkeys(names) if name in self.c3a_kernel and name not in self.merged_adapters]
+
+    def check_merge(self, adapter_names: Iterable[str] | None = None, *, finite: bool = False) -> None:
+        """Raise what `merge` would raise, and change nothing.
+
+        Raises:
+            AdapterStateError: as `merge`; with `finite`, as `merge(safe_merge=True)`.
+        """
+        names = self.unmerged(adapter_names)
+        if names:
+            _, weight = self._read_unchanged()
+            if finite:
+                self._finite_sum(weight, names)
+
+    @torch.no_grad()
+    def _merge(self, names: list[str], keep_base: str | None, safe_merge: bool = False) -> None:
+        access, weight = self._read_unchanged()
+        merged = self._finite_sum(weight, names) if safe_merge else None
+        state = self._merge_state
+        if state is None:
+            state = _MergeState(None if keep_base is None else access.keep(keep_base), keep_base, None)
+        if merged is None:
+            merged = weight if access.in_place else weight.clone()
+            add_circulant_(merged, [self._kernel_on(name, weight.device) for name in names])
+        if merged is not weight:
+            access.write(merged)
+        state.mark = fingerprint(access.read())
+        self._merge_state = state
+        self.merged_adapters.extend(names)
+        self._refresh()
+
+    def _read_unchanged(self) -> tuple[WeightAccess, Tensor]:
+        """The base weight and the way to change it, if it is what it was after the last merge."""
+        if self._disable_adapters:
+            raise AdapterStateError(f"{self._label}: adapters are disabled; enable them before merging")
+        try:
+            access = weight_access(self)
+        except AdapterStateError as error:
+            raise AdapterStateError(f"{self._label}: {error}") from None
+        weight = access.read()
+        state = self._merge_state
+        if state is not None and (state.mark is None or fingerprint(weight) != state.mark):
+            raise AdapterStateError(
+                f"{self._label}: the base weight was changed after {self.merged_adapters} were merged into it, so that "
+                "bringing back the original would undo that change. Load the base weight again, or keep the merged one "
+                "(merge_and_unload)"
+            )
+        return access, weight
+
+    @torch.no_grad()
+    def _finite_sum(self, weight: Tensor, names: list[str]) -> Tensor:
+        merged = weight.clone()
+        add_circulant_(merged, [self._kernel_on(name, weight.device) for name in names])
+        if not torch.isfinite(merged).all():
+            raise AdapterStateError(
+                f"{self._label}: merging {names} gives a weight that is not finite; nothing was merged"
+            )
+        return merged
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Bring back the base weight as it was before anything was merged, bit for bit.
+
+        Raises:
+            AdapterStateError: it was not kept, or the merged weight was changed in between.
+        """
+        if not self.merged:
+            warnings.warn(f"{self._label}: nothing is merged, so there is nothing to unmerge", stacklevel=2)
+            return
+        self.check_unmerge()
+        access, _ = self._read_unchanged()
+        assert self._merge_state is not None
+        assert self._merge_state.kept is not None
+        access.restore(self._merge_state.kept)
+        self._merge_state = None
+        self.merged_adapters.clear()
+        self._refresh()
+
+    def check_unmerge(self) -> None:
+        """Raise what `unmerge` would raise, and change nothing.
+
+        Raises:
+            AdapterStateError: as `unmerge`.
+        """
+        if not self.merged:
+            return
+        if self._merge_state is None or self._merge_state.kept is None:
+            raise AdapterStateError(
+                f"{self._label}: {self.merged_adapters} were merged with keep_base=None, so the base weight is gone; "
+                'load the base model again, or merge with keep_base="cpu"'
+            )
+        self._read_unchanged()
+
+    # -- torch's hooks into a module ----------------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "C3ALinear":
+        state = self._merge_state
+        if state is None:
+            super()._apply(fn, recurse)
+        else:
+            # The kept original follows the weight's move or cast; a change made before it must not be forgotten.
+            changed = state.mark is None or fingerprint(weight_access(self).read()) != state.mark
+            super()._apply(fn, recurse)
+            if isinstance(state.kept, nn.Module):
+                state.kept._apply(fn)
+            elif state.kept is not None:
+                moved = fn(state.kept)
+                state.kept = moved.to("cpu") if state.where == "cpu" and not moved.is_meta else moved
+            lost = changed or self.get_base_layer().weight.is_meta
+            state.mark = None if lost else fingerprint(weight_access(self).read())
+        self._refresh()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._watch()
+
+    def _replicate_for_data_parallel(self) -> "C3ALinear":
+        # A replica's parameters are attributes that are set later, on another device: it looks them up by name.
+        replica = super()._replicate_for_data_parallel()
+        replica._kernels = None
+        return replica
+
+    def extra_repr(self) -> str:
+        """The widths, block sizes and backend."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, block_size={self.block_size}, "
+            f"backend={self.backend!r}"
+        )
+
+
+def _sums_by_block_size(kernels: Sequence[Tensor]) -> list[Tensor]:
+    """Kernels of equal block size summed: the product is linear in them."""
+    sums: dict[int, Tensor] = {}
+    for kernel in kernels:
+        b = kernel.shape[-1]
+        sums[b] = sums[b] + kernel if b in sums else kernel
+    return list(sums.values())
+
+
+def _set_requires_grad(tensor: Tensor, requires_grad: bool) -> None:
+    # Sharding libraries put tensors that are no leaves in a parameter's place; their flag cannot be set.
+    if tensor.is_leaf:
+        tensor.requires_grad_(requires_grad)

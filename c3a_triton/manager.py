@@ -1,0 +1,631 @@
+"""`AdapterManager`: the adapters of one model, from injection to removal. It is what `model.c3a` refers to."""
+
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from c3a_triton.checkpoint import read_adapter, write_adapter
+from c3a_triton.config import C3AConfig
+from c3a_triton.dispatch import check_backend
+from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, CheckpointError, ConfigError
+from c3a_triton.layer import BASE_ROW, KEEP_BASE, C3ALinear, check_adapter_name
+from c3a_triton.linear_like import stored_tensor
+from c3a_triton.modules_to_save import ModulesToSave
+from c3a_triton.targets import (
+    KERNEL_SUFFIX,
+    Target,
+    base_module_names,
+    base_modules,
+    check_file_values,
+    find_file_targets,
+    find_modules_to_save,
+    find_targets,
+    model_name_or_path,
+    near_names,
+    warn_tied,
+    with_task_heads,
+)
+
+__all__ = ["AdapterManager"]
+
+
+class AdapterManager:
+    """The C3A adapters of a model, with PEFT's verbs. `c3a_triton.apply` makes it and binds it to the model as `c3a`.
+
+    It is no module and holds no tensors of its own: the model's `state_dict` does not know it, and copies and pickles
+    of the model have a manager of their own. A verb that fails leaves the model as it was.
+
+    Args:
+        model: the model to adapt; nothing happens to it before the first adapter is added.
+        backend: how adapters are computed, a name of `c3a_triton.dispatch.BACKENDS`; `set_backend` changes it.
+
+    Attributes:
+        model: the adapted model.
+        backend: what layers that are adapted from now on get.
+
+    Raises:
+        BackendError: an unknown backend.
+    """
+
+    def __init__(self, model: nn.Module, *, backend: str = "auto") -> None:
+        check_backend(backend)
+        self.model = model
+        self.backend = backend
+        self._configs: dict[str, C3AConfig] = {}
+        self._active: list[str] = []
+        # adapter name → layer name → what decided on the layer's block size
+        self._chosen_by: dict[str, dict[str, str]] = {}
+
+    # -- what there is ------------------------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> dict[str, C3AConfig]:
+        """Adapter name → configuration, in the order in which they were added."""
+        return dict(self._configs)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        return list(self._active)
+
+    def layers(self) -> Iterator[tuple[str, C3ALinear]]:
+        """(name, layer) of every adapted layer."""
+        for name, module in base_modules(self.model):
+            if isinstance(module, C3ALinear):
+                yield name, module
+
+    def _saved_modules(self) -> list[tuple[str, ModulesToSave]]:
+        return [(name, module) for name, module in base_modules(self.model) if isinstance(module, ModulesToSave)]
+
+    def _parts(self) -> list[C3ALinear | ModulesToSave]:
+        return [module for _, module in base_modules(self.model) if isinstance(module, (C3ALinear, ModulesToSave))]
+
+    def _known(self, adapter_names: str | Iterable[str]) -> list[str]:
+        """The names as a list, each once, if all are known."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(dict.fromkeys(adapter_names))
+        for name in names:
+            if name not in self._configs:
+                known = ", ".join(map(repr, self._configs)) or "none"
+                raise AdapterNotFoundError(f"there is no adapter {name!r}; there are: {known}")
+        return names
+
+    def _check_free(self, name: str) -> None:
+        check_adapter_name(name)
+        if name in self._configs:
+            raise AdapterStateError(
+                f"there is an adapter {name!r} already: choose another name, or delete that one first"
+            )
+
+    # -- adding and loading -------------------------------------------------------------------------------------------
+
+    def add_adapter(self, adapter_name: str, config: C3AConfig | Mapping[str, Any] | Any) -> None:
+        """Add an adapter. The first one is active and trained; further ones wait for `set_adapter`.
+
+        Args:
+            adapter_name: its name.
+            config: a `C3AConfig`, a `peft.C3AConfig`, or a dict.
+
+        Raises:
+            AdapterStateError: the name is taken.
+            ConfigError: a name or configuration that cannot be used on this model, or one that matches nothing.
+            ShapeError: a block size that does not divide a layer's widths.
+        """
+        self._check_free(adapter_name)
+        config = with_task_heads(self.model, C3AConfig.from_any(config))
+        if config.base_model_name_or_path is None:
+            config = replace(config, base_model_name_or_path=model_name_or_path(self.model))
+        targets = find_targets(self.model, config)
+        self._inject(adapter_name, config, targets, find_modules_to_save(self.model, config))
+
+    def load_adapter(
+        self, directory: str | os.PathLike[str], adapter_name: str = "default", *, is_trainable: bool = False
+    ) -> None:
+        """Add an adapter from a folder, as this library or PEFT saved it. It is active if it is the first.
+
+        Args:
+            directory: the folder.
+            adapter_name: its name here.
+            is_trainable: whether it is to be trained on; otherwise it is frozen until `set_adapter`.
+
+        Raises:
+            AdapterStateError: the name is taken.
+            CheckpointError: the folder cannot be read, or does not fit the model; nothing has changed.
+            ConfigError: a configuration that is not C3A's or cannot be used.
+        """
+        self._check_free(adapter_name)
+        file = read_adapter(directory)
+        config = replace(file.config, inference_mode=not is_trainable)
+        targets = find_file_targets(self.model, file)
+        saved = find_modules_to_save(self.model, config)
+        replaced = check_file_values(self.model, file, saved)
+        self._inject(adapter_name, config, targets, saved, file.tensors, replaced)
+
+    def _inject(
+        self,
+        adapter_name: str,
+        config: C3AConfig,
+        targets: Sequence[Target],
+        saved: Sequence[tuple[str, nn.Module]],
+        tensors: Mapping[str, Tensor] | None = None,
+        replaced: Sequence[tuple[nn.Parameter, Tensor]] = (),
+    ) -> None:
+        """Build all that an adapter needs, with a file's tensors as its values, and only then put it into the model."""
+        biased = [name for name, other in self._configs.items() if other.bias != "none"]
+        if config.bias != "none" and biased:
+            raise ConfigError(
+                f"bias={config.bias!r}: adapter {biased[0]!r} trains biases already, and they can follow only one "
+                'adapter; use bias="none"'
+            )
+        layers = [self._new_layer(adapter_name, config, target, tensors) for target in targets]
+        copies = [self._new_copy(name, module, tensors) for name, module in saved]
+
+        is_first = not self._configs
+        if is_first:
+            self.model.requires_grad_(False)
+        for parameter, value in replaced:
+            parameter.detach().copy_(value)
+        for target, (layer, kernel) in zip(targets, layers, strict=True):
+            layer._install(adapter_name, kernel, trainable=False)
+            if layer is not target.module:
+                self._replace(target.name, layer)
+        for (name, module), (wrapper, module_copy) in zip(saved, copies, strict=True):
+            wrapper.install(adapter_name, module_copy)
+            if wrapper is not module:
+                self._replace(name, wrapper)
+        self._configs[adapter_name] = config
+        self._chosen_by[adapter_name] = {target.name: target.chosen_by for target in targets}
+        if is_first:
+            self._activate([adapter_name], inference_mode=config.inference_mode)
+
+    def _new_layer(
+        self, adapter_name: str, config: C3AConfig, target: Target, tensors: Mapping[str, Tensor] | None
+    ) -> tuple[C3ALinear, nn.Parameter]:
+        layer = target.module
+        init_weights = config.init_weights if tensors is None else True
+        if isinstance(layer, C3ALinear):
+            if adapter_name in layer.c3a_kernel:
+                raise AdapterStateError(f"{target.name} has an adapter {adapter_name!r} that nobody here knows")
+            kernel = layer._new_kernel(adapter_name, target.block_size, init_weights)
+        else:
+            layer = C3ALinear(
+                layer, adapter_name, target.block_size, init_weights, backend=self.backend, layer_name=target.name
+            )
+            kernel = layer.c3a_kernel[adapter_name]
+            if self._configs:
+                layer.set_adapter(self._active)
+            if isinstance(self.model.get_submodule(target.name.rpartition(".")[0]), nn.TransformerEncoderLayer):
+                # torch's fused encoder layer reads the weights and calls no layer; any hook makes it step aside.
+                layer.register_forward_pre_hook(_do_nothing)
+        if tensors is not None:
+            if kernel.is_meta:
+                raise CheckpointError(
+                    f"{target.name} is on the meta device, where values are lost: load the model before its adapter"
+                )
+            kernel.data.copy_(tensors[target.name + KERNEL_SUFFIX])
+        return layer, kernel
+
+    def _new_copy(
+        self, name: str, module: nn.Module, tensors: Mapping[str, Tensor] | None
+    ) -> tuple[ModulesToSave, nn.Module]:
+        wrapper = module if isinstance(module, ModulesToSave) else ModulesToSave(module, name)
+        module_copy = wrapper.new_copy()
+        if tensors is not None:
+            module_copy.load_state_dict({key: tensors[f"{name}.{key}"] for key in module_copy.state_dict()})
+        return wrapper, module_copy
+
+    def _replace(self, name: str, module: nn.Module) -> None:
+        parent, _, child = name.rpartition(".")
+        setattr(self.model.get_submodule(parent), child, module)
+
+    # -- activation ---------------------------------------------------------------------------------------------------
+
+    def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
+        """Activate an adapter, or several whose updates are summed. Active adapters are trainable, others frozen.
+
+        Merged adapters are unmerged first, with a warning.
+
+        Args:
+            adapter_name: one name or several.
+            inference_mode: leave the active ones frozen too.
+
+        Raises:
+            AdapterNotFoundError: an unknown name.
+            AdapterStateError: two adapters with a copy of the same module (`modules_to_save`), or a merged layer that
+                cannot be unmerged.
+        """
+        names = self._known(adapter_name)
+        for _, module in self._saved_modules():
+            module.check_set_adapter(names)
+        if self._unmerge_all():
+            warnings.warn("adapters were merged; they have been unmerged before another one was set", stacklevel=2)
+        self._activate(names, inference_mode)
+
+    def _activate(self, names: list[str], inference_mode: bool) -> None:
+        for part in self._parts():
+            part.set_adapter(names, inference_mode)
+        self._active = list(names)
+        for name, config in self._configs.items():
+            for parameter in self._biases(name, config.bias).values():
+                parameter.requires_grad_(name in names and not inference_mode)
+
+    def _biases(self, adapter_name: str, bias: str) -> dict[str, nn.Parameter]:
+        """Full name → parameter of the biases that an adapter trains."""
+        if bias == "none":
+            return {}
+        own = [f"{name}.base_layer.bias" for name, layer in self.layers() if adapter_name in layer.c3a_kernel]
+        whole = tuple(f"{name}." for name, _ in self._saved_modules())
+        return {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if (name in own if bias == "c3a_only" else f".{name}".endswith(".bias") and not name.startswith(whole))
+        }
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within the context the model computes its base alone. Merged adapters are unmerged, and stay so afterwards.
+
+        Raises:
+            AdapterStateError: a merged layer cannot be unmerged.
+        """
+        trained = [name for name in self._active if self._configs[name].bias != "none"]
+        if trained:
+            warnings.warn(
+                f"the biases that {trained[0]!r} has trained stay as they are while adapters are disabled", stacklevel=3
+            )
+        self._unmerge_all()
+        parts, active = [part for part in self._parts() if not part.disable_adapters], self.active_adapters
+        flags = [(parameter, parameter.requires_grad) for part in parts for parameter in part.parameters()]
+        for part in parts:
+            part.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for part in parts:
+                part.enable_adapters(True)
+            # Enabling makes active adapters trainable, which they need not have been.
+            for parameter, flag in flags if self._active == active else ():
+                parameter.requires_grad_(flag)
+
+    @contextmanager
+    def using(self, adapter_names: Sequence[str]) -> Iterator[None]:
+        """Within the context each row of a batch has the adapter of its name, whatever is active.
+
+        Where a layer sees several consecutive rows for one of the batch (beams, flattened sequences), each gets its
+        name.
+
+        Args:
+            adapter_names: one name per row; `"__base__"` for the base model alone.
+
+        Raises:
+            AdapterNotFoundError: an unknown name.
+            AdapterStateError: adapters are merged.
+        """
+        if isinstance(adapter_names, str):
+            raise ConfigError(f"using() takes a list with one adapter name per row, got {adapter_names!r}")
+        self._known(name for name in adapter_names if name != BASE_ROW)
+        merged = sorted({name for _, layer in self.layers() for name in layer.merged_adapters})
+        if merged:
+            raise AdapterStateError(f"rows cannot have adapters of their own while {merged} are merged: unmerge first")
+        before = [(part, part._row_adapters) for part in self._parts()]
+        for part, _ in before:
+            part.set_row_adapters(adapter_names)
+        try:
+            yield
+        finally:
+            for part, names in before:
+                part.set_row_adapters(names)
+
+    def set_backend(self, name: str, layers: str | Iterable[str] | None = None) -> None:
+        """Choose how adapters are computed.
+
+        Args:
+            name: a name of `c3a_triton.dispatch.BACKENDS`.
+            layers: full names of layers, or what they end with after a dot; None means all, and those adapted later.
+
+        Raises:
+            BackendError: an unknown backend.
+            ConfigError: a name that no adapted layer has.
+        """
+        check_backend(name)
+        adapted = list(self.layers())
+        if layers is None:
+            self.backend = name
+            chosen = [layer for _, layer in adapted]
+        else:
+            chosen = []
+            for entry in [layers] if isinstance(layers, str) else layers:
+                found = [layer for other, layer in adapted if f".{other}".endswith(f".{entry}")]
+                if not found:
+                    raise ConfigError(f"no adapted layer is named {entry!r}.{near_names(entry, dict(adapted))}")
+                chosen += found
+        for layer in chosen:
+            layer.backend = name
+
+    # -- removing and renaming ----------------------------------------------------------------------------------------
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. If no active one is left, the first remaining by name becomes active, with a warning.
+
+        Raises:
+            AdapterNotFoundError: an unknown name.
+            AdapterStateError: the adapter is merged.
+        """
+        self._known(adapter_name)
+        if any(adapter_name in layer.merged_adapters for _, layer in self.layers()):
+            raise AdapterStateError(f"adapter {adapter_name!r} is merged: unmerge it before deleting it")
+        if adapter_name in self._active:
+            active = [name for name in self._active if name != adapter_name]
+            if not active and len(self._configs) > 1:
+                active = [min(name for name in self._configs if name != adapter_name)]
+                warnings.warn(
+                    f"the active adapter {adapter_name!r} is deleted; {active[0]!r} is active now", stacklevel=2
+                )
+            self._activate(active, all(self._configs[name].inference_mode for name in active))
+        for part in self._parts():
+            part.delete_adapter(adapter_name)
+        del self._configs[adapter_name], self._chosen_by[adapter_name]
+
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Give an adapter another name; its parameters stay the same objects.
+
+        Raises:
+            AdapterNotFoundError: an unknown name.
+            AdapterStateError: the new name is taken.
+            ConfigError: a name that cannot be used.
+        """
+        self._known(old)
+        self._check_free(new)
+        for part in self._parts():
+            part.rename_adapter(old, new)
+        self._configs = {new if name == old else name: config for name, config in self._configs.items()}
+        self._chosen_by = {new if name == old else name: keys for name, keys in self._chosen_by.items()}
+        self._active = [new if name == old else name for name in self._active]
+
+    # -- merging ------------------------------------------------------------------------------------------------------
+
+    def merge_adapter(
+        self,
+        adapter_names: str | Iterable[str] | None = None,
+        safe_merge: bool = False,
+        keep_base: str | None = "cpu",
+    ) -> None:
+        """Merge adapters into the base weights, which are kept for `unmerge_adapter`. Other active ones stay applied.
+
+        Args:
+            adapter_names: which; None means the active ones.
+            safe_merge: refuse results that are not finite, before any layer is changed.
+            keep_base: where the original weights are kept: `"cpu"`, `"device"`, or None, after which nothing can be
+                unmerged.
+
+        Raises:
+            AdapterNotFoundError: an unknown name.
+            AdapterStateError: a layer that cannot be merged into, or with `safe_merge` a result that is not finite.
+        """
+        if keep_base not in KEEP_BASE:
+            raise ConfigError(f"keep_base must be one of {KEEP_BASE}, got {keep_base!r}")
+        names = self._active if adapter_names is None else self._known(adapter_names)
+        merged = sorted({name for _, layer in self.layers() for name in layer.merged_adapters})
+        if merged and not set(names) - set(merged):
+            warnings.warn(f"{merged} are merged already, nothing to do", stacklevel=2)
+        elif merged:
+            warnings.warn(f"{merged} are merged already; merging the others too", stacklevel=2)
+        self._merge(names, safe_merge, keep_base, progressbar=False)
+
+    def _merge(self, names: list[str], safe_merge: bool, keep_base: str | None, progressbar: bool) -> None:
+        work = [(name, layer, layer.unmerged(names)) for name, layer in self.layers()]
+        work = [item for item in work if item[2]]
+        for _, layer, left in work:
+            layer.check_merge(left, finite=safe_merge)
+        warn_tied(self.model, [name for name, _, _ in work], "merging changes both")
+        for done, (_, layer, left) in enumerate(work, start=1):
+            layer._merge(left, keep_base)
+            if progressbar:
+                print(
+                    f"\rmerging {done}/{len(work)}", end="\n" if done == len(work) else "", file=sys.stderr, flush=True
+                )
+
+    def unmerge_adapter(self) -> None:
+        """Bring back the base weights as they were before anything was merged, bit for bit.
+
+        Raises:
+            AdapterStateError: a base weight was not kept, or was changed after merging; nothing has changed.
+        """
+        if not self._unmerge_all():
+            warnings.warn("nothing is merged, so there is nothing to unmerge", stacklevel=2)
+
+    def _unmerge_all(self) -> bool:
+        """Unmerge whatever is merged, if all of it can be; whether there was anything."""
+        merged = [layer for _, layer in self.layers() if layer.merged]
+        for layer in merged:
+            layer.check_unmerge()
+        for layer in merged:
+            layer.unmerge()
+        return bool(merged)
+
+    def merge_and_unload(
+        self,
+        safe_merge: bool = False,
+        progressbar: bool = False,
+        adapter_names: str | Iterable[str] | None = None,
+    ) -> nn.Module:
+        """Merge adapters for good and remove every trace of this library; `model.c3a` is gone afterwards.
+
+        Modules of `modules_to_save` stay in the model as the active adapter trained them.
+
+        Args:
+            safe_merge: as in `merge_adapter`.
+            progressbar: count the layers on standard error.
+            adapter_names: as in `merge_adapter`.
+
+        Returns:
+            The model, the same object.
+
+        Raises:
+            AdapterNotFoundError, AdapterStateError: as `merge_adapter`.
+        """
+        names = self._active if adapter_names is None else self._known(adapter_names)
+        self._merge(names, safe_merge, None, progressbar)
+        self._remove(with_copies=True)
+        return self.model
+
+    def unload(self) -> nn.Module:
+        """Remove the adapters and give back the base model; `model.c3a` is gone afterwards.
+
+        Merged adapters are unmerged. Trained biases stay as they are; parameters stay frozen, as PEFT leaves them.
+
+        Returns:
+            The model, the same object.
+
+        Raises:
+            AdapterStateError: a merged layer cannot be unmerged.
+        """
+        self._unmerge_all()
+        self._remove(with_copies=False)
+        return self.model
+
+    def _remove(self, *, with_copies: bool) -> None:
+        tied_before = _embeddings_are_tied(self.model)
+        # Every name under which a layer is known, not only the first.
+        for name, module in list(self.model.named_modules(remove_duplicate=False)):
+            if isinstance(module, C3ALinear):
+                self._replace(name, module.base_layer)
+            elif isinstance(module, ModulesToSave):
+                self._replace(name, module.active_module() if with_copies else module.original_module)
+        self._configs.clear()
+        self._chosen_by.clear()
+        self._active.clear()
+        if self.model.__dict__.get("c3a") is self:
+            del self.model.c3a
+        config = getattr(self.model, "config", None)
+        if (
+            with_copies
+            and getattr(config, "tie_word_embeddings", False)
+            and not (tied_before and _embeddings_are_tied(self.model))
+        ):
+            config.tie_word_embeddings = False  # type: ignore[union-attr]
+            warnings.warn(
+                "the embeddings are no longer tied: tie_word_embeddings=False is set in the model's config",
+                stacklevel=3,
+            )
+
+    # -- saving -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self, adapter_name: str = "default") -> dict[str, Tensor]:
+        """An adapter's tensors under the names of its file, without PEFT's prefix "base_model.model.".
+
+        `<module>.c3a_kernel` for every layer, `<module>.<parameter>` for modules trained whole, and trained biases.
+
+        Raises:
+            AdapterNotFoundError: an unknown name.
+        """
+        self._known(adapter_name)
+        tensors = {
+            name + KERNEL_SUFFIX: stored_tensor(layer.c3a_kernel, adapter_name).detach()
+            for name, layer in self.layers()
+            if adapter_name in layer.c3a_kernel
+        }
+        for name, module in self._saved_modules():
+            if adapter_name in module.modules_to_save:
+                values = module.modules_to_save[adapter_name].state_dict()
+                tensors |= {f"{name}.{key}": value for key, value in values.items()}
+        biases = self._biases(adapter_name, self._configs[adapter_name].bias)
+        return tensors | {name: parameter.detach() for name, parameter in biases.items()}
+
+    def save_pretrained(self, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
+        """Save an adapter to a folder, as PEFT does and reads it.
+
+        Raises:
+            AdapterNotFoundError: an unknown name.
+            CheckpointError: it cannot be written.
+        """
+        tensors = self.state_dict(adapter_name)
+        block_sizes = {
+            name: layer.block_size[adapter_name] for name, layer in self.layers() if adapter_name in layer.block_size
+        }
+        write_adapter(
+            directory,
+            self._configs[adapter_name],
+            tensors,
+            block_sizes=block_sizes,
+            module_names=base_module_names(self.model),
+        )
+
+    # -- what it looks like -------------------------------------------------------------------------------------------
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable parameters, all parameters), counted as PEFT counts them."""
+        trainable = total = 0
+        for parameter in self.model.parameters():
+            count = _count(parameter)
+            total += count
+            trainable += count if parameter.requires_grad else 0
+        return trainable, total
+
+    def print_trainable_parameters(self) -> None:
+        """Print the counts of `get_nb_trainable_parameters` in PEFT's form."""
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total if total else 0.0
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    def summary(self) -> str:
+        """A table as text: for each layer and adapter the widths, b and what decided on it, parameters and backend.
+
+        "chosen by" is the key of `block_size_pattern` that matched, `block_size` or `auto` where none did, or `file`
+        where an adapter file has another size than its configuration says.
+        """
+        rows = [("layer", "adapter", "in", "out", "b", "chosen by", "parameters", "backend", "state")]
+        total = 0
+        for name, layer in self.layers():
+            for adapter, b in layer.block_size.items():
+                count = layer.in_features * layer.out_features // b
+                total += count
+                merged = adapter in layer.merged_adapters
+                state = "merged" if merged else "active" if adapter in self._active else ""
+                chosen_by = self._chosen_by.get(adapter, {}).get(name, "")
+                widths = (str(layer.in_features), str(layer.out_features), str(b))
+                rows.append((name, adapter, *widths, chosen_by, f"{count:,}", layer.backend, state))
+        for name, module in self._saved_modules():
+            for adapter, module_copy in module.modules_to_save.items():
+                count = sum(map(_count, module_copy.parameters()))
+                total += count
+                state = "active" if adapter in self._active else ""
+                rows.append((name, adapter, "", "", "", "modules_to_save", f"{count:,}", "", state))
+        columns = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        numbers = {2, 3, 4, 6}
+        lines = [
+            "  ".join(
+                cell.rjust(width) if index in numbers else cell.ljust(width)
+                for index, (cell, width) in enumerate(zip(row, columns, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        return "\n".join([*lines, f"{total:,} parameters"])
+
+
+def _do_nothing(module: nn.Module, args: Any) -> None:
+    return None
+
+
+def _count(parameter: nn.Parameter) -> int:
+    """A parameter's elements, those that DeepSpeed keeps elsewhere and those packed in 4-bit bytes included."""
+    count = parameter.numel()
+    if count == 0 and hasattr(parameter, "ds_numel"):
+        count = parameter.ds_numel
+    if type(parameter).__name__ == "Params4bit":
+        count *= 2 * parameter.element_size()
+    return count
+
+
+def _embeddings_are_tied(model: nn.Module) -> bool:
+    try:
+        embeddings = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return False
+    weights = [getattr(module, "weight", None) for module in embeddings]
+    return weights[0] is not None and weights[0] is weights[1]

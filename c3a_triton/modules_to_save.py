@@ -1,0 +1,157 @@
+"""Modules that are trained and saved whole beside the adapters, one copy per adapter, under PEFT's names."""
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from c3a_triton.errors import AdapterStateError, ConfigError
+from c3a_triton.layer import BASE_ROW, C3ALinear, expand_rows
+
+__all__ = ["ModulesToSave"]
+
+_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
+
+
+class ModulesToSave(nn.Module):
+    """A module with a trainable copy per adapter: the active adapter's computes, or the original where there is none.
+
+    Attributes that this module lacks are those of whichever computes, so that a model may still read `lm_head.weight`.
+
+    Args:
+        original_module: the module to wrap; it is frozen when the first copy is installed.
+        layer_name: its full name in the model, for messages.
+
+    Raises:
+        ConfigError: a module that has no forward of its own, or is adapted itself.
+    """
+
+    original_module: nn.Module
+    modules_to_save: nn.ModuleDict
+
+    def __init__(self, original_module: nn.Module, layer_name: str = "") -> None:
+        super().__init__()
+        if isinstance(original_module, _CONTAINERS):
+            kind = type(original_module).__name__
+            raise ConfigError(f"modules_to_save: {layer_name} is a {kind}, which has no forward to train")
+        if any(isinstance(module, (C3ALinear, ModulesToSave)) for module in original_module.modules()):
+            raise ConfigError(
+                f"modules_to_save: another adapter has layers in {layer_name}, so that it cannot be copied"
+            )
+        self.original_module = original_module
+        self.modules_to_save = nn.ModuleDict()
+        self.layer_name = layer_name
+        self.training = original_module.training
+        self._active: str | None = None
+        self._disabled = False
+        self._row_adapters: tuple[str, ...] | None = None
+
+    def new_copy(self) -> nn.Module:
+        """A copy of the original, not yet installed.
+
+        Raises:
+            ConfigError: the original's parameters are offloaded, so that a copy could not be trained.
+        """
+        hook = getattr(self.original_module, "_hf_hook", None)
+        if hook is not None and any(parameter.is_meta for parameter in self.original_module.parameters()):
+            raise ConfigError(
+                f"modules_to_save: {self.layer_name} is offloaded and cannot be trained; give it a device of its own "
+                "in the device map"
+            )
+        return copy.deepcopy(self.original_module)
+
+    def install(self, adapter_name: str, module: nn.Module) -> None:
+        """Take a copy as this adapter's, frozen until it is set."""
+        self.original_module.requires_grad_(False)
+        self.modules_to_save[adapter_name] = module.requires_grad_(False)
+
+    def set_adapter(self, adapter_names: Iterable[str], inference_mode: bool = False) -> None:
+        """Let the one of these adapters that has a copy here compute, trainable unless `inference_mode`.
+
+        Raises:
+            AdapterStateError: more than one of them has a copy.
+        """
+        active = self.check_set_adapter(adapter_names)
+        for name, module in self.modules_to_save.items():
+            module.requires_grad_(name == active and not inference_mode)
+        self._active = active
+
+    def check_set_adapter(self, adapter_names: Iterable[str]) -> str | None:
+        """Which of these adapters would be set; raises as `set_adapter` and changes nothing."""
+        names = [name for name in adapter_names if name in self.modules_to_save]
+        if len(names) > 1:
+            raise AdapterStateError(
+                f"{self.layer_name}: {' and '.join(map(repr, names))} each have a copy of this module "
+                "(modules_to_save), of which only one can compute: set one of them"
+            )
+        return names[0] if names else None
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the original computes; set by `enable_adapters`."""
+        return self._disabled
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Let the active copy compute, trainable, or the original, everything frozen."""
+        self._disabled = not enabled
+        for name, module in self.modules_to_save.items():
+            module.requires_grad_(enabled and name == self._active)
+
+    def set_row_adapters(self, adapter_names: Sequence[str] | None) -> None:
+        """Let each row of the batch go through the copy of its name; None ends it."""
+        self._row_adapters = None if adapter_names is None else tuple(adapter_names)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Drop an adapter's copy, if there is one."""
+        if adapter_name in self.modules_to_save:
+            del self.modules_to_save[adapter_name]
+        if self._active == adapter_name:
+            self._active = None
+
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Give an adapter another name."""
+        modules = [(new if name == old else name, module) for name, module in self.modules_to_save.items()]
+        self.modules_to_save.clear()
+        self.modules_to_save.update(dict(modules))
+        if self._active == old:
+            self._active = new
+
+    def active_module(self) -> nn.Module:
+        """Whichever computes: the active adapter's copy, or the original."""
+        if self._disabled or self._active is None:
+            return self.original_module
+        return self.modules_to_save[self._active]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the active copy, or the original, makes of it."""
+        if self._row_adapters is None or self._disabled:
+            return self.active_module()(*args, **kwargs)
+        return self._forward_rows(self._row_adapters, *args, **kwargs)
+
+    def _forward_rows(self, adapter_names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        names = expand_rows(adapter_names, x.shape[0])
+        y: Tensor | None = None
+        for name in dict.fromkeys(names):
+            has_copy = name != BASE_ROW and name in self.modules_to_save
+            module = self.modules_to_save[name] if has_copy else self.original_module
+            rows = torch.tensor([row for row, other in enumerate(names) if other == name], device=x.device)
+            part = module(x.index_select(0, rows), *args, **kwargs)
+            if not isinstance(part, Tensor):
+                raise AdapterStateError(
+                    f"{self.layer_name}: rows can go through a module that returns a tensor, not {type(part).__name__}"
+                )
+            y = part.new_zeros(x.shape[0], *part.shape[1:]) if y is None else y
+            y = y.index_copy(0, rows.to(part.device), part)
+        assert y is not None
+        return y
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Private names belong to whoever looks for them here, and before __init__ has run there is nothing to ask.
+            if name.startswith("_") or "modules_to_save" not in self.__dict__.get("_modules", {}):
+                raise
+        return getattr(self.active_module(), name)

@@ -1,0 +1,402 @@
+"""What a configuration or an adapter file means for a model: which modules, and what is wrong. Changes nothing."""
+
+import difflib
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from c3a_triton.checkpoint import AdapterFile
+from c3a_triton.config import DEFAULT_TARGET_MODULES, C3AConfig, check_block_size, suggest_block_size
+from c3a_triton.errors import CheckpointError, ConfigError
+from c3a_triton.layer import C3ALinear
+from c3a_triton.linear_like import is_transposed, linear_widths
+from c3a_triton.modules_to_save import ModulesToSave
+from c3a_triton.patterns import block_size_for, match_target, unmatched_keys
+
+__all__ = [
+    "KERNEL_SUFFIX",
+    "Target",
+    "base_module_names",
+    "base_modules",
+    "base_name",
+    "check_file_values",
+    "find_file_targets",
+    "find_modules_to_save",
+    "find_targets",
+    "model_name_or_path",
+    "near_names",
+    "tied_names",
+    "warn_tied",
+    "with_task_heads",
+]
+
+# The modules that PEFT trains whole for a task, where the model has them.
+_TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+KERNEL_SUFFIX = ".c3a_kernel"
+_SEQ_CLS_HEADS = ("score", "classifier")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A module to adapt: its name, itself (a linear-like module, or an adapted layer), b, and what decided on b."""
+
+    name: str
+    module: nn.Module
+    block_size: int
+    chosen_by: str
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of a model; adapted layers and modules that are trained whole hide what they hold."""
+    hidden: str | None = None
+    for name, module in model.named_modules():
+        if hidden is not None and name.startswith(hidden):
+            continue
+        hidden = f"{name}." if isinstance(module, (C3ALinear, ModulesToSave)) else None
+        yield name, module
+
+
+def base_module_names(model: nn.Module) -> list[str]:
+    """The names of all modules that the model has without adapters, as `named_modules` gave them then."""
+    names = []
+    for name, module in base_modules(model):
+        inner = module.original_module if isinstance(module, ModulesToSave) else module
+        inner = inner.base_layer if isinstance(inner, C3ALinear) else inner
+        names.append(name)
+        if inner is not module:
+            names += [f"{name}.{suffix}" for suffix, _ in inner.named_modules() if suffix]
+    return names
+
+
+def base_name(name: str) -> str:
+    """A tensor's name in the model without adapters."""
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
+def near_names(name: str, known: Iterable[str]) -> str:
+    """A sentence that suggests names like this one, or nothing."""
+    known = list(known)
+    last_parts = {other.rpartition(".")[2] for other in known}
+    close = difflib.get_close_matches(name, last_parts, n=3) or difflib.get_close_matches(name, known, n=3)
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def find_targets(model: nn.Module, config: C3AConfig) -> list[Target]:
+    """The modules that a configuration adapts in a model, in the model's order, each checked.
+
+    Raises:
+        ConfigError: no module is meant, one is meant that is not linear, or there is no default for the model's type.
+        ShapeError: a block size that does not divide a layer's widths.
+    """
+    modules = [(name, module) for name, module in base_modules(model) if name]
+    found = _matches(model, config, modules)
+    if not found:
+        raise ConfigError(_nothing_found(config, [name for name, _ in modules]))
+    targets = [_target(name, module, config) for name, module in found]
+    _warn_about(model, config, targets, [name for name, _ in modules])
+    return targets
+
+
+def _matches(model: nn.Module, config: C3AConfig, modules: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    for name, module in modules:
+        if any(cls.__module__.startswith("peft.tuners.") for cls in type(module).__mro__):
+            raise ConfigError(
+                f"{name} is a layer of PEFT ({type(module).__name__}): adapt the plain model, which PEFT's unload() or "
+                "merge_and_unload() returns"
+            )
+    if config.target_modules == "all-linear":
+        return _all_linear(model, config, modules)
+    if config.target_modules is None:
+        config = replace(config, target_modules=_default_targets(model))
+    found = [(name, module) for name, module in modules if match_target(config, name)]
+    for name, _ in found:
+        if _is_bypassed(model, name):
+            raise ConfigError(
+                f"{name} cannot be adapted: nn.MultiheadAttention reads its weight and never calls it. Leave it out of "
+                "target_modules"
+            )
+    return found
+
+
+def _is_bypassed(model: nn.Module, name: str) -> bool:
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
+
+
+def _model_type(model: nn.Module) -> str | None:
+    config = getattr(model, "config", None)
+    return config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
+
+
+def _default_targets(model: nn.Module) -> list[str] | str:
+    model_type = _model_type(model)
+    if model_type not in DEFAULT_TARGET_MODULES:
+        what = (
+            "has no config.model_type" if model_type is None else f"is of type {model_type!r}, for which none is known"
+        )
+        raise ConfigError(
+            f"target_modules is None, which means the default for the model's type, but {type(model).__name__} {what}: "
+            'give target_modules, for example "all-linear"'
+        )
+    return DEFAULT_TARGET_MODULES[model_type]
+
+
+def _all_linear(
+    model: nn.Module, config: C3AConfig, modules: list[tuple[str, nn.Module]]
+) -> list[tuple[str, nn.Module]]:
+    allowed = replace(config, target_modules=".*")
+    heads = _output_heads(model, config)
+    found = []
+    for name, module in modules:
+        is_linear = isinstance(module, (nn.Linear, C3ALinear)) or is_transposed(module)
+        if not is_linear or any(module is head for head in heads) or not match_target(allowed, name):
+            continue
+        if _is_bypassed(model, name):
+            warnings.warn(
+                f"{name} is left out: nn.MultiheadAttention reads its weight and never calls it", stacklevel=2
+            )
+            continue
+        found.append((name, module))
+    return found
+
+
+def _output_heads(model: Any, config: C3AConfig) -> list[nn.Module]:
+    """What "all-linear" leaves out: the output embeddings, or else the head of a sequence classifier."""
+    if not hasattr(model, "get_output_embeddings"):
+        return []
+    try:
+        head = model.get_output_embeddings()
+    except NotImplementedError:
+        head = None
+    if head is None and config.task_type == "SEQ_CLS":
+        head = next((getattr(model, name) for name in _SEQ_CLS_HEADS if hasattr(model, name)), None)
+    return [] if head is None else [head]
+
+
+def _target(name: str, module: nn.Module, config: C3AConfig) -> Target:
+    if isinstance(module, ModulesToSave):
+        raise ConfigError(f"{name} cannot be adapted: another adapter trains it as a whole (modules_to_save)")
+    widths = linear_widths(module)
+    if widths is None:
+        raise ConfigError(
+            f"{name} is a {type(module).__name__}, which cannot be adapted: only linear layers can. Make "
+            "target_modules more precise, or name it in exclude_modules"
+        )
+    size, key = block_size_for(config, name)
+    chosen_by = "block_size" if key is None else key
+    if size == "auto":
+        size, chosen_by = suggest_block_size(*widths, rank=config.rank), "auto"
+    assert isinstance(size, int)
+    check_block_size(size, *widths, name)
+    return Target(name, module, size, chosen_by)
+
+
+def _nothing_found(config: C3AConfig, names: list[str]) -> str:
+    targets = config.target_modules
+    message = f"target_modules={targets!r} matches no module"
+    unrestricted = replace(config, exclude_modules=None, modules_to_save=None, layers_to_transform=None)
+    if targets not in (None, "all-linear") and any(match_target(unrestricted, name) for name in names):
+        return message + (
+            f" that is left by exclude_modules={config.exclude_modules!r}, modules_to_save={config.modules_to_save!r} "
+            f"and layers_to_transform={config.layers_to_transform!r}"
+        )
+    hints = [near_names(target, names) for target in targets] if isinstance(targets, list) else []
+    return message + "." + "".join(dict.fromkeys(hints))
+
+
+def _warn_about(model: nn.Module, config: C3AConfig, targets: list[Target], names: list[str]) -> None:
+    adapted = [target.name for target in targets]
+    if keys := unmatched_keys(config, adapted):
+        warnings.warn(
+            f"block_size_pattern: these keys match no adapted module: {', '.join(map(repr, keys))}", stacklevel=2
+        )
+    if isinstance(config.target_modules, list):
+        idle = [
+            entry for entry in config.target_modules if not any(f".{name}".endswith(f".{entry}") for name in adapted)
+        ]
+        if idle:
+            hints = "".join(near_names(entry, names) for entry in idle)
+            warnings.warn(f"target_modules: {', '.join(map(repr, idle))} select no module.{hints}", stacklevel=2)
+    if config.exclude_modules:
+        everything = C3AConfig(target_modules=".*", exclude_modules=config.exclude_modules)
+        if all(match_target(everything, name) for name in names):
+            warnings.warn(f"exclude_modules={config.exclude_modules!r} matches no module", stacklevel=2)
+    _warn_shared(model, adapted)
+    warn_tied(model, adapted, "the adapter changes only what this layer computes, but merging it would change both")
+
+
+def _warn_shared(model: nn.Module, adapted: list[str]) -> None:
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    wanted = set(adapted)
+    shared = [others for others in names.values() if len(others) > 1 and others[0] in wanted]
+    for others in shared:
+        warnings.warn(f"{' and '.join(others)} are one module: only its use as {others[0]} is adapted", stacklevel=2)
+
+
+def tied_names(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
+    """Module name → names of the other parameters that are the same as its weight, where there are any."""
+    holders: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            holders.setdefault(id(parameter), []).append(base_name(name))
+    wanted = {f"{name}.weight": name for name in names}
+    return {
+        wanted[name]: [other for other in dict.fromkeys(group) if other != name]
+        for group in holders.values()
+        if len(set(group)) > 1
+        for name in dict.fromkeys(group)
+        if name in wanted
+    }
+
+
+def warn_tied(model: nn.Module, names: Iterable[str], what: str) -> None:
+    """Warn about modules whose weight other modules share, as tied embeddings do."""
+    for name, others in tied_names(model, names).items():
+        warnings.warn(
+            f"{name}.weight is one tensor with {', '.join(others)} (tied): {what}. To keep them apart, load the model "
+            "with tie_word_embeddings=False",
+            stacklevel=2,
+        )
+
+
+def with_task_heads(model: nn.Module, config: C3AConfig) -> C3AConfig:
+    """The configuration with the heads that its task trains whole among `modules_to_save`, as PEFT adds them."""
+    heads = _TASK_HEADS.get(config.task_type or "", ())
+    present = {name.rpartition(".")[2] for name, _ in base_modules(model)}
+    missing = [head for head in heads if head in present and head not in (config.modules_to_save or ())]
+    return replace(config, modules_to_save=[*(config.modules_to_save or ()), *missing]) if missing else config
+
+
+def find_modules_to_save(model: nn.Module, config: C3AConfig) -> list[tuple[str, nn.Module]]:
+    """(name, module) of the modules that a configuration trains whole: those whose name ends with an entry, as in PEFT.
+
+    A module that lies in another one of them is left to that one. Entries that match nothing are warned about.
+    """
+    entries = config.modules_to_save or []
+    modules = [(name, module) for name, module in base_modules(model) if name]
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in modules:
+        if any(name.endswith(entry) for entry in entries) and not (found and name.startswith(found[-1][0] + ".")):
+            found.append((name, module))
+    if idle := [entry for entry in entries if not any(name.endswith(entry) for name, _ in modules)]:
+        hints = "".join(near_names(entry, [name for name, _ in modules]) for entry in idle)
+        warnings.warn(f"modules_to_save: {', '.join(map(repr, idle))} match no module.{hints}", stacklevel=2)
+    warn_tied(model, [name for name, _ in found], "modules_to_save gives it a copy of its own")
+    return found
+
+
+def model_name_or_path(model: Any) -> str | None:
+    """Where transformers loaded the model from, or None."""
+    return getattr(model, "name_or_path", None) or None
+
+
+# What a file means for a model
+
+
+def find_file_targets(model: nn.Module, file: AdapterFile) -> list[Target]:
+    """The modules that an adapter file adapts in a model, in the model's order, each checked against its tensor.
+
+    Raises:
+        CheckpointError: the file's layers are not those of the model, or one that its configuration targets is missing.
+    """
+    modules = {name: module for name, module in base_modules(model) if name}
+    problems = [
+        f"the model has no {name}.{near_names(name, modules)}" for name in file.block_sizes if name not in modules
+    ]
+    targets = []
+    for name, module in modules.items():
+        if name not in file.block_sizes:
+            continue
+        b = file.block_sizes[name]
+        widths = None if isinstance(module, ModulesToSave) else linear_widths(module)
+        shape = tuple(file.tensors[name + KERNEL_SUFFIX].shape)
+        if widths is None:
+            problems.append(f"{name} is a {type(module).__name__}, not a linear layer to adapt")
+        elif shape != (widths[1] / b, widths[0] / b, b):
+            problems.append(
+                f"{name}: its kernel {list(shape)} is for in_features={shape[1] * b} and out_features={shape[0] * b}, "
+                f"the layer has in_features={widths[0]} and out_features={widths[1]}"
+            )
+        else:
+            size, key = block_size_for(file.config, name)
+            chosen_by = "block_size" if key is None else key
+            targets.append(Target(name, module, b, chosen_by if size == b else "auto" if size == "auto" else "file"))
+    if file.config.target_modules not in (None, "all-linear"):
+        problems += [
+            f"its configuration targets {name}, for which it has no kernel"
+            for name, module in modules.items()
+            if name not in file.block_sizes and linear_widths(module) and match_target(file.config, name)
+        ]
+    _raise_problems(file, problems)
+    return targets
+
+
+def check_file_values(
+    model: nn.Module, file: AdapterFile, saved: list[tuple[str, nn.Module]]
+) -> list[tuple[nn.Parameter, Tensor]]:
+    """The base model's parameters that a file replaces (biases, and embeddings, which PEFT adds), with their values.
+
+    Also checks that the file has every tensor of the modules that it trains whole, and nothing that has no place.
+
+    Args:
+        model: the model.
+        file: the adapter file.
+        saved: what `find_modules_to_save` found for its configuration.
+
+    Raises:
+        CheckpointError: a tensor is missing, has another shape, or has no place in the model.
+    """
+    left = {name: value for name, value in file.tensors.items() if not name.endswith(KERNEL_SUFFIX)}
+    problems = []
+    for name, module in saved:
+        original = module.original_module if isinstance(module, ModulesToSave) else module
+        for key, tensor in original.state_dict().items():
+            value = left.pop(f"{name}.{key}", None)
+            if value is None:
+                problems.append(f"it has no {name}.{key}, which modules_to_save promises")
+            elif value.shape != tensor.shape:
+                problems.append(f"{name}.{key} has shape {list(value.shape)}, in the model {list(tensor.shape)}")
+    parameters = {base_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+    embeddings = _embedding_weights(model)
+    replaced = []
+    for name, value in left.items():
+        # PEFT writes the biases of modules_to_save twice with bias="all".
+        if ".modules_to_save." in name:
+            continue
+        parameter = parameters.get(base_name(name))
+        if parameter is None or not (name.endswith(".bias") or any(parameter is weight for weight in embeddings)):
+            problems.append(f"nothing in the model takes {name}")
+        elif parameter.shape != value.shape:
+            problems.append(f"{name} has shape {list(value.shape)}, in the model {list(parameter.shape)}")
+        elif parameter.is_meta:
+            problems.append(f"{name} cannot be replaced while the model keeps it on the meta device")
+        else:
+            replaced.append((parameter, value))
+    _raise_problems(file, problems)
+    return replaced
+
+
+def _embedding_weights(model: nn.Module) -> list[Tensor]:
+    weights = []
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module = getattr(model, get)()
+        except (AttributeError, NotImplementedError):
+            continue
+        if isinstance(weight := getattr(module, "weight", None), Tensor):
+            weights.append(weight)
+    return weights
+
+
+def _raise_problems(file: AdapterFile, problems: list[str]) -> None:
+    if problems:
+        more = f" (and {len(problems) - 5} more like these)" if len(problems) > 5 else ""
+        raise CheckpointError(f"the adapter in {file.path} does not fit this model: {'; '.join(problems[:5])}{more}")

@@ -1,0 +1,127 @@
+"""Tiles of the Triton kernels: a committed table per card generation and shape family; nothing depends on timing.
+
+The entries are starting points taken from compiled code (registers, shared memory, tensor-core instructions; see
+docs/kernels.md), not from measurements on each card.
+"""
+
+from dataclasses import dataclass
+
+__all__ = [
+    "GENERATIONS",
+    "SHARED_MEMORY",
+    "TileConfig",
+    "diagonal_tile",
+    "generation",
+    "inner_block",
+    "product_tile",
+    "weight_grad_tile",
+]
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """What one launch decides: tile extents in tokens, output features and inner features, warps, pipeline stages."""
+
+    block_t: int
+    block_o: int
+    block_i: int
+    num_warps: int
+    num_stages: int
+
+
+# Shared memory that one program may use, in bytes. sm_86 stands for the small cards of Ampere, Ada and Blackwell.
+SHARED_MEMORY = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232448}
+GENERATIONS = tuple(SHARED_MEMORY)
+
+# Rows (largest number of tokens, tile), in ascending order; the last row serves everything above. block_i is the most
+# that is taken: `inner_block` fits it to the circulant size.
+_Rows = tuple[tuple[int, TileConfig], ...]
+_ANY = 1 << 62
+
+_PRODUCT_16BIT: dict[str, _Rows] = {
+    "sm_80": (
+        (63, TileConfig(32, 128, 64, 4, 4)),
+        (1023, TileConfig(64, 128, 64, 4, 3)),
+        (_ANY, TileConfig(128, 128, 32, 8, 4)),
+    ),
+    "sm_86": (
+        (63, TileConfig(32, 128, 64, 4, 3)),
+        (1023, TileConfig(64, 128, 64, 4, 3)),
+        (_ANY, TileConfig(128, 128, 32, 8, 4)),
+    ),
+    "sm_90": (
+        (63, TileConfig(32, 128, 64, 4, 4)),
+        (1023, TileConfig(64, 128, 64, 4, 4)),
+        (_ANY, TileConfig(128, 128, 64, 8, 3)),
+    ),
+    "sm_100": (
+        (63, TileConfig(32, 128, 64, 4, 4)),
+        (1023, TileConfig(64, 128, 64, 4, 4)),
+        (_ANY, TileConfig(128, 128, 64, 8, 3)),
+    ),
+}
+# float32 as three TF32 products needs twice the registers: 128 by 128 spills on sm_80.
+_PRODUCT_32BIT: dict[str, _Rows] = {
+    "sm_80": ((_ANY, TileConfig(64, 64, 32, 4, 3)),),
+    "sm_86": ((_ANY, TileConfig(64, 64, 32, 4, 3)),),
+    "sm_90": ((1023, TileConfig(64, 64, 32, 4, 3)), (_ANY, TileConfig(128, 128, 32, 8, 3))),
+    "sm_100": ((1023, TileConfig(64, 64, 32, 4, 3)), (_ANY, TileConfig(128, 128, 32, 8, 3))),
+}
+
+# Weight gradient, blocks cut into tiles: block_o = block_i is the most that a tile takes of a block.
+_DIAGONAL_16BIT = {
+    "sm_80": TileConfig(32, 128, 128, 8, 3),
+    "sm_86": TileConfig(32, 128, 128, 8, 3),
+    "sm_90": TileConfig(64, 128, 128, 8, 3),
+    "sm_100": TileConfig(64, 128, 128, 8, 3),
+}
+_DIAGONAL_32BIT = {name: TileConfig(32, 64, 64, 4, 3) for name in GENERATIONS}
+
+# Weight gradient, several whole blocks to a tile.
+_BLOCKS_16BIT = {name: TileConfig(64, 64, 64, 4, 3) for name in GENERATIONS}
+_BLOCKS_32BIT = {name: TileConfig(32, 64, 64, 8, 3) for name in GENERATIONS}
+
+
+def generation(capability: tuple[int, int]) -> str:
+    """The row of the tables that serves a card: by compute capability (major, minor)."""
+    major, minor = capability
+    if major == 9:
+        return "sm_90"
+    if major in (10, 11):
+        return "sm_100"
+    return "sm_80" if (major, minor) in ((8, 0), (8, 7)) else "sm_86"
+
+
+def product_tile(card: str, itemsize: int, n_tokens: int) -> TileConfig:
+    """The tile of `table_product_kernel` for a card generation, bytes per value and a number of tokens."""
+    rows = (_PRODUCT_32BIT if itemsize == 4 else _PRODUCT_16BIT)[card]
+    return next(tile for limit, tile in rows if n_tokens <= limit)
+
+
+def inner_block(length: int, most: int) -> int:
+    """How many inner features one step takes: a power of two from 16 to `most` that wastes little of a block.
+
+    The largest that divides `length`, from 32 up; otherwise the largest whose padding stays within a quarter more than
+    steps of 16 would need.
+    """
+    sizes = [size for size in (128, 64, 32, 16) if size <= most]
+    for size in sizes[:-1]:
+        if length % size == 0:
+            return size
+    return next(size for size in sizes if -(-length // size) * size <= 1.25 * (-(-length // 16) * 16))
+
+
+def diagonal_tile(card: str, itemsize: int, block_size: int) -> TileConfig:
+    """The tile of `diagonal_sums_kernel`, its side fitted to the circulant size (more than 64)."""
+    tile = (_DIAGONAL_32BIT if itemsize == 4 else _DIAGONAL_16BIT)[card]
+    side = next((size for size in (128, 64, 32) if size <= tile.block_o and block_size % size == 0), 0)
+    if not side:
+        # The last tile of a block is padded, so that smaller tiles may waste less, but they also reuse less.
+        side = 64 if -(-block_size // 64) * 64 <= 1.2 * (-(-block_size // 32) * 32) else 32
+    num_warps = tile.num_warps if side == 128 else 4
+    return TileConfig(tile.block_t, side, side, num_warps, tile.num_stages)
+
+
+def weight_grad_tile(card: str, itemsize: int) -> TileConfig:
+    """The tile of `block_sums_kernel`."""
+    return (_BLOCKS_32BIT if itemsize == 4 else _BLOCKS_16BIT)[card]

@@ -1,0 +1,77 @@
+"""Helpers shared by the kernels: products and roundings that also hold in Triton's interpreter, epilogues, sums.
+
+Names used in all kernels: w is [out_blocks m, in_blocks n, b]; a dense row or column index is split as (block, position
+inside the block). A circulant block is named by a row block and a column block of the matrix being multiplied, which is
+ΔW in the forward and ΔWᵀ in the backward.
+"""
+
+import triton
+import triton.language as tl
+
+# The interpreter multiplies the bit patterns of bfloat16 and truncates where the hardware rounds.
+INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def mma(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b in float32; PRECISION says how float32 operands are multiplied ("tf32x3" or "tf32")."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """x (float32) in `dtype`, rounded to nearest, ties to even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        return (bits & 0xFFFF0000).to(tl.float32, bitcast=True).to(tl.bfloat16)
+    return x.to(dtype)
+
+
+@triton.jit
+def store_product(
+    acc,  # [rows, columns] float32
+    scale,
+    bias_ptr,  # [out_features], read where HAS_BIAS
+    offs_o,  # output feature of each element, broadcastable to acc
+    out_ptrs,  # where each element goes
+    mask,
+    HAS_BIAS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):
+    """The epilogue of every product: acc · scale (+ bias) (+ what `out_ptrs` holds), rounded once."""
+    result = acc * scale
+    if HAS_BIAS:
+        result += tl.load(bias_ptr + offs_o, mask=mask, other=0.0).to(tl.float32)
+    if ACCUMULATE:
+        result += tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptrs, rounded(result, out_ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def sum_partials_kernel(
+    partials_ptr,  # [n_splits, n_rows, n_columns] float32
+    bias_ptr,  # [n_columns]
+    out_ptr,  # [n_rows, n_columns], rows stride_out_row apart
+    scale,
+    n_splits,
+    n_rows,
+    n_columns,
+    stride_out_row,
+    HAS_BIAS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out[r, c] = scale · Σ_s partials[s, r, c] (+ bias[c]) (+ out[r, c]), s ascending; BLOCK columns per program."""
+    row = tl.program_id(1).to(tl.int64)
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < n_columns
+    partials_ptr += row * n_columns + offs
+    acc = tl.zeros([BLOCK], dtype=tl.float32)
+    for _ in range(n_splits):
+        acc += tl.load(partials_ptr, mask=mask, other=0.0)
+        partials_ptr += n_rows * n_columns
+    out_ptrs = out_ptr + row * stride_out_row + offs
+    store_product(acc, scale, bias_ptr, offs, out_ptrs, mask, HAS_BIAS, ACCUMULATE)

@@ -1,0 +1,139 @@
+"""Compiles every kernel for one card without a GPU, through the launchers themselves, and prints what came out as JSON.
+
+Run by test_aot.py as a program of its own, without TRITON_INTERPRET: `python aot_worker.py sm_90 [case]`. A stand-in
+for Triton's driver names the card; each launch is turned into a compilation, so that tiles, constants and the alignment of
+every argument are those of a real call. The tensors are never read.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from c3a_triton import launch
+
+CARD = sys.argv[1]
+CAPABILITY = int(CARD.removeprefix("sm_"))
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class _Driver:
+    """The part of a driver that compiling asks for."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", CAPABILITY, 32)
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers, stack and local memory (both are spills) of the one function in `cubin`."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        report = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    usage = dict(item.split(":")[:2] for item in report.split() if ":" in item and item.split(":")[1].isdigit())
+    return {"registers": int(usage["REG"]), "stack": int(usage["STACK"]), "local": int(usage["LOCAL"])}
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def product(dtype: torch.dtype, n_tokens: int, width: int, b: int, transpose: bool = False) -> None:
+    """A square layer's product: forward into an existing output, transposed with a bias."""
+    x, w = tensor(n_tokens, width, dtype=dtype), tensor(width // b, width // b, b)
+    if transpose:
+        launch.direct_product(x, w, scale=1 / width, transpose=True, bias=tensor(width, dtype=dtype))
+    else:
+        launch.direct_product(x, w, scale=1 / width, out=tensor(n_tokens, width, dtype=dtype))
+
+
+def expand(dtype: torch.dtype, width: int, b: int) -> None:
+    """ΔW written, added to a weight, and added to a transposed weight."""
+    w = tensor(width // b, width // b, b)
+    launch.expand_weight(w, scale=1 / width, dtype=dtype)
+    launch.add_expanded_(tensor(width, width, dtype=dtype), w, scale=1 / width)
+    launch.add_expanded_(tensor(width, width, dtype=dtype).T, w, scale=1 / width)
+
+
+def weight_grad(dtype: torch.dtype, n_tokens: int, width: int, b: int) -> None:
+    x = tensor(n_tokens, width, dtype=dtype)
+    launch.weight_grad(x, x, b, scale=1 / width)
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# Every tile of the table and every branch of the kernels, on sizes of real models.
+CASES = (
+    (product, BF16, 8192, 4096, 256),
+    (product, BF16, 8192, 4096, 256, True),
+    (product, BF16, 8192, 3072, 64),
+    (product, BF16, 8192, 3072, 96),
+    (product, BF16, 8192, 4096, 16),
+    (product, BF16, 2048, 1600, 25),
+    (product, BF16, 2048, 1600, 40),
+    (product, BF16, 512, 4096, 256),
+    (product, BF16, 40, 4096, 256),
+    (product, FP16, 8192, 4096, 256),
+    (product, FP32, 8192, 4096, 256),
+    (product, FP32, 512, 4096, 64),
+    (product, BF16, 1, 4096, 256),
+    (product, FP16, 16, 3072, 64, True),
+    (product, FP32, 4, 4096, 256),
+    (expand, BF16, 4096, 256),
+    (expand, FP32, 3072, 192),
+    (weight_grad, BF16, 8192, 4096, 256),
+    (weight_grad, BF16, 8192, 3072, 192),
+    (weight_grad, BF16, 8192, 3072, 96),
+    (weight_grad, BF16, 8192, 1600, 100),
+    (weight_grad, BF16, 8192, 3072, 64),
+    (weight_grad, BF16, 8192, 1600, 25),
+    (weight_grad, FP16, 8192, 4096, 256),
+    (weight_grad, FP32, 8192, 4096, 256),
+    (weight_grad, FP32, 8192, 3072, 64),
+)
+
+
+def main() -> None:
+    driver.set_active(_Driver())
+    launch.unavailable_reason = lambda device: None
+    launch._generation = lambda device: CARD
+    case = ""
+    seen = set()
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object) -> None:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if kernel.hash in seen:
+            return
+        seen.add(kernel.hash)
+        ptx = kernel.asm["ptx"]
+        row = {
+            "case": case,
+            "kernel": self.__name__,
+            "warps": kernel.metadata.num_warps,
+            "shared": kernel.metadata.shared,
+        }
+        row |= {name: ptx.count(name) for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "cp.async.c")}
+        print(json.dumps(row | resources(kernel.asm["cubin"])), flush=True)
+
+    JITFunction.run = compile_only
+    for make, dtype, *sizes in CASES:
+        case = " ".join([make.__name__, str(dtype).removeprefix("torch."), *map(str, sizes)])
+        if len(sys.argv) < 3 or sys.argv[2] in case:
+            make(dtype, *sizes)
+
+
+if __name__ == "__main__":
+    main()

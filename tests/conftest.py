@@ -1,0 +1,65 @@
+"""What every test file shares: the device, the interpreter switch, seeds, NaN-filled allocations."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+# The folder `kernels` in the repository root must not shadow the published package of that name, which transformers
+# imports: `python -m pytest` puts the current directory on the path, `pytest` does not.
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+# Triton reads the switch when a kernel is defined, so it is set before anything imports triton.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The GPU where there is one; otherwise the CPU, with Triton's kernels in its interpreter."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what the library allocates without values with NaN, so that an element no kernel writes fails the test."""
+
+    def filling(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def allocate_nan(*args: object, **kwargs: object) -> torch.Tensor:
+            tensor = allocate(*args, **kwargs)
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if caller.startswith("c3a_triton") and tensor.is_floating_point():
+                tensor.fill_(float("nan"))
+            return tensor
+
+        return allocate_nan
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, filling(getattr(torch, name)))
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Run the test under `torch.use_deterministic_algorithms(True)`."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)

@@ -1,0 +1,65 @@
+"""Every kernel compiled ahead of time for three card generations: no spills, within shared memory, on tensor cores.
+
+Needs no GPU. The interpreter replaces the compiler in a whole process, so the compiling happens in others
+(aot_worker.py), with an empty cache of their own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from c3a_triton.tiles import SHARED_MEMORY
+
+CARDS = ("sm_80", "sm_90", "sm_100")
+MMA = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
+PRODUCTS = ("table_product_kernel", "hankel_kernel", "diagonal_sums_kernel", "block_sums_kernel")
+
+
+def compile_all(card: str, cache: Path) -> list[dict]:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(cache)
+    worker = Path(__file__).with_name("aot_worker.py")
+    run = subprocess.run([sys.executable, str(worker), card], env=env, capture_output=True, text=True, timeout=1200)
+    assert run.returncode == 0, f"{card}: {run.stderr[-4000:]}"
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
+    """What the compiler made of every kernel, by card."""
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        jobs = {card: pool.submit(compile_all, card, tmp_path_factory.mktemp(card)) for card in CARDS}
+        return {card: job.result() for card, job in jobs.items()}
+
+
+def small(row: dict) -> bool:
+    """Whether the tile is too small for the instructions of a whole warp group, so that each warp multiplies alone."""
+    return row["kernel"] == "hankel_kernel" or row["case"] in (
+        "product bfloat16 40 4096 256",
+        "weight_grad bfloat16 8192 3072 96",
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", CARDS)
+def test_resources(compiled: dict[str, list[dict]], card: str) -> None:
+    rows = compiled[card]
+    every = {"table_kernel", "sum_partials_kernel", "expand_kernel", "fold_sums_kernel", *PRODUCTS}
+    assert {row["kernel"] for row in rows} == every
+    assert not [row for row in rows if row["stack"] or row["local"]], "registers are spilled"
+    assert not [row for row in rows if row["shared"] > SHARED_MEMORY[card]], "more shared memory than the card has"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", CARDS)
+def test_main_loops(compiled: dict[str, list[dict]], card: str) -> None:
+    rows = [row for row in compiled[card] if row["kernel"] in PRODUCTS]
+    slow = [row for row in rows if not row["mma.sync" if small(row) else MMA[card]]]
+    assert not slow, "products without tensor cores"
+    # The Hankel matrix is gathered two bytes at a time: no asynchronous copy carries that, but it does carry w.
+    assert not [row for row in rows if not row["cp.async.c"]], "operands are not copied ahead of their use"

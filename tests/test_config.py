@@ -1,0 +1,306 @@
+import math
+import os
+import warnings
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from c3a_triton.config import (
+    CONFIG_NAME,
+    DEFAULT_RANK,
+    DEFAULT_TARGET_MODULES,
+    C3AConfig,
+    check_block_size,
+    suggest_block_size,
+    valid_block_sizes,
+)
+from c3a_triton.errors import CheckpointError, ConfigError, ShapeError
+
+peft = pytest.importorskip("peft")
+
+FULL = {
+    "block_size": "auto",
+    "rank": 8,
+    "target_modules": ["v_proj", "q_proj"],
+    "exclude_modules": ["model.layers.0"],
+    "block_size_pattern": {"z.*": 64, "a.*": 128},
+    "init_weights": True,
+    "bias": "c3a_only",
+    "modules_to_save": ["lm_head"],
+    "layers_to_transform": [3, 1],
+    "layers_pattern": "layers",
+    "inference_mode": True,
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": "a/model",
+    "revision": "main",
+    "auto_mapping": {"base_model_class": "M", "parent_library": "lib"},
+    "peft_version": "0.17.0",
+}
+
+
+def test_defaults_are_pefts():
+    ours, theirs = C3AConfig().to_dict(), peft.C3AConfig().to_dict()
+    del theirs["peft_version"]
+    assert ours == theirs
+
+
+def test_default_targets_are_pefts():
+    from peft.utils import TRANSFORMERS_MODELS_TO_C3A_TARGET_MODULES_MAPPING
+
+    assert DEFAULT_TARGET_MODULES == TRANSFORMERS_MODELS_TO_C3A_TARGET_MODULES_MAPPING
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("block_size", 0, "positive integer"),
+        ("block_size", -4, "positive integer"),
+        ("block_size", True, "positive integer"),
+        ("block_size", 64.0, "positive integer"),
+        ("block_size", "64", "positive integer"),
+        ("block_size", None, "positive integer"),
+        ("rank", 8, 'set block_size="auto"'),
+        ("rank", True, "rank must be"),
+        ("target_modules", "layers.(", r"'layers\.\(' is not a valid regular expression"),
+        ("target_modules", ["q_proj", 3], "list of non-empty names"),
+        ("target_modules", [""], "list of non-empty names"),
+        ("target_modules", [], "target_modules is empty"),
+        ("target_modules", "", "target_modules is empty"),
+        ("target_modules", 7, "list of non-empty names"),
+        ("exclude_modules", "[a", r"'\[a' is not a valid"),
+        ("exclude_modules", {"a": 1}, "list of non-empty names"),
+        ("block_size_pattern", {"*": 4}, r"'\*' is not a valid"),
+        # Valid alone, but it would comment out the end of the rule it is put into.
+        ("block_size_pattern", {"(?x)q # v": 4}, "is not a valid"),
+        ("block_size_pattern", {"a": True}, r"block_size_pattern\['a'\] must be a positive integer"),
+        ("block_size_pattern", {"a": "auto"}, r"block_size_pattern\['a'\] must be a positive integer"),
+        ("block_size_pattern", {"a": 0}, r"block_size_pattern\['a'\] must be a positive integer"),
+        ("block_size_pattern", {"": 4}, "non-empty regular expression"),
+        ("block_size_pattern", [("a", 4)], "must be a dict"),
+        ("init_weights", "zeros", "init_weights must be"),
+        ("init_weights", None, "init_weights must be"),
+        ("init_weights", 1, "init_weights must be"),
+        ("bias", "lora_only", "bias must be one of"),
+        ("modules_to_save", ["head("], r"'head\(' is not a valid"),
+        ("modules_to_save", 3, "list of non-empty names"),
+        ("layers_to_transform", "0", "layer index"),
+        ("layers_to_transform", [0, True], "layer index"),
+        ("layers_pattern", ["h["], r"'h\[' is not a valid"),
+        ("inference_mode", "yes", "inference_mode"),
+        ("task_type", 3, "task_type"),
+        ("auto_mapping", "x", "auto_mapping"),
+    ],
+)
+def test_bad_values_are_refused_by_name(field, value, message):
+    with pytest.raises(ConfigError, match=message):
+        C3AConfig(**{field: value})
+
+
+@pytest.mark.parametrize("field", ["layers_to_transform", "layers_pattern"])
+def test_layers_need_a_list_of_targets_as_in_peft(field):
+    value = {"layers_to_transform": 0, "layers_pattern": "layers"}[field]
+    with pytest.raises(ConfigError, match=f"{field} works only with a list"):
+        C3AConfig(target_modules="all-linear", **{field: value})
+    with pytest.raises(ValueError, match=field):
+        peft.C3AConfig(target_modules="all-linear", **{field: value})
+
+
+def test_lists_are_normalised():
+    config = C3AConfig(
+        target_modules={"v", "q"},
+        exclude_modules=("b", "a", "b"),
+        modules_to_save="lm_head",
+        layers_to_transform=range(2),
+        block_size_pattern=None,
+    )
+    assert config.target_modules == ["q", "v"]
+    assert config.exclude_modules == ["b", "a"]
+    assert config.modules_to_save == ["lm_head"]
+    assert config.layers_to_transform == [0, 1]
+    assert config.block_size_pattern == {}
+    assert C3AConfig(target_modules="ALL-LINEAR").target_modules == "all-linear"
+
+
+def test_dict_round_trip_keeps_every_field_and_the_order_of_patterns():
+    config = C3AConfig(**FULL)
+    values = config.to_dict()
+    assert values == {"peft_type": "C3A", **FULL}
+    assert C3AConfig.from_dict(values) == config
+    values["target_modules"].append("x")
+    values["block_size_pattern"]["b"] = 1
+    assert config == C3AConfig(**FULL)
+
+
+def test_file_round_trip(tmp_path):
+    config = C3AConfig(**FULL)
+    config.save_pretrained(tmp_path / "new" / "folder")
+    back = C3AConfig.from_pretrained(tmp_path / "new" / "folder")
+    assert back == config
+    assert list(back.block_size_pattern) == ["z.*", "a.*"]
+    assert os.listdir(tmp_path / "new" / "folder") == [CONFIG_NAME]
+
+
+def test_peft_reads_our_file_without_a_warning(tmp_path):
+    config = C3AConfig(block_size=64, target_modules=["q", "v"], block_size_pattern={"q": 32}, init_weights=False)
+    config.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        theirs = peft.C3AConfig.from_pretrained(tmp_path)
+    assert theirs.target_modules == {"q", "v"}
+    assert (theirs.block_size, theirs.block_size_pattern, theirs.init_weights) == (64, {"q": 32}, False)
+
+
+def test_peft_reads_our_extras_with_a_warning_that_names_them(tmp_path):
+    C3AConfig(target_modules=["q"], exclude_modules=["v"], block_size="auto", rank=4).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"\['exclude_modules', 'rank'\]"):
+        assert peft.C3AConfig.from_pretrained(tmp_path).target_modules == {"q"}
+
+
+def test_we_read_pefts_file(tmp_path):
+    theirs = peft.C3AConfig(
+        block_size=64,
+        target_modules=["v", "q"],
+        block_size_pattern={"z": 8, "a": 16},
+        task_type=peft.TaskType.CAUSAL_LM,
+    )
+    theirs.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = C3AConfig.from_pretrained(tmp_path)
+    assert set(ours.target_modules) == {"q", "v"}
+    assert ours.task_type == "CAUSAL_LM"
+    assert ours.peft_version == peft.__version__
+    from_object = C3AConfig.from_any(theirs)
+    assert from_object.target_modules == ["q", "v"]
+    assert from_object.task_type == "CAUSAL_LM"
+    assert type(from_object.task_type) is str
+    assert list(from_object.block_size_pattern) == ["z", "a"]
+
+
+def test_unknown_fields_are_named_in_a_warning():
+    with pytest.warns(UserWarning, match="ignores them: alpha, beta"):
+        config = C3AConfig.from_dict({"peft_type": "C3A", "block_size": 8, "beta": 1, "alpha": 2})
+    assert config.block_size == 8
+
+
+def test_other_methods_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="'LORA'"):
+        C3AConfig.from_any(peft.LoraConfig())
+    peft.LoraConfig(target_modules=["q"]).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=rf"{CONFIG_NAME}.*'LORA'"):
+        C3AConfig.from_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"C3AConfig, a peft\.C3AConfig or a dict, got int"):
+        C3AConfig.from_any(3)
+
+
+def test_from_any_copies_and_checks_again():
+    config = C3AConfig(target_modules=["q"])
+    copy = C3AConfig.from_any(config)
+    assert copy == config
+    assert copy is not config
+    assert copy.target_modules is not config.target_modules
+    config.block_size = 0
+    with pytest.raises(ConfigError):
+        C3AConfig.from_any(config)
+    assert C3AConfig.from_any({"block_size": 8}).block_size == 8
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        (b"", CheckpointError, "not valid JSON"),
+        (b'{"peft_type": "C3A"', CheckpointError, "not valid JSON"),
+        (b"\xff\xfe\x00", CheckpointError, "not valid JSON"),
+        (b"[" * 100_000, CheckpointError, "not valid JSON"),
+        (b"[1]", CheckpointError, "must hold a JSON object"),
+        (b" " * (2**24 + 1), CheckpointError, "larger than"),
+        (b"{}", ConfigError, "no peft_type"),
+        (b'{"peft_type": "C3A", "block_size": -1}', ConfigError, f"{CONFIG_NAME}: block_size must be"),
+    ],
+    ids=["empty", "truncated", "binary", "deep", "list", "large", "no type", "bad value"],
+)
+def test_bad_files_are_refused(tmp_path, content, error, message):
+    (tmp_path / CONFIG_NAME).write_bytes(content)
+    with pytest.raises(error, match=message):
+        C3AConfig.from_pretrained(tmp_path)
+
+
+def test_missing_folder_file_for_folder_and_missing_file(tmp_path):
+    with pytest.raises(CheckpointError, match="no folder"):
+        C3AConfig.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=f"has no {CONFIG_NAME}"):
+        C3AConfig.from_pretrained(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="is a file"):
+        C3AConfig.from_pretrained(tmp_path / "file")
+    with pytest.raises(CheckpointError, match="cannot write"):
+        C3AConfig().save_pretrained(tmp_path / "file")
+
+
+def test_a_failed_save_leaves_the_former_file(tmp_path, monkeypatch):
+    C3AConfig(block_size=8).save_pretrained(tmp_path)
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(CheckpointError, match="disk full"):
+        C3AConfig(block_size=16).save_pretrained(tmp_path)
+    assert C3AConfig.from_pretrained(tmp_path).block_size == 8
+    assert os.listdir(tmp_path) == [CONFIG_NAME]
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.integers(1, 5000), st.integers(1, 5000))
+def test_valid_block_sizes_are_the_common_divisors(in_features, out_features):
+    expected = [b for b in range(1, min(in_features, out_features) + 1) if in_features % b == out_features % b == 0]
+    assert valid_block_sizes(in_features, out_features) == expected
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 300), st.one_of(st.none(), st.integers(1, 10**6)))
+def test_suggested_size_is_the_nearest_allowed_one(in_features, out_features, rank, max_params):
+    area = in_features * out_features
+    allowed = [b for b in valid_block_sizes(in_features, out_features) if max_params is None or area // b <= max_params]
+    if not allowed:
+        least = area // math.gcd(in_features, out_features)
+        with pytest.raises(ConfigError, match=f"at least {least} parameters"):
+            suggest_block_size(in_features, out_features, rank=rank, max_params=max_params)
+        return
+    chosen = suggest_block_size(in_features, out_features, rank=rank, max_params=max_params)
+    distances = {b: abs(math.log(b * rank / math.sqrt(area))) for b in allowed}
+    assert chosen in allowed
+    assert distances[chosen] <= min(distances.values()) + 1e-9
+
+
+def test_suggested_sizes():
+    assert suggest_block_size(4096, 4096, rank=32) == 128
+    assert suggest_block_size(768, 3072, rank=6) == 256
+    assert suggest_block_size(768, 768, rank=1) == 768
+    # √(16·8)/4 = √8 lies midway between 2 and 4 on a logarithmic scale: the larger one, with fewer parameters.
+    assert suggest_block_size(16, 8, rank=4) == 4
+    assert suggest_block_size(4096, 4096, rank=100_000) == 1
+    assert suggest_block_size(4096, 4096) == suggest_block_size(4096, 4096, rank=DEFAULT_RANK) == 256
+    assert suggest_block_size(4096, 4096, max_params=8192) == 2048
+    assert suggest_block_size(4096, 4096, max_params=8191) == 4096
+    assert suggest_block_size(4096, 4096, rank=1, max_params=8192) == 4096
+    assert suggest_block_size(4096, 4096, rank=64, max_params=8192) == 2048
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"rank": 0}, {"rank": True}, {"rank": 2.0}, {"max_params": 0}, {"max_params": -1}]
+)
+def test_suggestion_refuses_what_is_no_number_of_something(arguments):
+    with pytest.raises(ConfigError, match=next(iter(arguments))):
+        suggest_block_size(64, 64, **arguments)
+    with pytest.raises(ShapeError, match="in_features=0"):
+        suggest_block_size(0, 64)
+
+
+def test_check_block_size_names_layer_widths_and_sizes_nearby():
+    check_block_size(64, 768, 3072, "model.fc")
+    with pytest.raises(
+        ShapeError, match=r"model\.fc: .*100 .*in_features=768.*out_features=3072.*64, 96, 128, 192.*768"
+    ):
+        check_block_size(100, 768, 3072, "model.fc")
+    with pytest.raises(ShapeError, match=r"does not divide out_features=96 \("):
+        check_block_size(64, 128, 96, "fc")
+    with pytest.raises(ConfigError, match="fc: block_size must be a positive"):
+        check_block_size(0, 128, 96, "fc")

@@ -1,0 +1,287 @@
+"""Every launcher against the dense definition: natively on a GPU, in Triton's interpreter elsewhere."""
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+from c3a_triton import launch, tiles
+from c3a_triton.errors import BackendError, ShapeError
+
+pytestmark = pytest.mark.usefixtures("nan_filled")
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# (m, n, b): m ≠ n wherever a mix-up could hide; powers of two and not, odd, prime, 1, b = in_features.
+SHAPES = (
+    (33, 20, 1),
+    (5, 3, 2),
+    (2, 5, 3),
+    (5, 3, 7),
+    (4, 3, 15),
+    (3, 5, 16),
+    (2, 3, 24),
+    (1, 3, 31),
+    (3, 2, 64),
+    (3, 2, 72),
+    (2, 1, 80),
+    (2, 3, 96),
+    (2, 1, 97),
+    (2, 1, 192),
+    (1, 2, 256),
+)
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+def cases() -> list[tuple[int, int, int, int]]:
+    """(tokens, m, n, b): every shape with few tokens and with many; fewer where the interpreter has more to do."""
+    few, many = (1, 7, 16), (17, 63, 130)
+    return [
+        (tokens[i % 3] if b < 64 else tokens[0] + i % 3, m, n, b)
+        for i, (m, n, b) in enumerate(SHAPES)
+        for tokens in (few, many)
+    ]
+
+
+def tensors(device: torch.device, dtype: torch.dtype, t: int, m: int, n: int, b: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x [t, n·b], dy [t, m·b] and w [m, n, b] of random normal values."""
+    x = torch.randn(t, n * b, device=device).to(dtype)
+    dy = torch.randn(t, m * b, device=device).to(dtype)
+    return x, dy, torch.randn(m, n, b, device=device)
+
+
+@pytest.mark.parametrize(("t", "m", "n", "b"), cases())
+def test_direct_product(device: torch.device, dtype: torch.dtype, t: int, m: int, n: int, b: int) -> None:
+    x, dy, w = tensors(device, dtype, t, m, n, b)
+    oracle.assert_close(launch.direct_product(x, w, scale=0.37), oracle.product(x, w, 0.37), dtype)
+    dx = launch.direct_product(dy, w, scale=0.37, transpose=True)
+    oracle.assert_close(dx, oracle.input_grad(dy, w, 0.37), dtype)
+
+
+@pytest.mark.parametrize(("t", "m", "n", "b"), cases())
+def test_weight_grad(device: torch.device, dtype: torch.dtype, t: int, m: int, n: int, b: int) -> None:
+    x, dy, _ = tensors(device, dtype, t, m, n, b)
+    dw = launch.weight_grad(dy, x, b, scale=0.37)
+    # The operands are exact and the sum is float32 in every dtype.
+    oracle.assert_close(dw, oracle.weight_grad(dy, x, b, 0.37), torch.float32)
+
+
+@pytest.mark.parametrize(("m", "n", "b"), SHAPES)
+def test_expand_weight(device: torch.device, dtype: torch.dtype, m: int, n: int, b: int) -> None:
+    w = torch.randn(m, n, b, device=device)
+    oracle.assert_close(launch.expand_weight(w, scale=0.37, dtype=dtype), oracle.dense(w, 0.37), dtype)
+    transposed = launch.expand_weight(w, scale=0.37, dtype=dtype, transpose=True)
+    oracle.assert_close(transposed, oracle.dense(w, 0.37).T, dtype)
+    assert transposed.is_contiguous()
+
+
+@pytest.mark.parametrize(("m", "n", "b"), [(2, 3, 96), (5, 3, 7), (33, 20, 1), (1, 2, 256)])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
+def test_add_expanded(device: torch.device, dtype: torch.dtype, layout: str, m: int, n: int, b: int) -> None:
+    w = torch.randn(m, n, b, device=device)
+    rows, cols = m * b, n * b
+    storage = torch.randn(rows + cols, rows + cols + 1, device=device).to(dtype)
+    before = storage.clone()
+    view = {
+        "contiguous": lambda s: s.view(-1)[: rows * cols].view(rows, cols),
+        "transposed": lambda s: s.view(-1)[: rows * cols].view(cols, rows).t(),
+        "sliced": lambda s: s[1 : rows + 1, 1 : cols + 1],
+    }[layout]
+    launch.add_expanded_(view(storage), w, scale=0.37)
+    # In float32 with one rounding the result is the rounded sum but for the last bit of float32.
+    exact = view(before).cpu().double() + oracle.dense(w, 0.37)
+    once = {torch.float32: 1e-7, torch.float16: 4e-4, torch.bfloat16: 2.5e-3}[dtype]
+    oracle.assert_close(view(storage), exact, dtype, bound=once)
+    # Nothing outside the view is touched.
+    view(storage).copy_(view(before))
+    assert torch.equal(storage, before)
+
+
+@pytest.mark.parametrize("t", [5, 40])
+@pytest.mark.parametrize(("m", "n", "b"), [(2, 3, 32), (5, 3, 7), (10, 30, 1), (2, 1, 97)])
+def test_product_epilogue(device: torch.device, dtype: torch.dtype, t: int, m: int, n: int, b: int) -> None:
+    x, _, w = tensors(device, dtype, t, m, n, b)
+    bias = torch.randn(m * b, device=device).to(dtype)
+    base = torch.randn(t, m * b, device=device).to(dtype)
+    product = oracle.product(x, w, 0.37)
+    oracle.assert_close(launch.direct_product(x, w, scale=0.37, bias=bias), product + bias.cpu().double(), dtype)
+    out = base.clone()
+    assert launch.direct_product(x, w, scale=0.37, out=out) is out
+    oracle.assert_close(out, product + base.cpu().double(), dtype)
+    # Both at once, into rows of a wider tensor whose other columns stay as they are.
+    wide = torch.full((t, m * b + 3), 7.0, device=device, dtype=dtype)
+    wide[:, 1:-2] = base
+    launch.direct_product(x, w, scale=0.37, out=wide[:, 1:-2], bias=bias)
+    oracle.assert_close(wide[:, 1:-2], product + base.cpu().double() + bias.cpu().double(), dtype)
+    assert (wide[:, 0] == 7).all()
+    assert (wide[:, -2:] == 7).all()
+
+
+@pytest.mark.parametrize("t", [3, 33])
+@pytest.mark.parametrize("b", [5, 24, 66])
+def test_strided_rows(device: torch.device, dtype: torch.dtype, t: int, b: int) -> None:
+    m, n = 2, 1
+    w = torch.randn(m, n, b, device=device)
+    wide = torch.randn(2 * t, n * b + 5, device=device).to(dtype)
+    columns = torch.randn(n * b, t, device=device).to(dtype).t()
+    dy = torch.randn(t, m * b + 1, device=device).to(dtype)[:, 1:]
+    for x in (wide[::2, 3:-2], columns, wide[:1, 3:-2].expand(t, -1)):
+        oracle.assert_close(launch.direct_product(x, w, scale=1.0), oracle.product(x, w, 1.0), dtype)
+        dw = launch.weight_grad(dy, x, b, scale=1.0)
+        oracle.assert_close(dw, oracle.weight_grad(dy, x, b, 1.0), torch.float32)
+    strided_w = torch.randn(n, m, b, device=device).transpose(0, 1)
+    x = wide[::2, 3:-2]
+    oracle.assert_close(launch.direct_product(x, strided_w, scale=1.0), oracle.product(x, strided_w, 1.0), dtype)
+    oracle.assert_close(launch.expand_weight(strided_w, scale=1.0, dtype=dtype), oracle.dense(strided_w, 1.0), dtype)
+
+
+def test_split_sums(device: torch.device) -> None:
+    # Long sums in one small layer are split over programs; the parts are added in a fixed order.
+    x, dy, w = tensors(device, torch.float32, 600, 1, 2, 16)
+    dw = launch.weight_grad(dy, x, 16, scale=0.37)
+    oracle.assert_close(dw, oracle.weight_grad(dy, x, 16, 0.37), torch.float32)
+    assert torch.equal(dw, launch.weight_grad(dy, x, 16, scale=0.37))
+    x, dy, w = tensors(device, torch.float32, 300, 1, 1, 66)
+    dw = launch.weight_grad(dy, x, 66, scale=0.37)
+    oracle.assert_close(dw, oracle.weight_grad(dy, x, 66, 0.37), torch.float32)
+    assert torch.equal(dw, launch.weight_grad(dy, x, 66, scale=0.37))
+    x, _, w = tensors(device, torch.float32, 2, 1, 40, 16)
+    out = launch.direct_product(x, w, scale=0.37)
+    oracle.assert_close(out, oracle.product(x, w, 0.37), torch.float32)
+    assert torch.equal(out, launch.direct_product(x, w, scale=0.37))
+
+
+@pytest.mark.parametrize("b", [1, 16, 96])
+def test_no_tokens(device: torch.device, dtype: torch.dtype, b: int) -> None:
+    x, dy, w = tensors(device, dtype, 0, 3, 2, b)
+    assert launch.direct_product(x, w, scale=1.0).shape == (0, 3 * b)
+    assert launch.direct_product(dy, w, scale=1.0, transpose=True).shape == (0, 2 * b)
+    assert launch.direct_product(dy, w, scale=1.0, transpose=True).dtype == dtype
+    dw = launch.weight_grad(dy, x, b, scale=1.0)
+    assert torch.equal(dw, torch.zeros(3, 2, b, device=device))
+
+
+@pytest.mark.parametrize("t", [4, 20])
+def test_range(device: torch.device, dtype: torch.dtype, t: int) -> None:
+    # Large activations, gradients as small as the dtype holds to its usual precision, and usual kernels.
+    x, dy, w = tensors(device, dtype, t, 2, 3, 32)
+    small = 2e-4 if dtype == torch.float16 else 1e-8
+    large = (x.float() * 1e4).to(dtype)
+    tiny = (dy.float() * small).to(dtype)
+    oracle.assert_close(launch.direct_product(large, w, scale=1 / 96), oracle.product(large, w), dtype)
+    dx = launch.direct_product(tiny, w, scale=1.0, transpose=True)
+    oracle.assert_close(dx, oracle.input_grad(tiny, w, 1.0), dtype)
+    dw = launch.weight_grad(tiny, large, 32, scale=1 / 96)
+    oracle.assert_close(dw, oracle.weight_grad(tiny, large, 32), torch.float32)
+    for size in (1e-3, 1e2):
+        out = launch.direct_product(x, w * size, scale=1 / size)
+        oracle.assert_close(out, oracle.product(x, w * size, 1 / size), dtype)
+    if dtype != torch.float16:
+        # float16 has no 1e-8 in w either; launch.py says so.
+        out = launch.direct_product(x, w * 1e-8, scale=1.0)
+        oracle.assert_close(out, oracle.product(x, w * 1e-8, 1.0), dtype)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_not_finite(device: torch.device, dtype: torch.dtype) -> None:
+    # Padding and rows read twice must not carry what is not finite to where it does not belong.
+    x, dy, w = tensors(device, dtype, 20, 2, 3, 7)
+    x[-1, 0] = torch.inf
+    out = launch.direct_product(x, w, scale=1.0)
+    assert torch.isfinite(out[:-1]).all()
+    assert not torch.isfinite(out[-1]).any(dim=0)
+    dw = launch.weight_grad(dy, x, 7, scale=1.0)
+    assert torch.isfinite(dw[:, 1:]).all()
+    assert not torch.isfinite(dw[:, 0]).any()
+
+
+@pytest.mark.parametrize("card", tiles.GENERATIONS)
+def test_tiles(card: str) -> None:
+    # A tile is whole for the matrix instructions, whatever the sizes.
+    for itemsize in (2, 4):
+        for t in (17, 64, 1024, 100_000):
+            tile = tiles.product_tile(card, itemsize, t)
+            assert tile.block_t >= 16
+            assert tile.block_o >= 16
+        for b in (1, 2, 7, 15, 16, 17, 48, 80, 96, 100, 192, 257, 768, 4096):
+            step = tiles.inner_block(b, 64)
+            assert step in (16, 32, 64)
+            assert -(-b // step) * step <= max(16, 1.25 * -(-b // 16) * 16)
+            if b > 64:
+                assert tiles.diagonal_tile(card, itemsize, b).block_o in (32, 64, 128)
+    assert tiles.inner_block(192, 64) == 64
+    assert tiles.inner_block(96, 64) == 32
+    assert tiles.inner_block(4096, 128) == 128
+
+
+def test_generations() -> None:
+    cards = {(8, 0): "sm_80", (8, 6): "sm_86", (8, 9): "sm_86", (9, 0): "sm_90", (10, 0): "sm_100", (12, 0): "sm_86"}
+    assert {capability: tiles.generation(capability) for capability in cards} == cards
+
+
+def test_refuses_what_does_not_fit(device: torch.device) -> None:
+    x, dy, w = tensors(device, torch.float32, 4, 2, 3, 8)
+    with pytest.raises(ShapeError, match=r"x has 16 features.*24"):
+        launch.direct_product(dy, w, scale=1.0)
+    with pytest.raises(ShapeError, match=r"x has 24 features.*16 transposed"):
+        launch.direct_product(x, w, scale=1.0, transpose=True)
+    with pytest.raises(ShapeError, match="float64"):
+        launch.direct_product(x.double(), w, scale=1.0)
+    with pytest.raises(ShapeError, match="float16"):
+        launch.direct_product(x, w.half(), scale=1.0)
+    with pytest.raises(ShapeError, match="float32 with b ≥ 1"):
+        launch.expand_weight(w[0], scale=1.0, dtype=torch.float32)
+    with pytest.raises(ShapeError, match="float64"):
+        launch.expand_weight(w, scale=1.0, dtype=torch.float64)
+    with pytest.raises(ShapeError, match=r"bias \(24,\)"):
+        launch.direct_product(x, w, scale=1.0, bias=x[0])
+    with pytest.raises(ShapeError, match=r"out \(4, 16\) torch.float16"):
+        launch.direct_product(x, w, scale=1.0, out=dy.half())
+    with pytest.raises(ShapeError, match="rows must be contiguous"):
+        launch.direct_product(x, w, scale=1.0, out=torch.zeros(16, 4, device=device).t())
+    with pytest.raises(ShapeError, match=r"weight \(24, 16\)"):
+        launch.add_expanded_(torch.zeros(24, 16, device=device), w, scale=1.0)
+    with pytest.raises(ShapeError, match="expanded"):
+        launch.add_expanded_(torch.zeros(1, 24, device=device).expand(16, 24), w, scale=1.0)
+    with pytest.raises(ShapeError, match="block_size 5"):
+        launch.weight_grad(dy, x, 5, scale=1.0)
+    with pytest.raises(ShapeError, match="must agree"):
+        launch.weight_grad(dy[1:], x, 8, scale=1.0)
+    with pytest.raises(ShapeError, match="must agree"):
+        launch.weight_grad(dy.half(), x, 8, scale=1.0)
+
+
+def test_refuses_other_devices(device: torch.device) -> None:
+    w = torch.empty(2, 3, 8, device="meta")
+    with pytest.raises(BackendError, match="meta"):
+        launch.direct_product(torch.empty(4, 24, device="meta"), w, scale=1.0)
+    with pytest.raises(ShapeError, match="same device"):
+        launch.direct_product(torch.zeros(4, 24, device=device), w, scale=1.0)
+
+
+def test_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "TRITON_INTERPRET=1" in str(launch.unavailable_reason(torch.device("cpu")))
+    with pytest.raises(BackendError, match="TRITON_INTERPRET=1"):
+        launch.weight_grad(torch.zeros(1, 4), torch.zeros(1, 4), 4, scale=1.0)
+
+
+def test_missing_kernels_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_installed", lambda package: package != "c3a_triton.kernels")
+    with pytest.raises(BackendError, match="pip install"):
+        launch.unavailable_reason(torch.device("cpu"))
+    monkeypatch.setattr(launch, "_installed", lambda package: package != "triton")
+    assert "triton is not installed" in str(launch.unavailable_reason(torch.device("cpu")))
+
+
+def test_tf32_only_where_torch_allows_it() -> None:
+    try:
+        assert launch._precision() == "tf32x3"
+        torch.set_float32_matmul_precision("high")
+        assert launch._precision() == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert launch._precision() == "tf32x3"

@@ -1,0 +1,239 @@
+"""Base layers: widths, the proof that one is plain, and the way to its weight."""
+
+import copy
+
+import accelerate
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, weight_norm
+from transformers.pytorch_utils import Conv1D
+
+from c3a_triton.errors import AdapterStateError
+from c3a_triton.layer import C3ALinear
+from c3a_triton.linear_like import fingerprint, is_plain, is_transposed, kernel_device, linear_widths, weight_access
+
+
+class Subclass(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Foreign(nn.Module):
+    """Linear-like, with a storage that only its own forward understands."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("qweight", torch.randint(-8, 8, (out_features, in_features), dtype=torch.int8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.qweight.to(x.dtype) / 8).T
+
+
+class Marked(Tensor):
+    """A tensor subclass, as quantization and sharding libraries put in a weight's place."""
+
+
+def _replace_forward(base: nn.Linear) -> None:
+    forward = base.forward
+    base.forward = lambda x: 3 * forward(x)  # type: ignore[method-assign]
+
+
+def _offload(base: nn.Linear) -> None:
+    add_hook_to_module(base, AlignDevicesHook(execution_device="cpu", offload=True))
+
+
+def _weight_of_another_class(base: nn.Linear) -> None:
+    base.weight = nn.Parameter(base.weight.detach().as_subclass(Marked))
+
+
+# What keeps the fused step away from an nn.Linear, each changing what the layer computes or could.
+TRAPS = {
+    "forward hook": lambda base: base.register_forward_hook(lambda module, args, y: y + 1),
+    "forward pre-hook": lambda base: base.register_forward_pre_hook(lambda module, args: (args[0] + 1,)),
+    "backward hook": lambda base: base.register_full_backward_hook(lambda module, dx, dy: None),
+    "backward pre-hook": lambda base: base.register_full_backward_pre_hook(lambda module, dy: None),
+    "forward replaced": _replace_forward,
+    "parametrization": lambda base: parametrizations.weight_norm(base),
+    "weight norm": lambda base: weight_norm(base),
+    "offloaded": _offload,
+    "tensor subclass": _weight_of_another_class,
+}
+
+
+@pytest.mark.parametrize(
+    ("module", "widths"),
+    [
+        (nn.Linear(6, 4), (6, 4)),
+        (Conv1D(4, 6), (6, 4)),
+        (Foreign(6, 4), (6, 4)),
+        (Subclass(6, 4), (6, 4)),
+        (nn.LayerNorm(6), None),
+        (nn.Embedding(6, 4), None),
+        (nn.Bilinear(6, 6, 4), None),
+        (nn.LazyLinear(4), None),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_widths(module: nn.Module, widths: tuple[int, int] | None) -> None:
+    assert linear_widths(module) == widths
+    assert is_transposed(module) == isinstance(module, Conv1D)
+
+
+def test_an_ordinary_linear_is_plain() -> None:
+    assert is_plain(nn.Linear(6, 4), torch.randn(2, 6))
+    assert is_plain(nn.Linear(6, 4, bias=False).to(torch.bfloat16), torch.randn(2, 6))
+
+
+def test_a_weight_elsewhere_is_not_plain() -> None:
+    base = nn.Linear(6, 4, device="meta")
+    assert not is_plain(base, torch.randn(2, 6))
+    assert is_plain(base, torch.randn(2, 6, device="meta"))
+    base = nn.Linear(6, 4)
+    base._hf_hook = accelerate.hooks.ModelHook()
+    assert not is_plain(base, torch.randn(2, 6))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("trap", TRAPS)
+def test_a_linear_that_is_more_is_not_plain(trap: str) -> None:
+    base = nn.Linear(6, 4)
+    TRAPS[trap](base)
+    assert not is_plain(base, torch.randn(2, 6))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("trap", TRAPS)
+def test_a_layer_over_it_is_right(trap: str) -> None:
+    base = nn.Linear(6, 4)
+    TRAPS[trap](base)
+    layer = C3ALinear(base, "default", 2)
+    x = torch.randn(5, 6)
+    expected = base(x) + x @ layer.get_delta_weight("default").T
+    torch.testing.assert_close(layer(x).as_subclass(Tensor), expected.as_subclass(Tensor))
+    assert (expected - base(x)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_a_hook_on_all_modules_is_seen(kind: str) -> None:
+    base, x = nn.Linear(6, 4), torch.randn(2, 6)
+    handle = getattr(nn.modules.module, f"register_module_{kind}_hook")(lambda *args: None)
+    try:
+        assert not is_plain(base, x)
+    finally:
+        handle.remove()
+    assert is_plain(base, x)
+
+
+def test_hooks_that_come_and_go() -> None:
+    base, x = nn.Linear(6, 4), torch.randn(2, 6)
+    layer = C3ALinear(base, "default", 2)
+    before = layer(x)
+    _offload(base)
+    assert base.weight.is_meta
+    torch.testing.assert_close(layer(x), before)
+    assert not is_plain(base, x)
+    accelerate.hooks.remove_hook_from_module(base)
+    assert is_plain(base, x)
+    torch.testing.assert_close(layer(x), before)
+
+
+def test_kernels_live_where_the_base_computes() -> None:
+    base = nn.Linear(6, 4)
+    _offload(base)
+    assert base.weight.is_meta
+    assert kernel_device(base) == torch.device("cpu")
+    assert kernel_device(nn.Linear(6, 4, device="meta")) == torch.device("meta")
+    assert kernel_device(Foreign(6, 4)) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("base", "reason"),
+    [
+        (Foreign(6, 4), "not a parameter of its own"),
+        (Subclass(6, 4), "a forward of its own"),
+        (parametrizations.weight_norm(nn.Linear(6, 4)), "not a parameter of its own"),
+        (nn.Linear(6, 4, device="meta"), "meta device"),
+    ],
+    ids=["foreign", "subclass", "parametrized", "meta"],
+)
+def test_merging_is_refused_with_the_reason(base: nn.Module, reason: str) -> None:
+    layer = C3ALinear(base, "default", 2, layer_name="model.fc")
+    with pytest.raises(AdapterStateError, match=f"model.fc.*{reason}"):
+        layer.merge()
+    assert not layer.merged
+
+
+def test_integer_storage_is_never_added_to() -> None:
+    base = nn.Linear(6, 4)
+    base.weight = nn.Parameter(torch.randint(-8, 8, (4, 6), dtype=torch.int8), requires_grad=False)
+    before = base.weight.clone()
+    with pytest.raises(AdapterStateError, match="int8"):
+        C3ALinear(base, "default", 2).merge()
+    assert torch.equal(base.weight, before)
+
+
+class _FakeQuantization:
+    """What PEFT's quantization backends offer, for a `Foreign` layer."""
+
+    supports_merge = True
+
+    def get_base_weight(self, base: Foreign) -> Tensor:
+        return base.qweight.float() / 8
+
+    def set_base_weight(self, layer: C3ALinear, weight: Tensor) -> None:
+        new = copy.deepcopy(layer.base_layer)
+        new.qweight = (weight * 8).round().to(torch.int8)
+        layer.base_layer = new
+
+
+def test_a_quantized_base_is_merged_by_its_own_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantization = pytest.importorskip("peft.utils.quantization_utils")
+    monkeypatch.setattr(quantization, "resolve_quantization_backend", lambda base: _FakeQuantization())
+    layer = C3ALinear(Foreign(6, 4), "default", 2)
+    layer.c3a_kernel["default"].data.mul_(40)
+    before, x = layer.base_layer.qweight.clone(), torch.randn(3, 6)
+    applied, base = layer(x), layer.base_layer(x)
+    layer.merge()
+    assert not torch.equal(layer.base_layer.qweight, before)
+    # Requantizing costs at most half a step of 1/8 in each of six products.
+    assert (layer(x) - applied).abs().max() <= (x.abs().sum(-1) / 16).max()
+    assert (layer(x) - base).abs().max() > 0.1
+    layer.unmerge()
+    assert torch.equal(layer.base_layer.qweight, before)
+    torch.testing.assert_close(layer(x), applied)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(5, 8), (7, 3), (1, 1), (300, 1200)], ids=str)
+def test_a_fingerprint_sees_every_element(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape).to(dtype)
+    mark = fingerprint(weight)
+    assert fingerprint(weight.clone()) == mark
+    for row, column in {(0, 0), (shape[0] - 1, shape[1] - 1), (shape[0] // 2, shape[1] // 3)}:
+        changed = weight.clone()
+        changed[row, column] = torch.nextafter(changed[row, column].float(), torch.tensor(9.0)) * 1.01
+        assert fingerprint(changed) != mark
+    if min(shape) > 1:
+        assert fingerprint(weight.flip(0)) != mark
+        assert fingerprint(weight.flip(1)) != mark
+
+
+def test_a_fingerprint_of_views() -> None:
+    weight = torch.randn(8, 6)
+    assert fingerprint(weight.t()) == fingerprint(weight.clone().t())
+    flat = torch.randn(49)
+    assert fingerprint(flat[1:].view(8, 6)) == fingerprint(flat[1:].clone().view(8, 6))
+    zero = torch.zeros(4, 4)
+    assert fingerprint(zero) != fingerprint(-zero)
+
+
+def test_the_weight_of_a_transposed_layer_is_read_as_out_by_in() -> None:
+    base = Conv1D(4, 6)
+    access = weight_access(C3ALinear(base, "default", 2))
+    assert access.read().shape == (4, 6)
+    new = torch.randn(4, 6)
+    access.write(new)
+    assert torch.equal(base.weight.detach(), new.T)
