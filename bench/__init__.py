@@ -5,6 +5,7 @@ that name, which transformers imports. So the root leaves the path before anythi
 this package are still found through its own `__path__`.
 """
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -28,12 +29,13 @@ def _put_checkout_on_path() -> None:
     site = ROOT / "out" / "site"
     package = site / "c3a_triton"
     package.mkdir(parents=True, exist_ok=True)
-    sources = [entry for entry in (ROOT / "c3a_triton").iterdir() if entry.name != "__pycache__"] + [ROOT / "kernels"]
-    for link in package.iterdir():
-        if link.is_symlink():
-            link.unlink()
-    for source in sources:
-        (package / source.name).symlink_to(source)
+    sources = {entry.name: entry for entry in (ROOT / "c3a_triton").iterdir() if entry.name != "__pycache__"}
+    sources["kernels"] = ROOT / "kernels"
+    for name in {link.name for link in package.iterdir() if link.is_symlink()} - sources.keys():
+        (package / name).unlink(missing_ok=True)
+    for name, source in sources.items():
+        with contextlib.suppress(FileExistsError):
+            (package / name).symlink_to(source)
     sys.path.insert(0, str(site))
     inherited = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(site), inherited] if inherited else [str(site)])

@@ -16,6 +16,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 __all__ = ["CpuTimer", "CudaTimer", "SavedBytes", "Timer", "Timing", "alternate", "geometric_mean", "saved_bytes"]
 
+FLUSH_BYTES = 128 << 20  # at least; also long enough on a device to be timed
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -122,7 +124,7 @@ class CudaTimer:
         self.seconds = seconds
         self.max_repeats = max_repeats
         l2_bytes = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20)
-        self._flush = torch.empty(max(4 * l2_bytes, 128 << 20), dtype=torch.int8, device=device)
+        self._flush = torch.empty(max(4 * l2_bytes, FLUSH_BYTES), dtype=torch.int8, device=device)
         self._flush.zero_()
         self._flush_seconds = min(self._between(self._flush.zero_) for _ in range(5))
 

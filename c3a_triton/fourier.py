@@ -85,7 +85,7 @@ def weight_grad(dy: Tensor, x: Tensor, block_size: int, *, scale: float, dtype: 
 
 
 def backward(dy: Tensor, x: Tensor, w: Tensor, *, scale: float, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Both gradients of `product(x, w)`, dy transformed once: dx (accumulated into a given `out`) and dw in w's dtype."""
+    """Both gradients of `product(x, w)`, dy transformed once: dx (added to a given `out`) and dw in w's dtype."""
     block_size = w.shape[2]
     w_hat = _weight_spectrum(w, compute_dtype_of(dy, w), scale, transpose=True)
     compute_dtype = w_hat.dtype.to_real()

@@ -30,6 +30,7 @@ __all__ = [
     "peft_block_size_for",
     "peft_safe_pattern",
     "peft_safe_targets",
+    "target_rule",
     "unmatched_keys",
 ]
 
@@ -103,11 +104,15 @@ def match_target(config: C3AConfig, name: str) -> bool:
         ConfigError: `target_modules` is None or "all-linear", which only a model can resolve, or a pattern takes too
             long.
     """
-    return _target_rule(config)(name)
+    return target_rule(config)(name)
 
 
-def _target_rule(config: C3AConfig) -> Callable[[str], bool]:
-    """`match_target` for many names: what the lists say is put into sets once."""
+def target_rule(config: C3AConfig) -> Callable[[str], bool]:
+    """`match_target` as a function of the name alone, for many names: lists become sets once.
+
+    Raises:
+        ConfigError: as `match_target`; a pattern that takes too long, when the function is called.
+    """
     targets = config.target_modules
     if targets is None or targets == "all-linear":
         raise ConfigError(
@@ -244,19 +249,14 @@ def peft_safe_pattern(resolved: Mapping[str, int], config: C3AConfig) -> tuple[i
         default = max(counts, key=lambda size: (counts[size], size))
     full_names = {name: size for name, size in resolved.items() if size != default}
     if len(full_names) > _MOST_FULL_NAMES:
-        pattern = {
-            _exactly(name for name, own_size in full_names.items() if own_size == size): size
-            for size in set(full_names.values())
-        }
-    else:
-        pattern = {
-            name: size for name, size in full_names.items() if _is_valid_for_re(_PEFT_KEY_FORM.replace("{}", name))
-        }
-        pattern |= {
-            _exactly([name]): size
-            for name, size in resolved.items()
-            if peft_block_size_for(pattern, default, name) != size
-        }
+        names_of_size: dict[int, list[str]] = {}
+        for name, size in full_names.items():
+            names_of_size.setdefault(size, []).append(name)
+        return default, {_exactly(names): size for size, names in names_of_size.items()}
+    pattern = {name: size for name, size in full_names.items() if _is_valid_for_re(_PEFT_KEY_FORM.replace("{}", name))}
+    pattern |= {
+        _exactly([name]): size for name, size in resolved.items() if peft_block_size_for(pattern, default, name) != size
+    }
     if not is_right(default, pattern):
         raise ConfigError(f"no block_size_pattern makes PEFT use these block sizes: {dict(resolved)}")
     return default, dict(sorted(pattern.items()))
@@ -294,7 +294,7 @@ def peft_safe_targets(
         raise ConfigError(f"these adapted modules are not in the model: {', '.join(missing)}")
 
     def selects_the_same(candidate: C3AConfig) -> bool:
-        is_target = _target_rule(candidate)
+        is_target = target_rule(candidate)
         return all(is_target(name) == (name in wanted) for name in module_names)
 
     own = config.target_modules

@@ -1,8 +1,8 @@
 """Compiles every kernel for one card without a GPU, through the launchers themselves, and prints what came out as JSON.
 
 Run by test_aot.py as a program of its own, without TRITON_INTERPRET: `python aot_worker.py sm_90 [case]`. A stand-in
-for Triton's driver names the card; each launch is turned into a compilation, so that tiles, constants and the alignment of
-every argument are those of a real call. The tensors are never read.
+for Triton's driver names the card; each launch is turned into a compilation, so that tiles, constants and the
+alignment of every argument are those of a real call. The tensors are never read.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The house's order: every file imports only from those before it, and the core imports nothing but torch and triton."""
+"""The order of the house: every file imports only from those before it, the core nothing else but torch and triton."""
 
 import ast
 import importlib.util
@@ -64,7 +64,8 @@ def test_files_import_only_from_those_before(name):
 @pytest.mark.parametrize("name", sorted(CORE))
 def test_the_core_stands_on_torch_triton_and_the_standard_library(name):
     names = imports(ROOT / "c3a_triton" / f"{name}.py", "c3a_triton")
-    foreign = {module.split(".")[0] for module in names} - set(sys.stdlib_module_names) - {"torch", "triton", "c3a_triton"}
+    roots = {module.split(".")[0] for module in names}
+    foreign = roots - set(sys.stdlib_module_names) - {"torch", "triton", "c3a_triton"}
     assert not foreign
     assert ours(names) <= CORE | {"kernels"}
 
