@@ -101,11 +101,14 @@ def run_tests(out: Path, paths: Sequence[Path], *, limit: float, workers: int = 
         process = subprocess.Popen(
             command, cwd=ROOT, env=variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
-        interrupted = not _wait(process, limit)
-        if interrupted:
-            process.send_signal(signal.SIGINT)  # pytest then still writes its report
-            if not _wait(process, 20):
-                os.killpg(process.pid, signal.SIGKILL)
+        try:
+            interrupted = not _wait(process, limit)
+            if interrupted:
+                process.send_signal(signal.SIGINT)  # pytest then still writes its report
+                _wait(process, 20)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # with its workers, which are in its session
                 process.wait()
     result: dict[str, Any] = {"seconds": time.perf_counter() - start, "exit_code": process.returncode}
     if xml.exists():
@@ -272,13 +275,12 @@ def main(argv: list[str] | None = None) -> int:
         except layer.DeviceLostError as error:
             return _start_again(error.args[0], argv, deadline - time.monotonic())
 
-    text = summary(results, layers, methods)
+    text = summary(results, () if args.only == "tests" else layers, methods)
     (args.out / "summary.md").write_text(text, encoding="utf-8")
     print("\n" + text + f"\nwritten: {results.path}, {args.out / 'summary.md'}")
-    tests_fine = results.tests is None or results.tests["status"] == "passed"
-    return (
-        0 if tests_fine and not any(record["status"] in ("wrong", "error") for record in results.layers.values()) else 3
-    )
+    bad_tests = results.tests is not None and results.tests["status"] != "passed"
+    bad_layers = any(record["status"] in ("wrong", "error") for record in results.layers.values())
+    return 3 if bad_tests or bad_layers else 0
 
 
 def _start_again(record: dict[str, Any], argv: list[str] | None, seconds_left: float) -> int:

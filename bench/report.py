@@ -64,10 +64,10 @@ def _gpu(device: torch.device) -> dict[str, Any]:
         "memory_bytes": properties.total_memory,
         "cuda": torch.version.cuda,
     }
+    # CUDA_VISIBLE_DEVICES renumbers torch's devices, not nvidia-smi's.
+    identity = f"GPU-{properties.uuid}" if hasattr(properties, "uuid") else device.index or 0
     # The clocks are recorded as found; nothing here changes them.
-    query = _output(
-        "nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader", f"--id={device.index or 0}"
-    )
+    query = _output("nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader", f"--id={identity}")
     if query is not None:
         gpu |= dict(zip(GPU_FIELDS, (value.strip() for value in query.split(",")), strict=False))
     return gpu

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import uuid
 import warnings
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ __all__ = [
     "MODULES_TO_SAVE_FORM",
     "C3AConfig",
     "check_block_size",
+    "check_re_syntax",
     "compile_pattern",
     "read_config_file",
     "suggest_block_size",
@@ -86,11 +88,27 @@ def _is_positive_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+def check_re_syntax(pattern: str) -> None:
+    """Refuses, by a `ConfigError`, what `re`, with which PEFT matches, does not take in every supported Python."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # Python 3.10 still takes what later versions refuse.
+            warnings.simplefilter("error", DeprecationWarning)
+            re.compile(pattern)
+    except (re.error, RecursionError, OverflowError, DeprecationWarning) as error:
+        raise ConfigError(f"{pattern!r} is not a valid regular expression: {error}") from error
+
+
 @lru_cache(maxsize=4096)
 def compile_pattern(pattern: str, form: str = "{}") -> "regex.Pattern[str]":
-    """Compiles a user's regular expression, completed by `form`; a bad one is a `ConfigError` that names it."""
+    """Compiles a user's regular expression, completed by `form`; a bad one is a `ConfigError` that names it.
+
+    It has to be one for `re`: `regex` has more to offer, which PEFT would not read, and some of which (recursion) can
+    fill the memory before any time limit is reached.
+    """
+    check_re_syntax(pattern)
     try:
-        regex.compile(pattern)
         return regex.compile(form.replace("{}", pattern))
     except (regex.error, RecursionError, OverflowError) as error:
         raise ConfigError(f"{pattern!r} is not a valid regular expression: {error}") from error

@@ -67,6 +67,14 @@ def _generation(device: torch.device) -> str:
     return generation(torch.cuda.get_device_capability(device)) if device.type == "cuda" else "sm_80"
 
 
+@functools.cache
+def _cuda_reason(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return "the kernels are written for NVIDIA GPUs"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"the GPU has compute capability {major}.{minor}, the kernels need 8.0"
+
+
 def unavailable_reason(device: torch.device) -> str | None:
     """Why the Triton kernels cannot run on tensors of `device`; None when they can.
 
@@ -82,12 +90,7 @@ def unavailable_reason(device: torch.device) -> str | None:
     if not _installed("triton"):
         return "triton is not installed (`pip install triton`)"
     if device.type == "cuda":
-        if torch.version.hip is not None:
-            return "the kernels are written for NVIDIA GPUs"
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0):
-            return f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0"
-        return None
+        return _cuda_reason(device)
     if device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET") == "1":
             return None
@@ -151,7 +154,7 @@ def direct_product(
         if out.stride(1) != 1 and out_features > 1:
             raise ShapeError(f"out has strides {out.stride()}: its rows must be contiguous")
     result = torch.empty(n_tokens, out_features, dtype=x.dtype, device=x.device) if out is None else out
-    if result.numel() == 0:
+    if n_tokens == 0:
         return result
 
     x = _with_contiguous_rows(x)
@@ -236,7 +239,7 @@ def weight_grad(dy: Tensor, x: Tensor, block_size: int, *, scale: float) -> Tens
     if b < 1 or dy.shape[1] % b or x.shape[1] % b:
         raise ShapeError(f"block_size {b} does not divide both widths, {dy.shape[1]} (dy) and {x.shape[1]} (x)")
     m, n = dy.shape[1] // b, x.shape[1] // b
-    if x.shape[0] == 0:
+    if x.numel() == 0 or dy.numel() == 0:
         return torch.zeros(m, n, b, dtype=torch.float32, device=x.device)
     dw = torch.empty(m, n, b, dtype=torch.float32, device=x.device)
     dy, x = _with_contiguous_rows(dy), _with_contiguous_rows(x)
@@ -401,8 +404,6 @@ def _sum_partials(partials: Tensor, out: Tensor, scale: float, bias: Tensor | No
 
 def _expand(matrix: Tensor, w: Tensor, scale: float, *, transpose: bool = False, add: bool = False) -> None:
     """Write (or add) scale · ΔW or ΔWᵀ; columns of `matrix` past the last of ΔW become zero."""
-    if matrix.numel() == 0:
-        return
     m, n, b = w.shape
     # A tile is long in the direction in which the matrix is contiguous.
     block_rows, block_cols = (256, 32) if matrix.stride(0) == 1 and matrix.stride(1) != 1 else (32, 256)
@@ -520,8 +521,8 @@ def _precision() -> str:
 
 
 def _check_w(w: Tensor) -> None:
-    if w.dim() != 3 or w.dtype != torch.float32 or w.shape[2] == 0:
-        raise ShapeError(f"w {tuple(w.shape)} {w.dtype}: the kernels take [m, n, b] float32 with b ≥ 1")
+    if w.dim() != 3 or w.dtype != torch.float32 or w.numel() == 0:
+        raise ShapeError(f"w {tuple(w.shape)} {w.dtype}: the kernels take [m, n, b] float32, none of them 0")
 
 
 def _check_rows(name: str, tensor: Tensor) -> None:

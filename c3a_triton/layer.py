@@ -74,13 +74,15 @@ class _MergeState:
 
 
 class _WatchedParameters(dict[str, Any]):
-    """A ParameterDict's `_parameters` that tells the layer of every exchange.
+    """A ParameterDict's `_parameters` that tells its layer, and shallow copies of it, of every exchange.
 
     torch replaces parameters behind a module's back: `functional_call`, `load_state_dict(assign=True)`, moves from
     meta, FSDP. All of them write into this dictionary, so the layer's tuple of active parameters follows.
     """
 
-    layer: "weakref.ref[C3ALinear] | None" = None
+    def __init__(self, parameters: dict[str, Any]) -> None:
+        super().__init__(parameters)
+        self.layers: weakref.WeakSet[C3ALinear] = weakref.WeakSet()
 
     def __setitem__(self, name: str, value: Any) -> None:
         super().__setitem__(name, value)
@@ -104,8 +106,7 @@ class _WatchedParameters(dict[str, Any]):
         self._tell()
 
     def _tell(self) -> None:
-        layer = None if self.layer is None else self.layer()
-        if layer is not None:
+        for layer in self.layers:
             layer._refresh()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -163,7 +164,7 @@ class C3ALinear(nn.Module):
         self.backend = backend
         self.layer_name = layer_name
         self.merged_adapters: list[str] = []
-        self.training = base_layer.training
+        self.training = self.c3a_kernel.training = base_layer.training
         self._active_adapters = [adapter_name]
         self._disable_adapters = False
         self._row_adapters: tuple[str, ...] | None = None
@@ -175,12 +176,14 @@ class C3ALinear(nn.Module):
         self._watch()
         self.update_layer(adapter_name, block_size, init_weights, config=config)
 
-    # -- what the forward reads ---------------------------------------------------------------------------------------
+    # What the forward reads
 
     def _watch(self) -> None:
-        watched = _WatchedParameters(self.c3a_kernel._parameters)
-        watched.layer = weakref.ref(self)
-        self.c3a_kernel.__dict__["_parameters"] = watched
+        watched = self.c3a_kernel._parameters
+        if not isinstance(watched, _WatchedParameters):
+            watched = _WatchedParameters(watched)
+            self.c3a_kernel.__dict__["_parameters"] = watched
+        watched.layers.add(self)
         self._refresh()
 
     def _refresh(self) -> None:
@@ -225,7 +228,10 @@ class C3ALinear(nn.Module):
             base = self._modules["base_layer"]
             if is_plain(base, x):  # type: ignore[arg-type]
                 tensors = base._parameters  # type: ignore[union-attr]
-                y = c3a_linear(x, tensors["weight"], tensors["bias"], kernels, backend=self.backend)  # type: ignore[arg-type]
+                try:
+                    y = c3a_linear(x, tensors["weight"], tensors["bias"], kernels, backend=self.backend)  # type: ignore[arg-type]
+                except ShapeError as error:
+                    raise ShapeError(f"{self._label}: {error}") from None
                 return y if y.dtype == x.dtype else y.to(x.dtype)
         return self._general_forward(x, *args, **kwargs)
 
@@ -263,7 +269,7 @@ class C3ALinear(nn.Module):
             y = y.index_add(0, rows, delta.to(y.dtype))
         return y
 
-    # -- PEFT's attributes --------------------------------------------------------------------------------------------
+    # PEFT's attributes
 
     @property
     def _label(self) -> str:
@@ -308,7 +314,7 @@ class C3ALinear(nn.Module):
         """As `active_adapters`."""
         return self.active_adapters
 
-    # -- adapters -----------------------------------------------------------------------------------------------------
+    # Adapters
 
     def update_layer(
         self,
@@ -495,7 +501,7 @@ class C3ALinear(nn.Module):
         for name, kernel in kernels.items():
             self.c3a_kernel[name] = kernel
 
-    # -- merging ------------------------------------------------------------------------------------------------------
+    # Merging
 
     def merge(
         self, safe_merge: bool = False, adapter_names: Iterable[str] | None = None, *, keep_base: str | None = "cpu"
@@ -620,7 +626,7 @@ class C3ALinear(nn.Module):
             )
         self._read_unchanged()
 
-    # -- torch's hooks into a module ----------------------------------------------------------------------------------
+    # torch's hooks into a module
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "C3ALinear":
         state = self._merge_state

@@ -17,6 +17,7 @@ from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, Checkpoin
 from c3a_triton.layer import BASE_ROW, KEEP_BASE, C3ALinear, check_adapter_name
 from c3a_triton.linear_like import stored_tensor
 from c3a_triton.modules_to_save import ModulesToSave
+from c3a_triton.report import count_parameters, summary_table
 from c3a_triton.targets import (
     KERNEL_SUFFIX,
     Target,
@@ -62,7 +63,7 @@ class AdapterManager:
         # adapter name → layer name → what decided on the layer's block size
         self._chosen_by: dict[str, dict[str, str]] = {}
 
-    # -- what there is ------------------------------------------------------------------------------------------------
+    # What there is
 
     @property
     def adapters(self) -> dict[str, C3AConfig]:
@@ -102,7 +103,7 @@ class AdapterManager:
                 f"there is an adapter {name!r} already: choose another name, or delete that one first"
             )
 
-    # -- adding and loading -------------------------------------------------------------------------------------------
+    # Adding and loading
 
     def add_adapter(self, adapter_name: str, config: C3AConfig | Mapping[str, Any] | Any) -> None:
         """Add an adapter. The first one is active and trained; further ones wait for `set_adapter`.
@@ -223,7 +224,7 @@ class AdapterManager:
         parent, _, child = name.rpartition(".")
         setattr(self.model.get_submodule(parent), child, module)
 
-    # -- activation ---------------------------------------------------------------------------------------------------
+    # Activation
 
     def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
         """Activate an adapter, or several whose updates are summed. Active adapters are trainable, others frozen.
@@ -347,7 +348,7 @@ class AdapterManager:
         for layer in chosen:
             layer.backend = name
 
-    # -- removing and renaming ----------------------------------------------------------------------------------------
+    # Removing and renaming
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If no active one is left, the first remaining by name becomes active, with a warning.
@@ -387,7 +388,7 @@ class AdapterManager:
         self._chosen_by = {new if name == old else name: keys for name, keys in self._chosen_by.items()}
         self._active = [new if name == old else name for name in self._active]
 
-    # -- merging ------------------------------------------------------------------------------------------------------
+    # Merging
 
     def merge_adapter(
         self,
@@ -514,7 +515,7 @@ class AdapterManager:
                 stacklevel=3,
             )
 
-    # -- saving -------------------------------------------------------------------------------------------------------
+    # Saving
 
     def state_dict(self, adapter_name: str = "default") -> dict[str, Tensor]:
         """An adapter's tensors under the names of its file, without PEFT's prefix "base_model.model.".
@@ -556,16 +557,11 @@ class AdapterManager:
             module_names=base_module_names(self.model),
         )
 
-    # -- what it looks like -------------------------------------------------------------------------------------------
+    # What it looks like
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable parameters, all parameters), counted as PEFT counts them."""
-        trainable = total = 0
-        for parameter in self.model.parameters():
-            count = _count(parameter)
-            total += count
-            trainable += count if parameter.requires_grad else 0
-        return trainable, total
+        return count_parameters(self.model)
 
     def print_trainable_parameters(self) -> None:
         """Print the counts of `get_nb_trainable_parameters` in PEFT's form."""
@@ -579,47 +575,11 @@ class AdapterManager:
         "chosen by" is the key of `block_size_pattern` that matched, `block_size` or `auto` where none did, or `file`
         where an adapter file has another size than its configuration says.
         """
-        rows = [("layer", "adapter", "in", "out", "b", "chosen by", "parameters", "backend", "state")]
-        total = 0
-        for name, layer in self.layers():
-            for adapter, b in layer.block_size.items():
-                count = layer.in_features * layer.out_features // b
-                total += count
-                merged = adapter in layer.merged_adapters
-                state = "merged" if merged else "active" if adapter in self._active else ""
-                chosen_by = self._chosen_by.get(adapter, {}).get(name, "")
-                widths = (str(layer.in_features), str(layer.out_features), str(b))
-                rows.append((name, adapter, *widths, chosen_by, f"{count:,}", layer.backend, state))
-        for name, module in self._saved_modules():
-            for adapter, module_copy in module.modules_to_save.items():
-                count = sum(map(_count, module_copy.parameters()))
-                total += count
-                state = "active" if adapter in self._active else ""
-                rows.append((name, adapter, "", "", "", "modules_to_save", f"{count:,}", "", state))
-        columns = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        numbers = {2, 3, 4, 6}
-        lines = [
-            "  ".join(
-                cell.rjust(width) if index in numbers else cell.ljust(width)
-                for index, (cell, width) in enumerate(zip(row, columns, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
-        return "\n".join([*lines, f"{total:,} parameters"])
+        return summary_table(base_modules(self.model), self._active, self._chosen_by)
 
 
 def _do_nothing(module: nn.Module, args: Any) -> None:
     return None
-
-
-def _count(parameter: nn.Parameter) -> int:
-    """A parameter's elements, those that DeepSpeed keeps elsewhere and those packed in 4-bit bytes included."""
-    count = parameter.numel()
-    if count == 0 and hasattr(parameter, "ds_numel"):
-        count = parameter.ds_numel
-    if type(parameter).__name__ == "Params4bit":
-        count *= 2 * parameter.element_size()
-    return count
 
 
 def _embeddings_are_tied(model: nn.Module) -> bool:

@@ -43,7 +43,7 @@ class ModulesToSave(nn.Module):
         self.original_module = original_module
         self.modules_to_save = nn.ModuleDict()
         self.layer_name = layer_name
-        self.training = original_module.training
+        self.training = self.modules_to_save.training = original_module.training
         self._active: str | None = None
         self._disabled = False
         self._row_adapters: tuple[str, ...] | None = None

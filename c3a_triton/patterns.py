@@ -6,7 +6,6 @@ stopped: all slow matches of one pattern together get `TIME_LIMIT_S` of processo
 
 import re
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +18,7 @@ from c3a_triton.config import (
     LAYERS_PATTERN_FORM,
     MODULES_TO_SAVE_FORM,
     C3AConfig,
+    check_re_syntax,
     compile_pattern,
 )
 from c3a_triton.errors import ConfigError
@@ -34,7 +34,7 @@ __all__ = [
     "unmatched_keys",
 ]
 
-TIME_LIMIT_S = 2.0
+TIME_LIMIT_S = 1.0
 # Module names are short: a match that takes longer than this counts against the pattern's limit.
 _SLOW_MATCH_S = 0.005
 
@@ -69,7 +69,7 @@ class _Matcher:
             start = time.thread_time()
             try:
                 found = match(name, timeout=self._seconds_left)
-            except TimeoutError:
+            except (TimeoutError, MemoryError):
                 self._seconds_left = 0.0
             else:
                 seconds = time.thread_time() - start
@@ -182,14 +182,10 @@ def unmatched_keys(config: C3AConfig, names: Iterable[str]) -> list[str]:
 
 @lru_cache(maxsize=4096)
 def _is_valid_for_re(pattern: str) -> bool:
-    """Whether `re`, with which PEFT matches, takes the pattern."""
+    """Whether PEFT can use a pattern in the form into which it puts it."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # Python 3.10 still takes what later versions refuse.
-            warnings.simplefilter("error", DeprecationWarning)
-            re.compile(pattern)
-    except (re.error, RecursionError, OverflowError, DeprecationWarning):
+        check_re_syntax(pattern)
+    except ConfigError:
         return False
     return True
 
@@ -265,7 +261,7 @@ def peft_safe_pattern(resolved: Mapping[str, int], config: C3AConfig) -> tuple[i
 def _peft_reads_alike(config: C3AConfig) -> bool:
     """Whether PEFT is bound to read targets and layers as `match_target` does, `exclude_modules` apart."""
     if isinstance(config.target_modules, str):
-        return _is_valid_for_re(config.target_modules)
+        return True
     layers_pattern = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern or []
     return all(_is_valid_for_re(LAYERS_PATTERN_FORM.replace("{}", pattern)) for pattern in layers_pattern) and (
         config.layers_to_transform is None or len(config.target_modules or ()) < _PEFT_SHORTENS_FROM

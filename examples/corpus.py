@@ -11,7 +11,7 @@ from torch import Tensor
 
 __all__ = [
     "BYTES",
-    "Corpus",
+    "Text",
     "documentation",
     "files_at",
     "sample_batches",
@@ -23,18 +23,18 @@ __all__ = [
 
 BYTES = 256  # the byte-level vocabulary; special tokens come after it
 MAX_BYTES = 32 << 20
+MIN_BYTES = 512  # of either part
 
 # Not code that a person wrote as code: tests, tables of characters, and the documentation the base has read.
 SKIPPED = {"test", "tests", "site-packages", "dist-packages", "__pycache__", "pydoc_data", "encodings", "lib2to3"}
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Tokens to train on and tokens held out, int64 of one dimension; held-out bytes per token turn loss into bits."""
+class Text:
+    """Text to train on and text held out."""
 
-    train: Tensor
-    held_out: Tensor
-    bytes_per_token: float
+    train: bytes
+    held_out: bytes
 
 
 def documentation() -> bytes:
@@ -75,19 +75,24 @@ def files_at(path: Path) -> dict[str, bytes]:
     return files
 
 
-def split(files: dict[str, bytes]) -> tuple[bytes, bytes]:
-    """Text to train on and about a tenth of the files, chosen by a hash of their names, held out.
+def split(files: dict[str, bytes]) -> Text:
+    """About a tenth of the files, chosen by a hash of their names, is held out; of a single file the last tenth.
 
-    A single file is cut instead: its last tenth is held out.
+    Raises:
+        ValueError: there is too little text.
     """
     if len(files) == 1:
         (text,) = files.values()
         cut = len(text) - len(text) // 10
-        return text[:cut], text[cut:]
-    names = sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest())
-    n_held_out = max(1, len(names) // 10)
-    held_out, train = names[:n_held_out], names[n_held_out:]
-    return b"\n".join(files[name] for name in sorted(train)), b"\n".join(files[name] for name in sorted(held_out))
+        parts = text[:cut], text[cut:]
+    else:
+        names = sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest())
+        n_held_out = max(1, len(names) // 10)
+        held_out, train = sorted(names[:n_held_out]), sorted(names[n_held_out:])
+        parts = b"\n".join(files[name] for name in train), b"\n".join(files[name] for name in held_out)
+    if min(map(len, parts)) < MIN_BYTES:
+        raise ValueError(f"{len(parts[0])} bytes to train on and {len(parts[1])} held out are too few: give more text")
+    return Text(*parts)
 
 
 def tokens_of(text: bytes, tokenizer: Any | None) -> Tensor:

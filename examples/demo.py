@@ -95,18 +95,19 @@ def load_tokenizer(folder: Path) -> Any | None:
     return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def prepare(base: Path, data: Path | None, steps: int, size: Size, device: torch.device, progress: Progress) -> Job:
-    """Read the text, draw the batches, and measure the base on held-out text."""
+def prepare(base: Path, text: corpus.Text, steps: int, size: Size, device: torch.device, progress: Progress) -> Job:
+    """Draw the batches, and measure the base on held-out text."""
     tokenizer = load_tokenizer(base)
     model: Any = load_model(base, device)
+    if any(type(module).__name__ == "Conv1D" for module in model.modules()):
+        raise ValueError(f"--model {base}: PEFT's C3A, which this demo compares with, adapts nn.Linear and not Conv1D")
     if tokenizer is None and model.config.vocab_size < corpus.BYTES:
         raise ValueError(f"--model {base}: no tokenizer there, and a vocabulary too small for bytes")
-    train_text, held_out_text = corpus.split(corpus.standard_library() if data is None else corpus.files_at(data))
-    held_out = corpus.tokens_of(held_out_text, tokenizer)
-    bytes_per_token = len(held_out_text) / max(1, len(held_out))
+    train, held_out = corpus.tokens_of(text.train, tokenizer), corpus.tokens_of(text.held_out, tokenizer)
+    bytes_per_token = len(text.held_out) / len(held_out)
     windows = corpus.spread_windows(held_out, size.held_out_windows, size.length).to(device)
     return Job(
-        batches=corpus.sample_batches(corpus.tokens_of(train_text, tokenizer), steps, size.batch, size.length, seed=1),
+        batches=corpus.sample_batches(train, steps, size.batch, size.length, seed=1),
         windows=windows,
         bytes_per_token=bytes_per_token,
         before=bits_per_byte(model, windows, bytes_per_token),
@@ -136,7 +137,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--data {args.data}: no such file or folder")
     if args.steps is not None and args.steps < 2:
         parser.error(f"--steps {args.steps}: at least 2 are needed")
-    if args.block_size is not None and args.block_size != "auto" and not args.block_size.isdecimal():
+    if (
+        args.block_size is not None
+        and args.block_size != "auto"
+        and not (args.block_size.isdecimal() and int(args.block_size))
+    ):
         parser.error(f'--block-size {args.block_size}: give a positive integer or "auto"')
     try:
         torch.empty(0, device=args.device)
@@ -148,6 +153,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def run_demo(args: argparse.Namespace, console: Console) -> int:
     """Train the base and the adapters, compare, report; returns 0 if the logits agree."""
     size, device, out = SHORT if args.short else Size(), torch.device(args.device), args.out
+    text = corpus.split(corpus.standard_library() if args.data is None else corpus.files_at(args.data))
     out.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as progress:
@@ -156,7 +162,7 @@ def run_demo(args: argparse.Namespace, console: Console) -> int:
             train_base(base, size, device, progress)
         else:
             base, block_size = args.model, args.block_size or "auto"
-        job = prepare(base, args.data, args.steps or size.steps, size, device, progress)
+        job = prepare(base, text, args.steps or size.steps, size, device, progress)
         block_size = block_size if block_size == "auto" else int(block_size)
 
         folders = [out / "c3a_triton", out / "peft_c3a", out / "peft_lora"]

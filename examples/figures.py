@@ -1,7 +1,7 @@
 """The demo's table and plot."""
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -11,7 +11,7 @@ from training import Run
 __all__ = ["plot", "show_table"]
 
 
-def show_table(console: Console, runs: Iterable[Run]) -> None:
+def show_table(console: Console, runs: Sequence[Run]) -> None:
     """Every method's row, whoever wins."""
     table = Table(title="Adapting to held-out text", caption_justify="left")
     table.add_column("method", no_wrap=True)
@@ -39,27 +39,28 @@ def show_table(console: Console, runs: Iterable[Run]) -> None:
     )
 
 
-def plot(runs: Iterable[Run], path: Path) -> None:
-    """Held-out bits per byte of each method over its steps, the training loss faintly behind."""
+def plot(runs: Sequence[Run], path: Path) -> None:
+    """Each method's loss on its training batches (smoothed) and on held-out text, in bits per byte, as a PNG."""
     import matplotlib as mpl
 
-    mpl.use("Agg")
+    mpl.use("Agg")  # no display is needed
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
-    for run, colour, marker in zip(runs, ("#d55e00", "#0072b2", "#7f7f7f"), ("o", "s", "^"), strict=True):
-        window = max(1, len(run.training_curve) // 10)
-        smooth = [
-            statistics.fmean(run.training_curve[max(0, i - window) : i + 1]) for i in range(len(run.training_curve))
-        ]
-        axes.plot(range(1, len(smooth) + 1), smooth, color=colour, alpha=0.3, linewidth=1)
+    figure, (training, held_out) = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
+    for run, colour, marker in zip(runs, ("#d55e00", "#0072b2", "#6b6b6b"), ("o", "s", "^"), strict=True):
+        losses = run.training_curve
+        window = max(1, len(losses) // 5)
+        smooth = [statistics.fmean(losses[max(0, i - window + 1) : i + 1]) for i in range(len(losses))]
+        training.plot(range(1, len(smooth) + 1), smooth, color=colour, linewidth=1.6)
         steps, values = zip(*run.curve, strict=True)
-        axes.plot(steps, values, color=colour, marker=marker, linewidth=2, label=f"{run.method}: {run.after:.3f}")
-        axes.axhline(run.before, color="black", linewidth=0.8, linestyle=":")
-    axes.annotate("base model", (0, run.before), xytext=(4, 4), textcoords="offset points", fontsize=9)
-    axes.set(xlabel="step", ylabel="bits per byte", title="Held-out text (bold) and training batches (faint, smoothed)")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.25)
-    axes.legend(title="held-out bits per byte at the end", frameon=False)
+        label = f"{run.method}: {run.after:.3f}"
+        held_out.plot(steps, values, color=colour, marker=marker, linewidth=1.6, label=label)
+    held_out.axhline(runs[0].before, color="black", linewidth=0.9, linestyle=":", label=f"base: {runs[0].before:.3f}")
+    training.set(title=f"Training batches, mean of the last {window} steps", xlabel="step", ylabel="bits per byte")
+    held_out.set(title="Held-out text", xlabel="step", ylabel="bits per byte")
+    for axes in (training, held_out):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.25)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, title="held-out bits per byte at the end")
     figure.savefig(path, dpi=150)
     plt.close(figure)

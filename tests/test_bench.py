@@ -1,4 +1,4 @@
-"""The benchmarks' own code: clocks that are known, failures that must be recorded, a GPU job that must run first time."""
+"""The benchmarks' own code: known clocks, failures that must be recorded, a GPU job that must run at first contact."""
 
 import importlib.util
 import json
@@ -116,7 +116,8 @@ def test_cuda_timer_reads_events_peak_and_wall(monkeypatch: pytest.MonkeyPatch) 
     assert found.peak_bytes == 1000
     assert found.repeats == 10
     assert set(flushed) == {1024}  # four times the L2
-    assert len(flushed) == 10 * 31  # while Python takes 2 ms to queue a call, the device is kept busy for 3
+    # While Python takes 2 ms to queue a call, the device is kept busy for 3 ms by fills of 0.1 ms.
+    assert len(flushed) / 10 == pytest.approx(31, abs=1)
 
 
 @pytest.mark.gpu

@@ -63,6 +63,9 @@ def test_default_targets_are_pefts():
         ("rank", 8, 'set block_size="auto"'),
         ("rank", True, "rank must be"),
         ("target_modules", "layers.(", r"'layers\.\(' is not a valid regular expression"),
+        # The package `regex` takes these two, `re` and so PEFT does not; the second could fill the memory.
+        ("target_modules", r"\p{L}+_proj", "is not a valid"),
+        ("block_size_pattern", {"(?R)": 4}, "is not a valid"),
         ("target_modules", ["q_proj", 3], "list of non-empty names"),
         ("target_modules", [""], "list of non-empty names"),
         ("target_modules", [], "target_modules is empty"),

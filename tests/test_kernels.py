@@ -40,7 +40,7 @@ def cases() -> list[tuple[int, int, int, int]]:
     """(tokens, m, n, b): every shape with few tokens and with many; fewer where the interpreter has more to do."""
     few, many = (1, 7, 16), (17, 63, 130)
     return [
-        (tokens[i % 3] if b < 64 else tokens[0] + i % 3, m, n, b)
+        (tokens[i % 3] if b < 64 else tokens[0] + i % 2, m, n, b)
         for i, (m, n, b) in enumerate(SHAPES)
         for tokens in (few, many)
     ]
@@ -232,7 +232,7 @@ def test_refuses_what_does_not_fit(device: torch.device) -> None:
         launch.direct_product(x.double(), w, scale=1.0)
     with pytest.raises(ShapeError, match="float16"):
         launch.direct_product(x, w.half(), scale=1.0)
-    with pytest.raises(ShapeError, match="float32 with b ≥ 1"):
+    with pytest.raises(ShapeError, match="float32, none of them 0"):
         launch.expand_weight(w[0], scale=1.0, dtype=torch.float32)
     with pytest.raises(ShapeError, match="float64"):
         launch.expand_weight(w, scale=1.0, dtype=torch.float64)

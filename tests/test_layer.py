@@ -112,9 +112,11 @@ def test_autocast_computes_in_its_dtype_and_returns_that_of_x(base: str) -> None
         assert layer(x).dtype == torch.float32
 
 
-def test_a_dtype_that_the_base_refuses_is_refused() -> None:
-    with pytest.raises((RuntimeError, ShapeError)):
-        make()(torch.randn(4, 12, dtype=torch.bfloat16))
+def test_input_that_does_not_fit_names_the_layer() -> None:
+    layer = C3ALinear(nn.Linear(12, 18), "default", 3, layer_name="model.fc")
+    for x in (torch.randn(4, 12, dtype=torch.bfloat16), torch.randn(4, 18), torch.ones(4, 12, dtype=torch.int64)):
+        with pytest.raises(ShapeError, match=r"model\.fc"):
+            layer(x)
 
 
 def test_a_layer_cast_to_16_bits_still_computes() -> None:
@@ -214,6 +216,13 @@ def _saved_and_loaded(layer: C3ALinear, x: Tensor) -> tuple[Tensor, Tensor]:
     return _set_item(torch.load(buffer, weights_only=False), x)
 
 
+def _shallow_copied(layer: C3ALinear, x: Tensor) -> tuple[Tensor, Tensor]:
+    other = copy.copy(layer)
+    _, w = _set_item(layer, x)
+    assert torch.equal(other(x), layer(x))
+    return layer(x), w
+
+
 def _data_parallel_replica(layer: C3ALinear, x: Tensor) -> tuple[Tensor, Tensor]:
     # As torch.nn.parallel.replicate does it: parameters become attributes of replicas.
     replica, kernels = layer._replicate_for_data_parallel(), layer.c3a_kernel._replicate_for_data_parallel()
@@ -232,6 +241,7 @@ EXCHANGES = [
     _deep_copied,
     _pickled,
     _saved_and_loaded,
+    _shallow_copied,
     _data_parallel_replica,
 ]
 

@@ -166,13 +166,14 @@ def test_merging_is_refused_with_the_reason(base: nn.Module, reason: str) -> Non
     assert not layer.merged
 
 
-def test_integer_storage_is_never_added_to() -> None:
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn], ids=str)
+def test_quantized_storage_is_never_added_to(dtype: torch.dtype) -> None:
     base = nn.Linear(6, 4)
-    base.weight = nn.Parameter(torch.randint(-8, 8, (4, 6), dtype=torch.int8), requires_grad=False)
+    base.weight = nn.Parameter(torch.randn(4, 6).to(dtype), requires_grad=False)
     before = base.weight.clone()
-    with pytest.raises(AdapterStateError, match="int8"):
+    with pytest.raises(AdapterStateError, match=str(dtype)):
         C3ALinear(base, "default", 2).merge()
-    assert torch.equal(base.weight, before)
+    assert torch.equal(base.weight.view(torch.uint8), before.view(torch.uint8))
 
 
 class _FakeQuantization:
@@ -228,6 +229,21 @@ def test_a_fingerprint_of_views() -> None:
     assert fingerprint(flat[1:].view(8, 6)) == fingerprint(flat[1:].clone().view(8, 6))
     zero = torch.zeros(4, 4)
     assert fingerprint(zero) != fingerprint(-zero)
+
+
+def test_an_offloaded_weight_is_replaced_in_accelerates_map_and_nowhere_else() -> None:
+    for base in (nn.Linear(6, 4), Conv1D(4, 6)):
+        _offload(base)
+        weights = base._hf_hook.weights_map
+        shared, before = weights["weight"], weights["weight"].clone()
+        layer, x = C3ALinear(base, "default", 2), torch.randn(3, 6)
+        y, plain = layer(x), base(x)
+        layer.merge()
+        assert weights["weight"].shape == before.shape
+        torch.testing.assert_close(base(x), y)
+        assert torch.equal(shared, before)
+        layer.unmerge()
+        assert torch.equal(base(x), plain)
 
 
 def test_the_weight_of_a_transposed_layer_is_read_as_out_by_in() -> None:

@@ -126,6 +126,13 @@ def test_training_moves_only_the_adapter() -> None:
     assert all(torch.equal(model.state_dict()[name], value) for name, value in frozen.items())
 
 
+def test_a_model_stays_in_the_mode_it_was_in() -> None:
+    for training in (True, False):
+        model = llama_classifier().train(training)
+        apply(model, C3AConfig(block_size=4, task_type="SEQ_CLS"))
+        assert {module.training for module in model.modules()} == {training}
+
+
 def test_the_example_of_pefts_documentation() -> None:
     # Two keys match layer 0's q_proj: the first one decides, so that the order of the keys does.
     sizes = {}
@@ -610,7 +617,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_saving_and_loading(folder: Path) -> None:
-    model = load_adapter(bert_classifier(), folder)
+    bare, random = bert_classifier(), torch.get_rng_state()
+    model = load_adapter(bare, folder)
+    assert torch.equal(torch.get_rng_state(), random)
     assert torch.equal(logits(model), torch.load(folder.parent / "logits.pt"))
     assert trainable(model) == []
     assert model.c3a.adapters["default"].block_size_pattern == {"layer.0.*key": 8}

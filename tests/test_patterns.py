@@ -302,15 +302,16 @@ def test_automatic_sizes_become_a_number_and_full_names():
     assert peft_safe_pattern(resolved, C3AConfig(block_size="auto")) == (8, {"b.q": 16})
 
 
-def test_patterns_only_we_can_read_are_not_written():
-    # \p{L} is no expression to `re`, and a flag in the middle is refused by it.
-    for key in (r"\p{L}+_proj", "(?i)Q_PROJ"):
-        config = C3AConfig(
-            block_size=64, block_size_pattern={key: 32}, target_modules=rf".*\.{key}" if "p{" in key else ["x"]
-        )
-        assert peft_safe_pattern({"a.q_proj": 32, "b": 64}, config) == (64, {"a.q_proj": 32})
-        if isinstance(config.target_modules, str):
-            assert peft_safe_targets(["a.q_proj"], config, ["a", "a.q_proj"]) == (["q_proj"], None, None)
+def test_patterns_that_peft_cannot_use_where_it_puts_them_are_not_written():
+    # A flag has to stand at the start of an expression, and PEFT puts something before it.
+    config = C3AConfig(block_size=64, block_size_pattern={"(?i)Q_PROJ": 32})
+    assert block_size_for(config, "a.q_proj") == (32, "(?i)Q_PROJ")
+    with pytest.raises(ConfigError, match="PEFT cannot use"):
+        peft_block_size_for(config.block_size_pattern, 64, "a.q_proj")
+    assert peft_safe_pattern({"a.q_proj": 32, "b": 64}, config) == (64, {"a.q_proj": 32})
+    config = C3AConfig(target_modules=["q"], layers_to_transform=0, layers_pattern="(?i)H")
+    assert match_target(config, "h.0.q")
+    assert peft_safe_targets(["h.0.q"], config, ["", "h", "h.0", "h.0.q", "q"]) == (["h.0.q"], None, None)
 
 
 def test_very_many_full_names_share_keys():

@@ -1,0 +1,67 @@
+"""What a model's adapters look like: counts and a table, as text."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import nn
+
+from c3a_triton.layer import C3ALinear
+from c3a_triton.modules_to_save import ModulesToSave
+
+__all__ = ["count_parameters", "summary_table"]
+
+_HEADER = ("layer", "adapter", "in", "out", "b", "chosen by", "parameters", "backend", "state")
+_NUMBERS = {_HEADER.index(name) for name in ("in", "out", "b", "parameters")}
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable parameters, all parameters) of a model, counted as PEFT counts them."""
+    counts = [(_count(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(count for count, trainable in counts if trainable), sum(count for count, _ in counts)
+
+
+def _count(parameter: nn.Parameter) -> int:
+    """A parameter's elements, those that DeepSpeed keeps elsewhere and those packed in 4-bit bytes included."""
+    count = parameter.numel()
+    if count == 0 and hasattr(parameter, "ds_numel"):
+        count = parameter.ds_numel
+    if type(parameter).__name__ == "Params4bit":
+        count *= 2 * parameter.element_size()
+    return count
+
+
+def summary_table(
+    parts: Iterable[tuple[str, nn.Module]], active: Sequence[str], chosen_by: Mapping[str, Mapping[str, str]]
+) -> str:
+    """A table with a row for each adapter of each adapted layer and of each module that is trained whole.
+
+    Args:
+        parts: (name, module) of the model; other modules are passed over.
+        active: names of the active adapters.
+        chosen_by: adapter name → layer name → what decided on its block size.
+    """
+    rows: list[tuple[str, ...]] = [_HEADER]
+    total = 0
+    for name, module in parts:
+        if isinstance(module, C3ALinear):
+            for adapter, b in module.block_size.items():
+                count = module.in_features * module.out_features // b
+                total += count
+                widths = (str(module.in_features), str(module.out_features), str(b))
+                key = chosen_by.get(adapter, {}).get(name, "")
+                state = "merged" if adapter in module.merged_adapters else "active" if adapter in active else ""
+                rows.append((name, adapter, *widths, key, f"{count:,}", module.backend, state))
+        elif isinstance(module, ModulesToSave):
+            for adapter, module_copy in module.modules_to_save.items():
+                count = sum(map(_count, module_copy.parameters()))
+                total += count
+                state = "active" if adapter in active else ""
+                rows.append((name, adapter, "", "", "", "modules_to_save", f"{count:,}", "", state))
+    columns = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if index in _NUMBERS else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, columns, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([*lines, f"{total:,} parameters"])
