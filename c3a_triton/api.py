@@ -6,10 +6,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from c3a_triton.config import C3AConfig
-from c3a_triton.dispatch import check_backend
-from c3a_triton.errors import AdapterStateError, ConfigError
-from c3a_triton.manager import AdapterManager
+from .config import C3AConfig
+from .dispatch import check_backend
+from .errors import AdapterStateError, ConfigError
+from .manager import AdapterManager
 
 __all__ = ["apply", "load_adapter"]
 

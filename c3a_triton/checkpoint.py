@@ -20,9 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from c3a_triton.config import CONFIG_NAME, C3AConfig, read_config_file, temporary_path, write_temporary
-from c3a_triton.errors import CheckpointError
-from c3a_triton.patterns import peft_safe_pattern, peft_safe_targets
+from .config import CONFIG_NAME, C3AConfig, read_config_file, temporary_path, write_temporary
+from .errors import CheckpointError
+from .patterns import peft_safe_pattern, peft_safe_targets
 
 __all__ = ["KERNEL_SUFFIX", "WEIGHTS_NAME", "AdapterFile", "read_adapter", "write_adapter"]
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import regex
 
-from c3a_triton.errors import CheckpointError, ConfigError, ShapeError
+from .errors import CheckpointError, ConfigError, ShapeError
 
 __all__ = [
     "BLOCK_SIZE_KEY_FORM",

@@ -51,7 +51,7 @@ class _Kernels(NamedTuple):
 @functools.cache
 def _kernels() -> _Kernels:
     """The kernel modules; their import is what imports triton."""
-    from c3a_triton.kernels import direct, expand, indexing, weight_grad
+    from .kernels import direct, expand, indexing, weight_grad
 
     return _Kernels(indexing, direct, expand, weight_grad)
 

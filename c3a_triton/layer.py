@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from c3a_triton.config import C3AConfig, check_block_size, suggest_block_size
-from c3a_triton.dispatch import check_backend
-from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, ConfigError, ShapeError
-from c3a_triton.linear_like import (
+from .config import C3AConfig, check_block_size, suggest_block_size
+from .dispatch import check_backend
+from .errors import AdapterNotFoundError, AdapterStateError, ConfigError, ShapeError
+from .linear_like import (
     WeightAccess,
     fingerprint,
     is_plain,
@@ -23,7 +23,7 @@ from c3a_triton.linear_like import (
     stored_tensor,
     weight_access,
 )
-from c3a_triton.ops import add_circulant_, c3a_linear, circulant_linear, circulant_matrix
+from .ops import add_circulant_, c3a_linear, circulant_linear, circulant_matrix
 
 __all__ = ["BASE_ROW", "C3ALinear", "check_adapter_name", "expand_rows"]
 

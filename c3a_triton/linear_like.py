@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.parameter import Parameter
 
-from c3a_triton.errors import AdapterStateError
+from .errors import AdapterStateError
 
 __all__ = [
     "WeightAccess",

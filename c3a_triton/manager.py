@@ -10,16 +10,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from c3a_triton.checkpoint import read_adapter, write_adapter
-from c3a_triton.config import C3AConfig
-from c3a_triton.dispatch import check_backend
-from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, CheckpointError, ConfigError
-from c3a_triton.layer import BASE_ROW, KEEP_BASE, C3ALinear, check_adapter_name
-from c3a_triton.linear_like import stored_tensor
-from c3a_triton.modules_to_save import ModulesToSave
-from c3a_triton.report import count_parameters, summary_table
-from c3a_triton.targets import (
-    KERNEL_SUFFIX,
+from .checkpoint import KERNEL_SUFFIX, read_adapter, write_adapter
+from .config import C3AConfig
+from .dispatch import check_backend
+from .errors import AdapterNotFoundError, AdapterStateError, CheckpointError, ConfigError
+from .layer import BASE_ROW, KEEP_BASE, C3ALinear, check_adapter_name
+from .linear_like import stored_tensor
+from .modules_to_save import ModulesToSave
+from .report import count_parameters, summary_table
+from .targets import (
     Target,
     base_module_names,
     base_modules,

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from c3a_triton.errors import AdapterStateError, ConfigError
-from c3a_triton.layer import BASE_ROW, C3ALinear, expand_rows
+from .errors import AdapterStateError, ConfigError
+from .layer import BASE_ROW, C3ALinear, expand_rows
 
 __all__ = ["ModulesToSave"]
 

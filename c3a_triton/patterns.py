@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import regex
 
-from c3a_triton.config import (
+from .config import (
     BLOCK_SIZE_KEY_FORM,
     LAYERS_PATTERN_FORM,
     MODULES_TO_SAVE_FORM,
@@ -21,7 +21,7 @@ from c3a_triton.config import (
     check_re_syntax,
     compile_pattern,
 )
-from c3a_triton.errors import ConfigError
+from .errors import ConfigError
 
 __all__ = [
     "TIME_LIMIT_S",

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from c3a_triton.layer import C3ALinear
-from c3a_triton.modules_to_save import ModulesToSave
+from .layer import C3ALinear
+from .modules_to_save import ModulesToSave
 
 __all__ = ["count_parameters", "summary_table"]
 

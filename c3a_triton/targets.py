@@ -8,16 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from c3a_triton.checkpoint import AdapterFile
-from c3a_triton.config import DEFAULT_TARGET_MODULES, C3AConfig, check_block_size, suggest_block_size
-from c3a_triton.errors import CheckpointError, ConfigError
-from c3a_triton.layer import C3ALinear
-from c3a_triton.linear_like import is_transposed, linear_widths
-from c3a_triton.modules_to_save import ModulesToSave
-from c3a_triton.patterns import block_size_for, match_target, unmatched_keys
+from .checkpoint import KERNEL_SUFFIX, AdapterFile
+from .config import DEFAULT_TARGET_MODULES, C3AConfig, check_block_size, suggest_block_size
+from .errors import CheckpointError, ConfigError
+from .layer import C3ALinear
+from .linear_like import is_transposed, linear_widths
+from .modules_to_save import ModulesToSave
+from .patterns import block_size_for, match_target, unmatched_keys
 
 __all__ = [
-    "KERNEL_SUFFIX",
     "Target",
     "base_module_names",
     "base_modules",
@@ -39,7 +38,6 @@ _TASK_HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-KERNEL_SUFFIX = ".c3a_kernel"
 _SEQ_CLS_HEADS = ("score", "classifier")
 
 

@@ -25,6 +25,7 @@ ORDER = [
     "modules_to_save",
     "checkpoint",
     "targets",
+    "report",
     "manager",
     "api",
     "__init__",
