@@ -25,7 +25,7 @@ class Size:
     width: int = 256
     layers: int = 3
     block_size: int = 32
-    base_steps: int = 300
+    base_steps: int = 240
     base_batch: int = 8
     steps: int = 100
     batch: int = 4
