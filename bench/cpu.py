@@ -18,7 +18,7 @@ from c3a_triton import ops
 
 from . import cases, gate, peers, report, timing
 
-__all__ = ["main"]
+__all__ = ["main", "summary"]
 
 
 def operator(case: cases.OperatorCase, seconds: float) -> dict[str, Any]:
@@ -120,38 +120,48 @@ def _compared(case: dict[str, Any], timings: dict[str, timing.Timing]) -> dict[s
     return {"case": case, "ours": asdict(ours), "peft": asdict(theirs), "ratio": theirs.median / ours.median}
 
 
-def _print(results: dict[str, Any]) -> None:
+def summary(results: dict[str, Any]) -> str:
+    """The results as text: markdown that also reads well in a terminal."""
+
     def times(row: dict[str, Any]) -> list[str]:
         shown = [report.format_seconds(row[name]["median"]) for name in ("peft", "ours")]
         return [*shown, f"{row['ratio']:.2f}"]
 
-    print("Operator, forward + backward, float32, against PEFT's BlockCircularConvolution:\n")
     headers = ["T", "b", "in blocks", "out blocks", "PEFT", "ours", "PEFT / ours"]
     rows = [[*row["case"].values(), *times(row)] for row in results["operator"]]
-    print(report.format_table(headers, [*rows, ["geometric mean", *[""] * 5, f"{results['geometric_mean']:.2f}"]]))
+    rows.append(["geometric mean", *[""] * 5, f"{results['geometric_mean']:.2f}"])
+    parts = [
+        "Operator, forward + backward, float32, against PEFT's BlockCircularConvolution:",
+        report.format_table(headers, rows),
+    ]
 
     expanded = results["expand"]
-    print("\nExpanding ΔW, float32, against PEFT's get_delta_weight:\n")
     headers = ["out", "in", "b", "PEFT", "ours", "PEFT / ours", "only filling", "PEFT / filling"]
     fill = [report.format_seconds(expanded["fill"]["median"]), f"{expanded['peft_over_fill']:.2f}"]
-    print(report.format_table(headers, [[*expanded["case"].values(), *times(expanded), *fill]]))
+    parts += [
+        "Expanding ΔW, float32, against PEFT's get_delta_weight:",
+        report.format_table(headers, [[*expanded["case"].values(), *times(expanded), *fill]]),
+    ]
 
-    print("\nOne layer call on tiny tensors, against PEFT's C3ALinear:\n")
     headers = ["T", "in", "out", "b", "mode", "PEFT", "ours", "PEFT / ours"]
-    print(report.format_table(headers, [[*row["case"].values(), *times(row)] for row in results["call"]]))
+    parts += [
+        "One layer call on tiny tensors, against PEFT's C3ALinear:",
+        report.format_table(headers, [[*row["case"].values(), *times(row)] for row in results["call"]]),
+    ]
 
     kept = results["saved"]
     case = kept["case"]
-    print(
-        f"\nSaved for backward by one layer ({case['n_tokens']} tokens, {case['in_features']} → "
-        f"{case['out_features']}, b = {case['b']}, bfloat16 x of {report.format_bytes(kept['x_bytes'])}, "
-        f"kernel of {report.format_bytes(kept['kernel_bytes'])}, frozen base):\n"
-    )
     rows = [
         [label, report.format_bytes(kept[name]["activations"]), report.format_bytes(kept[name]["parameters"])]
         for label, name in (("ours", "ours"), ("PEFT C3A", "peft"), (f"PEFT LoRA r={cases.LORA_RANK}", "lora"))
     ]
-    print(report.format_table(["layer", "activations", "parameters (alive anyway)"], rows))
+    parts += [
+        f"Saved for backward by one layer ({case['n_tokens']} tokens, {case['in_features']} → {case['out_features']}, "
+        f"b = {case['b']}, bfloat16 x of {report.format_bytes(kept['x_bytes'])}, kernel of "
+        f"{report.format_bytes(kept['kernel_bytes'])}, frozen base):",
+        report.format_table(["layer", "activations", "parameters (alive anyway)"], rows),
+    ]
+    return "\n\n".join(parts)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -175,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
         "call": call(args.seconds / 3),
         "saved": saved(),
     }
-    _print(results)
+    print(summary(results))
     if args.json is not None:
         report.write_json(args.json, results)
         print(f"\nwritten: {args.json}")

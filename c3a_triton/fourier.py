@@ -21,6 +21,8 @@ __all__ = ["backward", "product", "weight_grad"]
 # GPU the chunk only bounds the float32 and complex temporaries (2**26 elements: 256 MiB each).
 CPU_CHUNK_ELEMENTS = 2**18
 GPU_CHUNK_ELEMENTS = 2**26
+# Below this the number of calls is the cost, and operands are left strided.
+FEW_ELEMENTS = 1024
 
 
 def product(
@@ -110,21 +112,27 @@ def _chunk_tokens(x: Tensor, w: Tensor) -> int:
 
 
 def _spectrum(x: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
-    """Spectra of the blocks of x, frequency first: `(n_freqs, n_tokens, blocks)`, contiguous.
+    """Spectra of the blocks of x, frequency first: `(n_freqs, n_tokens, blocks)`, contiguous if they are large.
 
     A plain two-dimensional transposition: torch has a blocked copy for it and not for a permutation of three axes, and
     `bmm` would make that copy itself, slowly.
     """
     n_tokens, features = x.shape
-    rows = torch.fft.rfft(x.to(dtype).reshape(-1, block_size))
-    return rows.T.contiguous().view(-1, n_tokens, features // block_size)
+    blocks = features // block_size
+    rows = torch.fft.rfft((x if x.dtype == dtype else x.to(dtype)).reshape(-1, block_size))
+    if rows.numel() < FEW_ELEMENTS:
+        return rows.view(n_tokens, blocks, -1).permute(2, 0, 1)
+    return rows.T.contiguous().view(-1, n_tokens, blocks)
 
 
 def _inverse(y_hat: Tensor, block_size: int, bias: Tensor | None) -> Tensor:
     """The inverse of `_spectrum`, `(n_tokens, blocks * b)`, with `bias` added while it is in cache."""
     n_freqs, n_tokens, blocks = y_hat.shape
-    rows = y_hat.view(n_freqs, -1).T.contiguous()
-    y = torch.fft.irfft(rows, n=block_size).view(n_tokens, blocks * block_size)
+    if y_hat.numel() < FEW_ELEMENTS:
+        rows = y_hat.permute(1, 2, 0)
+    else:
+        rows = y_hat.view(n_freqs, -1).T.contiguous()
+    y = torch.fft.irfft(rows, n=block_size).reshape(n_tokens, blocks * block_size)
     if bias is not None:
         y += bias
     return y

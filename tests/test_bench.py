@@ -377,7 +377,8 @@ def test_run_tests_counts(tmp_path: Path) -> None:
     found = gpu.run_tests(tmp_path, [tests], limit=120)
     assert found["status"] == "failed"
     assert [found[name] for name in ("passed", "failed", "skipped")] == [1, 1, 1]
-    assert found["failures"] == ["test_some::test_bad"]
+    # Before the file's name may stand folders, by where pytest takes its root to be.
+    assert [name.rpartition(".")[2] for name in found["failures"]] == ["test_some::test_bad"]
     assert found["reasons_to_skip"] == ["no such card"]
     assert "test_bad" in (tmp_path / "tests.log").read_text()
 

@@ -81,6 +81,7 @@ def test_torch_backend_is_the_same_in_chunks(device, monkeypatch, n_tokens):
 
     monkeypatch.setattr(fourier, "CPU_CHUNK_ELEMENTS", 1000)
     monkeypatch.setattr(fourier, "GPU_CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr(fourier, "FEW_ELEMENTS", 0)
     check_all_three(device, "torch", torch.float32, n_tokens, 2, 3, 16)
 
 
