@@ -49,17 +49,14 @@ def product(
     """
     block_size = w.shape[2]
     w_hat = _weight_spectrum(w, compute_dtype_of(x, w), scale, transpose)
-    n_tokens, step = x.shape[0], _chunk_tokens(x, w)
-    if n_tokens <= step and n_tokens and out is None:
-        y = _inverse(torch.bmm(_spectrum(x, block_size, w_hat.dtype.to_real()), w_hat), block_size, bias)
-        return y.to(x.dtype)
+    features = w.shape[1 if transpose else 0] * block_size
     accumulate = out is not None
-    if out is None:
-        out = x.new_empty(n_tokens, w.shape[1 if transpose else 0] * block_size)
+    n_tokens, step = x.shape[0], _chunk_tokens(x, features)
     for start in range(0, n_tokens, step):
         x_hat = _spectrum(x[start : start + step], block_size, w_hat.dtype.to_real())
-        _store(torch.bmm(x_hat, w_hat), block_size, out[start : start + step], bias, accumulate)
-    return out
+        y = _inverse(torch.bmm(x_hat, w_hat), block_size, bias)
+        out = _store(y, out, start, n_tokens, x.dtype, accumulate)
+    return x.new_empty(0, features) if out is None else out
 
 
 def weight_grad(dy: Tensor, x: Tensor, block_size: int, *, scale: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -76,14 +73,15 @@ def weight_grad(dy: Tensor, x: Tensor, block_size: int, *, scale: float, dtype: 
         `(out_blocks, in_blocks, b)`.
     """
     compute_dtype = torch.promote_types(torch.promote_types(dy.dtype, torch.float32), dtype)
-    dw = x.new_empty(dy.shape[1] // block_size, x.shape[1] // block_size, block_size, dtype=dtype)
     dw_hat = None
-    step = _chunk_tokens(x, dw)
+    step = _chunk_tokens(x, dy.shape[1])
     for start in range(0, x.shape[0], step):
         dy_hat = _spectrum(dy[start : start + step], block_size, compute_dtype)
         x_hat = _spectrum(x[start : start + step], block_size, compute_dtype)
         dw_hat = _accumulate_outer(dw_hat, dy_hat, x_hat)
-    return dw.zero_() if dw_hat is None else dw.copy_(_weight_from_spectrum(dw_hat, block_size, scale))
+    if dw_hat is None:  # no tokens
+        return x.new_zeros(dy.shape[1] // block_size, x.shape[1] // block_size, block_size, dtype=dtype)
+    return _weight_from_spectrum(dw_hat, block_size, scale).to(dtype)
 
 
 def backward(dy: Tensor, x: Tensor, w: Tensor, *, scale: float, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -92,23 +90,23 @@ def backward(dy: Tensor, x: Tensor, w: Tensor, *, scale: float, out: Tensor | No
     w_hat = _weight_spectrum(w, compute_dtype_of(dy, w), scale, transpose=True)
     compute_dtype = w_hat.dtype.to_real()
     accumulate = out is not None
-    if out is None:
-        out = dy.new_empty(x.shape)
     dw_hat = None
-    step = _chunk_tokens(dy, w)
-    for start in range(0, x.shape[0], step):
+    n_tokens, step = x.shape[0], _chunk_tokens(x, dy.shape[1])
+    for start in range(0, n_tokens, step):
         dy_hat = _spectrum(dy[start : start + step], block_size, compute_dtype)
-        _store(torch.bmm(dy_hat, w_hat), block_size, out[start : start + step], None, accumulate)
+        dx = _inverse(torch.bmm(dy_hat, w_hat), block_size, None)
+        out = _store(dx, out, start, n_tokens, dy.dtype, accumulate)
         dw_hat = _accumulate_outer(dw_hat, dy_hat, _spectrum(x[start : start + step], block_size, compute_dtype))
+    out = dy.new_empty(x.shape) if out is None else out
     if dw_hat is None:  # no tokens
         return out, torch.zeros_like(w)
     return out, _weight_from_spectrum(dw_hat, block_size, scale).to(w.dtype)
 
 
-def _chunk_tokens(x: Tensor, w: Tensor) -> int:
-    """Tokens of a chunk: as many as give the wider side of w about the chunk's number of elements."""
+def _chunk_tokens(x: Tensor, other_features: int) -> int:
+    """Tokens of a chunk: as many as give the wider side of the product about the chunk's number of elements."""
     elements = CPU_CHUNK_ELEMENTS * torch.get_num_threads() if x.device.type == "cpu" else GPU_CHUNK_ELEMENTS
-    return max(1, elements // (max(w.shape[0], w.shape[1]) * w.shape[2]))
+    return max(1, elements // max(x.shape[1], other_features))
 
 
 def _spectrum(x: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
@@ -138,19 +136,28 @@ def _inverse(y_hat: Tensor, block_size: int, bias: Tensor | None) -> Tensor:
     return y
 
 
-def _store(y_hat: Tensor, block_size: int, out: Tensor, bias: Tensor | None, accumulate: bool) -> None:
-    """`_inverse` written to, or accumulated into, `out`."""
-    y = _inverse(y_hat, block_size, bias)
+def _store(y: Tensor, out: Tensor | None, start: int, n_tokens: int, dtype: torch.dtype, accumulate: bool) -> Tensor:
+    """`out` with a chunk's rows stored in it, or added; without one yet it is allocated, or is a chunk that is all."""
+    if out is None:
+        if y.shape[0] == n_tokens:
+            return y.to(dtype)
+        out = y.new_empty(n_tokens, y.shape[1], dtype=dtype)
+    rows = out[start : start + y.shape[0]]
     if accumulate:
-        out += y
+        rows += y
     else:
-        out.copy_(y)
+        rows.copy_(y)
+    return out
 
 
 def _weight_spectrum(w: Tensor, dtype: torch.dtype, scale: float, transpose: bool) -> Tensor:
     """Right operand of the batched product: conj(w_hat)ᵀ `(n_freqs, n, m)`, or w_hat `(n_freqs, m, n)` to transpose."""
     w_hat = torch.fft.rfft(w.to(dtype) * scale)
-    return w_hat.permute(2, 0, 1).contiguous() if transpose else w_hat.permute(2, 1, 0).contiguous().conj_physical_()
+    return _laid_out(w_hat.permute(2, 0, 1)) if transpose else _laid_out(w_hat.permute(2, 1, 0)).conj_physical_()
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    return x if x.numel() < FEW_ELEMENTS else x.contiguous()
 
 
 def _accumulate_outer(dw_hat: Tensor | None, dy_hat: Tensor, x_hat: Tensor) -> Tensor:
@@ -159,4 +166,4 @@ def _accumulate_outer(dw_hat: Tensor | None, dy_hat: Tensor, x_hat: Tensor) -> T
 
 
 def _weight_from_spectrum(dw_hat: Tensor, block_size: int, scale: float) -> Tensor:
-    return torch.fft.irfft(dw_hat.permute(1, 2, 0).contiguous(), n=block_size).mul_(scale)
+    return torch.fft.irfft(_laid_out(dw_hat.permute(1, 2, 0)), n=block_size).mul_(scale)
