@@ -126,10 +126,7 @@ def _spectrum(x: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
 def _inverse(y_hat: Tensor, block_size: int, bias: Tensor | None) -> Tensor:
     """The inverse of `_spectrum`, `(n_tokens, blocks * b)`, with `bias` added while it is in cache."""
     n_freqs, n_tokens, blocks = y_hat.shape
-    if y_hat.numel() < FEW_ELEMENTS:
-        rows = y_hat.permute(1, 2, 0)
-    else:
-        rows = y_hat.view(n_freqs, -1).T.contiguous()
+    rows = y_hat.permute(1, 2, 0) if y_hat.numel() < FEW_ELEMENTS else y_hat.view(n_freqs, -1).T.contiguous()
     y = torch.fft.irfft(rows, n=block_size).reshape(n_tokens, blocks * block_size)
     if bias is not None:
         y += bias
