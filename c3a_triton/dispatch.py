@@ -31,10 +31,10 @@ TRITON_FLOPS = {2: 500e12, 4: 150e12}  # float32 runs as three TF32 products on 
 LAUNCH_SECONDS = 2.5e-6
 
 
-def check_backend(backend: str) -> None:
+def check_backend(backend: str, said_by: str = "backend=") -> None:
     """Raise `BackendError` unless `backend` is one of `BACKENDS`."""
     if backend not in BACKENDS:
-        raise BackendError(f"unknown backend {backend!r}: choose one of {', '.join(map(repr, BACKENDS))}")
+        raise BackendError(f"{said_by}{backend!r} is unknown: choose one of {', '.join(map(repr, BACKENDS))}")
 
 
 def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -64,21 +64,29 @@ def choose(
     Raises:
         BackendError: the name is unknown, or that backend cannot run here; the message says why.
     """
-    if backend == "auto":
-        backend = os.environ.get("C3A_TRITON_BACKEND", "auto")
+    said_by = "backend="
+    if backend == "auto" and "C3A_TRITON_BACKEND" in os.environ:
+        backend, said_by = os.environ["C3A_TRITON_BACKEND"], "C3A_TRITON_BACKEND="
     # Buckets of powers of two keep the cache small when the number of tokens varies from call to call.
-    return _choose(backend, device, dtype, max(n_tokens - 1, 0).bit_length(), in_features, out_features, b)
+    return _choose(backend, said_by, device, dtype, max(n_tokens - 1, 0).bit_length(), in_features, out_features, b)
 
 
 @functools.lru_cache(maxsize=4096)
 def _choose(
-    backend: str, device: torch.device, dtype: torch.dtype, token_bits: int, in_features: int, out_features: int, b: int
+    backend: str,
+    said_by: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    token_bits: int,
+    in_features: int,
+    out_features: int,
+    b: int,
 ) -> str:
-    check_backend(backend)
+    check_backend(backend, said_by)
     if backend != "auto":
         reason = why_not(backend, device, dtype)
         if reason is not None:
-            raise BackendError(f"backend {backend!r} cannot run on {device}: {reason}. Use backend='auto' or 'torch'.")
+            raise BackendError(f"{said_by}{backend!r} cannot run on {device}: {reason}. Use 'auto' or 'torch'.")
         return backend
     reason = why_not("direct", device, dtype)  # asked on a CPU too: a broken installation must not pass as a slow one
     if device.type != "cuda":

@@ -477,7 +477,7 @@ def test_auto_on_a_cpu_is_torch(monkeypatch):
     assert choose("auto", cpu, torch.float32, 100, 64, 64, 8) == "reference"
     assert choose("torch", cpu, torch.float32, 100, 64, 64, 8) == "torch"
     monkeypatch.setenv("C3A_TRITON_BACKEND", "fastest")
-    with pytest.raises(BackendError, match="'fastest'.*'direct'"):
+    with pytest.raises(BackendError, match="C3A_TRITON_BACKEND='fastest'.*'direct'"):
         choose("auto", cpu, torch.float32, 100, 64, 64, 8)
 
 
