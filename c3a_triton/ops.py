@@ -182,22 +182,40 @@ def _linear(
     transpose: bool,
     backend: str,
 ) -> Tensor:
-    """Implementation of `c3a_triton::linear`: the adapters first, so that the base GEMM's epilogue adds their sum."""
+    """Implementation of `c3a_triton::linear`."""
     with _NoAutocast(x.device.type):
-        rows = x.reshape(-1, x.shape[-1])
-        y = None
-        for w, _ in _summed(kernels):
-            product = _PRODUCTS[_choose(backend, rows, w)]
-            y = product(rows, w, scale=scale, transpose=transpose, bias=bias if y is None else None, out=y)
-        if weight is not None:
-            matrix = weight if transpose else weight.t()
-            if y is not None:
-                y.addmm_(rows, matrix)
-            else:
-                y = rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
-        assert y is not None, "neither a weight nor a kernel"
+        y = _product_of_rows(x.reshape(-1, x.shape[-1]), weight, bias, kernels, scale, transpose, backend)
         # Not a view for autograd: what a Function returns as a view cannot be modified in place by its user.
         return y if x.dim() == 2 else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
+
+
+def _product_of_rows(
+    rows: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kernels: Sequence[Tensor],
+    scale: float,
+    transpose: bool,
+    backend: str,
+) -> Tensor:
+    """The adapters first, so that the base GEMM's epilogue adds their sum; for a few tokens both in one kernel."""
+    summed = _summed(kernels)
+    if weight is not None and not transpose and len(summed) == 1 and launch.decodes(rows, weight):
+        w = summed[0][0]
+        if _choose(backend, rows, w) == "direct":
+            return launch.decode_linear(rows, weight, w, bias, scale=scale)
+    y = None
+    for w, _ in summed:
+        product = _PRODUCTS[_choose(backend, rows, w)]
+        y = product(rows, w, scale=scale, transpose=transpose, bias=bias if y is None else None, out=y)
+    if weight is not None:
+        matrix = weight if transpose else weight.t()
+        if y is not None:
+            y.addmm_(rows, matrix)
+        else:
+            y = rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
+    assert y is not None, "neither a weight nor a kernel"
+    return y
 
 
 def _linear_backward(

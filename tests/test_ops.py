@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from c3a_triton import BackendError, ShapeError, c3a_linear, circulant_linear, circulant_matrix, ops
+from c3a_triton import BackendError, ShapeError, c3a_linear, circulant_linear, circulant_matrix, launch, ops
 from c3a_triton.dispatch import BACKENDS, choose, predicted_seconds
 
 ALL = [name for name in BACKENDS if name != "auto"]
@@ -148,6 +148,46 @@ def test_fused_layer_equals_base_plus_adapters(device, backend, dtype, with_bias
         oracle.assert_close(dw, expected, torch.float32, bound=oracle.BOUNDS[dtype])
     if with_bias:
         oracle.assert_close(grads[5], dy64.sum(0), dtype)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 5, 16])
+@pytest.mark.parametrize(("m", "n", "b"), [(3, 2, 16), (2, 3, 7)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_few_tokens_take_one_kernel_for_base_and_adapters(device, monkeypatch, dtype, n_tokens, m, n, b):
+    calls = []
+    decode = launch.decode_linear
+    monkeypatch.setattr(launch, "decode_linear", lambda *a, **k: calls.append(a[0].shape) or decode(*a, **k))
+    x, dy, kernels = operands(device, dtype, n_tokens, m, n, b, kernels=2)
+    generator = torch.Generator().manual_seed(3)
+    weight = (torch.randn(m * b, n * b, generator=generator) / 4).to(device, dtype)
+    bias = torch.randn(m * b, generator=generator).to(device, dtype)
+    dense = weight.cpu().double() + sum(oracle.dense(w) for w in kernels)
+    expected = x.cpu().double() @ dense.T + bias.cpu().double()
+    with torch.no_grad():
+        oracle.assert_close(c3a_linear(x, weight, bias, kernels, backend="direct"), expected, dtype)
+    x.requires_grad_()
+    kernels = [w.requires_grad_() for w in kernels]
+    y = c3a_linear(x.view(1, n_tokens, -1), weight, bias, kernels, backend="direct")
+    assert calls == [(n_tokens, n * b)] * 2
+    oracle.assert_close(y[0], expected, dtype)
+    dx, *dws = torch.autograd.grad(y, (x, *kernels), dy[None])
+    oracle.assert_close(dx, dy.cpu().double() @ dense, dtype, bound=2 * oracle.BOUNDS[dtype])
+    for dw in dws:
+        oracle.assert_close(dw, oracle.weight_grad(dy, x, b), torch.float32, bound=oracle.BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("case", ["many tokens", "float32", "transposed weight", "two block sizes", "no tokens"])
+def test_what_the_decoding_kernel_does_not_take_is_computed_all_the_same(device, monkeypatch, case):
+    monkeypatch.setattr(launch, "decode_linear", None)
+    dtype = torch.float32 if case == "float32" else torch.bfloat16
+    x, _, (w,) = operands(device, dtype, {"many tokens": 17, "no tokens": 0}.get(case, 4), 3, 2, 8)
+    kernels = [w, operands(device, dtype, 1, 6, 4, 4)[2][0]] if case == "two block sizes" else [w]
+    weight = torch.randn(24, 16, generator=torch.Generator().manual_seed(3)).to(device, dtype)
+    if case == "transposed weight":
+        weight = weight.t().contiguous().t()
+    expected = x.cpu().double() @ (weight.cpu().double() + sum(oracle.dense(w) for w in kernels)).T
+    y = c3a_linear(x, weight, None, kernels, backend="direct")
+    oracle.assert_close(y, expected, dtype, bound=2 * oracle.BOUNDS[dtype])
 
 
 @pytest.mark.parametrize("backend", ALL)
