@@ -16,7 +16,7 @@ from .errors import BackendError
 
 __all__ = ["BACKENDS", "check_backend", "choose", "predicted_seconds", "why_not"]
 
-BACKENDS = ("auto", "reference", "torch", "direct", "expand")
+BACKENDS = ("auto", "reference", "torch", "direct", "expand", "fold")
 TRITON_BACKENDS = ("direct", "expand")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -75,6 +75,11 @@ def _choose(
     backend: str, device: torch.device, dtype: torch.dtype, token_bits: int, in_features: int, out_features: int, b: int
 ) -> str:
     check_backend(backend)
+    if backend == "fold":
+        raise BackendError(
+            "backend 'fold' rounds W + ΔW, so it is never what 'auto' means, C3A_TRITON_BACKEND included: give it to "
+            "c3a_linear, apply or set_backend by name"
+        )
     if backend != "auto":
         reason = why_not(backend, device, dtype)
         if reason is not None:

@@ -30,6 +30,7 @@ __all__ = [
     "decodes",
     "direct_product",
     "expand_weight",
+    "folded_weight",
     "unavailable_reason",
     "weight_grad",
 ]
@@ -255,6 +256,29 @@ def add_expanded_(weight: Tensor, w: Tensor, *, scale: float) -> None:
         ShapeError: sizes, dtypes or devices do not fit, or elements of `weight` share memory.
         BackendError: the kernels cannot run on weight's device.
     """
+    _check_sum(weight, w)
+    if any(stride == 0 and size > 1 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
+        raise ShapeError(f"weight has strides {weight.stride()}: an expanded tensor cannot be written in place")
+    with _on(w):
+        _expand(weight, w.contiguous(), scale, base=weight)
+
+
+def folded_weight(weight: Tensor, w: Tensor, *, scale: float) -> Tensor:
+    """W + ΔW as a new tensor of weight's dtype and, where it is dense, of its strides: `add_expanded_` out of place.
+
+    Raises:
+        ShapeError: sizes, dtypes or devices do not fit.
+        BackendError: the kernels cannot run on weight's device.
+    """
+    _check_sum(weight, w)
+    folded = torch.empty_like(weight)
+    base = weight if weight.stride() == folded.stride() else weight.contiguous()
+    with _on(w):
+        _expand(folded, w.contiguous(), scale, base=base)
+    return folded
+
+
+def _check_sum(weight: Tensor, w: Tensor) -> None:
     _check_w(w)
     _check_available(w.device)
     m, n, b = w.shape
@@ -263,10 +287,6 @@ def add_expanded_(weight: Tensor, w: Tensor, *, scale: float) -> None:
             f"weight {tuple(weight.shape)} {weight.dtype} on {weight.device}: w {tuple(w.shape)} on {w.device} is "
             f"added to ({m * b}, {n * b}) float32, float16 or bfloat16 on the same device"
         )
-    if any(stride == 0 and size > 1 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
-        raise ShapeError(f"weight has strides {weight.stride()}: an expanded tensor cannot be written in place")
-    with _on(w):
-        _expand(weight, w.contiguous(), scale, add=True)
 
 
 def weight_grad(dy: Tensor, x: Tensor, block_size: int, *, scale: float) -> Tensor:
@@ -505,14 +525,15 @@ def _sum_partials(partials: Tensor, out: Tensor, scale: float, bias: Tensor | No
     )
 
 
-def _expand(matrix: Tensor, w: Tensor, scale: float, *, transpose: bool = False, add: bool = False) -> None:
-    """Write (or add) scale · ΔW or ΔWᵀ; columns of `matrix` past the last of ΔW become zero."""
+def _expand(matrix: Tensor, w: Tensor, scale: float, *, transpose: bool = False, base: Tensor | None = None) -> None:
+    """Write scale · ΔW or ΔWᵀ (+ `base`, of matrix's strides); columns of `matrix` past the last of ΔW become zero."""
     m, n, b = w.shape
     # A tile is long in the direction in which the matrix is contiguous.
     block_rows, block_cols = (256, 32) if matrix.stride(0) == 1 and matrix.stride(1) != 1 else (32, 256)
     grid = (_cdiv(matrix.shape[0], block_rows), _cdiv(matrix.shape[1], block_cols), 1)
     _kernels().expand.expand_kernel[grid](
         w_ptr=w,
+        base_ptr=base,
         out_ptr=matrix,
         scale=scale,
         n_rows=matrix.shape[0],
@@ -524,7 +545,7 @@ def _expand(matrix: Tensor, w: Tensor, scale: float, *, transpose: bool = False,
         stride_out_col=matrix.stride(1),
         b=b,
         TRANSPOSE=transpose,
-        ADD=add,
+        ADD=base is not None,
         BLOCK_ROWS=block_rows,
         BLOCK_COLS=block_cols,
         num_warps=8,

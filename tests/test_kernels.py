@@ -157,6 +157,9 @@ def test_add_expanded(device: torch.device, dtype: torch.dtype, layout: str, m: 
     exact = view(before).cpu().double() + oracle.dense(w, 0.37)
     once = {torch.float32: 1e-7, torch.float16: 4e-4, torch.bfloat16: 2.5e-3}[dtype]
     oracle.assert_close(view(storage), exact, dtype, bound=once)
+    folded = launch.folded_weight(view(before), w, scale=0.37)
+    assert torch.equal(folded, view(storage))
+    assert layout == "sliced" or folded.stride() == view(before).stride()
     # Nothing outside the view is touched.
     view(storage).copy_(view(before))
     assert torch.equal(storage, before)
@@ -306,6 +309,8 @@ def test_refuses_what_does_not_fit(device: torch.device) -> None:
         launch.direct_product(x, w, scale=1.0, out=torch.zeros(16, 4, device=device).t())
     with pytest.raises(ShapeError, match=r"weight \(24, 16\)"):
         launch.add_expanded_(torch.zeros(24, 16, device=device), w, scale=1.0)
+    with pytest.raises(ShapeError, match=r"weight \(24, 16\)"):
+        launch.folded_weight(torch.zeros(24, 16, device=device), w, scale=1.0)
     with pytest.raises(ShapeError, match="expanded"):
         launch.add_expanded_(torch.zeros(1, 24, device=device).expand(16, 24), w, scale=1.0)
     weight = torch.zeros(16, 24, device=device, dtype=torch.half)
