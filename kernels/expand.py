@@ -25,7 +25,7 @@ def expand_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """out[M·b + j, N·b + p] = scale · w[M, N, (p − j) mod b] (+ base), in float32 and rounded once; a tile per program."""
+    """out[M·b + j, N·b + p] = scale · w[M, N, (p − j) mod b] (+ base), in float32, rounded once; a tile per program."""
     # 64-bit up to the tile, 32-bit inside it.
     start_row = tl.program_id(0) * BLOCK_ROWS
     start_col = tl.program_id(1) * BLOCK_COLS

@@ -347,7 +347,12 @@ def fold_operands(device, dtype, n_tokens=20):
 def test_fold_computes_as_the_merged_layer_does(device, n_tokens):
     x, dy, weight, kernels, folded = fold_operands(device, torch.bfloat16, n_tokens)
     bias = torch.randn(24, generator=torch.Generator().manual_seed(4)).to(device, torch.bfloat16)
-    leaves = [x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), *(w.requires_grad_() for w in kernels)]
+    leaves = [
+        x.requires_grad_(),
+        weight.requires_grad_(),
+        bias.requires_grad_(),
+        *(w.requires_grad_() for w in kernels),
+    ]
     y = c3a_linear(x, weight, bias, kernels, backend="fold")
     dx, dweight, dbias, *dws = torch.autograd.grad(y, leaves, dy)
     # Bit for bit what a merged layer gives: summed in float32 and rounded once, not adapter by adapter.
@@ -378,7 +383,7 @@ def test_fold_keeps_no_folded_weight_for_backward(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_double_backward_through_fold(device, dtype):
-    x, dy, weight, kernels, folded = fold_operands(device, dtype)
+    x, _, weight, kernels, _ = fold_operands(device, dtype)
     leaves = [x.requires_grad_(), *(w.requires_grad_() for w in kernels)]
 
     def penalty(backend):
