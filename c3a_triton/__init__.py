@@ -16,6 +16,7 @@ from .errors import (
     ConfigError,
     ShapeError,
 )
+from .explanation import explain
 from .layer import C3ALinear
 from .manager import AdapterManager
 from .ops import c3a_linear, circulant_linear, circulant_matrix
@@ -37,6 +38,7 @@ __all__ = [
     "c3a_linear",
     "circulant_linear",
     "circulant_matrix",
+    "explain",
     "load_adapter",
     "suggest_block_size",
     "valid_block_sizes",

@@ -14,9 +14,9 @@ import torch
 from . import launch
 from .errors import BackendError
 
-__all__ = ["BACKENDS", "check_backend", "choose", "predicted_seconds", "why_not"]
+__all__ = ["BACKENDS", "base_seconds", "cheapest", "check_backend", "choose", "predicted_seconds", "why_not"]
 
-BACKENDS = ("auto", "reference", "torch", "direct", "expand")
+BACKENDS = ("auto", "reference", "torch", "direct", "expand", "fold")
 TRITON_BACKENDS = ("direct", "expand")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -83,6 +83,11 @@ def _choose(
     b: int,
 ) -> str:
     check_backend(backend, said_by)
+    if backend == "fold":
+        raise BackendError(
+            f"{said_by}'fold' rounds W + ΔW, so it is never what 'auto' means, C3A_TRITON_BACKEND included: give it to "
+            "c3a_linear, apply or set_backend by name"
+        )
     if backend != "auto":
         reason = why_not(backend, device, dtype)
         if reason is not None:
@@ -95,7 +100,12 @@ def _choose(
     if reason is not None:
         _say_once("cuda", f"'auto' computes with 'torch' instead of Triton kernels: {reason}")
         return "torch"
-    sizes = (1 << token_bits, in_features, out_features, b, dtype.itemsize)
+    return cheapest(1 << token_bits, in_features, out_features, b, dtype.itemsize)
+
+
+def cheapest(n_tokens: int, in_features: int, out_features: int, b: int, itemsize: int) -> str:
+    """What `"auto"` chooses by the cost model on a GPU, for the next power of two of tokens."""
+    sizes = (1 << (n_tokens - 1).bit_length(), in_features, out_features, b, itemsize)
     return min((*TRITON_BACKENDS, "torch"), key=lambda name: predicted_seconds(name, *sizes))
 
 
@@ -117,6 +127,7 @@ def predicted_seconds(backend: str, n_tokens: int, in_features: int, out_feature
     - expand: writes ΔW densely and reads it back, then a cuBLAS product.
     - torch: float32 copies, complex spectra, their transposition and the batched product: about 26·d bytes a token, and
       8·n_freqs·n·m FLOPs a token on CUDA cores.
+    - fold: reads W and writes W + ΔW; the product is the base layer's own. Never chosen, only told.
     """
     tokens_bytes = itemsize * n_tokens * (in_features + out_features)
     dense_elements = in_features * out_features
@@ -124,6 +135,8 @@ def predicted_seconds(backend: str, n_tokens: int, in_features: int, out_feature
     if backend == "direct":
         table_bytes = 32 * dense_elements / b
         return 2 * LAUNCH_SECONDS + max((tokens_bytes + table_bytes) / BANDWIDTH, dense_flops / TRITON_FLOPS[itemsize])
+    if backend == "fold":
+        return LAUNCH_SECONDS + 2 * itemsize * dense_elements / BANDWIDTH
     if backend == "expand":
         gemm = max(tokens_bytes / BANDWIDTH, dense_flops / CUBLAS_FLOPS[itemsize])
         return 2 * LAUNCH_SECONDS + 2 * itemsize * dense_elements / BANDWIDTH + gemm
@@ -132,3 +145,11 @@ def predicted_seconds(backend: str, n_tokens: int, in_features: int, out_feature
         spectra_bytes = 26 * n_tokens * (in_features + out_features)
         return 10 * LAUNCH_SECONDS + spectra_bytes / BANDWIDTH + mix_flops / CUBLAS_FLOPS[4]
     raise BackendError(f"the cost model knows no backend {backend!r}")
+
+
+def base_seconds(n_tokens: int, in_features: int, out_features: int, itemsize: int) -> float:
+    """Predicted GPU time of the base layer's own product x Wᵀ, in the same model."""
+    weights_bytes = itemsize * in_features * out_features
+    tokens_bytes = itemsize * n_tokens * (in_features + out_features)
+    flops = 2 * n_tokens * in_features * out_features
+    return LAUNCH_SECONDS + max((weights_bytes + tokens_bytes) / BANDWIDTH, flops / CUBLAS_FLOPS[itemsize])

@@ -20,19 +20,22 @@ import torch
 from torch import Tensor
 
 from .errors import BackendError, ShapeError
-from .tiles import TileConfig, diagonal_tile, generation, inner_block, product_tile, weight_grad_tile
+from .tiles import TileConfig, decode_tile, diagonal_tile, generation, inner_block, product_tile, weight_grad_tile
 
 __all__ = [
     "SMALL_T",
     "TileConfig",
     "add_expanded_",
+    "decode_linear",
+    "decodes",
     "direct_product",
     "expand_weight",
+    "folded_weight",
     "unavailable_reason",
     "weight_grad",
 ]
 
-# Up to so many tokens, `direct_product` takes the kernel for decoding.
+# Up to so many tokens, `direct_product` takes the Hankel kernel, and a whole layer is one kernel (`decode_linear`).
 SMALL_T = 16
 # Sums are split until about this many programs run: enough to fill any card, and the same on all of them, so that
 # results do not depend on the card's number of multiprocessors.
@@ -42,6 +45,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class _Kernels(NamedTuple):
+    decode: ModuleType
     indexing: ModuleType
     direct: ModuleType
     expand: ModuleType
@@ -51,9 +55,9 @@ class _Kernels(NamedTuple):
 @functools.cache
 def _kernels() -> _Kernels:
     """The kernel modules; their import is what imports triton."""
-    from .kernels import direct, expand, indexing, weight_grad
+    from .kernels import decode, direct, expand, indexing, weight_grad
 
-    return _Kernels(indexing, direct, expand, weight_grad)
+    return _Kernels(decode, indexing, direct, expand, weight_grad)
 
 
 @functools.cache
@@ -166,6 +170,61 @@ def direct_product(
     return result
 
 
+def decodes(x: Tensor, weight: Tensor) -> bool:
+    """Whether `decode_linear` takes these operands: few tokens, and a 16-bit weight of contiguous rows."""
+    return (
+        0 < x.shape[0] <= SMALL_T
+        and weight.dtype in _DTYPES[1:]
+        and weight.dtype == x.dtype
+        and weight.stride(1) == 1
+        and weight.stride(0) >= weight.shape[1]
+    )
+
+
+def decode_linear(x: Tensor, weight: Tensor, w: Tensor, bias: Tensor | None, *, scale: float) -> Tensor:
+    """x (W + ΔW)ᵀ + bias for up to `SMALL_T` tokens, in one pass over W; summed in float32 and rounded once.
+
+    One launch, or two where the layer has so few outputs that its sum is split over programs.
+
+    Args:
+        x: [T, n·b], float16 or bfloat16, 1 to `SMALL_T` tokens.
+        weight: [m·b, n·b] of x's dtype, its rows contiguous.
+        w: [m, n, b] float32.
+        bias: [m·b], or None.
+        scale: multiplies ΔW.
+
+    Returns:
+        [T, m·b] in x's dtype.
+
+    Raises:
+        ShapeError: sizes, dtypes, strides or devices do not fit.
+        BackendError: the kernels cannot run on x's device.
+    """
+    _check_w(w)
+    _check_rows("x", x)
+    _check_available(x.device)
+    m, n, b = w.shape
+    n_tokens, in_features, out_features = x.shape[0], n * b, m * b
+    if not decodes(x, weight):
+        raise ShapeError(
+            f"x {tuple(x.shape)} {x.dtype}, weight {tuple(weight.shape)} {weight.dtype} of strides {weight.stride()}: "
+            f"this kernel takes 1 to {SMALL_T} tokens and a weight of contiguous rows in x's dtype, float16 or bfloat16"
+        )
+    if x.shape[1] != in_features or weight.shape != (out_features, in_features):
+        raise ShapeError(
+            f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit w {tuple(w.shape)}: it takes "
+            f"{in_features} features to {out_features}"
+        )
+    if bias is not None and bias.shape != (out_features,):
+        raise ShapeError(f"bias {tuple(bias.shape)}: the layer needs ({out_features},)")
+    if any(other.device != x.device for other in (weight, w, bias) if other is not None):
+        raise ShapeError(f"x is on {x.device}: weight, w and bias must be on the same device")
+    out = torch.empty(n_tokens, out_features, dtype=x.dtype, device=x.device)
+    with _on(x):
+        _decode(_with_contiguous_rows(x), weight, w.contiguous(), bias, out, scale)
+    return out
+
+
 def expand_weight(w: Tensor, *, scale: float, dtype: torch.dtype, transpose: bool = False) -> Tensor:
     """ΔW [m·b, n·b], or ΔWᵀ [n·b, m·b] with `transpose`, contiguous; computed in float32 and rounded to `dtype` once.
 
@@ -197,6 +256,29 @@ def add_expanded_(weight: Tensor, w: Tensor, *, scale: float) -> None:
         ShapeError: sizes, dtypes or devices do not fit, or elements of `weight` share memory.
         BackendError: the kernels cannot run on weight's device.
     """
+    _check_sum(weight, w)
+    if any(stride == 0 and size > 1 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
+        raise ShapeError(f"weight has strides {weight.stride()}: an expanded tensor cannot be written in place")
+    with _on(w):
+        _expand(weight, w.contiguous(), scale, base=weight)
+
+
+def folded_weight(weight: Tensor, w: Tensor, *, scale: float) -> Tensor:
+    """W + ΔW as a new tensor of weight's dtype and, where it is dense, of its strides: `add_expanded_` out of place.
+
+    Raises:
+        ShapeError: sizes, dtypes or devices do not fit.
+        BackendError: the kernels cannot run on weight's device.
+    """
+    _check_sum(weight, w)
+    folded = torch.empty_like(weight)
+    base = weight if weight.stride() == folded.stride() else weight.contiguous()
+    with _on(w):
+        _expand(folded, w.contiguous(), scale, base=base)
+    return folded
+
+
+def _check_sum(weight: Tensor, w: Tensor) -> None:
     _check_w(w)
     _check_available(w.device)
     m, n, b = w.shape
@@ -205,10 +287,6 @@ def add_expanded_(weight: Tensor, w: Tensor, *, scale: float) -> None:
             f"weight {tuple(weight.shape)} {weight.dtype} on {weight.device}: w {tuple(w.shape)} on {w.device} is "
             f"added to ({m * b}, {n * b}) float32, float16 or bfloat16 on the same device"
         )
-    if any(stride == 0 and size > 1 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
-        raise ShapeError(f"weight has strides {weight.stride()}: an expanded tensor cannot be written in place")
-    with _on(w):
-        _expand(weight, w.contiguous(), scale, add=True)
 
 
 def weight_grad(dy: Tensor, x: Tensor, block_size: int, *, scale: float) -> Tensor:
@@ -381,6 +459,51 @@ def _hankel_product(
         _sum_partials(partials, out, scale, bias, accumulate)
 
 
+def _decode(x: Tensor, weight: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, scale: float) -> None:
+    m, n, b = w.shape
+    n_tokens, out_features = out.shape
+    in_features = n * b
+    tile = decode_tile(n_tokens, b)
+    in_pieces = b % 16 == 0
+    tiles = _cdiv(m, tile.block_o // 16) * (b // 16) if in_pieces else _cdiv(out_features, tile.block_o)
+    steps = _cdiv(in_features, tile.block_i)
+    # A second launch to add the parts of a split sum costs more than what half a card has left to gain.
+    n_splits = 1 if tiles >= _PROGRAMS // 4 else min(_cdiv(_PROGRAMS, tiles), _cdiv(steps, 2))
+    split_steps = _cdiv(steps, n_splits)
+    n_splits = _cdiv(steps, split_steps)
+    final = n_splits == 1
+    partials = out[None] if final else torch.empty(n_splits, *out.shape, dtype=torch.float32, device=out.device)
+    bias = None if bias is None else bias.contiguous()
+    # One program per tile of outputs and split of the sum over in_features.
+    _kernels().decode.decode_kernel[tiles, n_splits, 1](
+        x_ptr=x,
+        weight_ptr=weight,
+        w_ptr=w,
+        bias_ptr=bias if final else None,
+        out_ptr=partials,
+        scale=scale,
+        n_tokens=n_tokens,
+        out_features=out_features,
+        in_features=in_features,
+        split_length=split_steps * tile.block_i,
+        stride_x_t=x.stride(0),
+        stride_weight_row=weight.stride(0),
+        stride_out_s=partials.stride(0),
+        stride_out_t=partials.stride(1),
+        b=b,
+        HAS_BIAS=final and bias is not None,
+        EVEN_K=in_features % tile.block_i == 0,
+        BLOCK_T=tile.block_t,
+        BLOCK_O=tile.block_o,
+        BLOCK_K=tile.block_i,
+        num_warps=tile.num_warps,
+        enable_fp_fusion=True,
+        num_stages=tile.num_stages,
+    )
+    if not final:
+        _sum_partials(partials, out, 1.0, bias, accumulate=False)
+
+
 def _sum_partials(partials: Tensor, out: Tensor, scale: float, bias: Tensor | None, accumulate: bool) -> None:
     """out [rows, columns] = scale · partials [splits, rows, columns] summed over splits (+ bias) (+ out)."""
     n_splits, n_rows, n_columns = partials.shape
@@ -402,14 +525,15 @@ def _sum_partials(partials: Tensor, out: Tensor, scale: float, bias: Tensor | No
     )
 
 
-def _expand(matrix: Tensor, w: Tensor, scale: float, *, transpose: bool = False, add: bool = False) -> None:
-    """Write (or add) scale · ΔW or ΔWᵀ; columns of `matrix` past the last of ΔW become zero."""
+def _expand(matrix: Tensor, w: Tensor, scale: float, *, transpose: bool = False, base: Tensor | None = None) -> None:
+    """Write scale · ΔW or ΔWᵀ (+ `base`, of matrix's strides); columns of `matrix` past the last of ΔW become zero."""
     m, n, b = w.shape
     # A tile is long in the direction in which the matrix is contiguous.
     block_rows, block_cols = (256, 32) if matrix.stride(0) == 1 and matrix.stride(1) != 1 else (32, 256)
     grid = (_cdiv(matrix.shape[0], block_rows), _cdiv(matrix.shape[1], block_cols), 1)
     _kernels().expand.expand_kernel[grid](
         w_ptr=w,
+        base_ptr=base,
         out_ptr=matrix,
         scale=scale,
         n_rows=matrix.shape[0],
@@ -421,7 +545,7 @@ def _expand(matrix: Tensor, w: Tensor, scale: float, *, transpose: bool = False,
         stride_out_col=matrix.stride(1),
         b=b,
         TRANSPOSE=transpose,
-        ADD=add,
+        ADD=base is not None,
         BLOCK_ROWS=block_rows,
         BLOCK_COLS=block_cols,
         num_warps=8,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .config import C3AConfig, check_block_size, suggest_block_size
 from .dispatch import check_backend
-from .errors import AdapterNotFoundError, AdapterStateError, ConfigError, ShapeError
+from .errors import AdapterNotFoundError, AdapterStateError, BackendError, ConfigError, ShapeError
 from .linear_like import (
     WeightAccess,
     fingerprint,
@@ -251,8 +251,20 @@ class C3ALinear(nn.Module):
             if kernels is None or any(kernel.device != x.device for kernel in kernels):
                 kernels = tuple(self._kernel_on(name, x.device) for name in self._applied_names())
             for kernel in _sums_by_block_size(kernels):
-                y = y + circulant_linear(x, kernel, backend=self.backend).to(y.dtype)
+                y = y + circulant_linear(x, kernel, backend=self._exact_backend).to(y.dtype)
         return y.to(dtype)
+
+    @property
+    def _exact_backend(self) -> str:
+        """The backend of adapters that are computed beside the base layer."""
+        if self.backend == "fold":
+            raise BackendError(
+                f"{self._label}: backend 'fold' adds the adapters to the weight of a plain nn.Linear. Here they are "
+                "computed beside the base layer: it is of another kind, hooked, offloaded or called with more than x, "
+                "the adapters are neither float32 nor float64 or on another device, or each row of the batch has its "
+                "own. Choose another backend for this layer, such as 'auto'"
+            )
+        return self.backend
 
     def _add_rows(self, y: Tensor, x: Tensor, names: list[str]) -> Tensor:
         """y plus, for each row, the adapter of that name."""
@@ -265,7 +277,8 @@ class C3ALinear(nn.Module):
             if name not in self.c3a_kernel:
                 continue
             rows = torch.tensor([row for row, other in enumerate(names) if other == name], device=x.device)
-            delta = circulant_linear(x.index_select(0, rows), self._kernel_on(name, x.device), backend=self.backend)
+            kernel = self._kernel_on(name, x.device)
+            delta = circulant_linear(x.index_select(0, rows), kernel, backend=self._exact_backend)
             y = y.index_add(0, rows, delta.to(y.dtype))
         return y
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, fourier, launch, reference
-from .errors import ShapeError
+from .errors import BackendError, ShapeError
 
 __all__ = ["add_circulant_", "c3a_linear", "circulant_linear", "circulant_matrix"]
 
@@ -37,7 +37,7 @@ def circulant_linear(x: Tensor, w: Tensor, *, scale: float | None = None, backen
         x: `(*, in_blocks * b)`, floating; float64 on the backends `"reference"` and `"torch"`.
         w: `(out_blocks, in_blocks, b)`, float32 as a rule; its gradient has its dtype.
         scale: factor of ΔW; None means 1 / in_features, PEFT's convention.
-        backend: a name of `c3a_triton.dispatch.BACKENDS`.
+        backend: a name of `c3a_triton.dispatch.BACKENDS`, but not `"fold"`.
 
     Returns:
         `(*, out_blocks * b)` in x's dtype (the autocast dtype under autocast).
@@ -46,6 +46,10 @@ def circulant_linear(x: Tensor, w: Tensor, *, scale: float | None = None, backen
         ShapeError: sizes, dtypes or devices that do not fit.
         BackendError: an unknown backend, or one that cannot run here.
     """
+    if backend == "fold":
+        raise BackendError(
+            "backend 'fold' adds ΔW to a layer's weight, and circulant_linear has none: use c3a_linear, or 'auto'"
+        )
     x = _autocast(x, x.device.type)
     kernels = (w,)
     _check(x, None, None, kernels)
@@ -68,7 +72,9 @@ def c3a_linear(
         bias: `(out_features,)` in x's dtype, or None.
         kernels: one w of shape `(out_features / b, in_features / b, b)` per adapter; block sizes may differ. ΔW has the
             scale 1 / in_features.
-        backend: how the adapters' part is computed, a name of `c3a_triton.dispatch.BACKENDS`.
+        backend: how the adapters' part is computed, a name of `c3a_triton.dispatch.BACKENDS`. `"fold"`: forward and
+            gradient of x with W + Σ ΔW_a rounded to weight's dtype, as a merged model computes; the kernels' gradients
+            are exact, as if nothing had been rounded.
 
     Returns:
         `(*, out_features)` in x's dtype (the autocast dtype under autocast).
@@ -119,8 +125,11 @@ def add_circulant_(weight: Tensor, kernels: Sequence[Tensor]) -> None:
         _check_kernel(w)
         if (w.shape[0] * w.shape[2], w.shape[1] * w.shape[2]) != (out_features, in_features):
             raise ShapeError(f"w of shape {tuple(w.shape)} does not fit a weight of shape {tuple(weight.shape)}")
-    scale = 1.0 / in_features
-    summed = [w for w, _ in _summed(kernels)]
+    _add_circulant(weight, [w for w, _ in _summed(kernels)], 1.0 / in_features)
+
+
+def _add_circulant(weight: Tensor, summed: Sequence[Tensor], scale: float) -> None:
+    out_features, in_features = weight.shape
     if len(summed) == 1 and _triton_expands(summed[0], weight.dtype):
         launch.add_expanded_(weight, summed[0], scale=scale)
         return
@@ -133,6 +142,18 @@ def add_circulant_(weight: Tensor, kernels: Sequence[Tensor]) -> None:
             b = w.shape[2]
             total = total + reference.circulant_matrix(w[start // b : (start + rows) // b], scale)
         chunk.copy_(total)
+
+
+def _folded_weight(weight: Tensor, kernels: Sequence[Tensor], scale: float) -> Tensor:
+    """weight + Σ_a ΔW_a as a new tensor, summed and rounded as `add_circulant_` does; weight itself without kernels."""
+    if not kernels:
+        return weight
+    summed = [w for w, _ in _summed(kernels)]
+    if len(summed) == 1 and _triton_expands(summed[0], weight.dtype):
+        return launch.folded_weight(weight, summed[0], scale=scale)
+    folded = weight.clone()
+    _add_circulant(folded, summed, scale)
+    return folded
 
 
 # The lean path
@@ -182,22 +203,45 @@ def _linear(
     transpose: bool,
     backend: str,
 ) -> Tensor:
-    """Implementation of `c3a_triton::linear`: the adapters first, so that the base GEMM's epilogue adds their sum."""
+    """Implementation of `c3a_triton::linear`."""
     with _NoAutocast(x.device.type):
-        rows = x.reshape(-1, x.shape[-1])
-        y = None
-        for w, _ in _summed(kernels):
-            product = _PRODUCTS[_choose(backend, rows, w)]
-            y = product(rows, w, scale=scale, transpose=transpose, bias=bias if y is None else None, out=y)
-        if weight is not None:
-            matrix = weight if transpose else weight.t()
-            if y is not None:
-                y.addmm_(rows, matrix)
-            else:
-                y = rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
-        assert y is not None, "neither a weight nor a kernel"
+        y = _product_of_rows(x.reshape(-1, x.shape[-1]), weight, bias, kernels, scale, transpose, backend)
         # Not a view for autograd: what a Function returns as a view cannot be modified in place by its user.
         return y if x.dim() == 2 else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
+
+
+def _product_of_rows(
+    rows: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kernels: Sequence[Tensor],
+    scale: float,
+    transpose: bool,
+    backend: str,
+) -> Tensor:
+    """The adapters first, so that the base GEMM's epilogue adds their sum; for a few tokens both in one kernel."""
+    if backend == "fold":
+        if weight is not None:
+            weight, kernels = _folded_weight(weight, kernels, scale), ()
+        else:
+            backend = "auto"  # a term of a derivative without the weight: nothing to fold into
+    summed = _summed(kernels)
+    if weight is not None and not transpose and len(summed) == 1 and launch.decodes(rows, weight):
+        w = summed[0][0]
+        if _choose(backend, rows, w) == "direct":
+            return launch.decode_linear(rows, weight, w, bias, scale=scale)
+    y = None
+    for w, _ in summed:
+        product = _PRODUCTS[_choose(backend, rows, w)]
+        y = product(rows, w, scale=scale, transpose=transpose, bias=bias if y is None else None, out=y)
+    if weight is not None:
+        matrix = weight if transpose else weight.t()
+        if y is not None:
+            y.addmm_(rows, matrix)
+        else:
+            y = rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
+    assert y is not None, "neither a weight nor a kernel"
+    return y
 
 
 def _linear_backward(
@@ -211,10 +255,14 @@ def _linear_backward(
     needs_w: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """dx and the dw's of `_linear` (not transposed), each spectrum computed once where a backend has spectra."""
+    if backend == "fold":
+        # The folded weight is built again: kept from the forward it would be as large as the weight, in every layer.
+        dx = _linear(dy, weight, None, kernels, scale, True, backend) if needs_x else None
+        return dx, _linear_backward(dy, x, None, kernels, scale, "auto", False, needs_w)[1]
     with _NoAutocast(dy.device.type):
         rows = dy.reshape(-1, dy.shape[-1])
         x_rows = None if x is None else x.reshape(-1, x.shape[-1])
-        dx: Tensor | None = None
+        dx = None
         dws: list[Tensor | None] = [None] * len(kernels)
         for w, members in _summed(kernels):
             name = _choose(backend, rows, w)
@@ -243,6 +291,7 @@ def _linear_backward(
 
 def _weight_grad(dy: Tensor, x: Tensor, block_size: int, scale: float, dtype: torch.dtype, backend: str) -> Tensor:
     """Implementation of `c3a_triton::weight_grad`."""
+    backend = "auto" if backend == "fold" else backend
     with _NoAutocast(dy.device.type):
         dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
         wide = torch.float64 if dtype == torch.float64 else dy.dtype

@@ -1,13 +1,13 @@
 """What a model's adapters look like: counts and a table, as text."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import nn
 
 from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
 
-__all__ = ["count_parameters", "summary_table"]
+__all__ = ["count_parameters", "format_table", "summary_table"]
 
 _HEADER = ("layer", "adapter", "in", "out", "b", "chosen by", "parameters", "backend", "state")
 _NUMBERS = {_HEADER.index(name) for name in ("in", "out", "b", "parameters")}
@@ -56,12 +56,16 @@ def summary_table(
                 total += count
                 state = "active" if adapter in active else ""
                 rows.append((name, adapter, "", "", "", "modules_to_save", f"{count:,}", "", state))
+    return f"{format_table(rows, _NUMBERS)}\n{total:,} parameters"
+
+
+def format_table(rows: Sequence[Sequence[str]], numbers: Collection[int]) -> str:
+    """Rows, the header first, as lines of aligned columns; those of these indices to the right."""
     columns = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
+    return "\n".join(
         "  ".join(
-            cell.rjust(width) if index in _NUMBERS else cell.ljust(width)
+            cell.rjust(width) if index in numbers else cell.ljust(width)
             for index, (cell, width) in enumerate(zip(row, columns, strict=True))
         ).rstrip()
         for row in rows
-    ]
-    return "\n".join([*lines, f"{total:,} parameters"])
+    )

@@ -4,12 +4,13 @@ The entries are starting points taken from compiled code (registers, shared memo
 docs/kernels.md), not from measurements on each card.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = [
     "GENERATIONS",
     "SHARED_MEMORY",
     "TileConfig",
+    "decode_tile",
     "diagonal_tile",
     "generation",
     "inner_block",
@@ -82,6 +83,11 @@ _BLOCKS_16BIT = {name: TileConfig(64, 64, 64, 4, 3) for name in GENERATIONS}
 _BLOCKS_32BIT = {name: TileConfig(32, 64, 64, 8, 3) for name in GENERATIONS}
 
 
+# A whole layer for a few tokens, by the most that each takes. Narrow tiles are programs enough without splitting sums;
+# with more tokens x would be read too often. The stages keep some 32 KB of W per multiprocessor on their way.
+_DECODE = (TileConfig(4, 16, 256, 2, 4), TileConfig(8, 32, 256, 4, 3), TileConfig(16, 32, 256, 8, 3))
+
+
 def generation(capability: tuple[int, int]) -> str:
     """The row of the tables that serves a card: by compute capability (major, minor)."""
     major, minor = capability
@@ -96,6 +102,16 @@ def product_tile(card: str, itemsize: int, n_tokens: int) -> TileConfig:
     """The tile of `table_product_kernel` for a card generation, bytes per value and a number of tokens."""
     rows = (_PRODUCT_32BIT if itemsize == 4 else _PRODUCT_16BIT)[card]
     return next(tile for limit, tile in rows if n_tokens <= limit)
+
+
+def decode_tile(n_tokens: int, block_size: int) -> TileConfig:
+    """The tile of `decode_kernel` for 1 to 16 tokens, the same on every card: block_t is the power of two above them.
+
+    Where 16 does not divide the circulant size, ΔW is gathered value by value, and half the step keeps it in registers.
+    """
+    block_t = 1 << (n_tokens - 1).bit_length()
+    tile = next(tile for tile in _DECODE if block_t <= tile.block_t)
+    return replace(tile, block_t=block_t, block_i=tile.block_i if block_size % 16 == 0 else tile.block_i // 2)
 
 
 def inner_block(length: int, most: int) -> int:

@@ -9,6 +9,7 @@ from .indexing import rounded
 @triton.jit
 def expand_kernel(
     w_ptr,  # [m, n, b] float32, addressed by (row block, column block) of the matrix written
+    base_ptr,  # what is added to where ADD: [n_rows, n_columns] of out's strides, perhaps out itself
     out_ptr,  # [n_rows, n_columns], any strides
     scale,
     n_rows,
@@ -20,11 +21,11 @@ def expand_kernel(
     stride_out_col,
     b: tl.constexpr,
     TRANSPOSE: tl.constexpr,  # write ΔWᵀ
-    ADD: tl.constexpr,  # add to what is there instead of replacing it
+    ADD: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """out[M·b + j, N·b + p] (+)= scale · w[M, N, (p − j) mod b], in float32 and rounded once; one tile per program."""
+    """out[M·b + j, N·b + p] = scale · w[M, N, (p − j) mod b] (+ base), in float32, rounded once; a tile per program."""
     # 64-bit up to the tile, 32-bit inside it.
     start_row = tl.program_id(0) * BLOCK_ROWS
     start_col = tl.program_id(1) * BLOCK_COLS
@@ -43,9 +44,9 @@ def expand_kernel(
     mask = inside & (cols < width)[None, :]
     values = tl.load(w_ptr + (block_row[:, None] + block_col[None, :] + q), mask=mask, other=0.0) * scale
 
-    out_ptr += start_row.to(tl.int64) * stride_out_row + start_col.to(tl.int64) * stride_out_col
-    out_ptrs = out_ptr + (offs_row[:, None] * stride_out_row + offs_col[None, :] * stride_out_col)
+    start = start_row.to(tl.int64) * stride_out_row + start_col.to(tl.int64) * stride_out_col
+    offs = offs_row[:, None] * stride_out_row + offs_col[None, :] * stride_out_col
     mask = inside & (cols < n_columns)[None, :]
     if ADD:
-        values += tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptrs, rounded(values, out_ptr.dtype.element_ty), mask=mask)
+        values += tl.load(base_ptr + start + offs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + start + offs, rounded(values, out_ptr.dtype.element_ty), mask=mask)

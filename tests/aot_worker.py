@@ -60,6 +60,13 @@ def product(dtype: torch.dtype, n_tokens: int, width: int, b: int, transpose: bo
         launch.direct_product(x, w, scale=1 / width, out=tensor(n_tokens, width, dtype=dtype))
 
 
+def decode(dtype: torch.dtype, n_tokens: int, in_features: int, out_features: int, b: int) -> None:
+    """A whole layer for a few tokens."""
+    x, weight = tensor(n_tokens, in_features, dtype=dtype), tensor(out_features, in_features, dtype=dtype)
+    w = tensor(out_features // b, in_features // b, b)
+    launch.decode_linear(x, weight, w, tensor(out_features, dtype=dtype), scale=1 / in_features)
+
+
 def expand(dtype: torch.dtype, width: int, b: int) -> None:
     """ΔW written, added to a weight, and added to a transposed weight."""
     w = tensor(width // b, width // b, b)
@@ -91,6 +98,14 @@ CASES = (
     (product, BF16, 1, 4096, 256),
     (product, FP16, 16, 3072, 64, True),
     (product, FP32, 4, 4096, 256),
+    (decode, BF16, 1, 4096, 4096, 256),
+    (decode, BF16, 1, 4096, 1024, 128),
+    (decode, FP16, 4, 3072, 8192, 64),
+    (decode, BF16, 8, 4096, 14336, 256),
+    (decode, BF16, 16, 14336, 4096, 1024),
+    (decode, BF16, 4, 1600, 4800, 80),
+    (decode, BF16, 1, 1600, 1600, 25),
+    (decode, FP16, 16, 4096, 4096, 8),
     (expand, BF16, 4096, 256),
     (expand, FP32, 3072, 192),
     (weight_grad, BF16, 8192, 4096, 256),
@@ -125,7 +140,10 @@ def main() -> None:
             "warps": kernel.metadata.num_warps,
             "shared": kernel.metadata.shared,
         }
-        row |= {name: ptx.count(name) for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "cp.async.c")}
+        row |= {
+            name: ptx.count(name)
+            for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "cp.async.c", "cp.async.cg")
+        }
         print(json.dumps(row | resources(kernel.asm["cubin"])), flush=True)
 
     JITFunction.run = compile_only

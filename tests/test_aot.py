@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from c3a_triton.tiles import SHARED_MEMORY
+from c3a_triton.tiles import SHARED_MEMORY, decode_tile
 
 CARDS = ("sm_80", "sm_90", "sm_100")
 MMA = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
-PRODUCTS = ("table_product_kernel", "hankel_kernel", "diagonal_sums_kernel", "block_sums_kernel")
+PRODUCTS = ("decode_kernel", "table_product_kernel", "hankel_kernel", "diagonal_sums_kernel", "block_sums_kernel")
 
 
 def compile_all(card: str, cache: Path) -> list[dict]:
@@ -39,7 +39,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
 
 def small(row: dict) -> bool:
     """Whether the tile is too small for the instructions of a whole warp group, so that each warp multiplies alone."""
-    return row["kernel"] == "hankel_kernel" or row["case"] in (
+    return row["kernel"] in ("hankel_kernel", "decode_kernel") or row["case"] in (
         "product bfloat16 40 4096 256",
         "weight_grad bfloat16 8192 3072 96",
     )
@@ -63,3 +63,17 @@ def test_main_loops(compiled: dict[str, list[dict]], card: str) -> None:
     assert not slow, "products without tensor cores"
     # The Hankel matrix is gathered two bytes at a time: no asynchronous copy carries that, but it does carry w.
     assert not [row for row in rows if not row["cp.async.c"]], "operands are not copied ahead of their use"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", CARDS)
+def test_decoding_reads_the_weight_sixteen_bytes_at_a_time(compiled: dict[str, list[dict]], card: str) -> None:
+    rows = [row for row in compiled[card] if row["kernel"] == "decode_kernel"]
+    assert rows
+    for row in rows:
+        _, _, n_tokens, _, _, b = row["case"].split()
+        tile = decode_tile(int(n_tokens), int(b))
+        # Tiles of W and x in bytes, per thread; once per stage, the last of them in the loop.
+        per_stage = 2 * tile.block_i * (tile.block_o + 16) / (32 * tile.num_warps)
+        assert row["cp.async.cg"] * 16 >= tile.num_stages * per_stage, row
+        assert row["shared"] <= min(SHARED_MEMORY.values()), row

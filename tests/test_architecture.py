@@ -27,6 +27,7 @@ ORDER = [
     "targets",
     "report",
     "manager",
+    "explanation",
     "api",
     "__init__",
 ]

@@ -61,6 +61,68 @@ def test_direct_product(device: torch.device, dtype: torch.dtype, t: int, m: int
     oracle.assert_close(dx, oracle.input_grad(dy, w, 0.37), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("t", "m", "n", "b"),
+    [
+        (1, 3, 40, 1),
+        (4, 2, 5, 3),
+        (16, 4, 3, 15),
+        (7, 2, 3, 24),
+        (2, 2, 1, 97),
+        (16, 3, 2, 16),
+        (1, 5, 3, 48),
+        (2, 1, 3, 112),
+        (8, 3, 2, 32),
+        (9, 3, 1, 64),
+        (5, 1, 40, 16),
+        (3, 1, 1, 256),
+    ],
+)
+def test_decode_linear(device: torch.device, dtype: torch.dtype, t: int, m: int, n: int, b: int) -> None:
+    x, _, w = tensors(device, dtype, t, m, n, b)
+    weight = torch.randn(m * b, n * b, device=device).to(dtype)
+    bias = torch.randn(m * b, device=device).to(dtype)
+    dense = weight.cpu().double() + oracle.dense(w, 0.37)
+    expected = x.cpu().double() @ dense.T
+    y = launch.decode_linear(x, weight, w, None, scale=0.37)
+    # The sum is rounded once: W and what the adapter adds to it keep the digits that a folded weight loses.
+    once = {torch.float16: 4e-4, torch.bfloat16: 3e-3}[dtype]
+    oracle.assert_close(y, expected, dtype, bound=once)
+    with_bias = launch.decode_linear(x, weight, w, bias, scale=0.37)
+    oracle.assert_close(with_bias, expected + bias.cpu().double(), dtype, bound=once)
+    # The adapter's own part, where the weight has nothing to hide it, and the same bits again.
+    alone = launch.decode_linear(x, torch.zeros_like(weight), w, None, scale=0.37)
+    oracle.assert_close(alone, oracle.product(x, w, 0.37), dtype)
+    assert torch.equal(with_bias, launch.decode_linear(x, weight, w, bias, scale=0.37))
+
+
+@pytest.mark.parametrize("b", [5, 16])
+def test_decode_linear_of_strided_operands(device: torch.device, b: int) -> None:
+    dtype, t, m, n = torch.bfloat16, 3, 2, 4
+    x = torch.randn(2 * t, n * b + 5, device=device).to(dtype)[::2, 3:-2]
+    weight = torch.randn(m * b, n * b + 3, device=device).to(dtype)[:, 1:-2]
+    w = torch.randn(n, m, b, device=device).transpose(0, 1)
+    bias = torch.randn(m * b, 2, device=device).to(dtype)[:, 0]
+    expected = x.cpu().double() @ (weight.cpu().double() + oracle.dense(w)).T + bias.cpu().double()
+    repeated = (x[:1].expand(t, -1), expected[:1].expand(t, -1))
+    for rows, ref in ((x, expected), (x.t().contiguous().t(), expected), repeated):
+        y = launch.decode_linear(rows, weight, w, bias, scale=1 / (n * b))
+        oracle.assert_close(y, ref, dtype)
+
+
+@pytest.mark.parametrize("b", [4, 32])
+def test_decode_keeps_what_folding_would_round_away(device: torch.device, b: int) -> None:
+    # An adapter a thousand times smaller than the weight is below half a unit of nearly all of W's last digits.
+    dtype, m, n = torch.bfloat16, 2, 64 // b
+    x, _, w = tensors(device, dtype, 8, m, n, b)
+    x[1:] = x[0]
+    weight = torch.ones(m * b, n * b, device=device, dtype=dtype)
+    x -= x.float().mean(1, keepdim=True).to(dtype)  # so that the base product is small
+    expected = x.cpu().double() @ (weight.cpu().double() + oracle.dense(w, 1e-3)).T
+    oracle.assert_close(launch.decode_linear(x, weight, w, None, scale=1e-3), expected, dtype)
+
+
 @pytest.mark.parametrize(("t", "m", "n", "b"), cases())
 def test_weight_grad(device: torch.device, dtype: torch.dtype, t: int, m: int, n: int, b: int) -> None:
     x, dy, _ = tensors(device, dtype, t, m, n, b)
@@ -95,6 +157,9 @@ def test_add_expanded(device: torch.device, dtype: torch.dtype, layout: str, m: 
     exact = view(before).cpu().double() + oracle.dense(w, 0.37)
     once = {torch.float32: 1e-7, torch.float16: 4e-4, torch.bfloat16: 2.5e-3}[dtype]
     oracle.assert_close(view(storage), exact, dtype, bound=once)
+    folded = launch.folded_weight(view(before), w, scale=0.37)
+    assert torch.equal(folded, view(storage))
+    assert layout == "sliced" or folded.stride() == view(before).stride()
     # Nothing outside the view is touched.
     view(storage).copy_(view(before))
     assert torch.equal(storage, before)
@@ -244,8 +309,24 @@ def test_refuses_what_does_not_fit(device: torch.device) -> None:
         launch.direct_product(x, w, scale=1.0, out=torch.zeros(16, 4, device=device).t())
     with pytest.raises(ShapeError, match=r"weight \(24, 16\)"):
         launch.add_expanded_(torch.zeros(24, 16, device=device), w, scale=1.0)
+    with pytest.raises(ShapeError, match=r"weight \(24, 16\)"):
+        launch.folded_weight(torch.zeros(24, 16, device=device), w, scale=1.0)
     with pytest.raises(ShapeError, match="expanded"):
         launch.add_expanded_(torch.zeros(1, 24, device=device).expand(16, 24), w, scale=1.0)
+    weight = torch.zeros(16, 24, device=device, dtype=torch.half)
+    for bad_x, bad_weight, message in (
+        (x, weight.float(), "1 to 16 tokens.*float16 or bfloat16"),
+        (x.half(), weight.bfloat16(), "torch.bfloat16"),
+        (x.half().repeat(5, 1), weight, r"x \(20, 24\)"),
+        (x[:0].half(), weight, r"x \(0, 24\)"),
+        (x.half(), torch.zeros(24, 16, device=device, dtype=torch.half).t(), r"strides \(1, 16\)"),
+        (dy.half(), weight, "do not fit"),
+        (x.half(), weight[:8], "do not fit"),
+    ):
+        with pytest.raises(ShapeError, match=message):
+            launch.decode_linear(bad_x, bad_weight, w, None, scale=1.0)
+    with pytest.raises(ShapeError, match=r"bias \(24,\)"):
+        launch.decode_linear(x.half(), weight, w, x[0].half(), scale=1.0)
     with pytest.raises(ShapeError, match="block_size 5"):
         launch.weight_grad(dy, x, 5, scale=1.0)
     with pytest.raises(ShapeError, match="must agree"):

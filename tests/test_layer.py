@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers.pytorch_utils import Conv1D
 
 from c3a_triton.config import C3AConfig
-from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, ConfigError, ShapeError
+from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, BackendError, ConfigError, ShapeError
 from c3a_triton.layer import C3ALinear
 from c3a_triton.reference import circulant_matrix
 
@@ -58,6 +58,28 @@ def test_forward_is_base_plus_the_dense_update(base: str, dtype: torch.dtype) ->
     x = torch.randn(2, 5, 12, dtype=dtype)
     oracle.assert_close(layer(x), base_output(layer, x) + delta(layer, x, "default"), dtype)
     assert layer.c3a_kernel["default"].dtype == torch.float32
+
+
+def test_fold_computes_as_the_merged_layer() -> None:
+    layer = make(nn.Linear(12, 18).bfloat16(), default=3, other=6)
+    layer.set_adapter(["default", "other"])
+    layer.backend = "fold"
+    x = torch.randn(2, 5, 12).bfloat16()
+    y = layer(x)
+    layer.merge()
+    assert torch.equal(y, layer(x))
+
+
+def test_fold_is_refused_beside_the_base() -> None:
+    layer = make(Conv1D(18, 12))
+    layer.backend = "fold"
+    layer.layer_name = "h.0.attn"
+    with pytest.raises(BackendError, match="h.0.attn.*'fold'.*'auto'"):
+        layer(torch.randn(3, 12))
+    with pytest.raises(BackendError, match="'fold'"):
+        layer(torch.randn(3, 12), adapter_names=["default"] * 3)
+    layer.enable_adapters(False)
+    assert layer(torch.randn(3, 12)).shape == (3, 18)
 
 
 def test_gradients_are_the_dense_ones() -> None:

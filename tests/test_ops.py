@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from c3a_triton import BackendError, ShapeError, c3a_linear, circulant_linear, circulant_matrix, ops
+from c3a_triton import BackendError, ShapeError, c3a_linear, circulant_linear, circulant_matrix, launch, ops
 from c3a_triton.dispatch import BACKENDS, choose, predicted_seconds
 
-ALL = [name for name in BACKENDS if name != "auto"]
+ALL = [name for name in BACKENDS if name not in ("auto", "fold")]
 FLOAT64 = ["reference", "torch"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -122,7 +122,7 @@ def test_shapes_and_strides(device, backend):
     oracle.assert_close(x.grad, oracle.input_grad(torch.ones(5, 7, 8), w), torch.float32)
 
 
-@pytest.mark.parametrize("backend", [*ALL, "auto"])
+@pytest.mark.parametrize("backend", [*ALL, "fold", "auto"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
 def test_fused_layer_equals_base_plus_adapters(device, backend, dtype, with_bias):
@@ -148,6 +148,46 @@ def test_fused_layer_equals_base_plus_adapters(device, backend, dtype, with_bias
         oracle.assert_close(dw, expected, torch.float32, bound=oracle.BOUNDS[dtype])
     if with_bias:
         oracle.assert_close(grads[5], dy64.sum(0), dtype)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 5, 16])
+@pytest.mark.parametrize(("m", "n", "b"), [(3, 2, 16), (2, 3, 7)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_few_tokens_take_one_kernel_for_base_and_adapters(device, monkeypatch, dtype, n_tokens, m, n, b):
+    calls = []
+    decode = launch.decode_linear
+    monkeypatch.setattr(launch, "decode_linear", lambda *a, **k: calls.append(a[0].shape) or decode(*a, **k))
+    x, dy, kernels = operands(device, dtype, n_tokens, m, n, b, kernels=2)
+    generator = torch.Generator().manual_seed(3)
+    weight = (torch.randn(m * b, n * b, generator=generator) / 4).to(device, dtype)
+    bias = torch.randn(m * b, generator=generator).to(device, dtype)
+    dense = weight.cpu().double() + sum(oracle.dense(w) for w in kernels)
+    expected = x.cpu().double() @ dense.T + bias.cpu().double()
+    with torch.no_grad():
+        oracle.assert_close(c3a_linear(x, weight, bias, kernels, backend="direct"), expected, dtype)
+    x.requires_grad_()
+    kernels = [w.requires_grad_() for w in kernels]
+    y = c3a_linear(x.view(1, n_tokens, -1), weight, bias, kernels, backend="direct")
+    assert calls == [(n_tokens, n * b)] * 2
+    oracle.assert_close(y[0], expected, dtype)
+    dx, *dws = torch.autograd.grad(y, (x, *kernels), dy[None])
+    oracle.assert_close(dx, dy.cpu().double() @ dense, dtype, bound=2 * oracle.BOUNDS[dtype])
+    for dw in dws:
+        oracle.assert_close(dw, oracle.weight_grad(dy, x, b), torch.float32, bound=oracle.BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("case", ["many tokens", "float32", "transposed weight", "two block sizes", "no tokens"])
+def test_what_the_decoding_kernel_does_not_take_is_computed_all_the_same(device, monkeypatch, case):
+    monkeypatch.setattr(launch, "decode_linear", None)
+    dtype = torch.float32 if case == "float32" else torch.bfloat16
+    x, _, (w,) = operands(device, dtype, {"many tokens": 17, "no tokens": 0}.get(case, 4), 3, 2, 8)
+    kernels = [w, operands(device, dtype, 1, 6, 4, 4)[2][0]] if case == "two block sizes" else [w]
+    weight = torch.randn(24, 16, generator=torch.Generator().manual_seed(3)).to(device, dtype)
+    if case == "transposed weight":
+        weight = weight.t().contiguous().t()
+    expected = x.cpu().double() @ (weight.cpu().double() + sum(oracle.dense(w) for w in kernels)).T
+    y = c3a_linear(x, weight, None, kernels, backend="direct")
+    oracle.assert_close(y, expected, dtype, bound=2 * oracle.BOUNDS[dtype])
 
 
 @pytest.mark.parametrize("backend", ALL)
@@ -176,7 +216,7 @@ def test_merge_in_chunks_of_rows(device, monkeypatch):
 # Autograd
 
 
-@pytest.mark.parametrize("backend", FLOAT64)
+@pytest.mark.parametrize("backend", [*FLOAT64, "fold"])
 @pytest.mark.parametrize("b", [1, 3, 5, 8])
 def test_gradcheck_to_second_order(device, backend, b):
     x, _, (w, other) = operands(device, torch.float64, 4, 2, 3, b, kernels=2)
@@ -188,7 +228,7 @@ def test_gradcheck_to_second_order(device, backend, b):
         return c3a_linear(x.view(2, 2, -1), weight, bias, kernels, backend=backend)
 
     def delta(x, w):
-        return circulant_linear(x, w, scale=0.7, backend=backend)
+        return circulant_linear(x, w, scale=0.7, backend="torch" if backend == "fold" else backend)
 
     assert torch.autograd.gradcheck(layer, leaves)
     assert torch.autograd.gradcheck(delta, (x, w))
@@ -289,6 +329,101 @@ def test_bit_identical_from_run_to_run(device, deterministic, backend):
 
     for first, second in zip(run(), run(), strict=True):
         assert torch.equal(first, second)
+
+
+# Folding
+
+
+def fold_operands(device, dtype, n_tokens=20):
+    """A layer with three adapters of two block sizes, the weight's own digits, and W + Σ ΔW rounded once."""
+    x, dy, kernels = operands(device, dtype, n_tokens, 3, 2, 8, kernels=2)
+    kernels.append(operands(device, dtype, 1, 6, 4, 4, seed=5)[2][0])
+    weight = torch.randn(24, 16, generator=torch.Generator().manual_seed(3)).to(device, dtype)
+    exact = weight.cpu().double() + sum(oracle.dense(w) for w in kernels)
+    return x, dy, weight, kernels, exact.float().to(device, dtype)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 20])
+def test_fold_computes_as_the_merged_layer_does(device, n_tokens):
+    x, dy, weight, kernels, folded = fold_operands(device, torch.bfloat16, n_tokens)
+    bias = torch.randn(24, generator=torch.Generator().manual_seed(4)).to(device, torch.bfloat16)
+    leaves = [
+        x.requires_grad_(),
+        weight.requires_grad_(),
+        bias.requires_grad_(),
+        *(w.requires_grad_() for w in kernels),
+    ]
+    y = c3a_linear(x, weight, bias, kernels, backend="fold")
+    dx, dweight, dbias, *dws = torch.autograd.grad(y, leaves, dy)
+    # Bit for bit what a merged layer gives: summed in float32 and rounded once, not adapter by adapter.
+    assert torch.equal(y, nn.functional.linear(x, folded, bias))
+    assert torch.equal(dx, dy @ folded)
+    with torch.no_grad():
+        assert torch.equal(c3a_linear(x, weight, bias, kernels, backend="fold"), y)
+    # The other gradients are those of the exact layer, which "auto" computes.
+    exact = c3a_linear(x, weight, bias, kernels)
+    expected = torch.autograd.grad(exact, leaves[1:], dy)
+    for ours, theirs in zip((dweight, dbias, *dws), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    assert not torch.equal(y, exact)
+
+
+def test_fold_without_kernels_is_the_base(device):
+    x, _, weight, _, _ = fold_operands(device, torch.float32)
+    assert torch.equal(c3a_linear(x, weight, None, [], backend="fold"), nn.functional.linear(x, weight))
+
+
+def test_fold_keeps_no_folded_weight_for_backward(device):
+    x, _, weight, kernels, _ = fold_operands(device, torch.bfloat16)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        c3a_linear(x.requires_grad_(), weight, None, [w.requires_grad_() for w in kernels], backend="fold")
+    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (x, weight, *kernels)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_double_backward_through_fold(device, dtype):
+    x, _, weight, kernels, _ = fold_operands(device, dtype)
+    leaves = [x.requires_grad_(), *(w.requires_grad_() for w in kernels)]
+
+    def penalty(backend):
+        y = c3a_linear(x, weight, None, kernels, backend=backend)
+        grads = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.float().square().sum() for g in grads), leaves)
+
+    for ours, exact in zip(penalty("fold"), penalty("reference"), strict=True):
+        oracle.assert_close(ours, exact.double().cpu(), ours.dtype, bound=1e-4 if dtype == torch.float32 else 3e-2)
+
+
+def test_fold_under_compile_and_functorch(device):
+    x, dy, weight, kernels, _ = fold_operands(device, torch.float32)
+    leaves = [x.requires_grad_(), *(w.requires_grad_() for w in kernels)]
+
+    def layer(x, *kernels):
+        return c3a_linear(x, weight, None, kernels, backend="fold")
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*leaves), layer(*leaves))
+    for a, b in zip(
+        torch.autograd.grad(compiled(*leaves), leaves, dy), torch.autograd.grad(layer(*leaves), leaves, dy), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+    _, tangent = torch.func.jvp(layer, tuple(leaves), tuple(t.detach().cos() for t in leaves))
+    _, expected = torch.func.jvp(
+        lambda x, *kernels: c3a_linear(x, weight, None, kernels, backend="torch"),
+        tuple(leaves),
+        tuple(t.detach().cos() for t in leaves),
+    )
+    torch.testing.assert_close(tangent, expected)
+
+
+def test_fold_is_for_layers_and_only_by_name(monkeypatch):
+    x, _, (w,) = operands(torch.device("cpu"), torch.float32, 3, 2, 2, 4)
+    with pytest.raises(BackendError, match="'fold'.*circulant_linear has none"):
+        circulant_linear(x, w, backend="fold")
+    monkeypatch.setenv("C3A_TRITON_BACKEND", "fold")
+    with pytest.raises(BackendError, match="'fold'.*C3A_TRITON_BACKEND.*by name"):
+        c3a_linear(x, torch.zeros(8, 8), None, [w])
 
 
 # Autocast

@@ -21,6 +21,7 @@ def test_public_names():
         "c3a_linear",
         "circulant_linear",
         "circulant_matrix",
+        "explain",
         "load_adapter",
         "suggest_block_size",
         "valid_block_sizes",
@@ -41,6 +42,7 @@ def test_signatures():
     assert parameters(c3a_triton.circulant_matrix) == ["w", "scale=None", "dtype=None"]
     assert parameters(c3a_triton.apply) == ["model", "cfg=None", "adapter_name='default'", "backend='auto'"]
     assert parameters(c3a_triton.load_adapter)[:3] == ["model", "directory", "adapter_name='default'"]
+    assert parameters(c3a_triton.explain)[:2] == ["layer_or_shapes", "tokens=(1, 1024, 8192)"]
     assert parameters(c3a_triton.suggest_block_size) == ["in_features", "out_features", "rank=None", "max_params=None"]
 
 
