@@ -8,12 +8,16 @@ from dataclasses import dataclass
 
 __all__ = [
     "GENERATIONS",
+    "SCRATCH_BYTES",
     "SHARED_MEMORY",
     "TileConfig",
     "diagonal_tile",
     "generation",
     "inner_block",
+    "mix_tile",
+    "outer_tile",
     "product_tile",
+    "transform_tile",
     "weight_grad_tile",
 ]
 
@@ -81,6 +85,22 @@ _DIAGONAL_32BIT = {name: TileConfig(32, 64, 64, 4, 3) for name in GENERATIONS}
 _BLOCKS_16BIT = {name: TileConfig(64, 64, 64, 4, 3) for name in GENERATIONS}
 _BLOCKS_32BIT = {name: TileConfig(32, 64, 64, 8, 3) for name in GENERATIONS}
 
+# Spectral path, transforms: block_t rows of b values, at most block_o columns and block_i inner values. float32 here is
+# also what float16 x is transformed in.
+_TRANSFORM_16BIT = {name: TileConfig(128, 128, 64, 8, 3) for name in GENERATIONS}
+_TRANSFORM_32BIT = {name: TileConfig(128, 64, 32, 8, 3) for name in GENERATIONS}
+# Product per frequency: block_t tokens, at most block_o columns, at most block_i inner values.
+_MIX_16BIT = {name: TileConfig(128, 128, 64, 8, 3) for name in GENERATIONS}
+_MIX_32BIT = {name: TileConfig(64, 64, 32, 4, 3) for name in GENERATIONS}
+# Gradient per frequency: at most block_o by block_i of one slot's matrix, block_t tokens in a step.
+_OUTER_16BIT = {name: TileConfig(64, 128, 128, 8, 3) for name in GENERATIONS}
+_OUTER_32BIT = {name: TileConfig(32, 64, 64, 4, 3) for name in GENERATIONS}
+
+# Spectral path: tokens are worked off in chunks whose two spectra take about so many bytes, the same memory each time, so
+# that spectra are read back from the L2 cache. 0 means all tokens at once. Estimates from the sizes of the caches (40, 4
+# to 72, 50 and 126 MB), not measurements.
+SCRATCH_BYTES = {"sm_80": 16 << 20, "sm_86": 8 << 20, "sm_90": 24 << 20, "sm_100": 48 << 20}
+
 
 def generation(capability: tuple[int, int]) -> str:
     """The row of the tables that serves a card: by compute capability (major, minor)."""
@@ -125,3 +145,25 @@ def diagonal_tile(card: str, itemsize: int, block_size: int) -> TileConfig:
 def weight_grad_tile(card: str, itemsize: int) -> TileConfig:
     """The tile of `block_sums_kernel`."""
     return (_BLOCKS_32BIT if itemsize == 4 else _BLOCKS_16BIT)[card]
+
+
+def transform_tile(card: str, itemsize: int, columns: int, inner: int) -> TileConfig:
+    """The tile of `analysis_kernel` and `synthesis_kernel`: rows of `inner` values to rows of `columns` values."""
+    return _fitted((_TRANSFORM_32BIT if itemsize == 4 else _TRANSFORM_16BIT)[card], columns, inner)
+
+
+def mix_tile(card: str, itemsize: int, columns: int, inner: int) -> TileConfig:
+    """The tile of `mix_kernel`: per slot, tokens of `inner` reals to tokens of `columns` reals."""
+    return _fitted((_MIX_32BIT if itemsize == 4 else _MIX_16BIT)[card], columns, inner)
+
+
+def outer_tile(card: str, itemsize: int, rows: int, columns: int) -> TileConfig:
+    """The tile of `outer_kernel`: per slot, a matrix of `rows` by `columns` reals."""
+    return _fitted((_OUTER_32BIT if itemsize == 4 else _OUTER_16BIT)[card], rows, columns)
+
+
+def _fitted(tile: TileConfig, columns: int, inner: int) -> TileConfig:
+    """`tile` with its two fitted extents; four warps where half the columns are left, which eight would split too fine."""
+    block_o, block_i = inner_block(columns, tile.block_o), inner_block(inner, tile.block_i)
+    num_warps = tile.num_warps if block_o == tile.block_o else 4
+    return TileConfig(tile.block_t, block_o, block_i, num_warps, tile.num_stages)
