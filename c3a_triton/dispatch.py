@@ -11,13 +11,13 @@ import warnings
 
 import torch
 
-from . import launch
+from . import launch, launch_fft
 from .errors import BackendError
 
 __all__ = ["BACKENDS", "check_backend", "choose", "predicted_seconds", "why_not"]
 
-BACKENDS = ("auto", "reference", "torch", "direct", "expand")
-TRITON_BACKENDS = ("direct", "expand")
+BACKENDS = ("auto", "reference", "torch", "direct", "fft", "expand")
+TRITON_BACKENDS = ("direct", "fft", "expand")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 logger = logging.getLogger("c3a_triton")
@@ -28,6 +28,7 @@ logger = logging.getLogger("c3a_triton")
 BANDWIDTH = 4.2e12
 CUBLAS_FLOPS = {2: 650e12, 4: 40e12}  # by bytes per element: tensor cores in 16 bits, CUDA cores in float32
 TRITON_FLOPS = {2: 500e12, 4: 150e12}  # float32 runs as three TF32 products on tensor cores
+TF32_FLOPS = 300e12
 LAUNCH_SECONDS = 2.5e-6
 
 
@@ -88,7 +89,8 @@ def _choose(
         _say_once("cuda", f"'auto' computes with 'torch' instead of Triton kernels: {reason}")
         return "torch"
     sizes = (1 << token_bits, in_features, out_features, b, dtype.itemsize)
-    return min((*TRITON_BACKENDS, "torch"), key=lambda name: predicted_seconds(name, *sizes))
+    spectra = launch_fft.spectrum_itemsize(dtype, b)
+    return min((*TRITON_BACKENDS, "torch"), key=lambda name: predicted_seconds(name, *sizes, spectrum_itemsize=spectra))
 
 
 @functools.cache
@@ -100,13 +102,26 @@ def _say_once(device_type: str, message: str) -> None:
         logger.info(message)
 
 
-def predicted_seconds(backend: str, n_tokens: int, in_features: int, out_features: int, b: int, itemsize: int) -> float:
+def predicted_seconds(
+    backend: str,
+    n_tokens: int,
+    in_features: int,
+    out_features: int,
+    b: int,
+    itemsize: int,
+    *,
+    spectrum_itemsize: int | None = None,
+) -> float:
     """Predicted GPU time of one product x ΔWᵀ: launches, and the larger of bytes and FLOPs over their ceilings.
 
     A model, not a measurement. Counted for each path (d = in_features + out_features, elements per token):
 
     - direct: reads x, writes y (itemsize·d), a table of 16 bytes per element of w; the FLOPs of a dense product.
     - expand: writes ΔW densely and reads it back, then a cuBLAS product.
+    - fft: reads x, writes y (itemsize·d), writes and reads back the spectra of both (2·spectrum_itemsize·d, by default
+      itemsize; float16 has 4); 2·b·d FLOPs a token for the transforms (4·(P + Q)·d in two levels of b = P·Q) and
+      4·in·out / b for the product per frequency. One launch for w and three for all tokens: those of further chunks hide
+      behind the chunk before.
     - torch: float32 copies, complex spectra, their transposition and the batched product: about 26·d bytes a token, and
       8·n_freqs·n·m FLOPs a token on CUDA cores.
     """
@@ -119,6 +134,18 @@ def predicted_seconds(backend: str, n_tokens: int, in_features: int, out_feature
     if backend == "expand":
         gemm = max(tokens_bytes / BANDWIDTH, dense_flops / CUBLAS_FLOPS[itemsize])
         return 2 * LAUNCH_SECONDS + 2 * itemsize * dense_elements / BANDWIDTH + gemm
+    if backend == "fft":
+        spectrum_itemsize = spectrum_itemsize or itemsize
+        spectra_bytes = 2 * spectrum_itemsize * n_tokens * (in_features + out_features)
+        per_value = launch_fft.transform_flops(b)
+        transform_flops = per_value * n_tokens * (in_features + out_features)
+        mix_flops = 4 * n_tokens * dense_elements / b
+        # 16-bit operands multiply in TF32 where their spectra are float32, and inside two-level transforms.
+        two_level = per_value < 2 * b
+        mix_rate = TF32_FLOPS if spectrum_itemsize > itemsize else TRITON_FLOPS[itemsize]
+        transform_rate = TF32_FLOPS if two_level and itemsize == 2 else mix_rate
+        seconds = mix_flops / mix_rate + transform_flops / transform_rate
+        return 4 * LAUNCH_SECONDS + max((tokens_bytes + spectra_bytes) / BANDWIDTH, seconds)
     if backend == "torch":
         mix_flops = 8 * n_tokens * (b // 2 + 1) * dense_elements / b**2
         spectra_bytes = 26 * n_tokens * (in_features + out_features)

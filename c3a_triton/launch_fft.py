@@ -6,8 +6,9 @@
 
 Tokens are worked off in chunks that use the same scratch memory (`tiles.SCRATCH_BYTES`). By dtype of x:
 
-    bfloat16    bfloat16 spectra and basis; two-level transforms multiply in TF32, because their two matrices in
-                bfloat16 would cost more than the result's own rounding allows
+    bfloat16    bfloat16 spectra and basis, from b = 32; two-level transforms multiply in TF32, because two roundings of
+                their matrices to bfloat16 are more than the error bound leaves; below 32 as float16, because so few
+                values do not average out five roundings
     float16     float32 spectra rounded to TF32, TF32 products: float16 would lose spectra of large x (above 65504) and
                 of small gradients (below 6e-5)
     float32     float32 spectra, three TF32 products (one where torch's own switch allows that)
@@ -16,22 +17,24 @@ The spectrum of w is computed in float32 in every call, because w may have chang
 """
 
 import functools
-from math import isqrt, pi
+from math import log2, pi
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import launch
-from .tiles import SCRATCH_BYTES, TileConfig, inner_block, mix_tile, outer_tile, transform_tile
+from .tiles import SCRATCH_BYTES, mix_tile, outer_tile, transform_tile
 
-__all__ = ["fft_backward", "fft_product", "fft_weight_grad"]
+__all__ = ["fft_backward", "fft_product", "fft_weight_grad", "spectrum_itemsize", "transform_flops"]
 
 # Block sizes of two-level transforms: powers of two, whose factors are sizes of tiles. Below, one level moves as many
 # bytes and its operations hide behind them.
 _TWO_LEVEL = (512, 1024, 2048, 4096)
 # Rows of a basis matrix and of a spectrum are padded to a multiple of this (`PAD` in kernels/fft.py).
 _PAD = 128
+# From this block size on, spectra of bfloat16 tensors are bfloat16.
+_SMALLEST_16BIT = 32
 # Rows in one chunk, whatever the scratch: kernels count them in 32 bits.
 _MOST_ROWS = 2**29
 
@@ -63,7 +66,7 @@ def fft_product(
             piece, target = x[start : start + step], result[start : start + step]
             _analyse(plan, piece, z)
             _mix(plan, z, blocks, y, piece.shape[0])
-            _synthesise(plan, y, target, bias, scale, accumulate=out is not None)
+            _synthesise(plan, y, target, bias, scale * plan.basis.gain, accumulate=out is not None)
     return result
 
 
@@ -89,12 +92,10 @@ def fft_weight_grad(dy: Tensor, x: Tensor, block_size: int, *, scale: float) -> 
             _analyse(plan, piece, z)
             sums = _add_outer(plan, g, z, sums, m, n, piece.shape[0], step)
         assert sums is not None, "no tokens"
-        return _weight_from_sums(sums, m, n, block_size, scale)
+        return _weight_from_sums(sums, m, n, block_size, scale * plan.basis.gain)
 
 
-def fft_backward(
-    dy: Tensor, x: Tensor, w: Tensor, *, scale: float, out: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def fft_backward(dy: Tensor, x: Tensor, w: Tensor, *, scale: float, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Both gradients of `fft_product(x, w)`, dy transformed once: dx (added to a given `out`) and dw [m, n, b] float32.
 
     Raises:
@@ -118,11 +119,24 @@ def fft_backward(
             piece, target = x[start : start + step], dx[start : start + step]
             _analyse(plan, dy[start : start + step], g)
             _mix(plan, g, blocks, z, piece.shape[0])
-            _synthesise(plan, z, target, None, scale, accumulate=out is not None)
+            _synthesise(plan, z, target, None, scale * plan.basis.gain, accumulate=out is not None)
             _analyse(plan, piece, z)
             sums = _add_outer(plan, g, z, sums, m, n, piece.shape[0], step)
         assert sums is not None, "no tokens"
-        return dx, _weight_from_sums(sums, m, n, b, scale)
+        return dx, _weight_from_sums(sums, m, n, b, scale * plan.basis.gain)
+
+
+def spectrum_itemsize(dtype: torch.dtype, b: int) -> int:
+    """Bytes per real of the spectra of a tensor of `dtype`."""
+    return 2 if dtype == torch.bfloat16 and b >= _SMALLEST_16BIT else 4
+
+
+def transform_flops(b: int) -> int:
+    """Operations per value of one transform: a product with the basis, or two levels of P and Q columns of pairs."""
+    if b not in _TWO_LEVEL:
+        return 2 * b
+    p, q = _factors(b)
+    return 4 * (p + q)
 
 
 class _Basis(NamedTuple):
@@ -132,6 +146,8 @@ class _Basis(NamedTuple):
     matrices: tuple[Tensor, ...]
     # Two levels: b = P·Q, and `matrices` are the two steps and the factors between them; (1, b) for one level.
     factors: tuple[int, int]
+    # What a transform and its inverse must be multiplied by; 1 for an orthogonal basis.
+    gain: float
 
 
 class _Plan(NamedTuple):
@@ -150,7 +166,7 @@ class _Plan(NamedTuple):
 
 def _plan(device: torch.device, dtype: torch.dtype, b: int) -> _Plan:
     precision = launch._precision() if dtype == torch.float32 else "tf32"
-    scratch = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    scratch = torch.bfloat16 if spectrum_itemsize(dtype, b) == 2 else torch.float32
     two_level = b in _TWO_LEVEL
     basis = _basis(b, torch.float32 if two_level else scratch, precision == "tf32", device)
     return _Plan(launch._generation(device), b, basis, scratch, precision)
@@ -176,26 +192,35 @@ def _basis(b: int, dtype: torch.dtype, tf32: bool, device: torch.device) -> _Bas
         return (_to_tf32(matrix) if tf32 and dtype == torch.float32 else matrix).contiguous().to(device)
 
     if b in _TWO_LEVEL:
-        p = 1 << (b.bit_length() - 1) // 2
-        q = b // p
+        p, q = _factors(b)
         first = torch.stack(turns(p, p, p), dim=-1).view(p, 2 * p)
         cos, sin = turns(q, q // 2, q)
         second = torch.stack([torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)], dim=1).view(2 * q, q)
         cos, sin = turns(q, p, b)
         factors = torch.stack([cos, -sin], dim=-1).float().contiguous().to(device)
-        return _Basis((placed(first), placed(second * (2 / b) ** 0.5), factors), (p, q))
+        return _Basis((placed(first), placed(second * (2 / b) ** 0.5), factors), (p, q), 1.0)
 
     slots = (b + 1) // 2
     cos, sin = turns(b, slots, b)
-    matrix = torch.zeros(launch._round_up(b, _PAD), launch._round_up(2 * slots, _PAD), dtype=torch.float64, device="cpu")
-    matrix[:b, 0 : 2 * slots : 2] = cos * (2 / b) ** 0.5
-    matrix[:b, 1 : 2 * slots : 2] = sin * (2 / b) ** 0.5
-    matrix[:b, 0] = b**-0.5
-    matrix[:b, 1] = 0
-    if b % 2 == 0:
-        matrix[0:b:2, 1] = b**-0.5
-        matrix[1:b:2, 1] = -(b**-0.5)
-    return _Basis((placed(matrix), placed(matrix.T)), (1, b))
+    amplitude = (2 / b) ** 0.5
+    if dtype == torch.bfloat16:
+        # Most cosines lie near ±1, where those of an amplitude of 2^k have the smallest relative rounding error.
+        amplitude = 2.0 ** round(log2(amplitude))
+    matrix = torch.zeros(
+        launch._round_up(b, _PAD), launch._round_up(2 * slots, _PAD), dtype=torch.float64, device="cpu"
+    )
+    matrix[:b, 0 : 2 * slots : 2] = cos * amplitude
+    matrix[:b, 1 : 2 * slots : 2] = sin * amplitude
+    matrix[:b, 0] = amplitude * 0.5**0.5
+    matrix[0:b:2, 1] = amplitude * 0.5**0.5 if b % 2 == 0 else 0.0
+    matrix[1:b:2, 1] = -matrix[0, 1]
+    return _Basis((placed(matrix), placed(matrix.T)), (1, b), 2 / b / amplitude**2)
+
+
+def _factors(b: int) -> tuple[int, int]:
+    """P and Q of a two-level transform, the smaller first."""
+    p = 1 << (b.bit_length() - 1) // 2
+    return p, b // p
 
 
 def _to_tf32(x: Tensor) -> Tensor:
@@ -351,7 +376,7 @@ def _synthesise(
 def _mix(plan: _Plan, z: Tensor, blocks: Tensor, y: Tensor, n_tokens: int) -> None:
     """y = z · blocksᵀ, slot by slot."""
     slots, columns, inner = blocks.shape
-    tile = mix_tile(plan.card, plan.scratch.itemsize, columns, inner)
+    tile = mix_tile(plan.card, plan.scratch.itemsize, n_tokens, columns, inner)
     # One program per tile of tokens and columns, and per slot.
     grid = (launch._cdiv(n_tokens, tile.block_t) * launch._cdiv(columns, tile.block_o), slots, 1)
     launch._kernels().fft.mix_kernel[grid](

@@ -4,7 +4,7 @@ The entries are starting points taken from compiled code (registers, shared memo
 docs/kernels.md), not from measurements on each card.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = [
     "GENERATIONS",
@@ -152,9 +152,11 @@ def transform_tile(card: str, itemsize: int, columns: int, inner: int) -> TileCo
     return _fitted((_TRANSFORM_32BIT if itemsize == 4 else _TRANSFORM_16BIT)[card], columns, inner)
 
 
-def mix_tile(card: str, itemsize: int, columns: int, inner: int) -> TileConfig:
+def mix_tile(card: str, itemsize: int, n_tokens: int, columns: int, inner: int) -> TileConfig:
     """The tile of `mix_kernel`: per slot, tokens of `inner` reals to tokens of `columns` reals."""
-    return _fitted((_MIX_32BIT if itemsize == 4 else _MIX_16BIT)[card], columns, inner)
+    tile = (_MIX_32BIT if itemsize == 4 else _MIX_16BIT)[card]
+    block_t = min(tile.block_t, max(16, 1 << (n_tokens - 1).bit_length()))
+    return _fitted(replace(tile, block_t=block_t), columns, inner)
 
 
 def outer_tile(card: str, itemsize: int, rows: int, columns: int) -> TileConfig:
@@ -163,7 +165,7 @@ def outer_tile(card: str, itemsize: int, rows: int, columns: int) -> TileConfig:
 
 
 def _fitted(tile: TileConfig, columns: int, inner: int) -> TileConfig:
-    """`tile` with its two fitted extents; four warps where half the columns are left, which eight would split too fine."""
+    """`tile` fitted to a problem; with half the columns or fewer, eight warps would split it too fine."""
     block_o, block_i = inner_block(columns, tile.block_o), inner_block(inner, tile.block_i)
     num_warps = tile.num_warps if block_o == tile.block_o else 4
-    return TileConfig(tile.block_t, block_o, block_i, num_warps, tile.num_stages)
+    return replace(tile, block_o=block_o, block_i=block_i, num_warps=num_warps)

@@ -131,9 +131,7 @@ def analysis_kernel(
         re, im = tl.split(pairs)
         row = start_row + tl.arange(0, BLOCK_R)
         mask = (row < n_rows)[:, None] & (slot < SLOTS)[None, :]
-        store_blocks(
-            re, im, slot[None, :], row[:, None], z_ptr, mask, OUT_BLOCKS, IN_BLOCKS, b, TRANSPOSE, PRECISION
-        )
+        store_blocks(re, im, slot[None, :], row[:, None], z_ptr, mask, OUT_BLOCKS, IN_BLOCKS, b, TRANSPOSE, PRECISION)
     else:
         z = tl.reshape(tl.permute(pairs, (1, 0, 2)), (BLOCK_C // 2, 2 * BLOCK_R))
         store_spectrum(z, slot, start_row, z_ptr, stride_z_f, SLOTS, PRECISION, BLOCK_R)

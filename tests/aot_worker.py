@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from c3a_triton import launch
+from c3a_triton import launch, launch_fft
 
 CARD = sys.argv[1]
 CAPABILITY = int(CARD.removeprefix("sm_"))
@@ -73,6 +73,13 @@ def weight_grad(dtype: torch.dtype, n_tokens: int, width: int, b: int) -> None:
     launch.weight_grad(x, x, b, scale=1 / width)
 
 
+def fft(dtype: torch.dtype, n_tokens: int, width: int, b: int) -> None:
+    """A square layer by spectra: forward into an existing output, and both gradients."""
+    x, w = tensor(n_tokens, width, dtype=dtype), tensor(width // b, width // b, b)
+    launch_fft.fft_product(x, w, scale=1 / width, out=tensor(n_tokens, width, dtype=dtype))
+    launch_fft.fft_backward(x, x, w, scale=1 / width)
+
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Every tile of the table and every branch of the kernels, on sizes of real models.
 CASES = (
@@ -102,6 +109,19 @@ CASES = (
     (weight_grad, FP16, 8192, 4096, 256),
     (weight_grad, FP32, 8192, 4096, 256),
     (weight_grad, FP32, 8192, 3072, 64),
+    (fft, BF16, 8192, 4096, 256),
+    (fft, BF16, 8192, 3072, 64),
+    (fft, BF16, 8192, 3072, 192),
+    (fft, BF16, 2048, 1600, 100),
+    (fft, BF16, 2048, 4096, 16),
+    (fft, BF16, 8192, 4096, 512),
+    (fft, BF16, 8192, 4096, 1024),
+    (fft, BF16, 8192, 4096, 2048),
+    (fft, BF16, 8192, 4096, 4096),
+    (fft, FP16, 8192, 4096, 256),
+    (fft, FP16, 8192, 4096, 1024),
+    (fft, FP32, 8192, 4096, 128),
+    (fft, FP32, 8192, 4096, 1024),
 )
 
 
