@@ -90,7 +90,11 @@ def _choose(
         return "torch"
     sizes = (1 << token_bits, in_features, out_features, b, dtype.itemsize)
     spectra = launch_fft.spectrum_itemsize(dtype, b)
-    return min((*TRITON_BACKENDS, "torch"), key=lambda name: predicted_seconds(name, *sizes, spectrum_itemsize=spectra))
+
+    def cost(name: str) -> float:
+        return predicted_seconds(name, *sizes, spectrum_itemsize=spectra)
+
+    return min((*TRITON_BACKENDS, "torch"), key=cost)
 
 
 @functools.cache
@@ -120,8 +124,8 @@ def predicted_seconds(
     - expand: writes ΔW densely and reads it back, then a cuBLAS product.
     - fft: reads x, writes y (itemsize·d), writes and reads back the spectra of both (2·spectrum_itemsize·d, by default
       itemsize; float16 has 4); 2·b·d FLOPs a token for the transforms (4·(P + Q)·d in two levels of b = P·Q) and
-      4·in·out / b for the product per frequency. One launch for w and three for all tokens: those of further chunks hide
-      behind the chunk before.
+      4·in·out / b for the product per frequency. One launch for w and three for all tokens: those of further chunks
+      hide behind the chunk before.
     - torch: float32 copies, complex spectra, their transposition and the batched product: about 26·d bytes a token, and
       8·n_freqs·n·m FLOPs a token on CUDA cores.
     """

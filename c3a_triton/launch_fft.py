@@ -13,7 +13,8 @@ Tokens are worked off in chunks that use the same scratch memory (`tiles.SCRATCH
                 of small gradients (below 6e-5)
     float32     float32 spectra, three TF32 products (one where torch's own switch allows that)
 
-The spectrum of w is computed in float32 in every call, because w may have changed, and rounded to the dtype of the spectra.
+The spectrum of w is computed in float32 in every call, because w may have changed, and rounded once to the dtype of
+the other spectra.
 """
 
 import functools
@@ -48,7 +49,7 @@ def fft_product(
     out: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """x ΔWᵀ (or x ΔW) by transforms of the blocks; arguments, result and errors are those of `launch.direct_product`."""
+    """x ΔWᵀ (or x ΔW) by transforms of blocks; arguments, result and errors are those of `launch.direct_product`."""
     result = launch._product_output(x, w, transpose, out, bias)
     if x.shape[0] == 0:
         return result

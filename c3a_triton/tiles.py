@@ -96,9 +96,9 @@ _MIX_32BIT = {name: TileConfig(64, 64, 32, 4, 3) for name in GENERATIONS}
 _OUTER_16BIT = {name: TileConfig(64, 128, 128, 8, 3) for name in GENERATIONS}
 _OUTER_32BIT = {name: TileConfig(32, 64, 64, 4, 3) for name in GENERATIONS}
 
-# Spectral path: tokens are worked off in chunks whose two spectra take about so many bytes, the same memory each time, so
-# that spectra are read back from the L2 cache. 0 means all tokens at once. Estimates from the sizes of the caches (40, 4
-# to 72, 50 and 126 MB), not measurements.
+# Spectral path: tokens are worked off in chunks whose two spectra take about so many bytes, the same memory each time,
+# so that spectra are read back from the L2 cache. 0 means all tokens at once. Estimates from the sizes of the caches
+# (40, 4 to 72, 50 and 126 MB), not measurements.
 SCRATCH_BYTES = {"sm_80": 16 << 20, "sm_86": 8 << 20, "sm_90": 24 << 20, "sm_100": 48 << 20}
 
 

@@ -121,7 +121,8 @@ def analysis_kernel(
         if b % BLOCK_K == 0:
             x = tl.load(x_ptrs + k)
         else:
-            x = tl.load(x_ptrs + k, mask=offs_k[None, :] < b - k, other=0.0)
+            inside = offs_k[None, :] < b - k
+            x = tl.load(x_ptrs + k, mask=inside, other=0.0)
         basis = tl.load(basis_ptrs + k)
         acc = mma(x.to(basis.dtype), tl.trans(basis), acc, DOT)
 
