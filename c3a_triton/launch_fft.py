@@ -168,19 +168,27 @@ class _Plan(NamedTuple):
 def _plan(device: torch.device, dtype: torch.dtype, b: int) -> _Plan:
     precision = launch._precision() if dtype == torch.float32 else "tf32"
     scratch = torch.bfloat16 if spectrum_itemsize(dtype, b) == 2 else torch.float32
-    two_level = b in _TWO_LEVEL
-    basis = _basis(b, torch.float32 if two_level else scratch, precision == "tf32", device)
-    return _Plan(launch._generation(device), b, basis, scratch, precision)
+    card = launch._generation(device)
+    basis = _basis(b, scratch, precision == "tf32", _takes_two_levels(card, b, precision), device)
+    return _Plan(card, b, basis, scratch, precision)
 
 
 def _exact_plan(device: torch.device, b: int) -> _Plan:
     """For what is small and read or written in float32: the transforms of w and dw."""
-    return _Plan(launch._generation(device), b, _basis(b, torch.float32, False, device), torch.float32, "tf32x3")
+    card = launch._generation(device)
+    basis = _basis(b, torch.float32, False, _takes_two_levels(card, b, "tf32x3"), device)
+    return _Plan(card, b, basis, torch.float32, "tf32x3")
+
+
+def _takes_two_levels(card: str, b: int, precision: str) -> bool:
+    """Whether a transform has two levels. Three TF32 products of the largest factors spill registers before sm_90."""
+    return b in _TWO_LEVEL and (precision == "tf32" or b <= 1024 or card in ("sm_90", "sm_100"))
 
 
 @functools.lru_cache(maxsize=64)
-def _basis(b: int, dtype: torch.dtype, tf32: bool, device: torch.device) -> _Basis:
-    """Computed in float64 and rounded once, to `dtype` or to TF32; kept, because it depends on nothing else."""
+def _basis(b: int, dtype: torch.dtype, tf32: bool, two_level: bool, device: torch.device) -> _Basis:
+    """Computed in float64, rounded once to `dtype` (one level; two have float32) or to TF32, and kept: it depends on
+    nothing else."""
 
     def turns(rows: int, columns: int, period: int) -> tuple[Tensor, Tensor]:
         """cos and −sin of 2π·r·c / period, of an exact remainder."""
@@ -189,10 +197,10 @@ def _basis(b: int, dtype: torch.dtype, tf32: bool, device: torch.device) -> _Bas
         return angle.cos(), angle.sin().neg_()
 
     def placed(matrix: Tensor) -> Tensor:
-        matrix = matrix.to(dtype)
-        return (_to_tf32(matrix) if tf32 and dtype == torch.float32 else matrix).contiguous().to(device)
+        matrix = matrix.to(torch.float32 if two_level else dtype)
+        return (_to_tf32(matrix) if tf32 and matrix.dtype == torch.float32 else matrix).contiguous().to(device)
 
-    if b in _TWO_LEVEL:
+    if two_level:
         p, q = _factors(b)
         first = torch.stack(turns(p, p, p), dim=-1).view(p, 2 * p)
         cos, sin = turns(q, q // 2, q)
@@ -203,6 +211,10 @@ def _basis(b: int, dtype: torch.dtype, tf32: bool, device: torch.device) -> _Bas
 
     slots = (b + 1) // 2
     cos, sin = turns(b, slots, b)
+    if b in _TWO_LEVEL:  # the order of slots that two levels have: spectra are exchanged with them
+        p, q = _factors(b)
+        order = (torch.arange(p, device="cpu")[:, None] + p * torch.arange(q // 2, device="cpu")[None, :]).flatten()
+        cos, sin = cos[:, order], sin[:, order]
     amplitude = (2 / b) ** 0.5
     if dtype == torch.bfloat16:
         # Most cosines lie near ±1, where those of an amplitude of 2^k have the smallest relative rounding error.
@@ -269,7 +281,7 @@ def _analyse(
     transpose: bool = False,
     precision: str | None = None,
 ) -> None:
-    """z = spectrum of x's blocks; with `weight_blocks` (m, n), x is w and z its matrices for products in `precision`."""
+    """z = the spectrum of x's blocks; with `weight_blocks` (m, n), of w's, as matrices for products in `precision`."""
     b = plan.b
     blocks = x.shape[1] // b
     n_rows = x.shape[0] * blocks
