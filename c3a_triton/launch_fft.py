@@ -258,9 +258,12 @@ def _scratch(plan: _Plan, rows: int) -> Tensor:
     return torch.empty(plan.slots, width, dtype=plan.scratch, device=plan.basis.matrices[0].device)
 
 
-def _two_level_rows(b: int) -> int:
-    """Rows of b values that one program transforms."""
-    return min(8, max(2, 4096 // b))
+def _two_level_tile(b: int, precision: str) -> tuple[int, int]:
+    """(rows of b values, warps) of one program: as many as registers hold, at most eight."""
+    if b > 1024:
+        return 2, 8
+    # Three products keep three times the operands.
+    return (8, b // 128) if precision == "tf32" else (4096 // b, 8)
 
 
 def _weight_blocks(plan: _Plan, w: Tensor, transpose: bool) -> Tensor:
@@ -301,7 +304,7 @@ def _analyse(
     }
     p, q = plan.basis.factors
     if p > 1:
-        rows = _two_level_rows(b)
+        rows, num_warps = _two_level_tile(b, plan.precision)
         first, second, twiddle = plan.basis.matrices
         launch._kernels().fft.two_level_analysis_kernel[launch._cdiv(n_rows, rows), 1, 1](
             **shared,
@@ -311,7 +314,7 @@ def _analyse(
             P=p,
             Q=q,
             BLOCK_R=rows,
-            num_warps=8,
+            num_warps=num_warps,
             enable_fp_fusion=True,
         )
         return
@@ -355,7 +358,7 @@ def _synthesise(
     }
     p, q = plan.basis.factors
     if p > 1:
-        rows = _two_level_rows(b)
+        rows, num_warps = _two_level_tile(b, plan.precision)
         first, second, twiddle = plan.basis.matrices
         launch._kernels().fft.two_level_synthesis_kernel[launch._cdiv(n_rows, rows), 1, 1](
             **shared,
@@ -365,7 +368,7 @@ def _synthesise(
             P=p,
             Q=q,
             BLOCK_R=rows,
-            num_warps=8,
+            num_warps=num_warps,
             enable_fp_fusion=True,
         )
         return

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -49,6 +50,18 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype)
+
+
+def steps(kernel: str, constants: dict[str, Any]) -> dict[str, int]:
+    """Of a spectral product: rows of its tile and steps of its sum over a constant length."""
+    if kernel == "outer_kernel":
+        return {"rows": constants["BLOCK_O"], "steps": 0}
+    lengths = {
+        "analysis_kernel": lambda c: c["b"],
+        "synthesis_kernel": lambda c: c["b"] + c["b"] % 2,
+        "mix_kernel": lambda c: 2 * c["col_blocks"],
+    }
+    return {"steps": -(-lengths[kernel](constants) // constants["BLOCK_K"])} if kernel in lengths else {}
 
 
 def product(dtype: torch.dtype, n_tokens: int, width: int, b: int, transpose: bool = False) -> None:
@@ -144,6 +157,7 @@ def main() -> None:
             "shared": kernel.metadata.shared,
         }
         row |= {name: ptx.count(name) for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "cp.async.c")}
+        row |= steps(self.__name__, kwargs)
         print(json.dumps(row | resources(kernel.asm["cubin"])), flush=True)
 
     JITFunction.run = compile_only

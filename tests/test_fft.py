@@ -82,6 +82,7 @@ def test_huge_blocks(device: torch.device, dtype: torch.dtype, t: int, m: int, n
 def two_level_from_256(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two levels for b = 256 = 16 · 16: all that larger blocks do, on fewer slots."""
     monkeypatch.setattr(launch_fft, "_TWO_LEVEL", (256, *launch_fft._TWO_LEVEL))
+    monkeypatch.setattr(launch_fft, "_two_level_tile", lambda b, precision: (8, 4))
     launch_fft._basis.cache_clear()
 
 
@@ -315,7 +316,9 @@ def test_tiles() -> None:
                 min(tiles.outer_tile(card, itemsize, 2, 2).block_o, tiles.outer_tile(card, itemsize, 2, 2).block_i)
                 == 16
             )
-    assert all(launch_fft._PAD % launch_fft._two_level_rows(b) == 0 for b in launch_fft._TWO_LEVEL)
+    for b in launch_fft._TWO_LEVEL:
+        rows = {launch_fft._two_level_tile(b, precision)[0] for precision in ("tf32", "tf32x3")}
+        assert all(launch_fft._PAD % size == 0 for size in rows)
 
 
 def test_refuses_what_does_not_fit(device: torch.device) -> None:
