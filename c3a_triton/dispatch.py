@@ -11,13 +11,13 @@ import warnings
 
 import torch
 
-from . import launch
+from . import launch, launch_fft
 from .errors import BackendError
 
 __all__ = ["BACKENDS", "base_seconds", "cheapest", "check_backend", "choose", "predicted_seconds", "why_not"]
 
-BACKENDS = ("auto", "reference", "torch", "direct", "expand", "fold")
-TRITON_BACKENDS = ("direct", "expand")
+BACKENDS = ("auto", "reference", "torch", "direct", "fft", "expand", "fold")
+TRITON_BACKENDS = ("direct", "fft", "expand")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 logger = logging.getLogger("c3a_triton")
@@ -28,6 +28,7 @@ logger = logging.getLogger("c3a_triton")
 BANDWIDTH = 4.2e12
 CUBLAS_FLOPS = {2: 650e12, 4: 40e12}  # by bytes per element: tensor cores in 16 bits, CUDA cores in float32
 TRITON_FLOPS = {2: 500e12, 4: 150e12}  # float32 runs as three TF32 products on tensor cores
+TF32_FLOPS = 300e12
 LAUNCH_SECONDS = 2.5e-6
 
 
@@ -100,12 +101,12 @@ def _choose(
     if reason is not None:
         _say_once("cuda", f"'auto' computes with 'torch' instead of Triton kernels: {reason}")
         return "torch"
-    return cheapest(1 << token_bits, in_features, out_features, b, dtype.itemsize)
+    return cheapest(1 << token_bits, in_features, out_features, b, dtype)
 
 
-def cheapest(n_tokens: int, in_features: int, out_features: int, b: int, itemsize: int) -> str:
+def cheapest(n_tokens: int, in_features: int, out_features: int, b: int, dtype: torch.dtype) -> str:
     """What `"auto"` chooses by the cost model on a GPU, for the next power of two of tokens."""
-    sizes = (1 << (n_tokens - 1).bit_length(), in_features, out_features, b, itemsize)
+    sizes = (1 << (n_tokens - 1).bit_length(), in_features, out_features, b, dtype)
     return min((*TRITON_BACKENDS, "torch"), key=lambda name: predicted_seconds(name, *sizes))
 
 
@@ -118,17 +119,24 @@ def _say_once(device_type: str, message: str) -> None:
         logger.info(message)
 
 
-def predicted_seconds(backend: str, n_tokens: int, in_features: int, out_features: int, b: int, itemsize: int) -> float:
+def predicted_seconds(
+    backend: str, n_tokens: int, in_features: int, out_features: int, b: int, dtype: torch.dtype
+) -> float:
     """Predicted GPU time of one product x ΔWᵀ: launches, and the larger of bytes and FLOPs over their ceilings.
 
     A model, not a measurement. Counted for each path (d = in_features + out_features, elements per token):
 
     - direct: reads x, writes y (itemsize·d), a table of 16 bytes per element of w; the FLOPs of a dense product.
     - expand: writes ΔW densely and reads it back, then a cuBLAS product.
+    - fft: reads x, writes y (itemsize·d), writes and reads back the spectra of both (2·d of their itemsize, which is 4
+      where x is not bfloat16); 2·b·d FLOPs a token for the transforms (4·(P + Q)·d in two levels of b = P·Q) and
+      4·in·out / b for the product per frequency. One launch for w and three for all tokens: those of further chunks
+      hide behind the chunk before.
     - torch: float32 copies, complex spectra, their transposition and the batched product: about 26·d bytes a token, and
       8·n_freqs·n·m FLOPs a token on CUDA cores.
     - fold: reads W and writes W + ΔW; the product is the base layer's own. Never chosen, only told.
     """
+    itemsize = dtype.itemsize
     tokens_bytes = itemsize * n_tokens * (in_features + out_features)
     dense_elements = in_features * out_features
     dense_flops = 2 * n_tokens * dense_elements
@@ -140,6 +148,18 @@ def predicted_seconds(backend: str, n_tokens: int, in_features: int, out_feature
     if backend == "expand":
         gemm = max(tokens_bytes / BANDWIDTH, dense_flops / CUBLAS_FLOPS[itemsize])
         return 2 * LAUNCH_SECONDS + 2 * itemsize * dense_elements / BANDWIDTH + gemm
+    if backend == "fft":
+        spectrum_itemsize = launch_fft.spectrum_itemsize(dtype, b)
+        spectra_bytes = 2 * spectrum_itemsize * n_tokens * (in_features + out_features)
+        per_value = launch_fft.transform_flops(b)
+        transform_flops = per_value * n_tokens * (in_features + out_features)
+        mix_flops = 4 * n_tokens * dense_elements / b
+        # 16-bit operands multiply in TF32 where their spectra are float32, and inside two-level transforms.
+        two_level = per_value < 2 * b
+        mix_rate = TF32_FLOPS if spectrum_itemsize > itemsize else TRITON_FLOPS[itemsize]
+        transform_rate = TF32_FLOPS if two_level and itemsize == 2 else mix_rate
+        seconds = mix_flops / mix_rate + transform_flops / transform_rate
+        return 4 * LAUNCH_SECONDS + max((tokens_bytes + spectra_bytes) / BANDWIDTH, seconds)
     if backend == "torch":
         mix_flops = 8 * n_tokens * (b // 2 + 1) * dense_elements / b**2
         spectra_bytes = 26 * n_tokens * (in_features + out_features)
@@ -147,8 +167,9 @@ def predicted_seconds(backend: str, n_tokens: int, in_features: int, out_feature
     raise BackendError(f"the cost model knows no backend {backend!r}")
 
 
-def base_seconds(n_tokens: int, in_features: int, out_features: int, itemsize: int) -> float:
+def base_seconds(n_tokens: int, in_features: int, out_features: int, dtype: torch.dtype) -> float:
     """Predicted GPU time of the base layer's own product x Wᵀ, in the same model."""
+    itemsize = dtype.itemsize
     weights_bytes = itemsize * in_features * out_features
     tokens_bytes = itemsize * n_tokens * (in_features + out_features)
     flops = 2 * n_tokens * in_features * out_features

@@ -16,7 +16,7 @@ __all__ = ["explain"]
 
 Shape = tuple[int, int, int]
 
-_DTYPES = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
+_DTYPES = dispatch.TRITON_DTYPES
 _NOTES = (
     "Microseconds, predicted (cost model): launches, bytes and FLOPs over the ceilings of an H200, nothing measured.\n"
     "Of a backend: what one adapter's product adds to the base layer's forward; direct, with up to 16 tokens and a "
@@ -106,14 +106,13 @@ def _checked(shapes: object) -> list[Shape]:
 def _table(
     cases: dict[tuple[int, int, int, str], int], tokens: Sequence[int], device: torch.device, dtype: torch.dtype
 ) -> str:
-    itemsize = _DTYPES[dtype]
     names = (*dispatch.TRITON_BACKENDS, "torch", "fold")
     header = ("layers", "in", "out", "b", "tokens", "auto", "base", *names, "set")
     rows: list[tuple[str, ...]] = [header]
     for (in_features, out_features, b, backend), count in cases.items():
         for n_tokens in tokens:
-            sizes = (n_tokens, in_features, out_features, b, itemsize)
-            seconds = [dispatch.base_seconds(n_tokens, in_features, out_features, itemsize)]
+            sizes = (n_tokens, in_features, out_features, b, dtype)
+            seconds = [dispatch.base_seconds(n_tokens, in_features, out_features, dtype)]
             seconds += [dispatch.predicted_seconds(name, *sizes) for name in names]
             chosen = _chosen(device, dtype, n_tokens, in_features, out_features, b)
             where = (str(count), str(in_features), str(out_features), str(b), str(n_tokens), chosen)
@@ -126,5 +125,5 @@ def _chosen(
     device: torch.device, dtype: torch.dtype, n_tokens: int, in_features: int, out_features: int, b: int
 ) -> str:
     if device.type == "cuda" and not torch.cuda.is_available():
-        return dispatch.cheapest(n_tokens, in_features, out_features, b, dtype.itemsize)
+        return dispatch.cheapest(n_tokens, in_features, out_features, b, dtype)
     return dispatch.choose("auto", device, dtype, n_tokens, in_features, out_features, b)

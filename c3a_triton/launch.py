@@ -46,18 +46,19 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 class _Kernels(NamedTuple):
     decode: ModuleType
-    indexing: ModuleType
     direct: ModuleType
     expand: ModuleType
+    fft: ModuleType
+    indexing: ModuleType
     weight_grad: ModuleType
 
 
 @functools.cache
 def _kernels() -> _Kernels:
     """The kernel modules; their import is what imports triton."""
-    from .kernels import decode, direct, expand, indexing, weight_grad
+    from .kernels import decode, direct, expand, fft, indexing, weight_grad
 
-    return _Kernels(decode, indexing, direct, expand, weight_grad)
+    return _Kernels(decode, direct, expand, fft, indexing, weight_grad)
 
 
 @functools.cache
@@ -131,40 +132,14 @@ def direct_product(
         ShapeError: sizes, dtypes or devices do not fit.
         BackendError: the kernels cannot run on x's device.
     """
-    _check_w(w)
-    _check_rows("x", x)
-    if x.device != w.device:
-        raise ShapeError(f"x is on {x.device}, w on {w.device}: they must be on the same device")
-    _check_available(x.device)
-    m, n, b = w.shape
-    row_blocks, col_blocks = (n, m) if transpose else (m, n)
-    out_features = row_blocks * b
-    if x.shape[1] != col_blocks * b:
-        raise ShapeError(
-            f"x has {x.shape[1]} features, w {tuple(w.shape)} takes {col_blocks} · {b} = {col_blocks * b}"
-            + (" transposed" if transpose else "")
-        )
-    n_tokens = x.shape[0]
-    if bias is not None and (bias.shape != (out_features,) or bias.device != x.device):
-        raise ShapeError(
-            f"bias {tuple(bias.shape)} on {bias.device}: the product needs ({out_features},) on {x.device}"
-        )
-    if out is not None:
-        if out.shape != (n_tokens, out_features) or out.dtype != x.dtype or out.device != x.device:
-            raise ShapeError(
-                f"out {tuple(out.shape)} {out.dtype} on {out.device}: the product is ({n_tokens}, {out_features}) "
-                f"{x.dtype} on {x.device}"
-            )
-        if out.stride(1) != 1 and out_features > 1:
-            raise ShapeError(f"out has strides {out.stride()}: its rows must be contiguous")
-    result = torch.empty(n_tokens, out_features, dtype=x.dtype, device=x.device) if out is None else out
-    if n_tokens == 0:
+    result = _product_output(x, w, transpose, out, bias)
+    if x.shape[0] == 0:
         return result
 
     x = _with_contiguous_rows(x)
     w = w.contiguous()
     bias = None if bias is None else bias.contiguous()
-    product = _hankel_product if n_tokens <= SMALL_T else _table_product
+    product = _hankel_product if x.shape[0] <= SMALL_T else _table_product
     with _on(x):
         product(x, w, result, bias, scale, transpose, accumulate=out is not None)
     return result
@@ -305,17 +280,8 @@ def weight_grad(dy: Tensor, x: Tensor, block_size: int, *, scale: float) -> Tens
         ShapeError: sizes, dtypes or devices do not fit.
         BackendError: the kernels cannot run on x's device.
     """
+    _check_weight_grad(dy, x, block_size)
     b = block_size
-    _check_rows("x", x)
-    _check_rows("dy", dy)
-    _check_available(x.device)
-    if dy.shape[0] != x.shape[0] or dy.dtype != x.dtype or dy.device != x.device:
-        raise ShapeError(
-            f"dy {tuple(dy.shape)} {dy.dtype} on {dy.device} and x {tuple(x.shape)} {x.dtype} on {x.device} must agree "
-            "in tokens, dtype and device"
-        )
-    if b < 1 or dy.shape[1] % b or x.shape[1] % b:
-        raise ShapeError(f"block_size {b} does not divide both widths, {dy.shape[1]} (dy) and {x.shape[1]} (x)")
     m, n = dy.shape[1] // b, x.shape[1] // b
     if x.numel() == 0 or dy.numel() == 0:
         return torch.zeros(m, n, b, dtype=torch.float32, device=x.device)
@@ -642,6 +608,50 @@ def _precision() -> str:
     # Since torch 2.9 this attribute answers for every way of setting the switch; before, there was one way only.
     allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
     return "tf32" if allowed else "tf32x3"
+
+
+def _product_output(x: Tensor, w: Tensor, transpose: bool, out: Tensor | None, bias: Tensor | None) -> Tensor:
+    """What a product writes to, `out` or a new tensor, after checking that all of its operands fit."""
+    _check_w(w)
+    _check_rows("x", x)
+    if x.device != w.device:
+        raise ShapeError(f"x is on {x.device}, w on {w.device}: they must be on the same device")
+    _check_available(x.device)
+    m, n, b = w.shape
+    row_blocks, col_blocks = (n, m) if transpose else (m, n)
+    out_features = row_blocks * b
+    if x.shape[1] != col_blocks * b:
+        raise ShapeError(
+            f"x has {x.shape[1]} features, w {tuple(w.shape)} takes {col_blocks} · {b} = {col_blocks * b}"
+            + (" transposed" if transpose else "")
+        )
+    n_tokens = x.shape[0]
+    if bias is not None and (bias.shape != (out_features,) or bias.device != x.device):
+        raise ShapeError(
+            f"bias {tuple(bias.shape)} on {bias.device}: the product needs ({out_features},) on {x.device}"
+        )
+    if out is not None:
+        if out.shape != (n_tokens, out_features) or out.dtype != x.dtype or out.device != x.device:
+            raise ShapeError(
+                f"out {tuple(out.shape)} {out.dtype} on {out.device}: the product is ({n_tokens}, {out_features}) "
+                f"{x.dtype} on {x.device}"
+            )
+        if out.stride(1) != 1 and out_features > 1:
+            raise ShapeError(f"out has strides {out.stride()}: its rows must be contiguous")
+    return torch.empty(n_tokens, out_features, dtype=x.dtype, device=x.device) if out is None else out
+
+
+def _check_weight_grad(dy: Tensor, x: Tensor, b: int) -> None:
+    _check_rows("x", x)
+    _check_rows("dy", dy)
+    _check_available(x.device)
+    if dy.shape[0] != x.shape[0] or dy.dtype != x.dtype or dy.device != x.device:
+        raise ShapeError(
+            f"dy {tuple(dy.shape)} {dy.dtype} on {dy.device} and x {tuple(x.shape)} {x.dtype} on {x.device} must agree "
+            "in tokens, dtype and device"
+        )
+    if b < 1 or dy.shape[1] % b or x.shape[1] % b:
+        raise ShapeError(f"block_size {b} does not divide both widths, {dy.shape[1]} (dy) and {x.shape[1]} (x)")
 
 
 def _check_w(w: Tensor) -> None:

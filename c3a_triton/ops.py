@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch, fourier, launch, reference
+from . import dispatch, fourier, launch, launch_fft, reference
 from .errors import BackendError, ShapeError
 
 __all__ = ["add_circulant_", "c3a_linear", "circulant_linear", "circulant_matrix"]
@@ -267,9 +267,9 @@ def _linear_backward(
         for w, members in _summed(kernels):
             name = _choose(backend, rows, w)
             wanted = [i for i in members if needs_w[i]]
-            if needs_x and wanted and name == "torch":
+            if needs_x and wanted and name in _BACKWARDS:
                 assert x_rows is not None
-                dx, dw = fourier.backward(rows, x_rows, w, scale=scale, out=dx)
+                dx, dw = _BACKWARDS[name](rows, x_rows, w, scale=scale, out=dx)
             else:
                 if needs_x:
                     dx = _PRODUCTS[name](rows, w, scale=scale, transpose=True, bias=None, out=dx)
@@ -555,17 +555,28 @@ def _triton_weight_grad(dy: Tensor, x: Tensor, block_size: int, *, scale: float,
     return launch.weight_grad(dy, x, block_size, scale=scale).to(dtype)
 
 
+def _fft_weight_grad(dy: Tensor, x: Tensor, block_size: int, *, scale: float, dtype: torch.dtype) -> Tensor:
+    return launch_fft.fft_weight_grad(dy, x, block_size, scale=scale).to(dtype)
+
+
 _PRODUCTS: dict[str, Callable[..., Tensor]] = {
     "reference": reference.product,
     "torch": fourier.product,
     "direct": launch.direct_product,
+    "fft": launch_fft.fft_product,
     "expand": _expand_product,
 }
 _WEIGHT_GRADS: dict[str, Callable[..., Tensor]] = {
     "reference": reference.weight_grad,
     "torch": fourier.weight_grad,
     "direct": _triton_weight_grad,
+    "fft": _fft_weight_grad,
     "expand": _triton_weight_grad,
+}
+# Backends that compute both gradients in one call, with the spectrum of dy computed once.
+_BACKWARDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "torch": fourier.backward,
+    "fft": launch_fft.fft_backward,
 }
 
 

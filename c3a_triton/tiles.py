@@ -8,13 +8,17 @@ from dataclasses import dataclass, replace
 
 __all__ = [
     "GENERATIONS",
+    "SCRATCH_BYTES",
     "SHARED_MEMORY",
     "TileConfig",
     "decode_tile",
     "diagonal_tile",
     "generation",
     "inner_block",
+    "mix_tile",
+    "outer_tile",
     "product_tile",
+    "transform_tile",
     "weight_grad_tile",
 ]
 
@@ -82,6 +86,22 @@ _DIAGONAL_32BIT = {name: TileConfig(32, 64, 64, 4, 3) for name in GENERATIONS}
 _BLOCKS_16BIT = {name: TileConfig(64, 64, 64, 4, 3) for name in GENERATIONS}
 _BLOCKS_32BIT = {name: TileConfig(32, 64, 64, 8, 3) for name in GENERATIONS}
 
+# Spectral path, transforms: block_t rows of b values, at most block_o columns and block_i inner values. float32 here is
+# also what float16 x is transformed in.
+_TRANSFORM_16BIT = {name: TileConfig(128, 128, 64, 8, 3) for name in GENERATIONS}
+_TRANSFORM_32BIT = {name: TileConfig(128, 64, 32, 8, 3) for name in GENERATIONS}
+# Product per frequency: block_t tokens, at most block_o columns, at most block_i inner values.
+_MIX_16BIT = {name: TileConfig(128, 128, 64, 8, 3) for name in GENERATIONS}
+_MIX_32BIT = {name: TileConfig(64, 64, 32, 4, 3) for name in GENERATIONS}
+# Gradient per frequency: at most block_o by block_i of one slot's matrix, block_t tokens in a step.
+_OUTER_16BIT = {name: TileConfig(64, 128, 128, 8, 3) for name in GENERATIONS}
+_OUTER_32BIT = {name: TileConfig(32, 64, 64, 4, 3) for name in GENERATIONS}
+
+# Spectral path: tokens are worked off in chunks whose two spectra take about so many bytes, the same memory each time;
+# 0 means all tokens at once. This bounds memory at few launches. About half of an L2 cache (24 MiB on an H200) would let
+# spectra be read back from it, for three launches per 20 microseconds or so: whether that is faster has to be measured.
+SCRATCH_BYTES = dict.fromkeys(GENERATIONS, 256 << 20)
+
 
 # A whole layer for a few tokens, by the most that each takes. Narrow tiles are programs enough without splitting sums;
 # with more tokens x would be read too often. The stages keep some 32 KB of W per multiprocessor on their way.
@@ -141,3 +161,27 @@ def diagonal_tile(card: str, itemsize: int, block_size: int) -> TileConfig:
 def weight_grad_tile(card: str, itemsize: int) -> TileConfig:
     """The tile of `block_sums_kernel`."""
     return (_BLOCKS_32BIT if itemsize == 4 else _BLOCKS_16BIT)[card]
+
+
+def transform_tile(card: str, itemsize: int, columns: int, inner: int) -> TileConfig:
+    """The tile of `analysis_kernel` and `synthesis_kernel`: rows of `inner` values to rows of `columns` values."""
+    return _fitted((_TRANSFORM_32BIT if itemsize == 4 else _TRANSFORM_16BIT)[card], columns, inner)
+
+
+def mix_tile(card: str, itemsize: int, n_tokens: int, columns: int, inner: int) -> TileConfig:
+    """The tile of `mix_kernel`: per slot, tokens of `inner` reals to tokens of `columns` reals."""
+    tile = (_MIX_32BIT if itemsize == 4 else _MIX_16BIT)[card]
+    block_t = min(tile.block_t, max(16, 1 << (n_tokens - 1).bit_length()))
+    return _fitted(replace(tile, block_t=block_t), columns, inner)
+
+
+def outer_tile(card: str, itemsize: int, rows: int, columns: int) -> TileConfig:
+    """The tile of `outer_kernel`: per slot, a matrix of `rows` by `columns` reals."""
+    return _fitted((_OUTER_32BIT if itemsize == 4 else _OUTER_16BIT)[card], rows, columns)
+
+
+def _fitted(tile: TileConfig, columns: int, inner: int) -> TileConfig:
+    """`tile` fitted to a problem; with half the columns or fewer, eight warps would split it too fine."""
+    block_o, block_i = inner_block(columns, tile.block_o), inner_block(inner, tile.block_i)
+    num_warps = tile.num_warps if block_o == tile.block_o else 4
+    return replace(tile, block_o=block_o, block_i=block_i, num_warps=num_warps)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -17,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from c3a_triton import launch
+from c3a_triton import launch, launch_fft
 
 CARD = sys.argv[1]
 CAPABILITY = int(CARD.removeprefix("sm_"))
@@ -51,6 +52,18 @@ def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype)
 
 
+def steps(kernel: str, constants: dict[str, Any]) -> dict[str, int]:
+    """Of a spectral product: rows of its tile and steps of its sum over a constant length."""
+    if kernel == "outer_kernel":
+        return {"rows": constants["BLOCK_O"], "steps": 0}
+    lengths = {
+        "analysis_kernel": lambda c: c["b"],
+        "synthesis_kernel": lambda c: c["b"] + c["b"] % 2,
+        "mix_kernel": lambda c: 2 * c["col_blocks"],
+    }
+    return {"steps": -(-lengths[kernel](constants) // constants["BLOCK_K"])} if kernel in lengths else {}
+
+
 def product(dtype: torch.dtype, n_tokens: int, width: int, b: int, transpose: bool = False) -> None:
     """A square layer's product: forward into an existing output, transposed with a bias."""
     x, w = tensor(n_tokens, width, dtype=dtype), tensor(width // b, width // b, b)
@@ -78,6 +91,13 @@ def expand(dtype: torch.dtype, width: int, b: int) -> None:
 def weight_grad(dtype: torch.dtype, n_tokens: int, width: int, b: int) -> None:
     x = tensor(n_tokens, width, dtype=dtype)
     launch.weight_grad(x, x, b, scale=1 / width)
+
+
+def fft(dtype: torch.dtype, n_tokens: int, width: int, b: int) -> None:
+    """A square layer by spectra: forward into an existing output, and both gradients."""
+    x, w = tensor(n_tokens, width, dtype=dtype), tensor(width // b, width // b, b)
+    launch_fft.fft_product(x, w, scale=1 / width, out=tensor(n_tokens, width, dtype=dtype))
+    launch_fft.fft_backward(x, x, w, scale=1 / width)
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -117,6 +137,17 @@ CASES = (
     (weight_grad, FP16, 8192, 4096, 256),
     (weight_grad, FP32, 8192, 4096, 256),
     (weight_grad, FP32, 8192, 3072, 64),
+    (fft, BF16, 8192, 4096, 256),
+    (fft, BF16, 8192, 3072, 64),
+    (fft, BF16, 8192, 3072, 192),
+    (fft, BF16, 2048, 1600, 100),
+    (fft, BF16, 2048, 4096, 16),
+    (fft, BF16, 8192, 4096, 512),
+    (fft, BF16, 8192, 4096, 1024),
+    (fft, BF16, 8192, 4096, 4096),
+    (fft, FP16, 8192, 4096, 256),
+    (fft, FP32, 8192, 4096, 128),
+    (fft, FP32, 8192, 4096, 1024),
 )
 
 
@@ -144,6 +175,7 @@ def main() -> None:
             name: ptx.count(name)
             for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "cp.async.c", "cp.async.cg")
         }
+        row |= steps(self.__name__, kwargs)
         print(json.dumps(row | resources(kernel.asm["cubin"])), flush=True)
 
     JITFunction.run = compile_only

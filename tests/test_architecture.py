@@ -18,6 +18,7 @@ ORDER = [
     "fourier",
     "tiles",
     "launch",
+    "launch_fft",
     "dispatch",
     "ops",
     "linear_like",
@@ -31,7 +32,7 @@ ORDER = [
     "api",
     "__init__",
 ]
-CORE = {"errors", "reference", "fourier", "tiles", "launch", "dispatch", "ops"}
+CORE = {"errors", "reference", "fourier", "tiles", "launch", "launch_fft", "dispatch", "ops"}
 KERNELS = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
 
 

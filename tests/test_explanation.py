@@ -30,7 +30,7 @@ def test_times_and_choice_are_the_cost_model_s(monkeypatch, shape, dtype):
     table = rows(text)
     assert [row["tokens"] for row in table] == ["1", "1000", "8192"]
     for row in table:
-        sizes = (int(row["tokens"]), in_features, out_features, b, dtype.itemsize)
+        sizes = (int(row["tokens"]), in_features, out_features, b, dtype)
         for name in (*dispatch.TRITON_BACKENDS, "torch", "fold"):
             assert float(row[name]) == pytest.approx(dispatch.predicted_seconds(name, *sizes) * 1e6, abs=0.051)
         assert float(row["base"]) == pytest.approx(dispatch.base_seconds(*sizes[:3], sizes[4]) * 1e6, abs=0.051)
@@ -40,9 +40,10 @@ def test_times_and_choice_are_the_cost_model_s(monkeypatch, shape, dtype):
 
 
 def test_the_model_grows_with_what_it_counts():
-    assert dispatch.base_seconds(1, 4096, 4096, 2) == pytest.approx(2.5e-6 + 33.6e6 / 4.2e12, rel=0.01)
-    assert dispatch.base_seconds(8192, 4096, 4096, 2) == pytest.approx(2.5e-6 + 275e9 / 650e12, rel=0.01)
-    assert dispatch.predicted_seconds("fold", 1, 4096, 4096, 256, 2) == pytest.approx(2.5e-6 + 67e6 / 4.2e12, rel=0.01)
+    assert dispatch.base_seconds(1, 4096, 4096, torch.bfloat16) == pytest.approx(2.5e-6 + 33.6e6 / 4.2e12, rel=0.01)
+    assert dispatch.base_seconds(8192, 4096, 4096, torch.bfloat16) == pytest.approx(2.5e-6 + 275e9 / 650e12, rel=0.01)
+    fold = dispatch.predicted_seconds("fold", 1, 4096, 4096, 256, torch.bfloat16)
+    assert fold == pytest.approx(2.5e-6 + 67e6 / 4.2e12, rel=0.01)
 
 
 def test_a_model_is_explained_by_its_distinct_layers(monkeypatch):

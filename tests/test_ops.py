@@ -237,7 +237,7 @@ def test_gradcheck_to_second_order(device, backend, b):
     assert torch.autograd.gradcheck(circulant_matrix, (w,))
 
 
-@pytest.mark.parametrize("backend", ["direct", "expand"])
+@pytest.mark.parametrize("backend", ["direct", "fft", "expand"])
 def test_double_backward_of_triton_backends(device, backend):
     x, dy, (w,) = operands(device, torch.float32, 5, 2, 3, 8)
     x.requires_grad_()
@@ -260,6 +260,7 @@ def test_only_wanted_gradients_are_computed(device, monkeypatch):
         monkeypatch.setattr(fourier, name, lambda *a, _f=function, _n=name, **k: calls.append(_n) or _f(*a, **k))
     monkeypatch.setitem(ops._PRODUCTS, "torch", fourier.product)
     monkeypatch.setitem(ops._WEIGHT_GRADS, "torch", fourier.weight_grad)
+    monkeypatch.setitem(ops._BACKWARDS, "torch", fourier.backward)
     x, dy, (w,) = operands(device, torch.float32, 3, 2, 2, 4)
     circulant_linear(x, w.requires_grad_(), backend="torch").backward(dy)
     assert calls == ["product", "weight_grad"]
@@ -290,7 +291,7 @@ def test_gradients_of_summed_adapters_do_not_share_memory(device):
     assert kernels[0].grad.data_ptr() != kernels[1].grad.data_ptr()
 
 
-@pytest.mark.parametrize("backend", ["torch", "direct"])
+@pytest.mark.parametrize("backend", ["torch", "direct", "fft"])
 def test_what_is_kept_for_backward(device, backend):
     """At most x in its own dtype and the kernel; the frozen weight is there anyway; nothing where nothing is wanted."""
     x, _, (w,) = operands(device, torch.bfloat16, 16, 2, 2, 8)
@@ -520,7 +521,7 @@ def test_inductor_compiles_forward_and_backward(device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["torch", "direct", "expand"])
+@pytest.mark.parametrize("backend", ["torch", "direct", "fft", "expand"])
 def test_cuda_graphs_capture_and_replay(device, backend):
     x, _, (w,) = operands(device, torch.bfloat16, 64, 2, 2, 64)
     weight = torch.randn(128, 128, device=device, dtype=torch.bfloat16)
@@ -616,18 +617,24 @@ def test_auto_on_a_cpu_is_torch(monkeypatch):
         choose("auto", cpu, torch.float32, 100, 64, 64, 8)
 
 
-def test_cost_model_prefers_one_launch_for_few_tokens_and_spectra_for_wide_layers():
-    def best(n_tokens, in_features, out_features, b):
-        names = ("direct", "expand", "torch")
-        return min(names, key=lambda name: predicted_seconds(name, n_tokens, in_features, out_features, b, 2))
+def test_cost_model_prefers_one_launch_for_few_tokens_and_spectra_for_many():
+    def best(n_tokens, in_features, out_features, b, names=("direct", "fft", "expand", "torch")):
+        sizes = (n_tokens, in_features, out_features, b, torch.bfloat16)
+        return min(names, key=lambda name: predicted_seconds(name, *sizes))
 
     assert best(1, 4096, 4096, 128) == "direct"
-    assert best(128, 4096, 4096, 128) == "direct"
-    assert best(8192, 3072, 3072, 64) == "expand"
-    assert best(8192, 8192, 28672, 128) == "torch"
+    assert best(64, 4096, 4096, 128) == "direct"
+    for sizes in ((3072, 3072, 64), (4096, 4096, 256), (4096, 4096, 1024), (8192, 28672, 128)):
+        assert best(8192, *sizes) == "fft"
+    # In one level, transforms of large blocks cost as much as a dense product; float32 spectra cost more bytes.
+    assert best(8192, 1536, 1536, 1536) == "expand"
+    sixteen = [predicted_seconds("fft", 8192, 4096, 4096, 64, dtype) for dtype in (torch.float16, torch.bfloat16)]
+    assert sixteen[0] > sixteen[1]
+    assert best(8192, 3072, 3072, 64, ("direct", "expand", "torch")) == "expand"
+    assert best(8192, 8192, 28672, 128, ("direct", "expand", "torch")) == "torch"
 
 
-@pytest.mark.parametrize("backend", ["direct", "expand"])
+@pytest.mark.parametrize("backend", ["direct", "fft", "expand"])
 def test_a_named_backend_that_cannot_run_says_why(backend):
     x, w = torch.randn(2, 8, dtype=torch.float64), torch.randn(1, 2, 4, dtype=torch.float64)
     with pytest.raises(BackendError, match=f"{backend!r}.*float64.*'auto'"):
@@ -674,5 +681,5 @@ def test_operands_that_do_not_fit_are_named(name):
 
 
 def test_an_unknown_backend_is_named_with_the_known_ones():
-    with pytest.raises(BackendError, match="'cuda'.*'auto', 'reference', 'torch', 'direct', 'expand'"):
+    with pytest.raises(BackendError, match="'cuda'.*'auto', 'reference', 'torch', 'direct', 'fft', 'expand'"):
         circulant_linear(torch.randn(1, 4), torch.randn(1, 1, 4), backend="cuda")

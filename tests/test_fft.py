@@ -1,0 +1,339 @@
+"""The spectral launchers against the dense definition: natively on a GPU, in Triton's interpreter elsewhere.
+
+The interpreter takes some milliseconds per program, and there is one per slot: large blocks appear once each, with few
+tokens, and what does not depend on the block size is tested with small ones.
+"""
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+from c3a_triton import launch_fft, tiles
+from c3a_triton.errors import BackendError, ShapeError
+from c3a_triton.launch_fft import fft_backward, fft_product, fft_weight_grad
+
+pytestmark = pytest.mark.usefixtures("nan_filled")
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = (FP32, FP16, BF16)
+# (tokens, m, n, b): m ≠ n wherever a mix-up could hide; ragged tokens; powers of two and not, odd, prime, 1, 2.
+SHAPES = (
+    (3, 20, 33, 1),
+    (40, 5, 3, 2),
+    (7, 2, 5, 3),
+    (130, 3, 5, 7),
+    (19, 4, 3, 16),
+    (33, 2, 3, 31),
+    (17, 3, 2, 34),
+)
+# Larger blocks, one dtype each. 768 has no factors for two levels; 512 and 1024 have.
+LARGE = ((BF16, 19, 3, 2, 96), (FP32, 5, 2, 1, 100), (FP16, 3, 1, 2, 72))
+HUGE = (
+    (BF16, 9, 1, 2, 192),
+    (FP32, 5, 2, 1, 192),
+    (BF16, 3, 1, 2, 512),
+    (FP32, 2, 2, 1, 512),
+    (BF16, 2, 1, 1, 768),
+    (FP16, 2, 1, 1, 1024),
+)
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+def tensors(device: torch.device, dtype: torch.dtype, t: int, m: int, n: int, b: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x [t, n·b], dy [t, m·b] and w [m, n, b] of random normal values."""
+    x = torch.randn(t, n * b, device=device).to(dtype)
+    dy = torch.randn(t, m * b, device=device).to(dtype)
+    return x, dy, torch.randn(m, n, b, device=device)
+
+
+def check(device: torch.device, dtype: torch.dtype, t: int, m: int, n: int, b: int) -> None:
+    """Forward and both gradients against the definition."""
+    x, dy, w = tensors(device, dtype, t, m, n, b)
+    oracle.assert_close(fft_product(x, w, scale=0.37), oracle.product(x, w, 0.37), dtype)
+    dx, dw = fft_backward(dy, x, w, scale=0.37)
+    oracle.assert_close(dx, oracle.input_grad(dy, w, 0.37), dtype)
+    # Spectra are rounded as x is: its dtype bounds the error of dw, which is float32.
+    oracle.assert_close(dw, oracle.weight_grad(dy, x, b, 0.37), FP32, bound=oracle.BOUNDS[dtype])
+
+
+@pytest.mark.parametrize(("t", "m", "n", "b"), SHAPES)
+def test_small_blocks(device: torch.device, dtype: torch.dtype, t: int, m: int, n: int, b: int) -> None:
+    check(device, dtype, t, m, n, b)
+
+
+@pytest.mark.parametrize(("dtype", "t", "m", "n", "b"), LARGE)
+def test_large_blocks(device: torch.device, dtype: torch.dtype, t: int, m: int, n: int, b: int) -> None:
+    check(device, dtype, t, m, n, b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "t", "m", "n", "b"), HUGE)
+def test_huge_blocks(device: torch.device, dtype: torch.dtype, t: int, m: int, n: int, b: int) -> None:
+    x, _, w = tensors(device, dtype, t, m, n, b)
+    oracle.assert_close(fft_product(x, w, scale=0.37), oracle.product(x, w, 0.37), dtype)
+
+
+@pytest.fixture
+def two_level_from_256(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two levels for b = 256 = 16 · 16: all that larger blocks do, on fewer slots."""
+    monkeypatch.setattr(launch_fft, "_TWO_LEVEL", (256, *launch_fft._TWO_LEVEL))
+    monkeypatch.setattr(launch_fft, "_two_level_tile", lambda b, precision: (8, 4))
+    launch_fft._basis.cache_clear()
+
+
+def test_two_levels(device: torch.device, dtype: torch.dtype, two_level_from_256: None) -> None:
+    assert launch_fft._plan(device, dtype, 256).basis.factors == (16, 16)
+    if dtype == BF16:
+        check(device, dtype, 11, 2, 1, 256)
+    else:
+        x, _, w = tensors(device, dtype, 3, 1, 2, 256)
+        oracle.assert_close(fft_product(x, w, scale=0.37), oracle.product(x, w, 0.37), dtype)
+    launch_fft._basis.cache_clear()
+
+
+def test_one_level_in_the_order_of_two(
+    device: torch.device, two_level_from_256: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Where two levels would spill in float32, the spectrum of w comes from one level and meets two-level spectra of x.
+    monkeypatch.setattr(launch_fft, "_takes_two_levels", lambda card, b, precision: precision == "tf32")
+    x, dy, w = tensors(device, BF16, 3, 1, 2, 256)
+    oracle.assert_close(fft_product(x, w, scale=1.0), oracle.product(x, w, 1.0), BF16)
+    dw = fft_weight_grad(dy, x, 256, scale=1.0)
+    oracle.assert_close(dw, oracle.weight_grad(dy, x, 256, 1.0), FP32, bound=oracle.BOUNDS[BF16])
+    launch_fft._basis.cache_clear()
+
+
+def test_levels() -> None:
+    assert all(launch_fft._takes_two_levels("sm_90", b, "tf32x3") for b in launch_fft._TWO_LEVEL)
+    assert not launch_fft._takes_two_levels("sm_80", 2048, "tf32x3")
+    assert launch_fft._takes_two_levels("sm_80", 2048, "tf32")
+    assert not launch_fft._takes_two_levels("sm_90", 768, "tf32")
+
+
+def test_factors() -> None:
+    assert [launch_fft._factors(b) for b in (512, 1024, 2048, 4096)] == [(16, 32), (32, 32), (32, 64), (64, 64)]
+    assert [launch_fft.transform_flops(b) for b in (96, 256, 512, 768, 1024)] == [192, 512, 192, 1536, 256]
+
+
+@pytest.mark.parametrize("b", [1, 2, 3, 7, 16, 33, 64, 96, 97])
+@pytest.mark.parametrize("basis_dtype", [FP32, BF16])
+def test_basis(b: int, basis_dtype: torch.dtype) -> None:
+    # O Oᵀ = 1 up to the gain, and each slot is the DFT it stands for.
+    basis = launch_fft._basis(b, basis_dtype, False, False, torch.device("cpu"))
+    matrix, transposed = (t.double() for t in basis.matrices)
+    assert torch.equal(matrix.T, transposed)
+    assert all(size % launch_fft._PAD == 0 for size in matrix.shape)
+    slots = (b + 1) // 2
+    assert not matrix[b:].any()
+    assert not matrix[:, 2 * slots :].any()
+    matrix = matrix[:b, : 2 * slots]
+    tolerance = 1e-6 if basis_dtype == FP32 else 1e-2
+    torch.testing.assert_close(matrix @ matrix.T * basis.gain, torch.eye(b).double(), atol=tolerance, rtol=0)
+    x = torch.randn(b, dtype=torch.float64)
+    z = (x @ matrix).view(slots, 2) * (basis.gain * b / 2) ** 0.5
+    spectrum = torch.fft.rfft(x)
+    expected = torch.view_as_real(spectrum)[:slots].clone()
+    expected[0, 1] = spectrum[b // 2].real if b % 2 == 0 else 0
+    expected[0] /= 2**0.5
+    torch.testing.assert_close(z, expected, atol=10 * tolerance, rtol=0)
+
+
+def test_tf32_rounds_to_nearest() -> None:
+    x = torch.cat([torch.randn(1000), torch.tensor([1 + 2**-11, 1 + 3 * 2**-11, -1 - 2**-12, 0.0])])
+    rounded = launch_fft._to_tf32(x)
+    assert not (rounded.view(torch.int32) & 0x1FFF).any()
+    assert (rounded - x).abs().max() <= x.abs().max() * 2**-11
+    assert rounded[-4:].tolist() == [1.0, 1 + 2**-9, -1.0, 0.0]
+    # The mean error is that of rounding, not of cutting off.
+    assert ((rounded.abs() - x.abs()) / x.abs().clamp_min(1e-30))[:1000].mean().abs() < 5e-5
+
+
+@pytest.mark.parametrize(("m", "n", "b"), [(3, 2, 32), (5, 3, 7), (10, 30, 1)])
+def test_product_epilogue(device: torch.device, dtype: torch.dtype, m: int, n: int, b: int) -> None:
+    t = 21
+    x, dy, w = tensors(device, dtype, t, m, n, b)
+    bias = torch.randn(m * b, device=device).to(dtype)
+    base = torch.randn(t, m * b, device=device).to(dtype)
+    product = oracle.product(x, w, 0.37)
+    oracle.assert_close(fft_product(x, w, scale=0.37, bias=bias), product + bias.cpu().double(), dtype)
+    # Both at once, into rows of a wider tensor whose other columns stay as they are.
+    wide = torch.full((t, m * b + 3), 7.0, device=device, dtype=dtype)
+    wide[:, 1:-2] = base
+    out = wide[:, 1:-2]
+    assert fft_product(x, w, scale=0.37, out=out, bias=bias) is out
+    oracle.assert_close(out, product + base.cpu().double() + bias.cpu().double(), dtype)
+    assert (wide[:, 0] == 7).all()
+    assert (wide[:, -2:] == 7).all()
+    dx = x.clone()
+    assert fft_backward(dy, x, w, scale=0.37, out=dx)[0] is dx
+    oracle.assert_close(dx, oracle.input_grad(dy, w, 0.37) + x.cpu().double(), dtype)
+
+
+def test_two_level_epilogue(device: torch.device, two_level_from_256: None) -> None:
+    x, _, w = tensors(device, FP32, 3, 2, 1, 256)
+    bias, base = torch.randn(512, device=device), torch.randn(3, 515, device=device)
+    out = base.clone()
+    fft_product(x, w, scale=0.37, out=out[:, 1:-2], bias=bias)
+    expected = oracle.product(x, w, 0.37) + (base[:, 1:-2] + bias).cpu().double()
+    oracle.assert_close(out[:, 1:-2], expected, FP32)
+    assert torch.equal(out[:, 0], base[:, 0])
+    assert torch.equal(out[:, -2:], base[:, -2:])
+    launch_fft._basis.cache_clear()
+
+
+@pytest.mark.parametrize("b", [5, 24])
+def test_strided_operands(device: torch.device, dtype: torch.dtype, b: int) -> None:
+    m, n, t = 2, 3, 18
+    wide = torch.randn(2 * t, n * b + 5, device=device).to(dtype)
+    columns = torch.randn(n * b, t, device=device).to(dtype).t()
+    dy = torch.randn(t, m * b + 1, device=device).to(dtype)[:, 1:]
+    w = torch.randn(n, m, b, device=device).transpose(0, 1)
+    for x in (wide[::2, 3:-2], columns, wide[:1, 3:-2].expand(t, -1)):
+        oracle.assert_close(fft_product(x, w, scale=1.0), oracle.product(x, w, 1.0), dtype)
+        dw = fft_weight_grad(dy, x, b, scale=1.0)
+        oracle.assert_close(dw, oracle.weight_grad(dy, x, b, 1.0), FP32, bound=oracle.BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("b", [24, 32])
+def test_range(device: torch.device, dtype: torch.dtype, b: int) -> None:
+    # Large activations, all of one sign so that their sum is larger still, and gradients as small as the dtype holds.
+    x, dy, w = tensors(device, dtype, 20, 2, 3, b)
+    large = (x.float().abs() * 1e4).to(dtype)
+    tiny = (dy.float() * (2e-4 if dtype == FP16 else 1e-8)).to(dtype)
+    oracle.assert_close(fft_product(large, w, scale=1e-2 / b), oracle.product(large, w, 1e-2 / b), dtype)
+    dx, dw = fft_backward(tiny, large, w, scale=1.0)
+    oracle.assert_close(dx, oracle.input_grad(tiny, w, 1.0), dtype)
+    oracle.assert_close(dw, oracle.weight_grad(tiny, large, b, 1.0), FP32, bound=oracle.BOUNDS[dtype])
+
+
+def test_small_kernels_and_scales(device: torch.device, dtype: torch.dtype) -> None:
+    # The scale is applied to the float32 sum: kernels of training size, far below float16's smallest normal number.
+    x, _, w = tensors(device, dtype, 20, 2, 3, 32)
+    w *= 1e-7
+    oracle.assert_close(fft_product(x, w, scale=1e6), oracle.product(x, w, 1e6), dtype)
+
+
+@pytest.mark.parametrize(("dtype", "b"), [(FP32, 8), (BF16, 32)])
+def test_chunks(device: torch.device, dtype: torch.dtype, b: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    t, m, n = 300, 2, 3
+    x, dy, w = tensors(device, dtype, t, m, n, b)
+    bias = torch.randn(m * b, device=device).to(dtype)
+
+    def run(scratch: int) -> tuple[Tensor, ...]:
+        monkeypatch.setattr(tiles, "SCRATCH_BYTES", dict.fromkeys(tiles.GENERATIONS, scratch))
+        monkeypatch.setattr(launch_fft, "SCRATCH_BYTES", tiles.SCRATCH_BYTES)
+        dx, dw = fft_backward(dy, x, w, scale=0.37)
+        return fft_product(x, w, scale=0.37, bias=bias), dx, dw
+
+    whole, chunked = run(0), run(1)
+    assert torch.equal(chunked[2], fft_weight_grad(dy, x, b, scale=0.37))
+    plan = launch_fft._plan(device, dtype, b)
+    assert launch_fft._chunk_tokens(plan, t, m, m + n) == 128
+    # Tokens do not depend on each other; the gradient of w is summed in another order.
+    assert torch.equal(whole[0], chunked[0])
+    assert torch.equal(whole[1], chunked[1])
+    torch.testing.assert_close(whole[2], chunked[2], atol=1e-5, rtol=1e-5)
+    oracle.assert_close(chunked[2], oracle.weight_grad(dy, x, b, 0.37), FP32, bound=oracle.BOUNDS[dtype])
+
+
+def test_chunk_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = launch_fft._plan(torch.device("cpu"), BF16, 256)._replace(card="sm_90")
+    assert launch_fft._chunk_tokens(plan, 8192, 16, 32) == 8192
+    monkeypatch.setattr(launch_fft, "SCRATCH_BYTES", {"sm_90": 24 << 20})
+    step = launch_fft._chunk_tokens(plan, 8192, 16, 32)
+    assert step % 128 == 0
+    assert 0.8 * (24 << 20) <= 2 * step * 4096 * 2 <= 24 << 20
+    assert launch_fft._chunk_tokens(plan, 1, 16, 32) == 128
+    monkeypatch.setattr(launch_fft, "SCRATCH_BYTES", {"sm_90": 0})
+    assert launch_fft._chunk_tokens(plan, 8192, 16, 32) == 8192
+    # Rows are counted in 32 bits, whatever the scratch.
+    assert launch_fft._chunk_tokens(plan, 2**31, 16, 32) * 16 < 2**31
+
+
+def test_the_same_from_run_to_run(device: torch.device, deterministic: None) -> None:
+    x, dy, w = tensors(device, FP32, 600, 1, 2, 4)  # a layer this small splits its tokens over programs
+    first, second = ((fft_product(x, w, scale=1.0), *fft_backward(dy, x, w, scale=1.0)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    oracle.assert_close(first[2], oracle.weight_grad(dy, x, 4, 1.0), FP32)
+
+
+@pytest.mark.parametrize("b", [1, 32])
+def test_no_tokens(device: torch.device, dtype: torch.dtype, b: int) -> None:
+    x, dy, w = tensors(device, dtype, 0, 3, 2, b)
+    assert fft_product(x, w, scale=1.0).shape == (0, 3 * b)
+    dx, dw = fft_backward(dy, x, w, scale=1.0)
+    assert dx.shape == (0, 2 * b)
+    assert dx.dtype == dtype
+    assert torch.equal(dw, torch.zeros_like(w))
+    assert torch.equal(fft_weight_grad(dy, x, b, scale=1.0), dw)
+
+
+def test_tokens_do_not_touch_each_other(device: torch.device, dtype: torch.dtype) -> None:
+    x, _, w = tensors(device, dtype, 20, 2, 3, 8)
+    clean = fft_product(x, w, scale=1.0)
+    x[7] = float("nan")
+    x[11, 2] = float("inf")
+    out = fft_product(x, w, scale=1.0)
+    assert torch.isnan(out[7]).all()
+    assert not torch.isfinite(out[11]).all()
+    others = [t for t in range(20) if t not in (7, 11)]
+    assert torch.equal(out[others], clean[others])
+
+
+def test_spectra_of_bfloat16_are_bfloat16(device: torch.device) -> None:
+    scratch = {dtype: launch_fft._plan(device, dtype, 64).scratch for dtype in DTYPES}
+    assert scratch == {BF16: BF16, FP16: FP32, FP32: FP32}
+    assert launch_fft._plan(device, BF16, 16).scratch == FP32
+
+
+def test_tf32_only_where_torch_allows_it(device: torch.device) -> None:
+    try:
+        assert launch_fft._plan(device, FP32, 64).precision == "tf32x3"
+        torch.set_float32_matmul_precision("high")
+        assert launch_fft._plan(device, FP32, 64).precision == "tf32"
+        x, dy, w = tensors(device, FP32, 9, 2, 3, 16)
+        oracle.assert_close(fft_product(x, w, scale=1.0), oracle.product(x, w, 1.0), FP32, bound=2e-3)
+        dw = fft_weight_grad(dy, x, 16, scale=1.0)
+        oracle.assert_close(dw, oracle.weight_grad(dy, x, 16, 1.0), FP32, bound=2e-3)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_tiles() -> None:
+    for card in tiles.GENERATIONS:
+        for itemsize in (2, 4):
+            for b in (1, 2, 7, 16, 33, 96, 192, 256, 768):
+                tile = tiles.transform_tile(card, itemsize, b, b)
+                # Whole tiles of rows fit the padding of spectra, whole tiles of columns that of the basis.
+                assert launch_fft._PAD % tile.block_t == 0
+                assert launch_fft._PAD % tile.block_o == 0
+                assert min(tile.block_o, tile.block_i) >= 16
+            assert tiles.mix_tile(card, itemsize, 1, 2, 2).block_t == 16
+            assert (
+                min(tiles.outer_tile(card, itemsize, 2, 2).block_o, tiles.outer_tile(card, itemsize, 2, 2).block_i)
+                == 16
+            )
+    for b in launch_fft._TWO_LEVEL:
+        rows = {launch_fft._two_level_tile(b, precision)[0] for precision in ("tf32", "tf32x3")}
+        assert all(launch_fft._PAD % size == 0 for size in rows)
+
+
+def test_refuses_what_does_not_fit(device: torch.device) -> None:
+    x, dy, w = tensors(device, FP32, 4, 2, 3, 8)
+    with pytest.raises(ShapeError, match=r"x has 16 features.*24"):
+        fft_product(dy, w, scale=1.0)
+    with pytest.raises(ShapeError, match="float64"):
+        fft_product(x.double(), w, scale=1.0)
+    with pytest.raises(ShapeError, match=r"out \(4, 16\) torch.float16"):
+        fft_product(x, w, scale=1.0, out=dy.half())
+    with pytest.raises(ShapeError, match="block_size 5"):
+        fft_weight_grad(dy, x, 5, scale=1.0)
+    with pytest.raises(ShapeError, match="must agree"):
+        fft_backward(dy[1:], x, w, scale=1.0)
+    with pytest.raises(BackendError, match="meta"):
+        fft_product(x.to("meta"), w.to("meta"), scale=1.0)
