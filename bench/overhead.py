@@ -37,7 +37,7 @@ PROFILED_LINES = 12
 def tasks(setting: runs.Setting) -> Iterator[runs.Task]:
     """One per case: the methods alternate inside."""
     methods = [method for method in setting.methods if method not in ("ours:auto", "dense")]
-    seconds = 0.1 if setting.tiny else 6.0
+    seconds = 0.1 if setting.tiny else 2.0
     for case in cases.OVERHEAD:
         yield runs.Task(f"T={case.n_tokens}", 0, partial(_measure, case, methods, seconds))
 
