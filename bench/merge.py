@@ -30,8 +30,8 @@ def tasks(setting: runs.Setting) -> Iterator[runs.Task]:
     if setting.tiny:
         layers = cases.MERGE_TINY
     for i, case in enumerate(layers):
-        yield runs.Task(f"{case.label} b={case.b}", 0 if i == 0 else 1, partial(_layer, case, setting))
-    yield runs.Task(MODEL_KEY, 1, partial(_model, setting))
+        yield runs.Task(f"{case.label} b={case.b}", 0 if i == 0 else 1, partial(_layer, case, setting), 10.0)
+    yield runs.Task(MODEL_KEY, 1, partial(_model, setting), 45.0)
 
 
 def _calls(setting: runs.Setting) -> dict[str, Callable[[Any], object]]:

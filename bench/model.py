@@ -27,9 +27,9 @@ def tasks(setting: runs.Setting) -> Iterator[runs.Task]:
     steps = cases.MODELS_TINY if setting.tiny else cases.MODELS
     for case in steps:
         worth = 0 if case.targets == cases.QV else 1
-        yield runs.Task(_key(case, setting), worth, partial(_measure, case, setting, _training))
+        yield runs.Task(_key(case, setting), worth, partial(_measure, case, setting, _training), 45.0)
     case = cases.GENERATION_TINY if setting.tiny else cases.GENERATION
-    yield runs.Task(f"generation, {_key(case, setting)}", 1, partial(_measure, case, setting, _generation))
+    yield runs.Task(f"generation, {_key(case, setting)}", 1, partial(_measure, case, setting, _generation), 60.0)
 
 
 def _key(case: cases.ModelCase, setting: runs.Setting) -> str:

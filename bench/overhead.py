@@ -32,6 +32,7 @@ LIMITS = {"forward": 60e-6, "backward": 80e-6}
 N_LAYERS = 8
 PROFILED_CALLS = 100
 PROFILED_LINES = 12
+PROFILED_FILES = 8
 
 
 def tasks(setting: runs.Setting) -> Iterator[runs.Task]:
@@ -39,7 +40,7 @@ def tasks(setting: runs.Setting) -> Iterator[runs.Task]:
     methods = [method for method in setting.methods if method not in ("ours:auto", "dense")]
     seconds = 0.1 if setting.tiny else 2.0
     for case in cases.OVERHEAD:
-        yield runs.Task(f"T={case.n_tokens}", 0, partial(_measure, case, methods, seconds))
+        yield runs.Task(f"T={case.n_tokens}", 0, partial(_measure, case, methods, seconds), 12.0)
 
 
 @contextmanager
@@ -76,6 +77,8 @@ def _measure(case: cases.LayerCase, methods: list[str], seconds: float, record: 
     record |= {"case": asdict(case), "times": {}, "profile": {}, "stubbed": []}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    # What stubbed kernels leave unwritten may be subnormal numbers, which a CPU adds a hundred times slower.
+    torch.set_flush_denormal(True)
     try:
         with stubbed_launches():
             works = {method: [layer.Workload.of(case, method, CPU) for _ in range(N_LAYERS)] for method in methods}
@@ -87,6 +90,7 @@ def _measure(case: cases.LayerCase, methods: list[str], seconds: float, record: 
             for method in record["stubbed"]:
                 record["profile"][method] = {mode: _profile(_call(works[method], mode)) for mode in LIMITS}
     finally:
+        torch.set_flush_denormal(False)
         torch.set_num_threads(threads)
 
 
@@ -113,8 +117,8 @@ def _call(works: list[layer.Workload], mode: str) -> Callable[[], object]:
     return without_grad
 
 
-def _profile(call: Callable[[], object]) -> list[dict[str, Any]]:
-    """The functions that take most of a call's own time: name, calls per call, share."""
+def _profile(call: Callable[[], object]) -> dict[str, Any]:
+    """Where a call's time goes: the functions that take most (calls per call, share), and the share of each file."""
     profile = cProfile.Profile()
     profile.enable()
     for _ in range(PROFILED_CALLS):
@@ -123,7 +127,11 @@ def _profile(call: Callable[[], object]) -> list[dict[str, Any]]:
     stats: dict[tuple[str, int, str], tuple[int, int, float, float, Any]] = pstats.Stats(profile).stats  # type: ignore[attr-defined]
     total = sum(own for _, _, own, _, _ in stats.values())
     found = sorted(stats.items(), key=lambda item: -item[1][2])[:PROFILED_LINES]
-    return [
+    files: dict[str, float] = {}
+    for (file, line, _), (_, _, own, _, _) in stats.items():
+        name = Path(file).name if line else "built-in functions"
+        files[name] = files.get(name, 0.0) + own / total
+    functions = [
         {
             "function": f"{Path(file).name}:{line} {name}" if line else name,
             "calls": n_calls / (PROFILED_CALLS * N_LAYERS),
@@ -131,6 +139,7 @@ def _profile(call: Callable[[], object]) -> list[dict[str, Any]]:
         }
         for (file, line, name), (_, n_calls, own, _, _) in found
     ]
+    return {"functions": functions, "files": dict(sorted(files.items(), key=lambda item: -item[1])[:PROFILED_FILES])}
 
 
 def tables(records: runs.Records) -> list[str]:
@@ -144,9 +153,10 @@ def tables(records: runs.Records) -> list[str]:
     lines = ["", report.format_table(["case", "method", "kernels", "forward", "forward, no grad", "backward"], rows)]
     for key, record in records.items():
         for method, modes in record.get("profile", {}).items():
-            for mode, functions in modes.items():
-                lines += ["", f"### {key}, {method}: {mode}", ""]
-                rows = [[f["function"], f"{f['calls']:.3g}", f"{f['share']:.1%}"] for f in functions]
+            for mode, found in modes.items():
+                files = ", ".join(f"{name} {share:.0%}" for name, share in found["files"].items())
+                lines += ["", f"### {key}, {method}: {mode}", "", f"Own time by file: {files}.", ""]
+                rows = [[f["function"], f"{f['calls']:.3g}", f"{f['share']:.1%}"] for f in found["functions"]]
                 lines.append(report.format_table(["function", "calls", "share of own time"], rows))
     return lines
 

@@ -50,6 +50,7 @@ Record = dict[str, Any]  # `status`, `message` where that is not "ok", and what 
 Records = dict[str, Record]
 
 QUICK_WORTH = 0
+OUT_OF_TIME = "not measured (the budget was spent"
 OPTIONAL_PACKAGES = ("triton", "peft", "transformers")  # whose rows appear where they are installed
 
 
@@ -80,6 +81,7 @@ class Task:
     key: str
     worth: int
     measure: Callable[[Record], None]
+    seconds: float = 5.0  # about what it takes: it is not begun with less time left
 
 
 @dataclass(frozen=True)
@@ -240,23 +242,14 @@ def measure(job: Job, subjects: Sequence[Subject]) -> None:
     Raises:
         DeviceLostError: the process cannot go on; a new one can, with `--resume`.
     """
-    tasks = _chosen(job, subjects)
-    for index, (subject, task) in enumerate(tasks):
+    left_out: list[str] = []
+    for subject, task in _chosen(job, subjects):
         records = job.results.records.setdefault(subject.name, {})
         if task.key in records:
             continue
-        if time.monotonic() > job.deadline:
-            missing = [
-                f"{subject.name}: {task.key}"
-                for subject, task in tasks[index:]
-                if task.key not in job.results.records.get(subject.name, {})
-            ]
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            note = f"the budget was spent; not measured (go on with --resume): {'; '.join(missing[:3])}{more}"
-            job.results.notes = [found for found in job.results.notes if not found.startswith("the budget was")]
-            job.results.notes.append(note)
-            print(note, flush=True)
-            return
+        if time.monotonic() + task.seconds > job.deadline:
+            left_out.append(f"{subject.name}: {task.key}")
+            continue
         start = time.monotonic()
         try:
             record = attempt(task, job.setting.device)
@@ -268,7 +261,11 @@ def measure(job: Job, subjects: Sequence[Subject]) -> None:
         job.results.save()
         said = record["status"] if record["status"] == "ok" else f"{record['status']}: {record['message']}"
         print(f"{subject.name}: {task.key}: {said} ({time.monotonic() - start:.1f} s)", flush=True)
-    job.results.notes = [found for found in job.results.notes if not found.startswith("the budget was")]
+    job.results.notes = [found for found in job.results.notes if not found.startswith(OUT_OF_TIME)]
+    if left_out:
+        more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+        job.results.notes.append(f"{OUT_OF_TIME}; go on with --resume): {'; '.join(left_out[:3])}{more}")
+        print(job.results.notes[-1], flush=True)
 
 
 def start_again(module: str, reason: str, argv: list[str] | None, seconds_left: float) -> int:
@@ -329,7 +326,7 @@ def write(job: Job, subjects: Sequence[Subject], head: Sequence[str]) -> int:
             subject.plot(records, job.args.out / f"{subject.name}.png")
     goals = [goal for subject in subjects for goal in subject.goals(job.results.records.get(subject.name, {}))]
     if goals:
-        lines += ["", "## Goals", "", report.goals_table(goals)]
+        lines += ["", "## Goals, set for an H200", "", report.goals_table(goals)]
     text = "\n".join(lines) + "\n"
     (job.args.out / "summary.md").write_text(text, encoding="utf-8")
     job.results.save()

@@ -1,5 +1,6 @@
 """The benchmarks' own code: known clocks, failures that must be recorded, a GPU job that must run at first contact."""
 
+import argparse
 import importlib.util
 import json
 import os
@@ -496,7 +497,7 @@ def test_job_writes_as_it_goes_and_resumes(tmp_path: Path, monkeypatch: pytest.M
         else:
             assert record["time"]["median"] > 0, key
     text = (tmp_path / "summary.md").read_text(encoding="utf-8")
-    tables, _, goals = text.partition("## Goals")
+    tables, _, goals = text.partition("## Goals, ")
     assert "not measured" not in tables
     assert "ours:auto" in tables
     assert goals.count("not measured") == len(op.goals({}))  # tiny layers are nobody's goal
@@ -517,6 +518,18 @@ def test_job_measures_by_worth_and_chooses_cases(tmp_path: Path) -> None:
     assert list(some) == ["ours:torch T=1 12→20 b=2 float32"]
 
 
+def test_job_leaves_out_what_does_not_fit_in_the_time_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(runs.time, "monotonic", clock := Clock())
+    sizes = {"a": 3.0, "b": 30.0, "c": 3.0}
+    tasks = [runs.Task(key, 0, lambda record: clock.spend(3.0), seconds) for key, seconds in sizes.items()]
+    subject = runs.Subject("some", "Some", lambda setting: iter(tasks), lambda r: [], lambda r: [], lambda r, p: None)
+    args = argparse.Namespace(cases=None, quick=False)
+    job = runs.Job(args, runs.Results(tmp_path / "results.json", {}), _setting(), deadline=20.0)
+    runs.measure(job, [subject])
+    assert list(job.results.records["some"]) == ["a", "c"]
+    assert "some: b" in job.results.notes[0]
+
+
 @pytest.mark.usefixtures("small")
 def test_job_out_of_time_names_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
@@ -530,6 +543,7 @@ def test_job_out_of_time_names_what_is_missing(tmp_path: Path, monkeypatch: pyte
     assert "the budget was spent" in text
     assert "op: decode base T=1 12→20 float32" in text
     assert _job(tmp_path, "--resume") == 0
+    assert f"and {len(report.read_json(tmp_path / 'results.json')['records']['op']) - 6} more" in text
     assert "the budget was spent" not in (tmp_path / "summary.md").read_text(encoding="utf-8")
 
 
@@ -588,8 +602,8 @@ def test_every_subject_runs_and_plots(tmp_path: Path, monkeypatch: pytest.Monkey
     assert spent["stubbed"] == ["ours:direct", "ours:expand"]
     assert set(spent["profile"]["ours:direct"]) == {"forward", "backward"}
     text = (tmp_path / "summary.md").read_text(encoding="utf-8")
-    assert text.rindex("## Goals") > text.rindex("### ")  # one summary table last
-    assert "not measured" not in text.partition("## Goals")[0]
+    assert text.rindex("## Goals, ") > text.rindex("### ")  # one summary table last
+    assert "not measured" not in text.partition("## Goals, ")[0]
     if importlib.util.find_spec("matplotlib") is not None:
         for name in names:
             assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
