@@ -1,74 +1,34 @@
 """The GPU job: `python -m bench.gpu --out DIR [--resume]`, from the repository root, in under ten minutes.
 
-First every test, natively on the GPU; then one layer's forward, backward and both against its peers, in bfloat16. It
-needs torch, triton and this repository; PEFT's rows and the tests appear where PEFT and pytest are installed.
-`DIR/results.json` is rewritten after every measurement, so a run that is cut short loses nothing and `--resume`
-goes on from there; `DIR/summary.md` is written last.
+First every test, natively on the GPU; then all benchmarks, the measurements that are worth most first. It needs torch,
+triton and this repository; PEFT's rows, the models, the tests and the plots appear where PEFT, transformers, pytest and
+matplotlib are installed. On smaller cards, what does not fit is recorded as such; `--layers N` makes the models
+smaller. `DIR/results.json` is rewritten after every measurement, so a run that is cut short loses nothing and
+`--resume` goes on from there; `DIR/summary.md` is written last and ends with the goals.
 """
 
 import argparse
 import faulthandler
 import importlib.util
 import os
-import shlex
 import signal
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+from . import ROOT, memory, merge, model, op, overhead, runs
 
-from c3a_triton import dispatch
+__all__ = ["SUBJECTS", "main", "run_tests"]
 
-from . import ROOT, cases, layer, peers, report, timing
-
-__all__ = ["Results", "main", "run_tests", "summary"]
+SUBJECTS = (op.SUBJECT, model.SUBJECT, merge.SUBJECT, memory.SUBJECT, overhead.SUBJECT)  # in the order of the goals
 
 # What a run is worth without the rest comes first: the numbers of every path, then what a user sees.
 FIRST_TESTS = ("test_kernels.py", "test_ops.py", "test_layer.py", "test_manager.py", "test_peft.py")
-TESTS_SHARE = 0.5  # of the budget, at most; a fresh machine compiles every kernel it tests
-
-
-@dataclass
-class Results:
-    """What has been measured, on disk after every addition."""
-
-    path: Path
-    environment: dict[str, Any]
-    tests: dict[str, Any] | None = None
-    notes: list[str] = field(default_factory=list)
-    layers: layer.Records = field(default_factory=dict)
-
-    @classmethod
-    def open(cls, path: Path, environment: dict[str, Any], *, resume: bool) -> "Results":
-        """New results, or with `resume` those in `path`.
-
-        Raises:
-            FileExistsError: there are results already, and `resume` is False.
-            ValueError: those in `path` are of another device, commit or set of versions.
-        """
-        if not path.exists():
-            return cls(path, environment)
-        if not resume:
-            raise FileExistsError(f"{path} exists: go on from it with --resume, or choose another --out")
-        found = report.read_json(path)
-        for key in ("device", "gpu", "commit", "versions"):
-            before, now = found["environment"][key], environment[key]
-            if key == "gpu" and before is not None and now is not None:
-                before, now = before["name"], now["name"]  # clocks differ from minute to minute
-            if before != now:
-                raise ValueError(f"{path} was measured with {key} {before}, this is {now}: choose another --out")
-        return cls(path, found["environment"], found["tests"], found["notes"], found["layers"])
-
-    def save(self) -> None:
-        """Write everything."""
-        content = {"environment": self.environment, "tests": self.tests, "notes": self.notes, "layers": self.layers}
-        report.write_json(self.path, content)
+TESTS_SHARE = 0.45  # of the budget, at most; a fresh machine compiles every kernel it tests
 
 
 # The tests
@@ -152,48 +112,26 @@ def _test_paths() -> list[Path]:
     )
 
 
-# The report
-
-
-def _tests_line(tests: dict[str, Any] | None) -> str:
-    if tests is None:
-        return "Tests: not run."
-    counts = ", ".join(f"{tests[name]} {name}" for name in ("passed", "failed", "skipped") if name in tests)
-    return f"Tests: {tests['status']}" + (f"; {counts}" if counts else "") + "."
-
-
-def summary(results: Results, layers: Sequence[cases.LayerCase], methods: Sequence[str]) -> str:
-    """The markdown report: where, the tests, times per mode, memory, and everything that went wrong or is missing."""
-    where = results.environment
-    gpu = where["gpu"] or {"name": "no GPU: this run only proves the job's code; its times mean nothing"}
-    lines = ["# One C3A layer against its peers", ""]
-    lines += [f"- {key}: {value}" for key, value in gpu.items()]
-    lines += [f"- {name}: {version}" for name, version in where["versions"].items() if version is not None]
-    lines += [f"- commit: {where['commit']}", f"- {_tests_line(results.tests)}"]
-    lines += [f"  - failed: {name}" for name in (results.tests or {}).get("failures", [])]
-    lines += [f"- {note}" for note in results.notes]
-    lines += layer.tables(results.layers, layers, methods)
-    return "\n".join(lines) + "\n"
-
-
 # The job
+
+
+def _tests_lines(tests: dict[str, Any] | None) -> list[str]:
+    if tests is None:
+        return ["- Tests: not run."]
+    counts = ", ".join(f"{tests[name]} {name}" for name in ("passed", "failed", "skipped") if name in tests)
+    line = f"- Tests: {tests['status']}" + (f"; {counts}" if counts else "") + "."
+    return [line, *(f"  - failed: {name}" for name in tests.get("failures", []))]
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for results, logs and tables")
-    parser.add_argument("--resume", action="store_true", help="go on from the results in DIR")
-    parser.add_argument("--budget-s", type=float, default=570, help="seconds for everything (default: %(default)s)")
-    parser.add_argument("--only", choices=("tests", "layers"), help="only one part of the job")
+    runs.add_options(parser)
+    names = [subject.name for subject in SUBJECTS]
+    parser.add_argument("--only", choices=("tests", *names), action="append", help="only these parts of the job")
     parser.add_argument("--workers", type=int, help="test processes (default: up to 6 where pytest-xdist is installed)")
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ...; cpu only together with --tiny")
-    parser.add_argument("--tiny", action="store_true", help="tiny layers, to try the job itself")
-    args = parser.parse_args(argv)
-    if torch.device(args.device).type == "cpu" and not args.tiny:
-        parser.error("--device cpu only tries the job's code: give --tiny too")
-    return args
+    return parser.parse_args(argv)
 
 
 def _workers() -> int:
@@ -202,95 +140,34 @@ def _workers() -> int:
     return max(1, min(6, (os.cpu_count() or 2) // 2))
 
 
-def _measure_layers(
-    results: Results,
-    layers: Sequence[cases.LayerCase],
-    methods: Sequence[str],
-    timer: timing.Timer,
-    device: torch.device,
-    deadline: float,
-) -> None:
-    for key, case, method in layer.plan(layers, methods):
-        if key in results.layers:
-            continue
-        if time.monotonic() > deadline:
-            print("the budget is spent: the rest is not measured (go on with --resume)", flush=True)
-            return
-        try:
-            record = layer.measure(case, method, timer, device)
-        except layer.DeviceLostError as error:
-            results.layers[key] = error.args[0]
-            results.save()
-            raise
-        results.layers[key] = record
-        results.save()
-        times = ", ".join(f"{mode} {report.format_seconds(t['median'])}" for mode, t in record["times"].items())
-        print(
-            f"{key}: {times if record['status'] == 'ok' else record['status'] + ': ' + record['message']}", flush=True
-        )
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the job; returns the exit status: 0 only if every test that ran passed and every result is right."""
     args = _parse(argv)
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("bench.gpu needs an NVIDIA GPU, and torch sees none on this machine. CPU figures: python -m bench.cpu")
-        return 1
-    deadline = time.monotonic() + args.budget_s
-    # A kernel that never ends cannot be interrupted; the results on disk survive this exit.
-    faulthandler.dump_traceback_later(args.budget_s + 25, exit=True)
-    if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-        torch.cuda.set_device(device)
-    layers = cases.LAYERS_TINY if args.tiny else cases.LAYERS
-    args.out.mkdir(parents=True, exist_ok=True)
+    job = runs.open_job("python -m bench.gpu", args, on_cpu=False)
+    if isinstance(job, int):
+        return job
+    results = job.results
+    parts = args.only or ["tests", *(subject.name for subject in SUBJECTS)]
+    subjects = [subject for subject in SUBJECTS if subject.name in parts]
     try:
-        results = Results.open(args.out / "results.json", report.environment(device), resume=args.resume)
-    except (FileExistsError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    missing = peers.why_no_peft()
-    if missing is not None and missing not in results.notes:
-        results.notes.append(missing)
-    backends = ("auto", *(name for name in dispatch.BACKENDS if name not in ("auto", "reference")))
-    methods = peers.methods(backends, with_peft=missing is None)
-    results.save()
-
-    if args.only != "layers" and results.tests is None:
-        print("tests ...", flush=True)
-        workers = _workers() if args.workers is None else args.workers
-        results.tests = run_tests(
-            args.out,
-            _test_paths(),
-            limit=min(TESTS_SHARE * args.budget_s, deadline - time.monotonic()),
-            workers=workers,
-        )
-        results.save()
-        print(_tests_line(results.tests), flush=True)
-    if args.only != "tests":
-        timer = timing.CudaTimer(device) if device.type == "cuda" else timing.CpuTimer()
-        try:
-            _measure_layers(results, layers, methods, timer, device, deadline)
-        except layer.DeviceLostError as error:
-            return _start_again(error.args[0], argv, deadline - time.monotonic())
-
-    text = summary(results, () if args.only == "tests" else layers, methods)
-    (args.out / "summary.md").write_text(text, encoding="utf-8")
-    print("\n" + text + f"\nwritten: {results.path}, {args.out / 'summary.md'}")
-    bad_tests = results.tests is not None and results.tests["status"] != "passed"
-    bad_layers = any(record["status"] in ("wrong", "error") for record in results.layers.values())
-    return 3 if bad_tests or bad_layers else 0
-
-
-def _start_again(record: dict[str, Any], argv: list[str] | None, seconds_left: float) -> int:
-    """Replace this process, whose GPU context is dead, by one that goes on after the case that killed it."""
-    print(f"the GPU context died in {record['case']} {record['method']}: {record.get('message')}", flush=True)
-    arguments = [*(sys.argv[1:] if argv is None else argv), "--resume", f"--budget-s={max(seconds_left, 30):.0f}"]
-    command = [sys.executable, "-m", "bench.gpu", *arguments]
-    print("starting again:", shlex.join(command), flush=True)
-    os.chdir(ROOT)
-    os.execv(sys.executable, command)
+        if "tests" in parts and results.tests is None:
+            print("tests ...", flush=True)
+            results.tests = run_tests(
+                args.out,
+                _test_paths(),
+                limit=min(TESTS_SHARE * args.budget_s, job.deadline - time.monotonic()),
+                workers=_workers() if args.workers is None else args.workers,
+            )
+            results.save()
+            print("\n".join(_tests_lines(results.tests)), flush=True)
+        runs.measure(job, subjects)
+    except runs.DeviceLostError as error:
+        return runs.start_again("bench.gpu", str(error), argv, job.deadline - time.monotonic())
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    head = ["# C3A on a GPU, against its peers", "", *runs.where(results), *_tests_lines(results.tests)]
+    status = runs.write(job, subjects, head)
+    return 3 if results.tests is not None and results.tests["status"] != "passed" else status
 
 
 if __name__ == "__main__":

@@ -1,163 +1,109 @@
-"""One adapted layer against its peers: forward, backward and both, with the memory they take."""
+"""Adapted linear layers ready to be called: one, or several that share inputs, by any method of `peers`."""
 
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from c3a_triton.errors import BackendError
+from . import cases, gate, peers
 
-from . import cases, gate, peers, report, timing
+__all__ = ["MODES", "Case", "Workload", "key"]
 
-__all__ = ["DeviceLostError", "Records", "measure", "plan", "tables"]
+Case = cases.LayerCase | cases.DecoderCase
 
 MODES = ("forward", "backward", "both")
-
-Records = dict[str, dict[str, Any]]  # key of `plan` to what `measure` returned
-
-
-class DeviceLostError(RuntimeError):
-    """The process can no longer use its GPU, as after an illegal memory access; a new process can."""
+CHECKED_ROWS = 256  # at either end: a dense product in float64 of every row would take longer than all timings
 
 
-def plan(layers: Iterable[cases.LayerCase], methods: Sequence[str]) -> Iterator[tuple[str, cases.LayerCase, str]]:
-    """Every (key, case, method), peers that know no block size once per number of tokens."""
-    seen = set()
-    for case in layers:
-        for method in methods:
-            key = _key(case, method)
-            if key not in seen:
-                seen.add(key)
-                yield key, case, method
-
-
-def _key(case: cases.LayerCase, method: str) -> str:
+def key(case: Case, method: str) -> str:
+    """A measurement's name; peers that know no block size are measured once for all of them."""
     size = f" b={case.b}" if peers.is_c3a(method) else ""
-    return f"{method} T={case.n_tokens} {case.in_features}→{case.out_features}{size} {case.dtype}"
+    return f"{method} T={case.n_tokens} {case.label}{size} {case.dtype}"
 
 
-def measure(case: cases.LayerCase, method: str, timer: timing.Timer, device: torch.device) -> dict[str, Any]:
-    """Gate and time one layer; whatever goes wrong is recorded under `status` and `message`, beside what was measured.
+@dataclass
+class Workload:
+    """The layers of a case over frozen bases, their inputs (which require gradients) and output gradients."""
 
-    Raises:
-        DeviceLostError: the GPU does not answer this process any more; its `args[0]` is the record so far.
-    """
-    record: dict[str, Any] = {"case": asdict(case), "method": method, "status": "ok", "times": {}}
-    try:
-        _measure(case, method, timer, device, record)
-    except torch.cuda.OutOfMemoryError as error:
-        record |= {"status": "out of memory", "message": str(error)}
-    except gate.GateError as error:
-        record |= {"status": "wrong", "message": str(error)}
-    except BackendError as error:
-        record |= {"status": "unavailable", "message": str(error)}
-    except Exception as error:
-        record |= {
-            "status": "error",
-            "message": f"{type(error).__name__}: {error}",
-            "traceback": traceback.format_exc(),
-        }
-    if device.type == "cuda":
-        try:
-            torch.cuda.synchronize(device)
-            torch.cuda.empty_cache()
-        except RuntimeError as error:
-            raise DeviceLostError(record) from error
-    return record
+    case: Case
+    method: str
+    layers: list[Any]
+    kernels: list[Tensor]  # values of the circulants
+    inputs: list[Tensor]
+    sources: list[int]  # which input is whose
+    dys: list[Tensor]
 
+    @classmethod
+    def of(cls, case: Case, method: str, device: torch.device) -> "Workload":
+        """The same random numbers for every method."""
+        torch.manual_seed(0)
+        dtype = getattr(torch, case.dtype)
+        inputs: dict[int, Tensor] = {}
+        work = cls(case, method, [], [], [], [], [])
+        for source, part in case.parts:
+            base, w = peers.frozen_base(part, device), peers.kernel_values(part, device)
+            if source not in inputs:
+                inputs[source] = torch.randn(part.n_tokens, part.in_features, device=device, dtype=dtype)
+            work.dys.append(torch.randn(part.n_tokens, part.out_features, device=device, dtype=dtype))
+            work.layers.append(peers.build(method, base, part, w))
+            work.kernels.append(w)
+            work.sources.append(source)
+        work.inputs = [x.requires_grad_() for x in inputs.values()]
+        return work
 
-def _measure(
-    case: cases.LayerCase, method: str, timer: timing.Timer, device: torch.device, record: dict[str, Any]
-) -> None:
-    torch.manual_seed(0)
-    dtype = getattr(torch, case.dtype)
-    base, w = peers.frozen_base(case, device), peers.kernel_values(case, device)
-    x = torch.randn(case.n_tokens, case.in_features, device=device, dtype=dtype, requires_grad=True)
-    dy = torch.randn(case.n_tokens, case.out_features, device=device, dtype=dtype)
-    layer = peers.build(method, base, case, w)
-    inputs = (x, *peers.trained(layer))
-    if peers.is_c3a(method):
-        truth = gate.Truth.of(base.weight, w, x, dy)
-        gate.check_layer(layer, inputs[1], x, dy, truth, check_dx=method != "peft_c3a")
-        del truth
-    record["saved"] = asdict(timing.saved_bytes(layer, x))
-    y = layer(x)
-    calls: dict[str, Callable[[], object]] = {
-        "forward": lambda: layer(x),
-        "backward": lambda: torch.autograd.grad(y, inputs, dy, retain_graph=True),
-        "both": lambda: torch.autograd.grad(layer(x), inputs, dy),
-    }
-    for mode in MODES:
-        record["times"][mode] = asdict(timer.measure(calls[mode]))
+    def __post_init__(self) -> None:
+        self._kept: tuple[Tensor, ...] | None = None
 
+    @property
+    def wanted(self) -> tuple[Tensor, ...]:
+        """What gradients are asked for: the inputs and the adapters' parameters."""
+        return (*self.inputs, *(parameter for layer in self.layers for parameter in peers.trained(layer)))
 
-def _median(records: Records, case: cases.LayerCase, method: str, mode: str, kind: str = "median") -> float | None:
-    return records.get(_key(case, method), {}).get("times", {}).get(mode, {}).get(kind)
+    def forward(self) -> tuple[Tensor, ...]:
+        """Every layer's output."""
+        return tuple(layer(self.inputs[i]) for layer, i in zip(self.layers, self.sources, strict=True))
 
+    def backward(self) -> tuple[Tensor, ...]:
+        """The gradients, of a forward that is computed once and kept."""
+        if self._kept is None:
+            self._kept = self.forward()
+        return torch.autograd.grad(self._kept, self.wanted, self.dys, retain_graph=True)
 
-def _cell(records: Records, case: cases.LayerCase, method: str, mode: str, kind: str) -> str:
-    record = records.get(_key(case, method))
-    if record is None:
-        return "not measured"
-    seconds, base = _median(records, case, method, mode, kind), _median(records, case, "base", mode, kind)
-    if seconds is None:
-        return record["status"]
-    return report.format_seconds(seconds) + (f" ({seconds / base:.2f})" if base and method != "base" else "")
+    def both(self) -> tuple[Tensor, ...]:
+        """Forward and gradients."""
+        return torch.autograd.grad(self.forward(), self.wanted, self.dys)
 
+    def calls(self) -> dict[str, Callable[[], object]]:
+        """The calls to time, by mode."""
+        return {"forward": self.forward, "backward": self.backward, "both": self.both}
 
-def _ratio(records: Records, case: cases.LayerCase, over: str, mode: str, kind: str) -> str:
-    over_seconds, ours = (_median(records, case, method, mode, kind) for method in (over, "ours:auto"))
-    return f"{over_seconds / ours:.2f}" if over_seconds and ours else "-"
+    def check(self) -> None:
+        """Hold outputs and gradients against the dense definition; nothing to hold for layers without a circulant.
 
-
-def _time_table(
-    records: Records, layers: Sequence[cases.LayerCase], methods: Sequence[str], mode: str, kind: str
-) -> str:
-    over = [method for method in ("peft_lora", "peft_c3a") if method in methods]
-    rows = [
-        [case.n_tokens, case.b]
-        + [_cell(records, case, method, mode, kind) for method in methods]
-        + [_ratio(records, case, method, mode, kind) for method in over]
-        for case in layers
-    ]
-    return report.format_table(["T", "b", *methods, *(f"{method} / ours:auto" for method in over)], rows)
-
-
-def _memory_table(records: Records, layers: Sequence[cases.LayerCase], methods: Sequence[str]) -> str:
-    def cell(case: cases.LayerCase, method: str) -> str:
-        record = records.get(_key(case, method), {})
-        peak = record.get("times", {}).get("both", {}).get("peak_bytes")
-        if "saved" not in record:
-            return record.get("status", "not measured")
-        saved = report.format_bytes(record["saved"]["activations"])
-        return f"{saved}; {report.format_bytes(peak)}" if peak is not None else saved
-
-    rows = [[case.n_tokens, case.b, *(cell(case, method) for method in methods)] for case in layers]
-    return report.format_table(["T", "b", *methods], rows)
-
-
-def tables(records: Records, layers: Sequence[cases.LayerCase], methods: Sequence[str]) -> list[str]:
-    """The lines of a markdown report: times per mode, memory, and everything that went wrong or is missing."""
-    lines: list[str] = []
-    sizes = sorted({(case.in_features, case.out_features, case.dtype) for case in layers})
-    for size in sizes:
-        rows = [case for case in layers if (case.in_features, case.out_features, case.dtype) == size]
-        title = f"{size[0]}→{size[1]}, {size[2]}"
-        for mode in MODES:
-            lines += ["", f"## {title}: {mode}", "", "Device time, cold cache, median (over the frozen base's)."]
-            lines += ["", _time_table(records, rows, methods, mode, "median")]
-        lines += ["", f"## {title}: both, Python included", "", "A call among back-to-back calls (over the base's)."]
-        lines += ["", _time_table(records, rows, methods, "both", "wall")]
-        lines += ["", f"## {title}: memory", "", "Activations saved for backward; peak of forward and backward."]
-        lines += ["", _memory_table(records, rows, methods)]
-    problems = [
-        f"- {key}: {record['status']}: {record['message']}"
-        for key, record in records.items()
-        if record["status"] != "ok"
-    ]
-    missing = [f"- {key}: not measured" for key, _, _ in plan(layers, methods) if key not in records]
-    if problems or missing:
-        lines += ["", "## What went wrong or is missing", "", *problems, *missing]
-    return lines
+        Raises:
+            GateError: naming the quantity and its relative error.
+        """
+        if not (peers.is_c3a(self.method) or self.method == "dense"):
+            return
+        outputs = self.forward()
+        grads = torch.autograd.grad(outputs, self.wanted, self.dys)
+        dxs, dws = grads[: len(self.inputs)], grads[len(self.inputs) :]
+        n_tokens, dtype = self.case.n_tokens, self.inputs[0].dtype
+        rows = torch.arange(n_tokens, device=self.inputs[0].device)
+        if n_tokens > 2 * CHECKED_ROWS:
+            rows = torch.cat([rows[:CHECKED_ROWS], rows[-CHECKED_ROWS:]])
+        true_dxs: list[Tensor | None] = [None] * len(self.inputs)
+        for i, source in enumerate(self.sources):
+            weight = self.layers[i].base_layer.weight
+            truth = gate.Truth.of(weight, self.kernels[i], self.inputs[source], self.dys[i], rows=rows)
+            gate.check(f"y of layer {i}", outputs[i][rows], truth.y, dtype)
+            if self.method != "dense":  # which has a gradient of another shape
+                gate.check(f"dw of layer {i}", dws[i], truth.dw, dtype)
+            known = true_dxs[source]
+            true_dxs[source] = truth.dx if known is None else known + truth.dx
+        for source, true_dx in enumerate(true_dxs):
+            if self.method != "peft_c3a":  # whose input gradient is known to be wrong (README)
+                assert true_dx is not None, "an input that no layer reads"
+                gate.check(f"dx of input {source}", dxs[source][rows], true_dx, dtype)

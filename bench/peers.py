@@ -1,4 +1,4 @@
-"""The layers that are measured side by side: ours, PEFT's C3A and LoRA, the frozen base alone.
+"""The layers that are measured side by side: ours, PEFT's C3A and LoRA, a dense ΔW, the frozen base alone.
 
 Each is built over the same frozen `nn.Linear`. PEFT is optional: `why_no_peft` says why its rows are missing.
 """
@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from c3a_triton import reference
 from c3a_triton.layer import C3ALinear
 
 from .cases import LORA_RANK, LayerCase
 
 __all__ = [
+    "DenseDelta",
     "build",
     "frozen_base",
     "is_c3a",
@@ -71,10 +73,26 @@ def peft_lora(base: nn.Linear, rank: int = LORA_RANK) -> Any:
     return layer
 
 
+class DenseDelta(nn.Module):
+    """The base layer and a dense trainable ΔW of its dtype: what cuBLAS makes of the adapter's definition.
+
+    Its gradient is that of the dense matrix, not of a circulant.
+    """
+
+    def __init__(self, base: nn.Linear, delta_weight: Tensor) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.delta_weight = nn.Parameter(delta_weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The base layer's output plus x ΔWᵀ."""
+        return self.base_layer(x) + nn.functional.linear(x, self.delta_weight)
+
+
 def methods(backends: tuple[str, ...], *, with_peft: bool) -> tuple[str, ...]:
     """Names for `build`, the cheapest peers first."""
     peers = ("peft_lora", "peft_c3a") if with_peft else ()
-    return ("base", *peers, *(f"ours:{backend}" for backend in backends))
+    return ("base", *peers, "dense", *(f"ours:{backend}" for backend in backends))
 
 
 def is_c3a(method: str) -> bool:
@@ -88,6 +106,8 @@ def build(method: str, base: nn.Linear, case: LayerCase, w: Tensor) -> Any:
         return base
     if method == "peft_lora":
         return peft_lora(base)
+    if method == "dense":
+        return DenseDelta(base, reference.circulant_matrix(w, 1.0 / case.in_features, base.weight.dtype))
     if method == "peft_c3a":
         layer = peft_c3a(base, case.b)
     else:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,18 @@ import torch
 
 from . import ROOT
 
-__all__ = ["environment", "format_bytes", "format_seconds", "format_table", "read_json", "write_json"]
+__all__ = [
+    "Goal",
+    "at_least",
+    "at_most",
+    "environment",
+    "format_bytes",
+    "format_seconds",
+    "format_table",
+    "goals_table",
+    "read_json",
+    "write_json",
+]
 
 PACKAGES = ("torch", "triton", "c3a_triton", "peft", "transformers", "numpy")
 GPU_FIELDS = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.limit")
@@ -127,3 +139,38 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> st
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure to reach; `measured` and `reached` are None where it was not measured."""
+
+    case: str
+    goal: str
+    measured: str | None = None
+    reached: bool | None = None
+
+
+def at_most(case: str, limit: float, value: float | None, *, what: str = "", unit: str = "") -> Goal:
+    """A goal that is reached by `value` (None: not measured) up to `limit`; `what` names the case that `value` is."""
+    return _goal(case, f"≤ {limit:g}{unit}", value, value is not None and value <= limit, what, unit)
+
+
+def at_least(case: str, limit: float, value: float | None, *, what: str = "", unit: str = "") -> Goal:
+    """As `at_most`, for a value that has to be `limit` or more."""
+    return _goal(case, f"≥ {limit:g}{unit}", value, value is not None and value >= limit, what, unit)
+
+
+def _goal(case: str, goal: str, value: float | None, reached: bool, what: str, unit: str) -> Goal:
+    if value is None:
+        return Goal(case, goal)
+    return Goal(case, goal, f"{value:.3g}{unit}" + (f" ({what})" if what else ""), reached)
+
+
+def goals_table(goals: Sequence[Goal]) -> str:
+    """A line per goal: case, goal, measured, reached."""
+    rows = [
+        [found.case, found.goal, found.measured or "not measured", {None: "-", True: "yes", False: "no"}[found.reached]]
+        for found in goals
+    ]
+    return format_table(["case", "goal", "measured", "reached"], rows)

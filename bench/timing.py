@@ -8,13 +8,26 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-__all__ = ["CpuTimer", "CudaTimer", "SavedBytes", "Timer", "Timing", "alternate", "geometric_mean", "saved_bytes"]
+__all__ = [
+    "CpuTimer",
+    "CudaTimer",
+    "SavedBytes",
+    "Timer",
+    "Timing",
+    "alternate",
+    "geometric_mean",
+    "in_turn",
+    "peak_bytes",
+    "saved_bytes",
+]
+
+T = TypeVar("T")
 
 FLUSH_BYTES = 128 << 20  # at least; also long enough on a device to be timed
 
@@ -43,6 +56,11 @@ class Timing:
             wall=wall,
             peak_bytes=peak_bytes,
         )
+
+    def divided(self, number: int) -> "Timing":
+        """The timing of one of `number` equal parts."""
+        wall = None if self.wall is None else self.wall / number
+        return replace(self, median=self.median / number, p20=self.p20 / number, p80=self.p80 / number, wall=wall)
 
 
 def geometric_mean(values: list[float]) -> float:
@@ -84,6 +102,76 @@ def alternate(
             samples[name].append((time.thread_time() - start) / number)
         names.reverse()
     return {name: Timing.of(samples[name]) for name in calls}
+
+
+def in_turn(
+    calls: Mapping[str, tuple[Callable[[], Any], Callable[[Any], object]]],
+    device: torch.device,
+    *,
+    seconds: float = 4.0,
+    warm_up: int = 1,
+) -> dict[str, Timing]:
+    """Wall time of several calls that take long, or that each need something fresh, sampled in turn.
+
+    Python and the device's work count, the device being waited for before and after.
+
+    Args:
+        calls: name to (what makes the call's argument, not timed; the call).
+        device: where they compute.
+        seconds: time to spend in all, with at least three samples of each.
+        warm_up: rounds that do not count.
+
+    Returns:
+        name to `Timing`, with the peak memory of a call on a GPU.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    peaks: dict[str, int | None] = dict.fromkeys(calls)
+    names = list(calls)
+    deadline = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < warm_up + 3 or time.perf_counter() < deadline:
+        for name in names:
+            prepare, call = calls[name]
+            argument = prepare()
+            before = _start_peak(device)
+            start = time.perf_counter()
+            result = call(argument)
+            _synchronize(device)
+            elapsed = time.perf_counter() - start
+            if rounds >= warm_up:
+                samples[name].append(elapsed)
+                peaks[name] = _end_peak(device, before)
+            del argument, result
+        names.reverse()
+        rounds += 1
+    return {name: Timing.of(samples[name], peak_bytes=peaks[name]) for name in calls}
+
+
+def peak_bytes(call: Callable[[], T], device: torch.device) -> tuple[T, int | None]:
+    """What `call` returns, and the most it had allocated at a time, its result included; None on a CPU."""
+    before = _start_peak(device)
+    result = call()
+    return result, _end_peak(device, before)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _start_peak(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _end_peak(device: torch.device, before: int) -> int | None:
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 class Timer(Protocol):

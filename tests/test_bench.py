@@ -1,11 +1,13 @@
 """The benchmarks' own code: known clocks, failures that must be recorded, a GPU job that must run at first contact."""
 
+import argparse
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -25,7 +27,24 @@ def _load_bench() -> ModuleType:
 
 
 _load_bench()
-from bench import cases, gate, gpu, layer, peers, report, timing  # noqa: E402
+from bench import (  # noqa: E402
+    cases,
+    gate,
+    gpu,
+    layer,
+    memory,
+    merge,
+    model,
+    models,
+    op,
+    overhead,
+    peers,
+    plots,
+    readme,
+    report,
+    runs,
+    timing,
+)
 
 CPU = torch.device("cpu")
 CASE = cases.LayerCase(5, 12, 20, 4, "float32")
@@ -166,7 +185,8 @@ def _gated(method: str, *, check_dx: bool = True) -> None:
     x = torch.randn(CASE.n_tokens, CASE.in_features, requires_grad=True)
     dy = torch.randn(CASE.n_tokens, CASE.out_features)
     built = peers.build(method, base, CASE, w)
-    gate.check_layer(built, peers.trained(built)[0], x, dy, gate.Truth.of(base.weight, w, x, dy), check_dx=check_dx)
+    only = ("y", "dx", "dw") if check_dx else ("y", "dw")
+    gate.check_layer(built, peers.trained(built)[0], x, dy, gate.Truth.of(base.weight, w, x, dy), only=only)
 
 
 @pytest.mark.parametrize("method", ["ours:auto", "ours:torch", "ours:reference"])
@@ -198,7 +218,39 @@ def test_gate_stops_nan() -> None:
         gate.check_layer(broken, broken.weight, torch.ones(2, 2, requires_grad=True), torch.ones(2, 2), truth)
 
 
-# One layer: what goes wrong is recorded
+@pytest.mark.parametrize("case", [CASE, cases.DecoderCase(700, 12, 8, 20, 4, "float32")], ids=["one", "seven"])
+@pytest.mark.parametrize("method", ["ours:torch", "dense", pytest.param("peft_c3a", marks=needs_peft)])
+def test_workloads_pass_the_gate_and_wrong_ones_do_not(case: layer.Case, method: str) -> None:
+    work = layer.Workload.of(case, method, CPU)
+    work.check()
+    assert [y.shape[1] for y in work.forward()] == [part.out_features for _, part in case.parts]
+    assert len(work.both()) == len(work.wanted) == len(work.inputs) + len(case.parts)
+    work.kernels[-1] = work.kernels[-1].flip(-1)  # the last layer alone
+    with pytest.raises(gate.GateError, match=f"y of layer {len(case.parts) - 1}"):
+        work.check()
+
+
+def test_gate_sees_one_layer_missing_in_the_gradient_of_a_shared_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = layer.Workload.of(cases.DecoderCase(5, 12, 8, 20, 4, "float32"), "ours:torch", CPU)
+    forward = work.layers[1].forward
+    monkeypatch.setattr(work.layers[1], "forward", lambda x: forward(x.detach()))
+    with pytest.raises(gate.GateError, match="dx of input 0"):
+        work.check()
+
+
+def test_truth_of_some_rows_and_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    weight, w = torch.randn(20, 12), torch.randn(5, 3, 4)
+    x, dy = torch.randn(11, 12), torch.randn(11, 20)
+    whole = gate.Truth.of(weight, w, x, dy)
+    monkeypatch.setattr(gate, "TOKENS_AT_ONCE", 4)
+    some = gate.Truth.of(weight, w, x, dy, rows=torch.tensor([0, 10]))
+    torch.testing.assert_close(some.dw, whole.dw)
+    torch.testing.assert_close(some.y, whole.y[[0, 10]])
+    torch.testing.assert_close(some.dx, whole.dx[[0, 10]])
+
+
+# One measurement: what goes wrong is recorded
 
 
 class Failing:
@@ -211,94 +263,244 @@ class Failing:
         raise self.error
 
 
+def _setting(timer: timing.Timer | None = None, device: torch.device = CPU) -> runs.Setting:
+    methods = peers.methods(("auto", "torch"), with_peft=peers.why_no_peft() is None)
+    return runs.Setting(device, timer or timing.CpuTimer(repeats=1), methods, tiny=True)
+
+
+def _task(setting: runs.Setting, key: str) -> runs.Task:
+    return next(task for task in op.tasks(setting) if task.key == key)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "LAYERS_TINY", (CASE, cases.LayerCase(1, 12, 20, 2, "float32")))
+    monkeypatch.setattr(cases, "DECODERS_TINY", (cases.DecoderCase(3, 12, 8, 20, 4, "float32"),))
+    monkeypatch.setattr(cases, "DECODING_TINY", (cases.LayerCase(1, 12, 20, 4, "float32"),))
+    monkeypatch.setattr(runs.dispatch, "BACKENDS", ("auto", "reference", "torch"))
+    # The job's watchdog would outlive the test.
+    monkeypatch.setattr(runs.faulthandler, "dump_traceback_later", lambda *args, **kwargs: None)
+
+
+OURS = "ours:torch T=5 12→20 b=4 float32"
+
+
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(
     ("error", "status"),
     [(torch.cuda.OutOfMemoryError("no room"), "out of memory"), (RuntimeError("launch failed"), "error")],
     ids=["memory", "runtime"],
 )
 def test_a_failing_case_is_recorded(error: Exception, status: str) -> None:
-    record = layer.measure(CASE, "ours:torch", Failing(error), CPU)
+    record = runs.attempt(_task(_setting(Failing(error)), OURS), CPU)
     assert record["status"] == status
     assert str(error) in record["message"]
-    assert record["saved"]["activations"] > 0  # what was measured before stays
+    assert record["method"] == "ours:torch"  # what was known before stays
     json.dumps(record)
 
 
+@pytest.mark.usefixtures("small")
 def test_a_wrong_case_is_recorded_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(gate.TOLERANCES, torch.float32, 0.0)
-    record = layer.measure(CASE, "ours:torch", timing.CpuTimer(), CPU)
+    record = runs.attempt(_task(_setting(), OURS), CPU)
     assert record["status"] == "wrong"
     assert record["times"] == {}
 
 
+@pytest.mark.parametrize(("name", "status"), [("transformers", "unavailable"), ("c3a_triton.gone", "error")])
+def test_a_package_that_is_not_installed_is_no_error_of_ours(name: str, status: str) -> None:
+    def fail(record: runs.Record) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    assert runs.attempt(runs.Task("a", 0, fail), CPU)["status"] == status
+
+
 def test_a_dead_gpu_context_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    def synchronize(device: object) -> None:
+    def fail(*args: object) -> None:
         raise RuntimeError("an illegal memory access was encountered")
 
-    def build(*args: object) -> None:
-        raise RuntimeError("an illegal memory access was encountered")
-
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    monkeypatch.setattr(layer.peers, "frozen_base", build)
-    with pytest.raises(layer.DeviceLostError) as caught:
-        layer.measure(CASE, "ours:torch", timing.CpuTimer(), torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    with pytest.raises(runs.DeviceLostError) as caught:
+        runs.attempt(runs.Task("a", 0, fail), torch.device("cuda"))
     assert caught.value.args[0]["status"] == "error"
     assert "illegal memory access" in caught.value.args[0]["message"]
 
 
 def test_plan_measures_peers_without_block_size_once() -> None:
     layers = (cases.LayerCase(8, 16, 16, 4), cases.LayerCase(8, 16, 16, 8), cases.LayerCase(1, 16, 16, 4))
-    planned = [(case.n_tokens, case.b, method) for _, case, method in layer.plan(layers, ("base", "ours:auto"))]
+    planned = [(case.n_tokens, case.b, method) for _, case, method in op.plan(layers, ("base", "ours:auto"))]
     assert planned == [(8, 4, "base"), (8, 4, "ours:auto"), (8, 8, "ours:auto"), (1, 4, "base"), (1, 4, "ours:auto")]
 
 
-# The GPU job
+def test_the_grid_is_the_issues_and_the_goals_cases_come_first() -> None:
+    """On a GPU everything that a goal needs has a record before the rest of the grid."""
+    assert {case.n_tokens for case in cases.LAYERS} == {1, 16, 1024, 8192, 32768}
+    assert {case.b for case in cases.LAYERS} == {32, 64, 128, 256, 512, 1024}
+    sizes = {(3072, 3072), (3072, 1024), (4096, 4096), (4096, 14336), (8192, 28672)}
+    assert {(case.in_features, case.out_features) for case in cases.LAYERS} == sizes
+    assert all(case.in_features % case.b == case.out_features % case.b == 0 for case in cases.LAYERS)
+    methods = peers.methods(("auto", "direct"), with_peft=True)
+    planned = {task.key: task.worth for task in op.tasks(runs.Setting(CPU, timing.CpuTimer(), methods))}
+    for b in (64, 128, 256, 1024):
+        assert planned[f"ours:auto T=8192 4096→4096 b={b} bfloat16"] == 0
+        assert planned[f"ours:direct T=8192 4096→4096 b={b} bfloat16"] == 1
+    assert planned["base T=8192 4096→4096 bfloat16"] == planned["peft_lora T=8192 4096→4096 bfloat16"] == 0
+    assert planned["decode ours:auto T=1 4096→4096 b=128 bfloat16"] == 0
+    assert planned["ours:auto T=1024 8192→28672 b=128 bfloat16"] == 1
+    assert planned["ours:auto T=1 8192→28672 b=32 bfloat16"] == 2
+
+
+@pytest.mark.parametrize("mode", layer.MODES)
+def test_floor_counts_what_an_adapter_must_move(mode: str) -> None:
+    x, y, w = 2 * 5 * 12, 2 * 5 * 20, 4 * 12 * 20 // 4
+    expected = {"forward": x + y + w, "backward": y + x + x + 2 * w}
+    expected["both"] = sum(expected.values())
+    assert op.floor_bytes(cases.LayerCase(5, 12, 20, 4), mode) == expected[mode]
+
+
+def test_kernels_of_a_forward_are_listed_with_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a profiler that has seen 10 calls of 2 launches, 1 ms in all, of one of our kernels and of another's."""
+    events = [
+        SimpleNamespace(key=name, count=20, self_device_time_total=seconds * 1e6)
+        for name, seconds in (("mix_kernel", 1e-3), ("gemm", 2e-3), ("aten::mm", 0.0))
+    ]
+
+    class Profile:
+        def __init__(self, activities: object) -> None: ...
+
+        def __enter__(self) -> "Profile":
+            return self
+
+        def __exit__(self, *exc: object) -> None: ...
+
+        def key_averages(self) -> list[SimpleNamespace]:
+            return events
+
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    case = cases.LayerCase(5, 12, 20, 4)
+    record: runs.Record = {"status": "ok"}
+    op._kernels(case, "ours:torch", CPU, record)
+    n_bytes = 2 * 5 * (12 + 20) + 4 * 12 * 20 // 4
+    assert record["kernels"]["mix_kernel"] == {"launches": 2, "seconds": pytest.approx(1e-4), "bytes": n_bytes}
+    assert record["kernels"].keys() == {"mix_kernel", "gemm"}
+
+    records = {op.BANDWIDTH_KEY: {"status": "ok", "bytes_per_second": n_bytes / 0.8e-4}, "kernels a": record}
+    assert "| 80%" in "\n".join(op.tables(records))
+    (goal,) = [goal for goal in op.goals(records) if "memory-bound" in goal.case]
+    assert goal.reached
+    assert goal.measured == "0.8 (the worst of 1: mix_kernel in a)"
+
+
+def test_decoding_replays_a_graph_of_layers_that_exceed_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = cases.LayerCase(1, 12, 20, 4, "float32")
+    built: list[str] = []
+    workload = layer.Workload.of
+    monkeypatch.setattr(
+        layer.Workload, "of", lambda case, method, device: (built.append(method), workload(case, method, CPU))[1]
+    )
+    monkeypatch.setattr(op, "_graph", lambda step: step)
+    monkeypatch.setattr(op, "DECODE_BYTES", 10 * 4 * 12 * 20)
+    record: runs.Record = {}
+    timer = SimpleNamespace(measure=lambda call: (call(), timing.Timing.of([1.0]))[1])
+    op._decode(case, "base", timer, torch.device("cuda"), record)
+    assert (record["n_layers"], len(built), record["seconds"]) == (10, 10, 0.1)
+
+
+# The goals, from results that are made up
+
+
+def _timed(case: layer.Case, method: str, seconds: float) -> runs.Record:
+    times = {mode: {"median": seconds, "wall": seconds} for mode in layer.MODES}
+    return {"status": "ok", "case": vars(case), "method": method, "times": times}
+
+
+def test_goals_of_one_layer() -> None:
+    square, wide = cases.LayerCase(8192, 4096, 4096, 128), cases.LayerCase(8192, 4096, 14336, 128)
+    seconds = {"base": 1.0, "peft_lora": 2.0, "peft_c3a": 4.0, "ours:auto": 1.4}
+    records = {layer.key(square, method): _timed(square, method, s) for method, s in seconds.items()}
+    records |= {layer.key(wide, method): _timed(wide, method, s) for method, s in (("base", 1.0), ("ours:auto", 1.5))}
+    decode = cases.DECODING[0]
+    records |= {f"decode {layer.key(decode, m)}": {"seconds": s} for m, s in (("base", 1e-5), ("ours:auto", 1.2e-5))}
+    found = {goal.case: goal for goal in op.goals(records)}
+
+    def check(case: str, measured: str | None, reached: bool | None) -> None:
+        goal = next(goal for name, goal in found.items() if case in name)
+        assert goal.reached is reached, goal
+        assert (goal.measured is None) if measured is None else goal.measured.startswith(measured), goal
+
+    check("4096→4096, b=128: ours / base", "1.4", True)
+    check("4096→4096, b=64: ours / base", None, None)
+    check("4096→14336", "1.5", False)
+    check("b=128: PEFT C3A / ours", "7.5", False)
+    check("ours / PEFT LoRA", "0.7 (the worst of 1: T=8192 4096→4096 b=128)", True)
+    check("decode T=1,", "1.2", False)
+    assert {goal.reached for goal in op.goals({})} == {None}
+
+
+def test_goals_of_the_model_merging_memory_and_overhead() -> None:
+    case = cases.MODELS[0]
+    times = {method: {"median": s} for method, s in (("peft_lora", 1.0), ("peft_c3a", 1.5), ("ours:auto", 1.1))}
+    step = {"case": json.loads(json.dumps(vars(case))), "n_layers": 28, "times": times}
+    assert [goal.reached for goal in model.goals({"a": step})] == [False, True, None, None]
+    assert {goal.reached for goal in model.goals({"a": step | {"n_layers": 2}})} == {None}  # not the model of the goal
+
+    both = {method: {"median": s, "peak_bytes": 5} for method, s in (("peft_c3a", 26.0), ("ours:auto", 1.0))}
+    records = {"4096→4096 b=128": {"times": both, "adding": both}, merge.MODEL_KEY: {"times": both}}
+    assert [goal.reached for goal in merge.goals(records)] == [True, True, False]
+
+    kept = {"status": "ok", "case": vars(cases.MEMORY[0]), "method": "ours:auto", "x_bytes": 10}
+    kept |= {"saved": {"activations": 10, "parameters": 0}, "transient": {"forward": 8192 * 2 * 8192, "backward": 0}}
+    assert [goal.reached for goal in memory.goals({"a": kept})] == [True, True]
+    assert [g.reached for g in memory.goals({"a": kept | {"x_bytes": 9}})] == [False, True]
+
+    spent = {mode: {"ours:direct": {"median": 7e-5}, "base": {"median": 1.0}} for mode in ("forward", "backward")}
+    found = overhead.goals({"T=1": {"times": spent, "stubbed": ["ours:direct"]}})
+    assert [goal.reached for goal in found] == [False, True]
+    assert "| no " in report.goals_table(found)
+
+
+# The jobs
 
 
 def _job(out: Path, *more: str) -> int:
-    return gpu.main(["--device", "cpu", "--tiny", "--only", "layers", "--out", str(out), *more])
-
-
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cases, "LAYERS_TINY", (CASE, cases.LayerCase(1, 12, 20, 2, "float32")))
-    monkeypatch.setattr(gpu.dispatch, "BACKENDS", ("auto", "reference", "torch"))
-    # The job's watchdog would outlive the test.
-    monkeypatch.setattr(gpu.faulthandler, "dump_traceback_later", lambda *args, **kwargs: None)
+    return gpu.main(["--device", "cpu", "--tiny", "--only", "op", "--out", str(out), *more])
 
 
 @pytest.mark.usefixtures("small")
 def test_job_writes_as_it_goes_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measure = layer.measure
+    attempt = runs.attempt
     counted: list[str] = []
 
-    def measure_two(case: cases.LayerCase, method: str, *args: object) -> dict[str, object]:
-        counted.append(method)
+    def attempt_two(task: runs.Task, device: torch.device) -> runs.Record:
+        counted.append(task.key)
         if len(counted) == 3:
             raise KeyboardInterrupt
-        return measure(case, method, *args)
+        return attempt(task, device)
 
-    monkeypatch.setattr(layer, "measure", measure_two)
+    monkeypatch.setattr(runs, "attempt", attempt_two)
     with pytest.raises(KeyboardInterrupt):
         _job(tmp_path)
-    assert len(report.read_json(tmp_path / "results.json")["layers"]) == 2
+    assert len(report.read_json(tmp_path / "results.json")["records"]["op"]) == 2
     assert not (tmp_path / "summary.md").exists()
 
     assert _job(tmp_path) == 2  # not over results that are there
     assert _job(tmp_path, "--resume") == 0
     results = report.read_json(tmp_path / "results.json")
-    n_planned = len(
-        list(layer.plan(cases.LAYERS_TINY, list(dict.fromkeys(r["method"] for r in results["layers"].values()))))
-    )
-    assert len(results["layers"]) == n_planned
-    assert len(counted) == n_planned + 1
-    assert {record["status"] for record in results["layers"].values()} == {"ok"}
-    for record in results["layers"].values():
-        assert set(record["times"]) == {"forward", "backward", "both"}
-        assert all(found["median"] > 0 for found in record["times"].values())
+    records = results["records"]["op"]
+    assert len(counted) == len(records) + 1
+    assert {record["status"] for record in records.values()} == {"ok"}
+    for key, record in records.items():
+        if "times" in record:
+            assert set(record["times"]) == {"forward", "backward", "both"}
+            assert all(found["median"] > 0 for found in record["times"].values())
+        else:
+            assert record["time"]["median"] > 0, key
     text = (tmp_path / "summary.md").read_text(encoding="utf-8")
-    assert "not measured" not in text
-    assert "ours:auto" in text
+    tables, _, goals = text.partition("## Goals, ")
+    assert "not measured" not in tables
+    assert "ours:auto" in tables
+    assert goals.count("not measured") == len(op.goals({}))  # tiny layers are nobody's goal
     assert results["environment"]["versions"]["torch"] == torch.__version__
 
     monkeypatch.setitem(results["environment"], "commit", "another")
@@ -307,54 +509,243 @@ def test_job_writes_as_it_goes_and_resumes(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("small")
-def test_job_out_of_time_names_what_is_missing(tmp_path: Path) -> None:
-    assert _job(tmp_path, "--budget-s", "-1") == 0
+def test_job_measures_by_worth_and_chooses_cases(tmp_path: Path) -> None:
+    assert _job(tmp_path / "quick", "--quick") == 0
+    quick = report.read_json(tmp_path / "quick" / "results.json")["records"]["op"]
+    assert [key.split()[0] for key in quick] == ["copy", "base", "ours:auto", "decode", "decode"]
+    assert _job(tmp_path / "some", "--cases", "ours:torch .*b=2") == 0
+    some = report.read_json(tmp_path / "some" / "results.json")["records"]["op"]
+    assert list(some) == ["ours:torch T=1 12→20 b=2 float32"]
+
+
+def test_job_leaves_out_what_does_not_fit_in_the_time_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(runs.time, "monotonic", clock := Clock())
+    sizes = {"a": 3.0, "b": 30.0, "c": 3.0}
+    tasks = [runs.Task(key, 0, lambda record: clock.spend(3.0), seconds) for key, seconds in sizes.items()]
+    subject = runs.Subject("some", "Some", lambda setting: iter(tasks), lambda r: [], lambda r: [], lambda r, p: None)
+    args = argparse.Namespace(cases=None, quick=False)
+    job = runs.Job(args, runs.Results(tmp_path / "results.json", {}), _setting(), deadline=20.0)
+    runs.measure(job, [subject])
+    assert list(job.results.records["some"]) == ["a", "c"]
+    assert "some: b" in job.results.notes[0]
+
+
+@pytest.mark.usefixtures("small")
+def test_job_out_of_time_names_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(runs.time, "monotonic", clock)
+    attempt = runs.attempt
+    monkeypatch.setattr(runs, "attempt", lambda *args: (clock.spend(10), attempt(*args))[1])
+    assert _job(tmp_path, "--budget-s", "25") == 0
+    results = report.read_json(tmp_path / "results.json")
+    assert len(results["records"]["op"]) == 3  # the third began before the time was up
     text = (tmp_path / "summary.md").read_text(encoding="utf-8")
-    assert "ours:auto T=5 12→20 b=4 float32: not measured" in text
+    assert "the budget was spent" in text
+    assert "op: decode base T=1 12→20 float32" in text
+    assert _job(tmp_path, "--resume") == 0
+    assert f"and {len(report.read_json(tmp_path / 'results.json')['records']['op']) - 6} more" in text
+    assert "the budget was spent" not in (tmp_path / "summary.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.usefixtures("small")
 def test_job_reports_errors_and_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu.timing, "CpuTimer", lambda: Failing(RuntimeError("launch failed")))
-    assert _job(tmp_path) == 3
-    assert "error: RuntimeError: launch failed" in (tmp_path / "summary.md").read_text(encoding="utf-8")
+    monkeypatch.setattr(timing, "CpuTimer", lambda: Failing(RuntimeError("launch failed")))
+    assert _job(tmp_path / "a") == 3
+    assert "error: RuntimeError: launch failed" in (tmp_path / "a" / "summary.md").read_text(encoding="utf-8")
+    assert _job(tmp_path / "b", "--cases", "^peft_c3a") == 0  # a peer's failure is a finding
 
 
 @pytest.mark.usefixtures("small")
 def test_job_starts_again_after_a_dead_context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
 
-    def measure(case: cases.LayerCase, method: str, *args: object) -> dict[str, object]:
-        raise layer.DeviceLostError({"case": {}, "method": method, "status": "error", "message": "gone", "times": {}})
+    def attempt(task: runs.Task, device: torch.device) -> runs.Record:
+        raise runs.DeviceLostError({"status": "error", "message": "gone"})
 
-    monkeypatch.setattr(layer, "measure", measure)
-    monkeypatch.setattr(gpu.os, "execv", lambda path, command: started.append(command) or 0)
-    monkeypatch.setattr(gpu.os, "chdir", lambda path: None)
+    monkeypatch.setattr(runs, "attempt", attempt)
+    monkeypatch.setattr(runs.os, "execv", lambda path, command: started.append(command) or 0)
+    monkeypatch.setattr(runs.os, "chdir", lambda path: None)
     _job(tmp_path)
     assert started[0][1:3] == ["-m", "bench.gpu"]
     assert "--resume" in started[0]
-    assert len(report.read_json(tmp_path / "results.json")["layers"]) == 1  # the case that did it is not tried again
+    # The case that did it is not tried again.
+    assert list(report.read_json(tmp_path / "results.json")["records"]["op"]) == [op.BANDWIDTH_KEY]
 
 
+@pytest.mark.parametrize("main", [gpu.main, op.main, model.main], ids=["gpu", "op", "model"])
 def test_job_says_that_it_needs_a_gpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    main: Callable[[list[str]], int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main(["--out", str(tmp_path)]) == 1
+    assert main(["--out", str(tmp_path)]) == 1
     assert "needs an NVIDIA GPU" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        gpu.main(["--out", str(tmp_path), "--device", "cpu"])
+    assert main(["--out", str(tmp_path), "--device", "cpu"]) == 2
+    assert "--tiny" in capsys.readouterr().err
+
+
+@needs_peft
+@pytest.mark.usefixtures("small")
+def test_every_subject_runs_and_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(runs.dispatch, "BACKENDS", ("auto", "reference", "torch", "direct", "expand"))
+    names = [subject.name for subject in gpu.SUBJECTS]
+    options = ["--device", "cpu", "--tiny", "--out", str(tmp_path), "--cases", "^(?!ours:(direct|expand))"]
+    assert gpu.main([*options, *(part for name in names for part in ("--only", name))]) == 0
+    results = report.read_json(tmp_path / "results.json")
+    assert set(results["records"]) == set(names)
+    bad = {key: r for records in results["records"].values() for key, r in records.items() if r["status"] != "ok"}
+    assert bad == {}
+    spent = results["records"]["overhead"]["T=32"]
+    assert spent["stubbed"] == ["ours:direct", "ours:expand"]
+    assert set(spent["profile"]["ours:direct"]) == {"forward", "backward"}
+    text = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert text.rindex("## Goals, ") > text.rindex("### ")  # one summary table last
+    assert "not measured" not in text.partition("## Goals, ")[0]
+    if importlib.util.find_spec("matplotlib") is not None:
+        for name in names:
+            assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
 
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("small")
 def test_job_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(gpu.faulthandler, "dump_traceback_later", lambda *args, **kwargs: None)
-    assert gpu.main(["--tiny", "--only", "layers", "--out", str(tmp_path)]) == 0
+    monkeypatch.setattr(runs.faulthandler, "dump_traceback_later", lambda *args, **kwargs: None)
+    assert gpu.main(["--tiny", "--only", "op", "--only", "memory", "--only", "merge", "--out", str(tmp_path)]) == 0
     results = report.read_json(tmp_path / "results.json")
     assert results["environment"]["gpu"]["name"] == torch.cuda.get_device_name()
-    assert {record["status"] for record in results["layers"].values()} == {"ok"}
+    ours = {key: r["status"] for records in results["records"].values() for key, r in records.items() if "ours" in key}
+    assert set(ours.values()) == {"ok"}, ours
+
+
+# The models, Python's time, memory
+
+
+def test_copies_of_a_model_share_its_tensors_and_nothing_else() -> None:
+    pytest.importorskip("transformers")
+    base = models.llama(_setting())
+    names = [name for name, _ in base.named_modules()]
+    adapted = models.adapted("ours:torch", base, cases.MODELS_TINY[0])
+    assert [name for name, _ in base.named_modules()] == names
+    shared = {parameter.data_ptr() for parameter in base.parameters()}
+    frozen = {parameter.data_ptr() for parameter in adapted.parameters() if not parameter.requires_grad}
+    assert frozen == shared
+    assert len(peers.trained(adapted)) == 4  # q and v of two layers
+
+
+@needs_peft
+def test_models_gate_compares_adapted_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    base, case = models.llama(_setting()), cases.MODELS_TINY[1]
+    built = {method: models.adapted(method, base, case) for method in ("base", "peft_c3a", "ours:torch")}
+    ids = torch.arange(5)[None]
+    models.check(built, ids)
+    with torch.no_grad():
+        next(p for p in built["ours:torch"].parameters() if p.requires_grad).mul_(1.5)
+    with pytest.raises(gate.GateError, match="hidden states of ours:torch are wrong"):
+        models.check(built, ids)
+    for method in ("peft_c3a", "ours:torch"):
+        for parameter in peers.trained(built[method]):
+            nn.init.zeros_(parameter)
+    with pytest.raises(gate.GateError, match="do not show"):
+        models.check(built, ids)
+
+
+def test_launches_are_stubbed_and_come_back() -> None:
+    pytest.importorskip("triton")
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    before = (JITFunction.run, InterpretedFunction.run, overhead.launch.unavailable_reason)
+    work = layer.Workload.of(cases.LayerCase(32, 64, 64, 64, "float32"), "ours:direct", CPU)
+    with overhead.stubbed_launches():
+        assert [grad.shape for grad in work.both()] == [(32, 64), (1, 1, 64)]
+        with pytest.raises(gate.GateError):
+            work.check()  # the kernels did nothing
+    assert before == (JITFunction.run, InterpretedFunction.run, overhead.launch.unavailable_reason)
+
+
+def test_in_turn_times_fresh_arguments_alternately(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, order = Clock(), []
+    monkeypatch.setattr(timing.time, "perf_counter", clock)
+
+    def prepare(name: str) -> str:
+        clock.spend(100)  # not timed
+        return name
+
+    def call(name: str) -> None:
+        order.append(name)
+        clock.spend({"a": 1.0, "b": 2.0}[name])
+
+    calls = {name: ((lambda name=name: prepare(name)), call) for name in ("a", "b")}
+    found = timing.in_turn(calls, CPU, seconds=0.0)
+    assert order == ["a", "b", "b", "a", "a", "b", "b", "a"]
+    assert (found["a"].median, found["b"].median, found["a"].repeats) == (1.0, 2.0, 3)
+    assert found["a"].peak_bytes is None
+
+
+def test_peak_and_transient_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a device whose memory is a script: 100 allocated before, 1000 at the highest."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1000)
+    assert timing.peak_bytes(lambda: "result", torch.device("cuda")) == ("result", 900)
+    assert timing.peak_bytes(lambda: "result", CPU) == ("result", None)
+
+    monkeypatch.setattr(memory.timing, "peak_bytes", lambda call, device: (call(), 900))
+    record: runs.Record = {}
+    memory._measure(cases.LayerCase(5, 12, 20, 4, "float32"), "ours:torch", CPU, record)
+    outputs, grads = 4 * 5 * 20, 4 * 5 * 12 + 4 * 5 * 3 * 4
+    assert record["saved"]["activations"] == record["x_bytes"] == 4 * 5 * 12
+    assert record["transient"] == {"forward": 900 - outputs, "backward": 900 - grads}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
+def test_plots_of_several_panels(tmp_path: Path) -> None:
+    points = [(1.0, 2.0), (8.0, 1.5)]
+    plots.lines({str(i): {"a": points, "b": points[i % 2 :]} for i in range(4)}, tmp_path / "lines.png", x="x", y="y")
+    plots.bars({"one": {"a": 1.0, "b": 2.0}}, tmp_path / "bars.png", y="y")
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("lines.png", "bars.png"))
+
+
+# The README
+
+
+def test_readme_says_what_was_measured_on_a_gpu_and_what_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = ROOT / "bench" / "results"
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    (tmp_path / "cpu.json").write_bytes((results / "cpu.json").read_bytes())
+    assert "No GPU figure is given" in readme.section()
+
+    square = cases.LayerCase(8192, 4096, 4096, 128)
+    measured = {
+        layer.key(square, method): _timed(square, method, s) for method, s in (("base", 1.0), ("ours:auto", 1.3))
+    }
+    versions = {"torch": "2.13.0", "triton": "3.9.0", "peft": None, "python": "3.11"}
+    gpu_name = {"name": "Some card", "driver_version": "1.2"}
+    found = runs.Results(
+        tmp_path / "card.json",
+        {"device": "cuda", "gpu": gpu_name, "versions": versions, "commit": "abc", "command": "python -m bench.gpu"},
+        records={"op": measured},
+    )
+    found.save()
+    text = readme.section()
+    assert "No GPU figure is given" not in text
+    assert "Some card" in text
+    assert "1.3 " in text
+
+
+def test_readme_is_generated_from_the_committed_results() -> None:
+    assert readme.section() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+# The tests that the job runs
 
 
 def test_run_tests_counts(tmp_path: Path) -> None:
@@ -439,11 +830,11 @@ def test_transformers_imports_from_the_root() -> None:
 
 
 def test_commands_explain_themselves() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.cpu", "--help"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "--json" in done.stdout
+    for subject, option in (("cpu", "--json"), ("gpu", "--budget-s")):
+        command = [sys.executable, "-m", f"bench.{subject}", "--help"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert option in done.stdout
 
 
 def test_bench_runs_where_the_package_is_not_installed() -> None:

@@ -1,0 +1,164 @@
+"""A training step and a generation of a Llama-3.2-3B-shaped model: `python -m bench.model --out DIR`.
+
+Random weights, batches of 4 with 212 and 768 tokens, adapters of b = 64 on q and v as in PEFT's method comparison, and
+on all linear layers: ours, PEFT's C3A, PEFT's LoRA of rank 32 and the frozen model (whose step computes the gradients
+of all activations), over the same weights, in turn. `--layers N` is for smaller cards.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cases, models, plots, report, runs, timing
+
+__all__ = ["SUBJECT", "goals", "main", "tables", "tasks"]
+
+STEP_SECONDS, GENERATION_SECONDS = 15.0, 1.0
+
+
+def tasks(setting: runs.Setting) -> Iterator[runs.Task]:
+    """A training step per case, then generation."""
+    steps = cases.MODELS_TINY if setting.tiny else cases.MODELS
+    for case in steps:
+        worth = 0 if case.targets == cases.QV else 1
+        yield runs.Task(_key(case, setting), worth, partial(_measure, case, setting, _training), 45.0)
+    case = cases.GENERATION_TINY if setting.tiny else cases.GENERATION
+    yield runs.Task(f"generation, {_key(case, setting)}", 1, partial(_measure, case, setting, _generation), 60.0)
+
+
+def _key(case: cases.ModelCase, setting: runs.Setting) -> str:
+    size = "" if setting.n_layers is None else f" {setting.n_layers} layers"
+    return f"{case.name} b={case.b} batch {case.batch} T={case.n_tokens}{size}"
+
+
+def _measure(
+    case: cases.ModelCase,
+    setting: runs.Setting,
+    make: Callable[[Any, Tensor, cases.ModelCase], Callable[[], object]],
+    record: runs.Record,
+) -> None:
+    record |= {"case": asdict(case), "times": {}}
+    device = setting.device
+    base = models.llama(setting)
+    record["n_layers"] = base.config.num_hidden_layers
+    methods = [method for method in models.METHODS if method in setting.methods]
+    adapted = {method: models.adapted(method, base, case) for method in methods}
+    ids = torch.randint(base.config.vocab_size, (case.batch, case.n_tokens), device=device)
+    models.check(adapted, ids[:1, :16])
+    calls = {method: make(model, ids, case) for method, model in adapted.items()}
+    seconds = STEP_SECONDS if make is _training else GENERATION_SECONDS
+    timings = timing.in_turn(
+        {method: (lambda: None, lambda _, call=call: call()) for method, call in calls.items()},  # type: ignore[misc]
+        device,
+        seconds=0.0 if setting.tiny else seconds,
+        warm_up=3 if make is _training and not setting.tiny else 1,
+    )
+    record["times"] = {method: asdict(found) for method, found in timings.items()}
+
+
+def _training(model: Any, ids: Tensor, case: cases.ModelCase) -> Callable[[], None]:
+    """A step on the adapter's parameters; its learning rate is zero, so that every step computes the same."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.0) if trained else None
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+def _generation(model: Any, ids: Tensor, case: cases.ModelCase) -> Callable[[], None]:
+    """So many tokens, greedily, after a prompt of an eighth as many."""
+    model.eval()
+    prompt = ids[:, : max(1, case.n_tokens // 8)]
+
+    @torch.no_grad()
+    def generate() -> None:
+        model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=case.n_tokens,
+            min_new_tokens=case.n_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+
+    return generate
+
+
+def _median(record: runs.Record | None, method: str) -> float | None:
+    return None if record is None else record.get("times", {}).get(method, {}).get("median")
+
+
+def tables(records: runs.Records) -> list[str]:
+    """The lines of a markdown report: a row per case."""
+    methods = list(dict.fromkeys(method for record in records.values() for method in record.get("times", {})))
+    rows = []
+    for key, record in records.items():
+        base = _median(record, "base")
+        row: list[object] = [key, record.get("n_layers", "-")]
+        for method in methods:
+            seconds = _median(record, method)
+            if seconds is None:
+                row.append(record["status"])
+                continue
+            over = f" ({seconds / base:.2f})" if base and method != "base" else ""
+            peak = record["times"][method]["peak_bytes"]
+            row.append(report.format_seconds(seconds) + over + (f"; {report.format_bytes(peak)}" if peak else ""))
+        rows.append(row)
+    lines = ["", "Wall time, median of calls in turn (over the frozen model's); peak memory beyond the weights."]
+    return [*lines, "", report.format_table(["case", "layers", *methods], rows)]
+
+
+def goals(records: runs.Records) -> list[report.Goal]:
+    """The goals for a training step of the whole model."""
+    found = []
+    for case in cases.MODELS:
+        if case.targets != cases.QV:
+            continue
+        record = next((r for r in records.values() if r.get("case") == _as_json(case) and _is_whole(r)), None)
+        for method, name, limit in (("peft_lora", "PEFT LoRA r=32", 1.0), ("peft_c3a", "PEFT C3A", 0.8)):
+            ours, theirs = _median(record, "ours:auto"), _median(record, method)
+            value = ours / theirs if ours and theirs else None
+            found.append(report.at_most(f"3B step, q and v, b=64, T={case.n_tokens}: ours / {name}", limit, value))
+    return found
+
+
+def _as_json(case: cases.ModelCase) -> dict[str, Any]:
+    return asdict(case) | {"targets": list(case.targets)}
+
+
+def _is_whole(record: runs.Record) -> bool:
+    return record.get("n_layers") == cases.LLAMA_3B["num_hidden_layers"]
+
+
+def plot(records: runs.Records, path: Path) -> None:
+    """Time over the frozen model's: a panel per case, a bar per method."""
+    panels = {}
+    for key, record in records.items():
+        base = _median(record, "base")
+        if base:
+            panels[key] = {method: found["median"] / base for method, found in record["times"].items()}
+    if panels:
+        plots.bars(panels, path, y="time / frozen model")
+
+
+SUBJECT = runs.Subject("model", "A Llama-3.2-3B-shaped model: training step and generation", tasks, tables, goals, plot)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, write; returns the exit status."""
+    return runs.command(SUBJECT, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,436 @@
+"""One adapted layer against its peers: `python -m bench.op --out DIR`.
+
+Forward, backward and both by PEFT's C3A and LoRA, a dense ΔW through cuBLAS, each of our backends, the frozen base
+alone and the memory floor; the seven linears of a decoder layer that share inputs; decoding under a CUDA graph.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from . import cases, layer, peers, plots, report, runs, timing
+
+__all__ = ["BANDWIDTH_KEY", "SUBJECT", "both_tables", "floor_bytes", "goals", "kernel_bytes", "main", "plan", "tables"]
+
+COPY_BYTES = 1 << 30  # of either side; less where the card is small
+BANDWIDTH_KEY = "copy bandwidth"
+FIRST_METHODS = ("base", "peft_lora", "peft_c3a", "ours:auto")
+DECODE_METHODS = ("base", "peft_lora", "peft_c3a", "ours:auto")
+PROFILED_CALLS = 10
+DECODE_BYTES = 256 << 20  # of the weights in one graph, several times an L2
+
+
+def floor_bytes(case: layer.Case, mode: str) -> int:
+    """Bytes that the adapter of a case must move beyond its base, whatever computes it.
+
+    Forward: x, the delta it writes, w. Backward: dy, x, the delta of dx, w and dw.
+    """
+    itemsize = getattr(torch, case.dtype).itemsize
+    total = 0
+    for _, part in case.parts:
+        x, y = itemsize * part.n_tokens * part.in_features, itemsize * part.n_tokens * part.out_features
+        w = 4 * part.in_features * part.out_features // part.b
+        total += {"forward": x + y + w, "backward": 2 * x + y + 2 * w, "both": 3 * x + 2 * y + 3 * w}[mode]
+    return total
+
+
+def kernel_bytes(kernel: str, case: cases.LayerCase) -> int | None:
+    """Bytes that one of our memory-bound kernels must move in a forward; None for any other.
+
+    x and y by the transforms, their spectra (of x's size in 16 bits) between them, ΔW where it is written out.
+    """
+    itemsize = getattr(torch, case.dtype).itemsize
+    x, y = itemsize * case.n_tokens * case.in_features, itemsize * case.n_tokens * case.out_features
+    dense = case.in_features * case.out_features
+    moved = {
+        "two_level_analysis_kernel": 2 * x,
+        "analysis_kernel": 2 * x,
+        "mix_kernel": x + y + 2 * itemsize * dense // case.b,
+        "two_level_synthesis_kernel": 2 * y,
+        "synthesis_kernel": 2 * y,
+        "expand_kernel": itemsize * dense + 4 * dense // case.b,
+    }
+    return moved.get(kernel)
+
+
+# What is measured
+
+
+def plan(layers: Iterable[layer.Case], methods: Sequence[str]) -> Iterator[tuple[str, layer.Case, str]]:
+    """Every (key, case, method), peers that know no block size once for all of them."""
+    seen = set()
+    for case in layers:
+        for method in methods:
+            key = layer.key(case, method)
+            if key not in seen:
+                seen.add(key)
+                yield key, case, method
+
+
+def _worth(case: layer.Case, method: str) -> int:
+    """0: the goals' own cases, 1: their other methods, and the shapes that a goal speaks of in general, 2: the rest."""
+    first = method in FIRST_METHODS
+    if isinstance(case, cases.DecoderCase):
+        return 0 if method in ("base", "ours:auto") else 1
+    if case in _square() or case == _wide():
+        return 0 if first else 1
+    return 1 if first and case.n_tokens in (1024, 8192) and case.b == 128 else 2
+
+
+def tasks(setting: runs.Setting) -> Iterator[runs.Task]:
+    """The copy bandwidth, the layers, the decoder layer, decoding."""
+    device = setting.device
+    yield runs.Task(BANDWIDTH_KEY, 0, partial(_bandwidth, setting))
+    layers = cases.LAYERS_TINY if setting.tiny else cases.LAYERS
+    decoders = cases.DECODERS_TINY if setting.tiny else cases.DECODERS
+    # In the order of worth: the square layer in every block size before other shapes in any.
+    for key, case, method in plan((*layers, *decoders), setting.methods):
+        yield runs.Task(key, _worth(case, method), partial(_measure, case, method, setting.timer, device))
+    decoding = cases.DECODING_TINY if setting.tiny else cases.DECODING
+    methods = [m for m in setting.methods if m in DECODE_METHODS]
+    for key, case, method in plan(decoding, methods):
+        worth = 0 if case.label == decoding[0].label and not method.startswith("peft") else 1
+        yield runs.Task(f"decode {key}", worth, partial(_decode, case, method, setting.timer, device))
+    if device.type == "cuda":
+        for case in layers[:1] if setting.tiny else _square():
+            for method in setting.methods:
+                if peers.is_c3a(method):
+                    key = f"kernels {layer.key(case, method)}"
+                    yield runs.Task(key, 1, partial(_kernels, case, method, device))
+
+
+def _bandwidth(setting: runs.Setting, record: runs.Record) -> None:
+    device = setting.device
+    n_bytes = COPY_BYTES
+    if device.type == "cuda":
+        n_bytes = min(n_bytes, torch.cuda.mem_get_info(device)[0] // 4)
+    if setting.tiny:
+        n_bytes = 1 << 20
+    source = torch.ones(n_bytes, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    found = setting.timer.measure(lambda: target.copy_(source))
+    record |= {"time": asdict(found), "bytes_per_second": 2 * n_bytes / found.median}
+
+
+def _measure(case: layer.Case, method: str, timer: timing.Timer, device: torch.device, record: runs.Record) -> None:
+    record |= {"case": asdict(case), "method": method, "times": {}}
+    work = layer.Workload.of(case, method, device)
+    work.check()
+    for mode, call in work.calls().items():
+        record["times"][mode] = asdict(timer.measure(call))
+
+
+def _decode(case: layer.Case, method: str, timer: timing.Timer, device: torch.device, record: runs.Record) -> None:
+    """One call of a layer among calls of others like it, so that weights come from memory, in one CUDA graph."""
+    record |= {"case": asdict(case), "method": method}
+    works = [layer.Workload.of(case, method, device)]
+    works[0].check()
+    weight_bytes = sum(p.nbytes for p in works[0].layers[0].parameters())
+    n_layers = 2 if device.type == "cpu" else max(4, min(64, DECODE_BYTES // weight_bytes))
+    works += [layer.Workload.of(case, method, device) for _ in range(n_layers - 1)]
+
+    @torch.no_grad()
+    def step() -> None:
+        for work in works:
+            work.forward()
+
+    found = timer.measure(step if device.type == "cpu" else _graph(step))
+    record |= {"n_layers": n_layers, "time": asdict(found), "seconds": found.median / n_layers}
+
+
+def _graph(step: Callable[[], None]) -> Callable[[], None]:
+    """`step` captured in a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def _kernels(case: cases.LayerCase, method: str, device: torch.device, record: runs.Record) -> None:
+    """Every kernel of a forward and how long it takes."""
+    record |= {"case": asdict(case), "method": method}
+    work = layer.Workload.of(case, method, device)
+    for _ in range(3):
+        work.forward()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(PROFILED_CALLS):
+            work.forward()
+        torch.cuda.synchronize(device)
+    record["kernels"] = {
+        event.key: {
+            "launches": event.count / PROFILED_CALLS,
+            "seconds": event.self_device_time_total / 1e6 / PROFILED_CALLS,
+            "bytes": kernel_bytes(event.key, case),
+        }
+        for event in profile.key_averages()
+        if event.self_device_time_total
+    }
+
+
+# What is read off
+
+
+def _median(records: runs.Records, case: layer.Case, method: str, mode: str, kind: str = "median") -> float | None:
+    return records.get(layer.key(case, method), {}).get("times", {}).get(mode, {}).get(kind)
+
+
+def _floor(records: runs.Records, case: layer.Case, mode: str) -> float | None:
+    """Seconds in which the adapter's bytes can be moved at the measured copy bandwidth."""
+    bandwidth = records.get(BANDWIDTH_KEY, {}).get("bytes_per_second")
+    return floor_bytes(case, mode) / bandwidth if bandwidth else None
+
+
+def _measured(records: runs.Records) -> tuple[list[layer.Case], list[str]]:
+    """Cases and methods in the order in which they were measured."""
+    layers: list[layer.Case] = []
+    methods: list[str] = []
+    for record in records.values():
+        if "times" not in record:
+            continue
+        kind = cases.DecoderCase if "hidden" in record["case"] else cases.LayerCase
+        case = kind(**record["case"])
+        # A peer that knows no block size was measured with one all the same.
+        if case not in layers and (peers.is_c3a(record["method"]) or not _same_but_for_b(case, layers)):
+            layers.append(case)
+        if record["method"] not in methods:
+            methods.append(record["method"])
+    return layers, sorted(methods, key=lambda method: method.startswith("ours:"))  # peers first
+
+
+def _same_but_for_b(case: layer.Case, layers: Sequence[layer.Case]) -> bool:
+    return any(
+        (found.n_tokens, found.label, found.dtype) == (case.n_tokens, case.label, case.dtype) for found in layers
+    )
+
+
+def _cell(records: runs.Records, case: layer.Case, method: str, mode: str, kind: str) -> str:
+    record = records.get(layer.key(case, method))
+    if record is None:
+        return "not measured"
+    seconds, base = _median(records, case, method, mode, kind), _median(records, case, "base", mode, kind)
+    if seconds is None:
+        return record["status"]
+    return report.format_seconds(seconds) + (f" ({seconds / base:.2f})" if base and method != "base" else "")
+
+
+def _ratio(
+    records: runs.Records, case: layer.Case, over: str, mode: str = "both", kind: str = "median", *, extra: bool = False
+) -> float | None:
+    """Time of the method `over` / ours; with `extra`, of what either adds to the base."""
+    over_seconds, ours = (_median(records, case, method, mode, kind) for method in (over, "ours:auto"))
+    base = _median(records, case, "base", mode, kind) if extra else 0.0
+    if over_seconds is None or ours is None or base is None or ours <= base:
+        return None
+    return (over_seconds - base) / (ours - base)
+
+
+def _time_table(
+    records: runs.Records, layers: Sequence[layer.Case], methods: Sequence[str], mode: str, kind: str
+) -> str:
+    over = [method for method in ("peft_lora", "peft_c3a") if method in methods]
+    rows = []
+    for case in layers:
+        floor = _floor(records, case, mode)
+        ratios = [_ratio(records, case, method, mode, kind) for method in over]
+        rows.append(
+            [case.n_tokens, case.b]
+            + [_cell(records, case, method, mode, kind) for method in methods]
+            + ["-" if floor is None else report.format_seconds(floor)]
+            + ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+        )
+    headers = ["T", "b", *methods, "floor of the extra", *(f"{method} / ours:auto" for method in over)]
+    return report.format_table(headers, rows)
+
+
+def both_tables(records: runs.Records) -> list[str]:
+    """The lines of a short report: forward and backward together, per shape."""
+    layers, methods = _measured(records)
+    lines: list[str] = []
+    for (label, dtype), rows in _by_shape(layers).items():
+        lines += ["", f"{label}, {dtype}, forward + backward, device time (over the frozen base's):", ""]
+        lines.append(_time_table(records, rows, methods, "both", "median"))
+    return lines
+
+
+def _by_shape(layers: Sequence[layer.Case]) -> dict[tuple[str, str], list[layer.Case]]:
+    shapes: dict[tuple[str, str], list[layer.Case]] = {}
+    for case in sorted(layers, key=lambda case: (case.n_tokens, case.b)):
+        shapes.setdefault((case.label, case.dtype), []).append(case)
+    return shapes
+
+
+def tables(records: runs.Records) -> list[str]:
+    """The lines of a markdown report: times per shape and mode, decoding."""
+    layers, methods = _measured(records)
+    lines: list[str] = []
+    bandwidth = records.get(BANDWIDTH_KEY, {}).get("bytes_per_second")
+    if bandwidth:
+        lines += ["", f"Measured copy bandwidth: {bandwidth / 1e12:.3g} TB/s. The floor is the time in which the"]
+        lines += ["adapter's own bytes (x, dy, the deltas, w, dw) move at that rate."]
+    for (label, dtype), rows in _by_shape(layers).items():
+        title = f"{label}, {dtype}"
+        for mode in layer.MODES:
+            lines += ["", f"### {title}: {mode}", "", "Device time, cold cache, median (over the frozen base's).", ""]
+            lines.append(_time_table(records, rows, methods, mode, "median"))
+        lines += ["", f"### {title}: both, Python included", "", "A call among back-to-back calls (over the base's)."]
+        lines += ["", _time_table(records, rows, methods, "both", "wall")]
+    return lines + _decode_table(records) + _kernels_tables(records)
+
+
+def _shares(records: runs.Records, record: runs.Record) -> dict[str, float]:
+    """Kernel → the rate at which it moves its bytes over the measured copy bandwidth."""
+    bandwidth = records.get(BANDWIDTH_KEY, {}).get("bytes_per_second")
+    if not bandwidth:
+        return {}
+    found = record.get("kernels", {})
+    return {name: k["bytes"] / k["seconds"] / bandwidth for name, k in found.items() if k["bytes"]}
+
+
+def _kernels_tables(records: runs.Records) -> list[str]:
+    lines: list[str] = []
+    for key, record in records.items():
+        if "kernels" not in record:
+            continue
+        shares = _shares(records, record)
+        rows = [
+            [
+                name[:80],
+                f"{k['launches']:g}",
+                report.format_seconds(k["seconds"]),
+                "-" if k["bytes"] is None else report.format_bytes(k["bytes"]),
+                f"{shares[name]:.0%}" if name in shares else "-",
+            ]
+            for name, k in sorted(record["kernels"].items(), key=lambda item: -item[1]["seconds"])
+        ]
+        lines += ["", f"### Forward, {key}", "", "Per call; bytes and share of copy bandwidth of memory-bound kernels."]
+        lines += ["", report.format_table(["kernel", "launches", "time", "bytes", "of the bandwidth"], rows)]
+    return lines
+
+
+def _decode_seconds(records: runs.Records, case: layer.Case, method: str) -> float | None:
+    return records.get(f"decode {layer.key(case, method)}", {}).get("seconds")
+
+
+def _decode_table(records: runs.Records) -> list[str]:
+    found = [record for key, record in records.items() if key.startswith("decode ") and "case" in record]
+    decoding = list(dict.fromkeys(cases.LayerCase(**record["case"]) for record in found))
+    methods = list(dict.fromkeys(record["method"] for record in found))
+    if not decoding:
+        return []
+
+    def cell(case: layer.Case, method: str) -> str:
+        seconds, base = (_decode_seconds(records, case, name) for name in (method, "base"))
+        if seconds is None:
+            return records.get(f"decode {layer.key(case, method)}", {}).get("status", "not measured")
+        return report.format_seconds(seconds) + (f" ({seconds / base:.2f})" if base and method != "base" else "")
+
+    rows = [[case.label, case.n_tokens, case.b, *(cell(case, method) for method in methods)] for case in decoding]
+    lines = ["", "### Decoding under a CUDA graph", "", "Time of one layer among others (over the frozen base's).", ""]
+    return [*lines, report.format_table(["layer", "T", "b", *methods], rows)]
+
+
+# The goals
+
+
+def _square() -> list[cases.LayerCase]:
+    return [cases.LayerCase(8192, 4096, 4096, b) for b in (64, 128, 256, 1024)]
+
+
+def _wide() -> cases.LayerCase:
+    return cases.LayerCase(8192, 4096, 14336, 128)
+
+
+def _over_base(records: runs.Records, case: layer.Case) -> float | None:
+    ours, base = (_median(records, case, method, "both") for method in ("ours:auto", "base"))
+    return ours / base if ours and base else None
+
+
+def goals(records: runs.Records) -> list[report.Goal]:
+    """The goals for one layer, by device time of forward and backward."""
+    found = [
+        report.at_most(
+            f"forward + backward, T=8192, 4096→4096, b={case.b}: ours / base", 1.45, _over_base(records, case)
+        )
+        for case in _square()
+    ]
+    for name, case in (("4096→14336, b=128", _wide()), ("seven linears of an 8B layer, b=128", cases.DECODERS[0])):
+        found.append(report.at_most(f"the same, {name}", 1.28, _over_base(records, case)))
+    for case in _square():
+        value = _ratio(records, case, "peft_c3a", extra=True)
+        found.append(report.at_least(f"extra time, 4096→4096, b={case.b}: PEFT C3A / ours", 8, value))
+    compared = {
+        f"T={case.n_tokens} {case.label} b={case.b}": 1 / ratio
+        for case in cases.LAYERS
+        if case.n_tokens >= 1024 and case.b <= 256 and (ratio := _ratio(records, case, "peft_lora"))
+    }
+    worst = max(compared, key=lambda name: compared[name], default="")
+    of = f"the worst of {len(compared)}: {worst}"
+    found.append(
+        report.at_most("every shape, T ≥ 1024, b ≤ 256: ours / PEFT LoRA r=16", 0.9, compared.get(worst), what=of)
+    )
+    for case in cases.DECODING[:3]:
+        ours, base = (_decode_seconds(records, case, method) for method in ("ours:auto", "base"))
+        value = ours / base if ours and base else None
+        found.append(
+            report.at_most(f"decode T={case.n_tokens}, {case.label}, CUDA graph: unmerged / base", 1.15, value)
+        )
+    reached = {
+        f"{name} in {key.removeprefix('kernels ')}": share
+        for key, record in records.items()
+        if record.get("method", "").startswith("ours:")
+        for name, share in _shares(records, record).items()
+    }
+    worst = min(reached, key=lambda name: reached[name], default="")
+    of = f"the worst of {len(reached)}: {worst}"
+    what = "each memory-bound kernel: bytes it must move / time / copy bandwidth"
+    found.append(report.at_least(what, 0.75, reached.get(worst), what=of))
+    return found
+
+
+# The plot
+
+
+def plot(records: runs.Records, path: Path) -> None:
+    """Forward and backward over the frozen base's, by tokens: a panel per shape, at the block size measured most."""
+    layers, methods = _measured(records)
+    single = [case for case in layers if isinstance(case, cases.LayerCase)]
+    if not single:
+        return
+    sizes = [case.b for case in single]
+    b = 128 if 128 in sizes else max(sizes, key=sizes.count)
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for case in sorted((case for case in single if case.b == b), key=lambda case: case.n_tokens):
+        base = _median(records, case, "base", "both")
+        panel = panels.setdefault(f"{case.label}, b={b}", {})
+        for method in methods:
+            seconds = _median(records, case, method, "both")
+            if base and seconds and method != "base":
+                panel.setdefault(method, []).append((case.n_tokens, seconds / base))
+        floor = _floor(records, case, "both")
+        if base and floor:
+            panel.setdefault("memory floor", []).append((case.n_tokens, 1 + floor / base))
+    panels = {title: panel for title, panel in panels.items() if panel}
+    if panels:
+        plots.lines(panels, path, x="tokens", y="forward + backward / frozen base")
+
+
+SUBJECT = runs.Subject("op", "One C3A layer against its peers", tasks, tables, goals, plot)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, write; returns the exit status."""
+    return runs.command(SUBJECT, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
