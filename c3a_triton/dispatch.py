@@ -126,7 +126,8 @@ def predicted_seconds(
 
     A model, not a measurement. Counted for each path (d = in_features + out_features, elements per token):
 
-    - direct: reads x, writes y (itemsize·d), a table of 16 bytes per element of w; the FLOPs of a dense product.
+    - direct: reads x, writes y (itemsize·d) and reads w, or with more than `launch.SMALL_T` tokens a table of 32 bytes
+      per element of w; the FLOPs of a dense product.
     - expand: writes ΔW densely and reads it back, then a cuBLAS product.
     - fft: reads x, writes y (itemsize·d), writes and reads back the spectra of both (2·d of their itemsize, which is 4
       where x is not bfloat16); 2·b·d FLOPs a token for the transforms (4·(P + Q)·d in two levels of b = P·Q) and
@@ -141,8 +142,8 @@ def predicted_seconds(
     dense_elements = in_features * out_features
     dense_flops = 2 * n_tokens * dense_elements
     if backend == "direct":
-        table_bytes = 32 * dense_elements / b
-        return 2 * LAUNCH_SECONDS + max((tokens_bytes + table_bytes) / BANDWIDTH, dense_flops / TRITON_FLOPS[itemsize])
+        w_bytes = (4 if n_tokens <= launch.SMALL_T else 32) * dense_elements / b
+        return 2 * LAUNCH_SECONDS + max((tokens_bytes + w_bytes) / BANDWIDTH, dense_flops / TRITON_FLOPS[itemsize])
     if backend == "fold":
         return LAUNCH_SECONDS + 2 * itemsize * dense_elements / BANDWIDTH
     if backend == "expand":
@@ -151,6 +152,8 @@ def predicted_seconds(
     if backend == "fft":
         spectrum_itemsize = launch_fft.spectrum_itemsize(dtype, b)
         spectra_bytes = 2 * spectrum_itemsize * n_tokens * (in_features + out_features)
+        # w is read, its spectrum written as 2 × 2 blocks and read back.
+        spectra_bytes += 4 * (1 + spectrum_itemsize) * dense_elements / b
         per_value = launch_fft.transform_flops(b)
         transform_flops = per_value * n_tokens * (in_features + out_features)
         mix_flops = 4 * n_tokens * dense_elements / b

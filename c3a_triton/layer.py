@@ -572,7 +572,8 @@ class C3ALinear(nn.Module):
             add_circulant_(merged, [self._kernel_on(name, weight.device) for name in names])
         if merged is not weight:
             access.write(merged)
-        state.mark = fingerprint(access.read())
+        if state.kept is not None:  # otherwise nothing can be brought back, and there is nothing to guard
+            state.mark = fingerprint(access.read())
         self._merge_state = state
         self.merged_adapters.extend(names)
         self._refresh()
@@ -587,7 +588,7 @@ class C3ALinear(nn.Module):
             raise AdapterStateError(f"{self._label}: {error}") from None
         weight = access.read()
         state = self._merge_state
-        if state is not None and (state.mark is None or fingerprint(weight) != state.mark):
+        if state is not None and state.kept is not None and (state.mark is None or fingerprint(weight) != state.mark):
             raise AdapterStateError(
                 f"{self._label}: the base weight was changed after {self.merged_adapters} were merged into it, so that "
                 "bringing back the original would undo that change. Load the base weight again, or keep the merged one "
@@ -643,7 +644,7 @@ class C3ALinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "C3ALinear":
         state = self._merge_state
-        if state is None:
+        if state is None or state.kept is None:
             super()._apply(fn, recurse)
         else:
             # The kept original follows the weight's move or cast; a change made before it must not be forgotten.
@@ -651,7 +652,7 @@ class C3ALinear(nn.Module):
             super()._apply(fn, recurse)
             if isinstance(state.kept, nn.Module):
                 state.kept._apply(fn)
-            elif state.kept is not None:
+            else:
                 moved = fn(state.kept)
                 state.kept = moved.to("cpu") if state.where == "cpu" and not moved.is_meta else moved
             lost = changed or self.get_base_layer().weight.is_meta
