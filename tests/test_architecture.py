@@ -26,6 +26,7 @@ ORDER = [
     "modules_to_save",
     "checkpoint",
     "targets",
+    "report",
     "manager",
     "api",
     "__init__",
