@@ -153,7 +153,7 @@ def predicted_seconds(
         spectrum_itemsize = launch_fft.spectrum_itemsize(dtype, b)
         spectra_bytes = 2 * spectrum_itemsize * n_tokens * (in_features + out_features)
         # w is read, its spectrum written as 2 × 2 blocks and read back.
-        spectra_bytes += 4 * (1 + spectrum_itemsize) * dense_elements / b
+        w_bytes = 4 * (1 + spectrum_itemsize) * dense_elements / b
         per_value = launch_fft.transform_flops(b)
         transform_flops = per_value * n_tokens * (in_features + out_features)
         mix_flops = 4 * n_tokens * dense_elements / b
@@ -162,7 +162,7 @@ def predicted_seconds(
         mix_rate = TF32_FLOPS if spectrum_itemsize > itemsize else TRITON_FLOPS[itemsize]
         transform_rate = TF32_FLOPS if two_level and itemsize == 2 else mix_rate
         seconds = mix_flops / mix_rate + transform_flops / transform_rate
-        return 4 * LAUNCH_SECONDS + max((tokens_bytes + spectra_bytes) / BANDWIDTH, seconds)
+        return 4 * LAUNCH_SECONDS + max((tokens_bytes + spectra_bytes + w_bytes) / BANDWIDTH, seconds)
     if backend == "torch":
         mix_flops = 8 * n_tokens * (b // 2 + 1) * dense_elements / b**2
         spectra_bytes = 26 * n_tokens * (in_features + out_features)

@@ -98,9 +98,8 @@ _OUTER_16BIT = {name: TileConfig(64, 128, 128, 8, 3) for name in GENERATIONS}
 _OUTER_32BIT = {name: TileConfig(32, 64, 64, 4, 3) for name in GENERATIONS}
 
 # Spectral path: tokens are worked off in chunks whose two spectra take about so many bytes, the same memory each time;
-# 0 means all tokens at once. This bounds memory at few launches. About half of an L2 cache (24 MiB on an H200) would
-# let spectra be read back from it, for three launches per 20 microseconds or so: whether that is faster has to be
-# measured.
+# 0 means all tokens at once. This bounds memory at few launches. About half of an L2 cache (24 MiB on an H200) lets
+# spectra be read back from it, but takes three launches every 20 microseconds or so: what is faster has to be measured.
 SCRATCH_BYTES = dict.fromkeys(GENERATIONS, 256 << 20)
 
 
