@@ -11,7 +11,7 @@ test: $(VENV)/.installed
 
 # The kernels under the oldest supported Triton. Its interpreter needs numpy < 2.4; torch's own pin names another triton.
 test-triton36: .venv36/.installed
-	.venv36/bin/pytest -q tests/test_kernels.py tests/test_aot.py tests/test_ops.py
+	.venv36/bin/pytest -q tests/test_kernels.py tests/test_fft.py tests/test_ops.py tests/test_aot.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
