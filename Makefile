@@ -7,8 +7,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: test test-triton36 lint demo bench dist clean
 
 test: $(VENV)/.installed
-	# One thread per worker: small tensors wait longer for a second thread than it saves.
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadgroup
+	# A file stays in one worker, so that kernels are compiled once. One thread per worker: small tensors wait longer for
+	# a second thread than it saves.
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
 
 # The kernels under the oldest supported Triton. Its interpreter needs numpy < 2.4; torch's own pin names another triton.
 test-triton36: .venv36/.installed

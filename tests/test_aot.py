@@ -15,9 +15,6 @@ import pytest
 
 from c3a_triton.tiles import SHARED_MEMORY, decode_tile
 
-# One process compiles for all of these tests, so that nothing is compiled twice.
-pytestmark = pytest.mark.xdist_group("aot")
-
 CARDS = ("sm_80", "sm_90", "sm_100")
 MMA = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
 PRODUCTS = ("decode_kernel", "table_product_kernel", "hankel_kernel", "diagonal_sums_kernel", "block_sums_kernel")
