@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from versions import PEFT
 
 from c3a_triton import checkpoint
 from c3a_triton.checkpoint import WEIGHTS_NAME, read_adapter, write_adapter
@@ -161,7 +162,7 @@ def test_we_read_pefts(tmp_path, bias):
     expected |= {
         f"head.{part}": state[f"base_model.model.head.modules_to_save.default.{part}"] for part in ("weight", "bias")
     }
-    if bias != "none":
+    if bias != "none" and PEFT >= (0, 20):  # older ones train biases and do not save them
         expected |= {
             f"{name}.base_layer.bias": state[f"base_model.model.{name}.base_layer.bias"] for name in file.block_sizes
         }

@@ -5,6 +5,7 @@ import warnings
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from versions import PEFT
 
 from c3a_triton.config import (
     CONFIG_NAME,
@@ -41,14 +42,17 @@ FULL = {
 
 def test_defaults_are_pefts():
     ours, theirs = C3AConfig().to_dict(), peft.C3AConfig().to_dict()
-    del theirs["peft_version"]
+    theirs.pop("peft_version", None)  # written since 0.18
     assert ours == theirs
 
 
 def test_default_targets_are_pefts():
     from peft.utils import TRANSFORMERS_MODELS_TO_C3A_TARGET_MODULES_MAPPING
 
-    assert DEFAULT_TARGET_MODULES == TRANSFORMERS_MODELS_TO_C3A_TARGET_MODULES_MAPPING
+    theirs = TRANSFORMERS_MODELS_TO_C3A_TARGET_MODULES_MAPPING
+    assert {name: DEFAULT_TARGET_MODULES[name] for name in theirs} == theirs
+    if PEFT >= (0, 21):  # older ones know fewer models
+        assert DEFAULT_TARGET_MODULES.keys() == theirs.keys()
 
 
 @pytest.mark.parametrize(
@@ -173,7 +177,7 @@ def test_we_read_pefts_file(tmp_path):
         ours = C3AConfig.from_pretrained(tmp_path)
     assert set(ours.target_modules) == {"q", "v"}
     assert ours.task_type == "CAUSAL_LM"
-    assert ours.peft_version == peft.__version__
+    assert ours.peft_version == (peft.__version__ if PEFT >= (0, 18) else None)
     from_object = C3AConfig.from_any(theirs)
     assert from_object.target_modules == ["q", "v"]
     assert from_object.task_type == "CAUSAL_LM"

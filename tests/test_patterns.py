@@ -6,6 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from versions import PEFT
 
 from c3a_triton import patterns
 from c3a_triton.config import C3AConfig
@@ -89,6 +90,8 @@ def test_targets_are_pefts(fields, names):
     theirs = peft.C3AConfig(**fields)
     # PEFT's matching reads the field of any configuration that has one; its C3A configuration merely lacks it.
     theirs.exclude_modules = excluded
+    if PEFT < (0, 20) and fields.get("layers_to_transform") is not None:
+        return  # it took the index of a layer from another place of the name
     for name in names:
         assert match_target(ours, name) == bool(check_target_module_exists(theirs, name)), name
 
