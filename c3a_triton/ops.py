@@ -55,6 +55,8 @@ def circulant_linear(x: Tensor, w: Tensor, *, scale: float | None = None, backen
         )
     if _autocasts(x.device.type):
         x = _autocast(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return circulant_linear(x, w, scale=scale, backend=backend)
     kernels = (w,)
     _check(x, None, None, kernels)
     return _apply(x, None, None, kernels, 1.0 / x.shape[-1] if scale is None else scale, backend)
@@ -88,8 +90,9 @@ def c3a_linear(
         BackendError: an unknown backend, or one that cannot run here.
     """
     if _autocasts(x.device.type):
-        x, weight = _autocast(x), _autocast(weight)
-        bias = None if bias is None else _autocast(bias)
+        x, weight, bias = _autocast(x), _autocast(weight), None if bias is None else _autocast(bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return c3a_linear(x, weight, bias, kernels, backend=backend)
     _check(x, weight, bias, kernels)
     return _apply(x, weight, bias, kernels, 1.0 / x.shape[-1], backend)
 
@@ -210,7 +213,6 @@ def _apply(
     return _linear(x, weight, bias, kernels, scale, False, backend)
 
 
-@_without_autocast
 def _linear(
     x: Tensor,
     weight: Tensor | None,
@@ -220,7 +222,7 @@ def _linear(
     transpose: bool,
     backend: str,
 ) -> Tensor:
-    """Implementation of `c3a_triton::linear`."""
+    """Implementation of `c3a_triton::linear`, autocast being off."""
     y = _product_of_rows(_rows(x), weight, bias, kernels, scale, transpose, backend)
     # Not a view for autograd: what a Function returns as a view cannot be modified in place by its user.
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
@@ -374,7 +376,7 @@ _library.define(
     "weight_grad(Tensor dy, Tensor x, int block_size, float scale, ScalarType dtype, str backend) -> Tensor"
 )
 for _name, _implementation, _fake, _setup, _backward in (
-    ("linear", _linear, _linear_fake, _linear_setup, _linear_op_backward),
+    ("linear", _without_autocast(_linear), _linear_fake, _linear_setup, _linear_op_backward),
     ("weight_grad", _weight_grad, _weight_grad_fake, _weight_grad_setup, _weight_grad_backward),
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
@@ -574,11 +576,11 @@ def _expand_product(
 
 
 def _triton_weight_grad(dy: Tensor, x: Tensor, block_size: int, *, scale: float, dtype: torch.dtype) -> Tensor:
-    return launch.weight_grad(dy, x, block_size, scale=scale).to(dtype)
+    return launch.weight_grad(dy, x, block_size, scale=scale)  # float32, as every w that these backends are chosen for
 
 
 def _fft_weight_grad(dy: Tensor, x: Tensor, block_size: int, *, scale: float, dtype: torch.dtype) -> Tensor:
-    return launch_fft.fft_weight_grad(dy, x, block_size, scale=scale).to(dtype)
+    return launch_fft.fft_weight_grad(dy, x, block_size, scale=scale)
 
 
 _PRODUCTS: dict[str, Callable[..., Tensor]] = {
