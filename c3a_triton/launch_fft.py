@@ -524,7 +524,7 @@ def _weight_analysis(transform: _Transform, shape: tuple[int, int, int], transpo
 def _chunk_tokens(
     transform: _Transform, n_tokens: int, widest: int, blocks: int, whole: _Analysis | None = None
 ) -> int:
-    """Tokens of a chunk: chunks of equal size, a multiple of 128; their spectra fit what `whole` leaves of the scratch."""
+    """Tokens of a chunk: chunks of equal size, a multiple of 128, that fit what `whole` leaves of the scratch."""
     limit = _MOST_ROWS // widest
     scratch = SCRATCH_BYTES[transform.card]
     if scratch:

@@ -65,7 +65,7 @@ def of_input(source: Source | None, what: Hashable, compute: Callable[[], Tensor
     _empty_after_backward(place)
     x, reader, state = source.x, id(source.w), (what, *_state(source.x))
     entry = _slots.get(place)
-    if entry is not None and entry.x() is x and entry.state == state and reader not in entry.readers:
+    if entry is not None and entry.state == state and reader not in entry.readers and entry.x() is x:
         entry.readers.add(reader)
         return entry.spectrum
     del entry
