@@ -643,31 +643,48 @@ def test_a_model_is_frozen_through_its_manager(device: torch.device, launches: A
     assert not len(spectra._frozen)
 
 
-def test_an_optimizer_step_under_fully_shard(device: torch.device, tmp_path: Any) -> None:
-    """FSDP2 writes w behind its address and its version, and exchanges parameters around every forward."""
+class Parallel(nn.Module):
+    """Layers of the same input."""
+
+    def __init__(self, layers: list[C3ALinear]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [one(x) for one in self.layers]
+
+
+def test_an_optimizer_step_under_fully_shard(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """FSDP2 gathers w into the same tensor object, of the same version, in every forward."""
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
-    if not dist.is_available():
-        pytest.skip("torch has no distributed package")
+    seen = []
+    of_weight = spectra.of_weight
+
+    def recording(w: Tensor, *args: Any) -> Any:
+        seen.append((w, w._version))
+        return of_weight(w, *args)
+
+    monkeypatch.setattr(spectra, "of_weight", recording)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        layers = nn.ModuleList(qkv(device))
         mesh = dist.init_device_mesh(device.type, (1,))
-        # With a root around them, layers give up their parameters after each forward.
-        root = nn.ModuleDict({"layers": layers})
-        for module in (*layers, root):
+        model = Parallel(qkv(device))
+        layers: Any = list(model.layers)
+        for module in (*layers, model):
             fully_shard(module, mesh=mesh)
-        x = activation(device)
-        optimizer = torch.optim.SGD([p for p in layers.parameters() if p.requires_grad], lr=0.5)
-        before = None
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+        x, before = activation(device), None
         for _ in range(3):
             weights = [
-                oracle.dense(kernel(one).full_tensor()) + one.base_layer.weight.full_tensor().detach().cpu().double()
+                oracle.dense(kernel(one).full_tensor()) + one.base_layer.weight.full_tensor().cpu().double()
                 for one in layers
             ]
-            outputs = [one(x) for one in layers]
+            outputs = model(x)
             for w, y in zip(weights, outputs, strict=True):
                 oracle.assert_close(y, x.cpu().double() @ w.T, torch.float32)
             assert before is None or not torch.equal(outputs[0], before)
@@ -675,6 +692,7 @@ def test_an_optimizer_step_under_fully_shard(device: torch.device, tmp_path: Any
             sum(y.square().sum() for y in outputs).backward()
             optimizer.step()
             optimizer.zero_grad()
+        assert len({(id(w), version) for w, version in seen}) == len(layers)
     finally:
         dist.destroy_process_group()
 
