@@ -4,7 +4,8 @@
     mix         per slot [T, 2n] · [2n, 2m]                → spectrum [SLOTS, T, 2m]
     synthesis   the transpose of the analysis, with the epilogue
 
-Tokens are worked off in chunks that use the same scratch memory (`tiles.SCRATCH_BYTES`). By dtype of x:
+Tokens are worked off in chunks that use the same scratch memory (`tiles.SCRATCH_BYTES`); x is analysed whole where its
+spectrum takes no more than half of that. By dtype of x:
 
     bfloat16    bfloat16 spectra and basis, from b = 32; two-level transforms multiply in TF32, because two roundings of
                 their matrices to bfloat16 are more than the error bound leaves; below 32 as float16, because so few

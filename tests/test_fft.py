@@ -258,6 +258,30 @@ def test_chunks(
     oracle.assert_close(chunked[2], oracle.weight_grad(dy, x, b, 0.37), FP32, bound=oracle.BOUNDS[dtype])
 
 
+@pytest.mark.parametrize(("dtype", "b"), [(FP32, 8), (BF16, 32)])
+def test_chunks_with_a_whole_spectrum(
+    device: torch.device, dtype: torch.dtype, b: int, fresh_plans: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The spectrum of x is narrow and computed at once, what it is multiplied to is wide and cut.
+    t, m, n = 300, 12, 2
+    x, dy, w = tensors(device, dtype, t, m, n, b)
+    whole = fft_product(x, w, scale=0.37), *fft_backward(dy, x, w, scale=0.37)
+    spectrum = transform(device, dtype, b).memory(t * n).n_bytes
+    monkeypatch.setattr(launch_fft, "SCRATCH_BYTES", dict.fromkeys(tiles.GENERATIONS, 2 * spectrum))
+    forget_plans()
+    cut = fft_product(x, w, scale=0.37), *fft_backward(dy, x, w, scale=0.37)
+    for plan in (
+        launch_fft._product_plan(device, dtype, launch_fft._precision(dtype), t, w.shape, False, False, False),
+        launch_fft._gradient_plan(device, dtype, launch_fft._precision(dtype), t, w.shape, True, False),
+    ):
+        assert plan.whole is not None
+        assert len(plan.chunks) == 3
+    assert torch.equal(cut[0], whole[0])
+    assert torch.equal(cut[1], whole[1])
+    oracle.assert_close(cut[2], oracle.weight_grad(dy, x, b, 0.37), FP32, bound=oracle.BOUNDS[dtype])
+    assert torch.equal(cut[2], fft_weight_grad(dy, x, b, scale=0.37))
+
+
 def test_chunk_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = transform(torch.device("cpu"), BF16, 256)._replace(card="sm_90")
     assert launch_fft._chunk_tokens(plan, 8192, 16, 32) == 8192
