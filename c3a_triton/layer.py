@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import spectra
 from .config import C3AConfig, check_block_size, suggest_block_size
 from .dispatch import check_backend
 from .errors import AdapterNotFoundError, AdapterStateError, BackendError, ConfigError, ShapeError
@@ -187,7 +188,11 @@ class C3ALinear(nn.Module):
         self._refresh()
 
     def _refresh(self) -> None:
-        """Set the tuple of parameters that the forward applies; None sends it the general way, which looks names up."""
+        """Set the tuple of parameters that the forward applies; None sends it the general way, which looks names up.
+
+        It is called whenever parameters are exchanged, moved or switched, so what was derived from them goes too.
+        """
+        spectra.drop(self._stored_kernels())
         if self._row_adapters is not None:
             self._kernels = None
             return
@@ -196,6 +201,9 @@ class C3ALinear(nn.Module):
         kernels = tuple(kernel for kernel in found if kernel is not None)
         usable = len(kernels) == len(names) and all(w.dtype in _COMPUTED_DTYPES and not w.is_meta for w in kernels)
         self._kernels = kernels if usable else None
+
+    def _stored_kernels(self) -> list[Tensor]:
+        return [kernel for kernel in self.c3a_kernel._parameters.values() if kernel is not None]
 
     def _applied_names(self) -> list[str]:
         """The active adapters of this layer that are not merged; none while adapters are disabled."""
@@ -400,6 +408,7 @@ class C3ALinear(nn.Module):
         if adapter_name in self.merged_adapters:
             raise AdapterStateError(f"{self._label}: adapter {adapter_name!r} is merged; unmerge before resetting it")
         self._initialise(self.c3a_kernel[adapter_name], init_weights)
+        self._refresh()
 
     def _initialise(self, kernel: Tensor, init_weights: bool | str) -> None:
         if init_weights is True:
@@ -464,6 +473,25 @@ class C3ALinear(nn.Module):
             _set_requires_grad(kernel, False)
         self._disable_adapters = True
         self._refresh()
+
+    def freeze_for_inference(self, frozen: bool = True) -> None:
+        """Keep what is derived from the adapters' parameters (their spectra) from one call to the next, or end that.
+
+        Otherwise it is computed in every call, because nothing tells for sure whether a parameter has changed. Values
+        that torch's in-place operations, `load_state_dict` or this library's methods write are seen. After any other
+        write (through `.data`, or by a kernel of one's own) call this again. A parameter that becomes trainable, or is
+        exchanged for another one, is no longer frozen; nor are those of a copy of the layer.
+
+        Args:
+            frozen: freeze all adapters of the layer, whose parameters then want no gradient; or let go of what is kept.
+        """
+        kernels = self._stored_kernels()
+        if not frozen:
+            spectra.thaw(kernels)
+            return
+        for kernel in kernels:
+            _set_requires_grad(kernel, False)
+        spectra.freeze(kernels)
 
     def set_row_adapters(self, adapter_names: Sequence[str] | None) -> None:
         """Let each row of the batch have the adapter of its name (`"__base__"` for none); None ends it."""

@@ -347,6 +347,18 @@ class AdapterManager:
         for layer in chosen:
             layer.backend = name
 
+    def freeze_for_inference(self, frozen: bool = True) -> None:
+        """Keep what is derived from the adapters' parameters from one call to the next, or end that, in every layer.
+
+        For inference only: `C3ALinear.freeze_for_inference` has the rules. Adapters that are added or loaded later are
+        not frozen before it is called again.
+
+        Args:
+            frozen: freeze all adapters, whose kernels then want no gradient; or let go of what is kept.
+        """
+        for _, layer in self.layers():
+            layer.freeze_for_inference(frozen)
+
     # Removing and renaming
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from . import dispatch, fourier, launch, launch_fft, reference
+from . import dispatch, fourier, launch, launch_fft, reference, spectra
 from .errors import BackendError, ShapeError
 
 __all__ = ["add_circulant_", "c3a_linear", "circulant_linear", "circulant_matrix"]
@@ -190,7 +190,7 @@ class _C3ALinear(torch.autograd.Function):
         # x serves the gradients of weight and kernels, weight that of x, kernels both. What is not needed is not kept.
         keep_x = needs_weight or any(needs_w)
         ctx.save_for_backward(x if keep_x else None, weight if needs_x else None, *kernels)
-        return _linear(x, weight, bias, kernels, scale, False, backend)
+        return _linear(x, weight, bias, kernels, scale, False, backend, source=x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -210,7 +210,7 @@ def _apply(
         return _linear_call(x, weight, bias, kernels, scale, False, backend)
     if torch.is_grad_enabled():
         return _C3ALinear.apply(x, weight, bias, scale, backend, *kernels)
-    return _linear(x, weight, bias, kernels, scale, False, backend)
+    return _linear(x, weight, bias, kernels, scale, False, backend, source=x)
 
 
 def _linear(
@@ -221,9 +221,11 @@ def _linear(
     scale: float,
     transpose: bool,
     backend: str,
+    source: Tensor | None = None,
 ) -> Tensor:
-    """Implementation of `c3a_triton::linear`, autocast being off."""
-    y = _product_of_rows(_rows(x), weight, bias, kernels, scale, transpose, backend)
+    """Implementation of `c3a_triton::linear`, autocast being off. With `source`, the x of eager code, its spectrum may be
+    shared: compiled code, which calls the op, writes into the same tensors again without counting versions."""
+    y = _product_of_rows(_rows(x), weight, bias, kernels, scale, transpose, backend, source)
     # Not a view for autograd: what a Function returns as a view cannot be modified in place by its user.
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
 
@@ -240,6 +242,7 @@ def _product_of_rows(
     scale: float,
     transpose: bool,
     backend: str,
+    source: Tensor | None,
 ) -> Tensor:
     """The adapters first, so that the base GEMM's epilogue adds their sum; for a few tokens both in one kernel."""
     if backend == "fold":
@@ -253,9 +256,12 @@ def _product_of_rows(
         if _choose(backend, rows, w) == "direct":
             return launch.decode_linear(rows, weight, w, bias, scale=scale)
     y = None
-    for w, _ in summed:
-        product = _PRODUCTS[_choose(backend, rows, w)]
-        y = product(rows, w, scale=scale, transpose=transpose, bias=bias if y is None else None, out=y)
+    for w, members in summed:
+        name = _choose(backend, rows, w)
+        shared = _shared(name, source, kernels[members[0]])
+        y = _PRODUCTS[name](
+            rows, w, scale=scale, transpose=transpose, bias=bias if y is None else None, out=y, **shared
+        )
     if weight is not None:
         matrix = weight if transpose else weight.t()
         if y is not None:
@@ -291,13 +297,15 @@ def _linear_backward(
         wanted = [i for i in members if needs_w[i]]
         if needs_x and wanted and name in _BACKWARDS:
             assert x_rows is not None
-            dx, dw = _BACKWARDS[name](rows, x_rows, w, scale=scale, out=dx)
+            shared = _shared(name, x, kernels[members[0]])
+            dx, dw = _BACKWARDS[name](rows, x_rows, w, scale=scale, out=dx, **shared)
         else:
             if needs_x:
                 dx = _PRODUCTS[name](rows, w, scale=scale, transpose=True, bias=None, out=dx)
             if wanted:
                 assert x_rows is not None
-                dw = _WEIGHT_GRADS[name](rows, x_rows, w.shape[2], scale=scale, dtype=w.dtype)
+                shared = _shared(name, x, kernels[members[0]])
+                dw = _WEIGHT_GRADS[name](rows, x_rows, w.shape[2], scale=scale, dtype=w.dtype, **shared)
         for i in wanted:
             dws[i] = dw if dw.dtype == kernels[i].dtype else dw.to(kernels[i].dtype)
     if needs_x:
@@ -579,8 +587,16 @@ def _triton_weight_grad(dy: Tensor, x: Tensor, block_size: int, *, scale: float,
     return launch.weight_grad(dy, x, block_size, scale=scale)  # float32, as every w that these backends are chosen for
 
 
-def _fft_weight_grad(dy: Tensor, x: Tensor, block_size: int, *, scale: float, dtype: torch.dtype) -> Tensor:
-    return launch_fft.fft_weight_grad(dy, x, block_size, scale=scale)
+def _fft_weight_grad(
+    dy: Tensor,
+    x: Tensor,
+    block_size: int,
+    *,
+    scale: float,
+    dtype: torch.dtype,
+    source: spectra.Source | None = None,
+) -> Tensor:
+    return launch_fft.fft_weight_grad(dy, x, block_size, scale=scale, source=source)
 
 
 _PRODUCTS: dict[str, Callable[..., Tensor]] = {
@@ -602,6 +618,11 @@ _BACKWARDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "torch": fourier.backward,
     "fft": launch_fft.fft_backward,
 }
+
+
+def _shared(name: str, x: Tensor | None, w: Tensor) -> dict[str, Any]:
+    """The argument by which a backend that has spectra of x may share them with other calls."""
+    return {"source": spectra.Source(x, w)} if name == "fft" and x is not None else {}
 
 
 def _choose(backend: str, rows: Tensor, w: Tensor) -> str:

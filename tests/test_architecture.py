@@ -18,6 +18,7 @@ ORDER = [
     "fourier",
     "tiles",
     "launch",
+    "spectra",
     "launch_fft",
     "dispatch",
     "ops",
@@ -32,7 +33,7 @@ ORDER = [
     "api",
     "__init__",
 ]
-CORE = {"errors", "reference", "fourier", "tiles", "launch", "launch_fft", "dispatch", "ops"}
+CORE = {"errors", "reference", "fourier", "tiles", "launch", "spectra", "launch_fft", "dispatch", "ops"}
 KERNELS = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
 
 

@@ -4,6 +4,8 @@ The interpreter takes some milliseconds per program, and there is one per slot: 
 tokens, and what does not depend on the block size is tested with small ones.
 """
 
+from collections.abc import Iterator
+
 import oracle
 import pytest
 import torch
@@ -78,22 +80,37 @@ def test_huge_blocks(device: torch.device, dtype: torch.dtype, t: int, m: int, n
     oracle.assert_close(fft_product(x, w, scale=0.37), oracle.product(x, w, 0.37), dtype)
 
 
+def forget_plans() -> None:
+    for cached in (launch_fft._basis, launch_fft._product_plan, launch_fft._gradient_plan):
+        cached.cache_clear()
+
+
 @pytest.fixture
-def two_level_from_256(monkeypatch: pytest.MonkeyPatch) -> None:
+def fresh_plans() -> Iterator[None]:
+    """For tests that change what plans are made of."""
+    forget_plans()
+    yield
+    forget_plans()
+
+
+@pytest.fixture
+def two_level_from_256(fresh_plans: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two levels for b = 256 = 16 · 16: all that larger blocks do, on fewer slots."""
     monkeypatch.setattr(launch_fft, "_TWO_LEVEL", (256, *launch_fft._TWO_LEVEL))
     monkeypatch.setattr(launch_fft, "_two_level_tile", lambda b, precision: (8, 4))
-    launch_fft._basis.cache_clear()
+
+
+def transform(device: torch.device, dtype: torch.dtype, b: int) -> launch_fft._Transform:
+    return launch_fft._transform(device, dtype, b, launch_fft._precision(dtype))
 
 
 def test_two_levels(device: torch.device, dtype: torch.dtype, two_level_from_256: None) -> None:
-    assert launch_fft._plan(device, dtype, 256).basis.factors == (16, 16)
+    assert transform(device, dtype, 256).basis.factors == (16, 16)
     if dtype == BF16:
         check(device, dtype, 11, 2, 1, 256)
     else:
         x, _, w = tensors(device, dtype, 3, 1, 2, 256)
         oracle.assert_close(fft_product(x, w, scale=0.37), oracle.product(x, w, 0.37), dtype)
-    launch_fft._basis.cache_clear()
 
 
 def test_one_level_in_the_order_of_two(
@@ -105,7 +122,6 @@ def test_one_level_in_the_order_of_two(
     oracle.assert_close(fft_product(x, w, scale=1.0), oracle.product(x, w, 1.0), BF16)
     dw = fft_weight_grad(dy, x, 256, scale=1.0)
     oracle.assert_close(dw, oracle.weight_grad(dy, x, 256, 1.0), FP32, bound=oracle.BOUNDS[BF16])
-    launch_fft._basis.cache_clear()
 
 
 def test_levels() -> None:
@@ -183,7 +199,6 @@ def test_two_level_epilogue(device: torch.device, two_level_from_256: None) -> N
     oracle.assert_close(out[:, 1:-2], expected, FP32)
     assert torch.equal(out[:, 0], base[:, 0])
     assert torch.equal(out[:, -2:], base[:, -2:])
-    launch_fft._basis.cache_clear()
 
 
 @pytest.mark.parametrize("b", [5, 24])
@@ -219,20 +234,22 @@ def test_small_kernels_and_scales(device: torch.device, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize(("dtype", "b"), [(FP32, 8), (BF16, 32)])
-def test_chunks(device: torch.device, dtype: torch.dtype, b: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks(
+    device: torch.device, dtype: torch.dtype, b: int, fresh_plans: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     t, m, n = 300, 2, 3
     x, dy, w = tensors(device, dtype, t, m, n, b)
     bias = torch.randn(m * b, device=device).to(dtype)
 
     def run(scratch: int) -> tuple[Tensor, ...]:
-        monkeypatch.setattr(tiles, "SCRATCH_BYTES", dict.fromkeys(tiles.GENERATIONS, scratch))
-        monkeypatch.setattr(launch_fft, "SCRATCH_BYTES", tiles.SCRATCH_BYTES)
+        monkeypatch.setattr(launch_fft, "SCRATCH_BYTES", dict.fromkeys(tiles.GENERATIONS, scratch))
+        forget_plans()
         dx, dw = fft_backward(dy, x, w, scale=0.37)
         return fft_product(x, w, scale=0.37, bias=bias), dx, dw
 
     whole, chunked = run(0), run(1)
     assert torch.equal(chunked[2], fft_weight_grad(dy, x, b, scale=0.37))
-    plan = launch_fft._plan(device, dtype, b)
+    plan = transform(device, dtype, b)
     assert launch_fft._chunk_tokens(plan, t, m, m + n) == 128
     # Tokens do not depend on each other; the gradient of w is summed in another order.
     assert torch.equal(whole[0], chunked[0])
@@ -241,8 +258,32 @@ def test_chunks(device: torch.device, dtype: torch.dtype, b: int, monkeypatch: p
     oracle.assert_close(chunked[2], oracle.weight_grad(dy, x, b, 0.37), FP32, bound=oracle.BOUNDS[dtype])
 
 
+@pytest.mark.parametrize(("dtype", "b"), [(FP32, 8), (BF16, 32)])
+def test_chunks_with_a_whole_spectrum(
+    device: torch.device, dtype: torch.dtype, b: int, fresh_plans: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The spectrum of x is narrow and computed at once, what it is multiplied to is wide and cut.
+    t, m, n = 300, 12, 2
+    x, dy, w = tensors(device, dtype, t, m, n, b)
+    whole = fft_product(x, w, scale=0.37), *fft_backward(dy, x, w, scale=0.37)
+    spectrum = transform(device, dtype, b).memory(t * n).n_bytes
+    monkeypatch.setattr(launch_fft, "SCRATCH_BYTES", dict.fromkeys(tiles.GENERATIONS, 2 * spectrum))
+    forget_plans()
+    cut = fft_product(x, w, scale=0.37), *fft_backward(dy, x, w, scale=0.37)
+    for plan in (
+        launch_fft._product_plan(device, dtype, launch_fft._precision(dtype), t, w.shape, False, False, False),
+        launch_fft._gradient_plan(device, dtype, launch_fft._precision(dtype), t, w.shape, True, False),
+    ):
+        assert plan.whole is not None
+        assert len(plan.chunks) == 3
+    assert torch.equal(cut[0], whole[0])
+    assert torch.equal(cut[1], whole[1])
+    oracle.assert_close(cut[2], oracle.weight_grad(dy, x, b, 0.37), FP32, bound=oracle.BOUNDS[dtype])
+    assert torch.equal(cut[2], fft_weight_grad(dy, x, b, scale=0.37))
+
+
 def test_chunk_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = launch_fft._plan(torch.device("cpu"), BF16, 256)._replace(card="sm_90")
+    plan = transform(torch.device("cpu"), BF16, 256)._replace(card="sm_90")
     assert launch_fft._chunk_tokens(plan, 8192, 16, 32) == 8192
     monkeypatch.setattr(launch_fft, "SCRATCH_BYTES", {"sm_90": 24 << 20})
     step = launch_fft._chunk_tokens(plan, 8192, 16, 32)
@@ -286,16 +327,16 @@ def test_tokens_do_not_touch_each_other(device: torch.device, dtype: torch.dtype
 
 
 def test_spectra_of_bfloat16_are_bfloat16(device: torch.device) -> None:
-    scratch = {dtype: launch_fft._plan(device, dtype, 64).scratch for dtype in DTYPES}
+    scratch = {dtype: transform(device, dtype, 64).scratch for dtype in DTYPES}
     assert scratch == {BF16: BF16, FP16: FP32, FP32: FP32}
-    assert launch_fft._plan(device, BF16, 16).scratch == FP32
+    assert transform(device, BF16, 16).scratch == FP32
 
 
 def test_tf32_only_where_torch_allows_it(device: torch.device) -> None:
     try:
-        assert launch_fft._plan(device, FP32, 64).precision == "tf32x3"
+        assert transform(device, FP32, 64).precision == "tf32x3"
         torch.set_float32_matmul_precision("high")
-        assert launch_fft._plan(device, FP32, 64).precision == "tf32"
+        assert transform(device, FP32, 64).precision == "tf32"
         x, dy, w = tensors(device, FP32, 9, 2, 3, 16)
         oracle.assert_close(fft_product(x, w, scale=1.0), oracle.product(x, w, 1.0), FP32, bound=2e-3)
         dw = fft_weight_grad(dy, x, 16, scale=1.0)

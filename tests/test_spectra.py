@@ -1,0 +1,705 @@
+"""What outlives a call: x's spectrum for the layers that read the same x, and w's for layers frozen for inference.
+
+What is launched is counted under the kernels themselves, in Triton's interpreter or natively. Whatever is reused, every
+result is held against the dense definition of what x and w are at the time of the call.
+"""
+
+import copy
+import gc
+import io
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import c3a_triton
+from c3a_triton import C3AConfig, C3ALinear, circulant_linear, launch_fft, spectra, tiles
+
+IN, OUT, B = 12, 8, 4
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left() -> Iterator[None]:
+    """Every test begins with empty slots, and leaves none that no living tensor accounts for."""
+    spectra._slots.clear()
+    yield
+    gc.collect()
+    assert not spectra._slots
+
+
+class Analyses(list[bool]):
+    """The forward transforms that a test launches: whether of w, otherwise of x or dy."""
+
+    def take(self) -> tuple[int, int]:
+        """(of x or dy, of w) since the last time."""
+        found = self.count(False), self.count(True)
+        self.clear()
+        return found
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Analyses:
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    found = Analyses()
+
+    def counting(run: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.fn.__name__ == "analysis_kernel":
+                found.append(kwargs["OUT_BLOCKS"] > 0)
+            return run(self, *args, **kwargs)
+
+        return counted
+
+    for kernel_class in (InterpretedFunction, JITFunction):
+        monkeypatch.setattr(kernel_class, "run", counting(kernel_class.run))
+    return found
+
+
+def layer(device: torch.device, out_features: int = OUT, block_size: int = B, **options: Any) -> C3ALinear:
+    base = nn.Linear(IN, out_features, bias=False).requires_grad_(False)
+    return C3ALinear(base, "default", block_size, "gaussian", backend="fft", **options).to(device)
+
+
+def qkv(device: torch.device) -> list[C3ALinear]:
+    """Layers of the same input; k has fewer outputs, as with grouped queries."""
+    return [layer(device), layer(device, OUT // 2), layer(device)]
+
+
+def kernel(one: C3ALinear, name: str = "default") -> Tensor:
+    return one.c3a_kernel[name].detach()
+
+
+def right(one: C3ALinear, x: Tensor, y: Tensor) -> None:
+    """y is what the layer gives of x as both are now."""
+    w = oracle.dense(kernel(one)) + one.base_layer.weight.detach().cpu().double()
+    oracle.assert_close(y, (x.detach().cpu().double() @ w.T).reshape(-1, w.shape[0]).view(y.shape), x.dtype)
+
+
+def activation(device: torch.device, requires_grad: bool = False) -> Tensor:
+    """As a model has it: three axes, and with gradients no leaf."""
+    x = torch.randn(2, 5, IN, device=device)
+    return x.requires_grad_() * 1 if requires_grad else x
+
+
+# x: when a spectrum is shared
+
+
+def test_layers_that_read_the_same_x_share_its_spectrum(device: torch.device, launches: Analyses) -> None:
+    layers, x = qkv(device), activation(device, requires_grad=True)
+    outputs = [one(x) for one in layers]
+    assert launches.take() == (1, 3)
+    for one, y in zip(layers, outputs, strict=True):
+        right(one, x, y)
+    dys = [torch.randn_like(y) for y in outputs]
+    dx, *dws = torch.autograd.grad(outputs, (x, *(one.c3a_kernel["default"] for one in layers)), dys)
+    assert launches.take() == (1 + 3, 3)
+    for dw, dy in zip(dws, dys, strict=True):
+        truth = oracle.weight_grad(dy.reshape(10, -1), x.detach().reshape(10, -1), B)
+        oracle.assert_close(dw, truth, torch.float32)
+    weights = [oracle.dense(kernel(one)) + one.base_layer.weight.cpu().double() for one in layers]
+    oracle.assert_close(dx, sum(dy.cpu().double() @ w for dy, w in zip(dys, weights, strict=True)), torch.float32)
+
+
+def test_without_gradients_too(device: torch.device, launches: Analyses) -> None:
+    layers, x = qkv(device), activation(device)
+    with torch.no_grad():
+        for one in layers:
+            right(one, x, one(x))
+    assert launches.take() == (1, 3)
+
+
+def test_gradients_of_kernels_alone_share_it(device: torch.device, launches: Analyses) -> None:
+    layers, x = qkv(device), activation(device)  # as in a model's first layers, whose input wants no gradient
+    sum(one(x).sum() for one in layers).backward()
+    assert launches.take() == (1 + 1 + 3, 3)
+    truth = oracle.weight_grad(torch.ones(10, OUT), x.view(10, IN), B)
+    oracle.assert_close(layers[0].c3a_kernel["default"].grad, truth, torch.float32)
+
+
+def test_adapters_that_are_summed_share_it(device: torch.device, launches: Analyses) -> None:
+    layers, x = qkv(device), activation(device)
+    for one in layers:
+        one.update_layer("other", B, "gaussian")
+        one.set_adapter(["default", "other"])
+    with torch.no_grad():
+        y, *_ = [one(x) for one in layers]
+    assert launches.take() == (1, 3)
+    total = sum(oracle.dense(kernel(layers[0], name)) for name in ("default", "other"))
+    oracle.assert_close(y, x.cpu().double() @ (total + layers[0].base_layer.weight.cpu().double()).T, torch.float32)
+
+
+def test_block_sizes_have_spectra_of_their_own(device: torch.device, launches: Analyses) -> None:
+    fine, coarse, x = layer(device, block_size=2), layer(device), activation(device)
+    with torch.no_grad():
+        for one in (fine, coarse, fine, coarse):
+            right(one, x, one(x))
+    assert launches.take() == (4, 4)
+
+
+def test_a_spectrum_that_does_not_fit_the_scratch_is_not_kept(
+    device: torch.device, launches: Analyses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers, x = qkv(device), torch.randn(300, IN, device=device)
+    plans = (launch_fft._product_plan, launch_fft._gradient_plan)
+    one_spectrum = 2 * 2 * (-(-300 * 3 // 128) * 128) * 4
+    try:
+        for scratch, analyses in ((2 * one_spectrum, 1), (2 * one_spectrum - 1, 3)):
+            monkeypatch.setattr(launch_fft, "SCRATCH_BYTES", dict.fromkeys(tiles.GENERATIONS, scratch))
+            for plan in plans:
+                plan.cache_clear()
+            with torch.no_grad():
+                for one in layers:
+                    right(one, x, one(x))
+            assert launches.take() == (analyses, 3)
+    finally:
+        for plan in plans:
+            plan.cache_clear()
+
+
+# x: when it is not
+
+
+def in_place(x: Tensor) -> None:
+    x.mul_(2)
+
+
+def other_memory(x: Tensor) -> None:
+    x.data = torch.randn_like(x)
+
+
+def other_strides(x: Tensor) -> None:
+    x.data = x.data.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+@pytest.mark.parametrize("change", [in_place, other_memory, other_strides])
+def test_x_changed_between_two_layers(device: torch.device, change: Callable[[Tensor], None]) -> None:
+    (q, k, _), x = qkv(device), activation(device)
+    with torch.no_grad():
+        right(q, x, q(x))
+        change(x)
+        right(k, x, k(x))
+
+
+def test_an_input_that_is_filled_again_behind_its_version(device: torch.device, launches: Analyses) -> None:
+    # Through `.data`, by a kernel of the user's or by the replay of a graph that ends in x: no version counts it.
+    layers, x = qkv(device), activation(device)
+    with torch.no_grad():
+        for _ in range(3):
+            version = x._version
+            x.data.normal_()
+            assert x._version == version
+            for one in layers:
+                right(one, x, one(x))
+    assert launches.take() == (3, 9)
+
+
+def test_x_freed_and_another_at_its_address(device: torch.device) -> None:
+    (q, k, _), memory = qkv(device), torch.randn(10, IN, device=device)
+    with torch.no_grad():
+        for _ in range(20):
+            # A tensor of its own in the same memory: same address and version, and sooner or later the same id.
+            x = torch.empty(0, device=device).set_(memory.untyped_storage(), 0, (10, IN))
+            assert x._version == 1
+            right(q, x, q(x))
+            del x
+            assert not spectra._slots
+            memory.data.normal_()
+            x = torch.empty(0, device=device).set_(memory.untyped_storage(), 0, (10, IN))
+            right(k, x, k(x))
+            del x
+
+
+def test_views_and_casts_are_tensors_of_their_own(device: torch.device, launches: Analyses) -> None:
+    (q, k, v), x = qkv(device), activation(device)
+    with torch.no_grad():
+        for one, same in zip((q, k, v), (x, x.detach(), x.view(10, IN)), strict=True):
+            right(one, same, one(same))
+        assert launches.take() == (3, 3)
+        with torch.autocast(device.type, torch.bfloat16):
+            for one in (q, k):
+                oracle.assert_close(one(x).bfloat16(), reference(one, x), torch.bfloat16)
+        assert launches.take() == (2, 2)
+
+
+def reference(one: C3ALinear, x: Tensor) -> Tensor:
+    return x.cpu().double() @ (oracle.dense(kernel(one)) + one.base_layer.weight.cpu().double()).T
+
+
+def test_tensors_of_inference_mode_have_no_version(device: torch.device) -> None:
+    (q, k, _) = qkv(device)
+    with torch.inference_mode():
+        x = activation(device)
+        right(q, x, q(x))
+        assert not spectra._slots
+        x.mul_(2)
+        right(k, x, k(x))
+
+
+def test_compiled_code_and_captured_graphs_keep_nothing(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(3, IN, device=device)
+    assert spectra._place(x) is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert spectra._place(x) is None
+    # What compiled code calls is the op, and it writes into its tensors again without counting versions.
+    w = torch.randn(2, 3, B, device=device)
+    torch.ops.c3a_triton.linear(x, None, None, [w], 1.0, False, "fft")
+    assert not spectra._slots
+    on_gpu: Any = SimpleNamespace(is_inference=lambda: False, device=torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert spectra._place(on_gpu) == (on_gpu.device, 7)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert spectra._place(on_gpu) is None
+
+
+def test_without_a_place_everything_is_computed(
+    device: torch.device, launches: Analyses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers, x = qkv(device), activation(device)
+    for one in layers:
+        one.freeze_for_inference()
+    with torch.no_grad():
+        for one in layers:
+            one(x)
+        launches.clear()
+        monkeypatch.setattr(spectra, "_place", lambda tensor: None)
+        for one in layers:
+            right(one, x, one(x))
+            kernel(one).data.normal_()
+            right(one, x, one(x))
+    assert launches.take() == (6, 6)
+
+
+def test_recomputation_in_the_backward(device: torch.device) -> None:
+    layers = qkv(device)
+    w = [one.c3a_kernel["default"] for one in layers]
+
+    def block(x: Tensor) -> Tensor:
+        h = x * 1
+        return torch.cat([one(h) for one in layers], dim=-1).square().sum()
+
+    x = torch.randn(10, IN, device=device, requires_grad=True)
+    plain = torch.autograd.grad(block(x), (x, *w))
+    for reentrant in (True, False):
+        block_of_x = checkpoint(block, x, use_reentrant=reentrant)
+        if reentrant:  # which does not work with autograd.grad
+            block_of_x.backward()
+            found = (x.grad, *(one.grad for one in w))
+        else:
+            found = torch.autograd.grad(block_of_x, (x, *w))
+        for grad, expected in zip(found, plain, strict=True):
+            torch.testing.assert_close(grad, expected)
+
+
+# x: for how long
+
+
+def test_x_is_not_kept_alive(device: torch.device) -> None:
+    q, x = layer(device), activation(device)
+    with torch.no_grad():
+        q(x)
+    assert len(spectra._slots) == 1
+    death, (entry,) = weakref.ref(x), spectra._slots.values()
+    spectrum = weakref.ref(entry.spectrum)
+    del x, entry
+    assert death() is None
+    assert spectrum() is None
+    assert not spectra._slots
+
+
+def test_nothing_but_x_is_kept_for_the_backward(device: torch.device) -> None:
+    layers, x = qkv(device), activation(device, requires_grad=True)
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = [one(x) for one in layers]
+    known = [x] + [t for one in layers for t in (one.base_layer.weight, one.c3a_kernel["default"])]
+    addresses = {t.untyped_storage().data_ptr() for t in known}
+    assert {t.untyped_storage().data_ptr() for t in saved} <= addresses
+    # One spectrum at most, whatever the number of layers, and gone with the graph that keeps x.
+    assert len(spectra._slots) == 1
+    saved.clear()
+    del known, x, outputs
+    assert not spectra._slots
+
+
+def test_the_end_of_a_backward_pass_empties_the_slot(device: torch.device) -> None:
+    layers, x = qkv(device), activation(device, requires_grad=True)
+    seen = []
+    for _ in range(2):
+        hidden = x * 1
+        hidden.register_hook(lambda grad: seen.append(len(spectra._slots)))
+        y = sum(one(hidden).sum() for one in layers)
+        torch.autograd.grad(y, x)
+        assert not spectra._slots
+    assert seen == [1, 1]
+
+
+def test_the_next_spectrum_takes_the_slot(device: torch.device) -> None:
+    q, x, other = layer(device), activation(device), activation(device)
+    with torch.no_grad():
+        q(x)
+        (first,) = spectra._slots.values()
+        spectrum = weakref.ref(first.spectrum)
+        del first
+        q(other)
+    (second,) = spectra._slots.values()
+    assert second.x() is other
+    assert spectrum() is None
+    del other, x
+
+
+def test_threads_that_share_a_slot() -> None:
+    # The interpreter itself takes one thread: this is about the slot, with computations that any thread can do.
+    tensors = [torch.full((4,), float(i)) for i in range(4)]
+    wrong, start = [], threading.Barrier(4)
+
+    def work(i: int) -> None:
+        readers = [torch.zeros(1) for _ in range(3)]
+        start.wait()
+        for step in range(400):
+            x = tensors[(i + step // 8) % 4]
+            for w in readers:
+                spectrum = spectra.of_input(spectra.Source(x, w), "sum", lambda x=x: x * 2)
+                if not torch.equal(spectrum, x * 2):
+                    wrong.append((i, step))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+    tensors.clear()
+
+
+@pytest.mark.gpu
+def test_streams_have_slots_of_their_own(launches: Analyses) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    (q, k, v), x = qkv(device), activation(device)
+    side = torch.cuda.Stream()
+    with torch.no_grad():
+        right(q, x, q(x))
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            right(k, x, k(x))
+        right(v, x, v(x))
+    assert launches.take() == (2, 3)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_graph_replayed_after_w_changed(frozen: bool) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    layers, x = qkv(device), activation(device)
+    with torch.no_grad():
+        for one in layers:
+            one.freeze_for_inference(frozen)
+            one(x)  # compiles, and leaves a spectrum behind that the graph must not read
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = [one(x) for one in layers]
+        for _ in range(2):
+            x.data.normal_()
+            for one in layers:
+                kernel(one).data.normal_()
+            graph.replay()
+            torch.cuda.synchronize()
+            for one, y in zip(layers, outputs, strict=True):
+                right(one, x, y)
+
+
+# w: recomputed unless it is frozen
+
+
+@torch.no_grad()
+def test_w_is_transformed_in_every_call(device: torch.device, launches: Analyses) -> None:
+    q, x = layer(device), activation(device)
+    q.eval().requires_grad_(False)
+    for _ in range(2):
+        right(q, x, q(x))
+        w = kernel(q)
+        version, address = w._version, w.data_ptr()
+        w.data.normal_()
+        assert (w._version, w.data_ptr()) == (version, address)
+    right(q, x, q(x))
+    assert launches.take()[1] == 3
+
+
+@torch.no_grad()
+def test_a_frozen_w_is_transformed_once(device: torch.device, launches: Analyses) -> None:
+    q, x = layer(device), activation(device)
+    before = q(x)
+    launches.clear()
+    q.freeze_for_inference()
+    assert not any(kernel.requires_grad for kernel in q.c3a_kernel.values())
+    assert all(torch.equal(q(x), before) for _ in range(3))
+    assert launches.take()[1] == 1
+    with torch.enable_grad():  # of an input in front of it
+        inputs = x.clone().requires_grad_()
+        torch.autograd.grad(q(inputs).sum(), inputs)
+        torch.autograd.grad(q(inputs).sum(), inputs)
+    assert launches.take()[1] == 1  # that of the transposed product
+    q.freeze_for_inference(False)
+    assert torch.equal(q(x), before)
+    assert launches.take()[1] == 1
+    assert not len(spectra._frozen)
+
+
+@torch.no_grad()
+def test_who_writes_through_data_freezes_again(device: torch.device) -> None:
+    q, x = layer(device), activation(device)
+    q.freeze_for_inference()
+    before = q(x)
+    kernel(q).data.mul_(2)
+    assert torch.equal(q(x), before)  # the documented duty: nothing tells
+    q.freeze_for_inference()
+    right(q, x, q(x))
+
+
+def reset(one: C3ALinear) -> None:
+    one.reset_c3a_parameters("default", "gaussian")
+
+
+def replace(one: C3ALinear) -> None:
+    one.update_layer("default", B, "gaussian")
+
+
+def delete(one: C3ALinear) -> None:
+    one.delete_adapter("default")
+    one.update_layer("default", B, "gaussian")
+    one.set_adapter("default")
+
+
+def rename(one: C3ALinear) -> None:
+    one.rename_adapter("default", "old")
+    one.update_layer("default", B, "gaussian")
+    one.set_adapter("default")
+
+
+def switch(one: C3ALinear) -> None:
+    one.update_layer("other", B, "gaussian")
+    one.set_adapter("other", inference_mode=True)
+    one.c3a_kernel["default"].data.normal_()
+    one.set_adapter("default", inference_mode=True)
+
+
+def merge(one: C3ALinear) -> None:
+    one.merge()
+    one.c3a_kernel["default"].data.normal_()
+    one.unmerge()
+
+
+def disable(one: C3ALinear) -> None:
+    one.enable_adapters(False)
+    one.c3a_kernel["default"].data.normal_()
+    one.enable_adapters(True)
+
+
+def load(one: C3ALinear) -> None:
+    one.load_state_dict({name: torch.randn_like(value) for name, value in one.state_dict().items()})
+
+
+def assign(one: C3ALinear) -> None:
+    state = {name: torch.randn_like(value) for name, value in one.state_dict().items()}
+    one.load_state_dict(state, assign=True)
+
+
+def cast(one: C3ALinear) -> None:
+    one.half().float()
+
+
+def write(one: C3ALinear) -> None:
+    one.c3a_kernel["default"].normal_()
+
+
+def write_data(one: C3ALinear) -> None:
+    one.c3a_kernel["default"].data = torch.randn_like(one.c3a_kernel["default"])
+
+
+def exchange(one: C3ALinear) -> None:
+    one.c3a_kernel["default"] = nn.Parameter(torch.randn_like(one.c3a_kernel["default"]))
+
+
+def train(one: C3ALinear) -> None:
+    w = one.c3a_kernel["default"].requires_grad_()
+    with torch.enable_grad():
+        one(torch.randn(3, IN, device=w.device)).square().sum().backward()
+    w.data.sub_(w.grad, alpha=0.1)  # as an optimizer whose writes no version counts
+    w.requires_grad_(False)
+
+
+CHANGES = [
+    reset,
+    replace,
+    delete,
+    rename,
+    switch,
+    merge,
+    disable,
+    load,
+    assign,
+    cast,
+    write,
+    write_data,
+    exchange,
+    train,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@torch.no_grad()
+def test_what_writes_w_drops_what_is_kept(device: torch.device, change: Callable[[C3ALinear], None]) -> None:
+    q, x = layer(device), activation(device)
+    q.freeze_for_inference()
+    before = q(x)
+    change(q)
+    after = q(x)
+    right(q, x, after)
+    assert not torch.equal(after, before)
+
+
+@torch.no_grad()
+def test_functional_calls_and_copies_are_not_frozen(device: torch.device, launches: Analyses) -> None:
+    q, x = layer(device), activation(device)
+    q.freeze_for_inference()
+    before = q(x)
+    launches.clear()
+    other = {"c3a_kernel.default": torch.randn_like(q.c3a_kernel["default"])}
+    for _ in range(2):
+        y = torch.func.functional_call(q, other, (x,))
+        w = oracle.dense(other["c3a_kernel.default"]) + q.base_layer.weight.cpu().double()
+        oracle.assert_close(y, x.cpu().double() @ w.T, torch.float32)
+        other["c3a_kernel.default"].data.normal_()
+    assert torch.equal(q(x), before)
+    buffer = io.BytesIO()
+    torch.save(q, buffer)
+    buffer.seek(0)
+    for copied in (copy.deepcopy(q), torch.load(buffer, weights_only=False)):
+        assert torch.equal(copied(x), before)
+        kernel(copied).data.normal_()
+        right(copied, x, copied(x))
+    assert torch.equal(q(x), before)
+
+
+@torch.no_grad()
+def test_what_is_kept_dies_with_w(device: torch.device) -> None:
+    q, x = layer(device), activation(device)
+    q.freeze_for_inference()
+    q(x)
+    (kept,) = spectra._frozen.values()
+    ((_, spectrum),) = kept.values()
+    death = weakref.ref(spectrum)
+    del q, kept, spectrum
+    gc.collect()
+    assert death() is None
+    assert not len(spectra._frozen)
+
+
+@torch.no_grad()
+def test_a_model_is_frozen_through_its_manager(device: torch.device, launches: Analyses, tmp_path: Any) -> None:
+    model = nn.Sequential(nn.Linear(IN, OUT), nn.Linear(OUT, IN)).to(device)
+    c3a_triton.apply(model, C3AConfig(block_size=B, target_modules=["0", "1"], init_weights="gaussian"), backend="fft")
+    model.c3a.save_pretrained(tmp_path)
+    x = torch.randn(5, IN, device=device)
+    before = model(x)
+    model.c3a.freeze_for_inference()
+    launches.clear()
+    assert all(torch.equal(model(x), before) for _ in range(2))
+    assert launches.take()[1] == 2
+    # An adapter that is loaded replaces nothing that is kept, and is not frozen itself.
+    for _, one in model.c3a.layers():
+        one.reset_c3a_parameters("default", "gaussian")
+    assert not torch.equal(model(x), before)
+    model.c3a.load_adapter(tmp_path, "saved")
+    model.c3a.set_adapter("saved", inference_mode=True)
+    launches.clear()
+    assert all(torch.equal(model(x), before) for _ in range(2))
+    assert launches.take()[1] == 4
+    model.c3a.freeze_for_inference()
+    model.c3a.freeze_for_inference(False)
+    assert not len(spectra._frozen)
+
+
+class Parallel(nn.Module):
+    """Layers of the same input."""
+
+    def __init__(self, layers: list[C3ALinear]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [one(x) for one in self.layers]
+
+
+def test_an_optimizer_step_under_fully_shard(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """FSDP2 gathers w into the same tensor object, of the same version, in every forward."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    seen = []
+    of_weight = spectra.of_weight
+
+    def recording(w: Tensor, *args: Any) -> Any:
+        seen.append((w, w._version))
+        return of_weight(w, *args)
+
+    monkeypatch.setattr(spectra, "of_weight", recording)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh(device.type, (1,))
+        model = Parallel(qkv(device))
+        layers: Any = list(model.layers)
+        for module in (*layers, model):
+            fully_shard(module, mesh=mesh)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+        x, before = activation(device), None
+        for _ in range(3):
+            weights = [
+                oracle.dense(kernel(one).full_tensor()) + one.base_layer.weight.full_tensor().cpu().double()
+                for one in layers
+            ]
+            outputs = model(x)
+            for w, y in zip(weights, outputs, strict=True):
+                oracle.assert_close(y, x.cpu().double() @ w.T, torch.float32)
+            assert before is None or not torch.equal(outputs[0], before)
+            before = outputs[0].detach()
+            sum(y.square().sum() for y in outputs).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert len({(id(w), version) for w, version in seen}) == len(layers)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_single_call_shares_with_the_next(device: torch.device, launches: Analyses) -> None:
+    x, w, other = activation(device), torch.randn(2, 3, B, device=device), torch.randn(4, 3, B, device=device)
+    for kernels in (w, other):
+        y = circulant_linear(x, kernels, backend="fft")
+        oracle.assert_close(y.view(10, -1), oracle.product(x.view(10, IN), kernels), torch.float32)
+    assert launches.take() == (1, 2)
