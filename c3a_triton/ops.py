@@ -223,8 +223,11 @@ def _linear(
     backend: str,
     source: Tensor | None = None,
 ) -> Tensor:
-    """Implementation of `c3a_triton::linear`, autocast being off. With `source`, the x of eager code, its spectrum may be
-    shared: compiled code, which calls the op, writes into the same tensors again without counting versions."""
+    """Implementation of `c3a_triton::linear`, autocast being off.
+
+    With `source`, the x of eager code, its spectrum may be shared: compiled code, which calls the op, writes into the
+    same tensors again without counting versions.
+    """
     y = _product_of_rows(_rows(x), weight, bias, kernels, scale, transpose, backend, source)
     # Not a view for autograd: what a Function returns as a view cannot be modified in place by its user.
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
