@@ -31,6 +31,8 @@ ORDER = [
     "explanation",
     "api",
     "__init__",
+    "cli",
+    "__main__",
 ]
 CORE = {"errors", "reference", "fourier", "tiles", "launch", "launch_fft", "dispatch", "ops"}
 KERNELS = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
