@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from c3a_triton.report import format_bytes, format_seconds
+
 from . import ROOT
 
 __all__ = [
@@ -111,23 +113,6 @@ def write_json(path: Path, results: Any) -> None:
 def read_json(path: Path) -> Any:
     """What `write_json` wrote."""
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def format_seconds(seconds: float) -> str:
-    """Three figures with a unit, for example `12.3 ms`."""
-    for factor, unit in ((1.0, "s"), (1e3, "ms")):
-        if seconds * factor >= 1:
-            return f"{seconds * factor:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} µs"
-
-
-def format_bytes(n_bytes: float) -> str:
-    """Three figures with a binary unit, for example `1.5 MiB`."""
-    for unit in ("B", "KiB", "MiB"):
-        if abs(n_bytes) < 1024:
-            return f"{n_bytes:.3g} {unit}"
-        n_bytes /= 1024
-    return f"{n_bytes:.3g} GiB"
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -27,6 +27,7 @@ PROG = "c3a-triton"
 COMMANDS = (
     ("tuning.commands", "add_autotune"),
     ("tuning.commands", "add_cache"),
+    ("commands.inspect", "add"),
 )
 _SHELLS = ("bash", "zsh", "tcsh")
 _EXAMPLES = """\
