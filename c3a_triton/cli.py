@@ -28,6 +28,7 @@ COMMANDS = (
     ("tuning.commands", "add_autotune"),
     ("tuning.commands", "add_cache"),
     ("commands.inspect", "add"),
+    ("commands.merge", "add"),
 )
 _SHELLS = ("bash", "zsh", "tcsh")
 _EXAMPLES = """\

@@ -50,12 +50,16 @@ def load_structure(model: str | os.PathLike[str]) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(os.fspath(model), trust_remote_code=False)
     except Exception as error:
-        raise ConfigError(f"transformers cannot read the configuration of {_named(model)}: {_first_line(error)}") from error
+        raise ConfigError(
+            f"transformers cannot read the configuration of {_named(model)}: {_first_line(error)}"
+        ) from error
     try:
         with torch.device("meta"):
             return _build(transformers, config)
     except Exception as error:
-        raise ConfigError(f"transformers cannot build a model from the configuration of {model}: {_first_line(error)}") from error
+        raise ConfigError(
+            f"transformers cannot build a model from the configuration of {model}: {_first_line(error)}"
+        ) from error
 
 
 def _named(model: str | os.PathLike[str]) -> str:
