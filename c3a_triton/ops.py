@@ -265,7 +265,7 @@ def _linear_backward(
         dx = None
         dws: list[Tensor | None] = [None] * len(kernels)
         for w, members in _summed(kernels):
-            name = _choose(backend, rows, w)
+            name = _choose(backend, rows, w, backward=True)
             wanted = [i for i in members if needs_w[i]]
             if needs_x and wanted and name in _BACKWARDS:
                 assert x_rows is not None
@@ -295,7 +295,9 @@ def _weight_grad(dy: Tensor, x: Tensor, block_size: int, scale: float, dtype: to
     with _NoAutocast(dy.device.type):
         dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
         wide = torch.float64 if dtype == torch.float64 else dy.dtype
-        name = dispatch.choose(backend, dy.device, wide, dy.shape[0], x.shape[1], dy.shape[1], block_size)
+        name = dispatch.choose(
+            backend, dy.device, wide, dy.shape[0], x.shape[1], dy.shape[1], block_size, backward=True
+        )
         return _WEIGHT_GRADS[name](dy, x, block_size, scale=scale, dtype=dtype)
 
 
@@ -580,10 +582,11 @@ _BACKWARDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 }
 
 
-def _choose(backend: str, rows: Tensor, w: Tensor) -> str:
+def _choose(backend: str, rows: Tensor, w: Tensor, *, backward: bool = False) -> str:
     out_blocks, in_blocks, b = w.shape
     dtype = torch.float64 if w.dtype == torch.float64 else rows.dtype
-    return dispatch.choose(backend, rows.device, dtype, rows.shape[0], in_blocks * b, out_blocks * b, b)
+    sizes = (rows.shape[0], in_blocks * b, out_blocks * b, b)
+    return dispatch.choose(backend, rows.device, dtype, *sizes, backward)
 
 
 def _triton_expands(w: Tensor, dtype: torch.dtype) -> bool:

@@ -19,6 +19,7 @@ ORDER = [
     "tiles",
     "launch",
     "launch_fft",
+    "tuned",
     "dispatch",
     "ops",
     "linear_like",
@@ -34,7 +35,7 @@ ORDER = [
     "cli",
     "__main__",
 ]
-CORE = {"errors", "reference", "fourier", "tiles", "launch", "launch_fft", "dispatch", "ops"}
+CORE = {"errors", "reference", "fourier", "tiles", "launch", "launch_fft", "tuned", "dispatch", "ops"}
 KERNELS = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
 
 
