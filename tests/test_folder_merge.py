@@ -12,14 +12,14 @@ import torch
 
 pytest.importorskip("transformers")
 
-import tiny_models  # noqa: E402
-import transformers  # noqa: E402
-from safetensors import safe_open  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+import tiny_models
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-import c3a_triton  # noqa: E402
-from c3a_triton import AdapterStateError, C3AConfig, CheckpointError, ConfigError, folder_merge  # noqa: E402
-from c3a_triton.folder_merge import INDEX_NAME, SINGLE_NAME, merge_folder  # noqa: E402
+import c3a_triton
+from c3a_triton import AdapterStateError, C3AConfig, CheckpointError, ConfigError, folder_merge
+from c3a_triton.folder_merge import INDEX_NAME, SINGLE_NAME, merge_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
