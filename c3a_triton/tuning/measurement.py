@@ -2,24 +2,24 @@
 
 import functools
 import importlib
-import importlib.util
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from c3a_triton import dispatch, tuned
+from c3a_triton.benchmark import peers
 from c3a_triton.errors import BackendError
 from c3a_triton.ops import c3a_linear
 from c3a_triton.tuned import Times
 
 from .costs import PEFT_C3A, PEFT_LORA, Case, Setting
 
-__all__ = ["Progress", "Timer", "default_timer", "measured", "peft_is_there"]
+__all__ = ["Progress", "Timer", "default_timer", "measured"]
 
 CPU_SECONDS = 0.2
 CPU_REPEATS = 3
@@ -56,11 +56,6 @@ def _cpu_seconds(call: Callable[[], object]) -> float:
         call()
         samples.append(time.perf_counter() - start)
     return statistics.median(samples)
-
-
-def peft_is_there() -> bool:
-    """Whether PEFT's layers can be measured."""
-    return importlib.util.find_spec("peft") is not None
 
 
 def measured(
@@ -177,20 +172,9 @@ def _layer(case: Case, weight: Tensor) -> tuple[Callable[[Tensor], Tensor], tupl
     if name == dispatch.BASE:
         return lambda x: nn.functional.linear(x, weight), ()
     if name in (PEFT_LORA, PEFT_C3A):
-        layer = _peft_layer(name, b, weight)
-        return layer, tuple(parameter for parameter in layer.parameters() if parameter.requires_grad)
+        base = nn.Linear(n_in, n_out, bias=False, device="meta")
+        base.weight = nn.Parameter(weight, requires_grad=False)
+        layer = peers.peft_lora(base, b) if name == PEFT_LORA else peers.peft_c3a(base, b)
+        return layer, peers.trained(layer)
     w = torch.randn(n_out // b, n_in // b, b, device=weight.device).requires_grad_()
     return lambda x: c3a_linear(x, weight, None, (w,), backend=name), (w,)
-
-
-def _peft_layer(name: str, size: int, weight: Tensor) -> Any:
-    """PEFT's LoRA layer of rank `size` (as PEFT makes it: adapter in float32), or C3A layer of that block size."""
-    peft = importlib.import_module("peft")
-    base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    base.weight = nn.Parameter(weight, requires_grad=False)
-    config = (
-        peft.LoraConfig(r=size, lora_alpha=2 * size, target_modules=["layer"])
-        if name == PEFT_LORA
-        else peft.C3AConfig(block_size=size, target_modules=["layer"])
-    )
-    return peft.get_peft_model(nn.ModuleDict({"layer": base}), config).base_model.model["layer"]

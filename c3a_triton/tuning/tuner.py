@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from c3a_triton import __version__, dispatch, structure, targets
+from c3a_triton.benchmark import peers
 from c3a_triton.config import CONFIG_NAME, C3AConfig, replace_file
 from c3a_triton.errors import CheckpointError, ConfigError
 
 from . import page, plots
 from .costs import LORA_RANKS, PEFT_C3A, PEFT_LORA, Case, Costs, Setting, layer_cases, predicted_times
 from .groups import affordable_sizes, find_groups
-from .measurement import Progress, Timer, measured, peft_is_there
+from .measurement import Progress, Timer, measured
 from .outcome import Budget, Outcome, choose_sizes
 from .settings import chosen_config
 from .solver import OBJECTIVES
@@ -187,10 +188,10 @@ def autotune(
     setting = Setting(place, _dtype(dtype, model), n_tokens, mode == "train")
     costs = _costs(layer_cases(groups, sizes, setting), setting, to_measure, timer, progress)
     chosen = choose_sizes(groups, sizes, costs, stated, objective)
-    peers = [Case(*group.shape, rank, PEFT_LORA) for rank in LORA_RANKS for group in groups]
-    peers += [Case(*group.shape, b, PEFT_C3A) for group, b in zip(groups, chosen, strict=True)]
-    if to_measure and not (compare and peft_is_there()):
-        peers = []
+    compared = [Case(*group.shape, rank, PEFT_LORA) for rank in LORA_RANKS for group in groups]
+    compared += [Case(*group.shape, b, PEFT_C3A) for group, b in zip(groups, chosen, strict=True)]
+    if to_measure and not (compare and peers.why_no_peft() is None):
+        compared = []
     resolved = {name: b for group, b in zip(groups, chosen, strict=True) for name in group.names}
     names = [name for name in targets.base_module_names(model) if name]
     return TuningResult(
@@ -201,7 +202,7 @@ def autotune(
             sizes=sizes,
             chosen=chosen,
             costs=costs,
-            peer_costs=_costs(list(dict.fromkeys(peers)), setting, to_measure, timer, progress),
+            peer_costs=_costs(list(dict.fromkeys(compared)), setting, to_measure, timer, progress),
             budget=stated,
             objective=objective,
             tokens=tokens,
