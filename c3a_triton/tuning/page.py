@@ -20,8 +20,9 @@ h1 { font-size: 1.5rem; line-height: 1.25; overflow-wrap: anywhere; } h2 { font-
 .c3a-wide th, .c3a-wide td { padding: 0.25rem 0.6rem; border-bottom: 1px solid #ccc; text-align: right;
   white-space: nowrap; }
 .c3a-wide th:first-child, .c3a-wide td:first-child { text-align: left; }
-.c3a-wide tr:last-child td { font-weight: 600; }
-figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; display: block; }
+.c3a-total tr:last-child td { font-weight: 600; }
+figure { margin: 1rem 0; overflow-x: auto; }
+figure svg { width: 100%; min-width: 22rem; max-width: 44rem; height: auto; display: block; }
 figcaption, .c3a-note { font-size: 0.875rem; color: #444; }
 pre { overflow-x: auto; background: #f4f4f4; padding: 0.75rem; font-size: 0.8125rem; }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; } .c3a-wide, pre { overflow: visible; }
@@ -56,14 +57,15 @@ def _body(outcome: Outcome) -> str:
         f"{outcome.source}."
     )
     header = [f"{name} ({label})" if name == "time" else name for name in _HEADER]
-    choice = _table(header, [*map(outcome.cells, outcome.rows), outcome.total_cells()])
+    choice = _table(header, [*map(outcome.cells, outcome.rows), outcome.total_cells()], "c3a-wide c3a-total")
     peers = [(point.label, f"{point.parameters:,}", format_seconds(point.seconds)) for point in outcome.peers]
     compared = _table(
         ["adapter", "parameters", f"time ({label})"],
         [*peers, ("C3A, as chosen", f"{outcome.parameters:,}", format_seconds(outcome.seconds))],
+        "c3a-wide c3a-total",
     )
     missing = "" if peers else '<p class="c3a-note">LoRA and PEFT\'s C3A were not measured in this run.</p>'
-    environment = _table(["where", ""], outcome.environment.items())
+    environment = _table(["", ""], outcome.environment.items())
     return "\n".join(
         [
             f"<p>{escape(summary)}</p>",
@@ -80,7 +82,7 @@ def _body(outcome: Outcome) -> str:
     )
 
 
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def _table(header: Iterable[str], rows: Iterable[Iterable[str]], style: str = "c3a-wide") -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="c3a-wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="{style}"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
