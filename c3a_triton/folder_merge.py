@@ -312,8 +312,8 @@ def _plan_group(
     present = [keys[name] for name in group if name in keys]
     if not present and changes:
         raise CheckpointError(
-            f"{checkpoint.folder} has no tensor of its own for {group[0]} (transformers may build it from others): merge "
-            "this model in memory, with model.c3a.merge_and_unload()"
+            f"{checkpoint.folder} has no tensor of its own for {group[0]} (transformers may build it from others): "
+            "merge this model in memory, with model.c3a.merge_and_unload()"
         )
     for key in present:
         _check_stored(key, checkpoint, shape)
@@ -326,7 +326,7 @@ def _plan_group(
     split = any(name in saved for name in group)
     plan.untied |= split and len(group) > 1
     for name in group:
-        own = [partial(_replace, value=saved[name])] if name in saved else changes
+        own: list[Change] = [partial(_replace, value=saved[name])] if name in saved else changes
         if name in keys and own:
             plan.changes[keys[name]] = partial(_in_order, changes=own)
         elif name not in keys and split:
