@@ -135,12 +135,14 @@ def merge_folder(
     plan = _plan(structure, read_adapter(adapter), checkpoint)
     device = torch.device(device)
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(output)
-    _check_space(checkpoint, output.parent)
     temporary = temporary_path(output)
-    temporary.mkdir()
     try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {output}: {error}") from error
+    try:
+        _remove_abandoned(output)
+        _check_space(checkpoint, output.parent)
         _copy_other_files(model, temporary, plan)
         for number, shard in enumerate(checkpoint.shards, start=1):
             progress(f"{shard} ({number} of {len(checkpoint.shards)})")

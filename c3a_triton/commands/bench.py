@@ -56,7 +56,7 @@ def add(subparsers: Any) -> None:
         metavar="NAME",
         help="ours to measure (default: auto, and of a layer on a GPU every other one that runs)",
     )
-    parser.add_argument("--seconds", type=float, default=4.0, help="time to measure for (default: %(default)s)")
+    parser.add_argument("--seconds", type=_seconds, default=4.0, help="time to measure for (default: %(default)s)")
     parser.set_defaults(run=lambda args: _run(parser, args))
 
 
@@ -81,6 +81,13 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     else:
         print(_text(document))
     return 0
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no time to measure for")
+    return value
 
 
 def _layer(args: argparse.Namespace, device: torch.device, dtype: str, with_peft: bool) -> dict[str, Any]:
