@@ -29,6 +29,8 @@ COMMANDS = (
     ("tuning.commands", "add_cache"),
     ("commands.inspect", "add"),
     ("commands.merge", "add"),
+    ("commands.bench", "add"),
+    ("commands.doctor", "add"),
 )
 _SHELLS = ("bash", "zsh", "tcsh")
 _EXAMPLES = """\

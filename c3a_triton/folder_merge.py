@@ -135,12 +135,14 @@ def merge_folder(
     plan = _plan(structure, read_adapter(adapter), checkpoint)
     device = torch.device(device)
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(output)
-    _check_space(checkpoint, output.parent)
     temporary = temporary_path(output)
-    temporary.mkdir()
     try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {output}: {error}") from error
+    try:
+        _remove_abandoned(output)
+        _check_space(checkpoint, output.parent)
         _copy_other_files(model, temporary, plan)
         for number, shard in enumerate(checkpoint.shards, start=1):
             progress(f"{shard} ({number} of {len(checkpoint.shards)})")
@@ -312,8 +314,8 @@ def _plan_group(
     present = [keys[name] for name in group if name in keys]
     if not present and changes:
         raise CheckpointError(
-            f"{checkpoint.folder} has no tensor of its own for {group[0]} (transformers may build it from others): merge "
-            "this model in memory, with model.c3a.merge_and_unload()"
+            f"{checkpoint.folder} has no tensor of its own for {group[0]} (transformers may build it from others): "
+            "merge this model in memory, with model.c3a.merge_and_unload()"
         )
     for key in present:
         _check_stored(key, checkpoint, shape)
@@ -326,7 +328,7 @@ def _plan_group(
     split = any(name in saved for name in group)
     plan.untied |= split and len(group) > 1
     for name in group:
-        own = [partial(_replace, value=saved[name])] if name in saved else changes
+        own: list[Change] = [partial(_replace, value=saved[name])] if name in saved else changes
         if name in keys and own:
             plan.changes[keys[name]] = partial(_in_order, changes=own)
         elif name not in keys and split:

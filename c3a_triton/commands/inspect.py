@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import KERNEL_SUFFIX, WEIGHTS_NAME, AdapterFile, config_state, read_adapter
-from ..config import CONFIG_NAME, C3AConfig, valid_block_sizes
-from ..linear_like import linear_widths
-from ..report import format_bytes, format_table
-from ..structure import load_structure
-from ..targets import chosen_by_file, find_targets
+from c3a_triton.checkpoint import KERNEL_SUFFIX, WEIGHTS_NAME, AdapterFile, config_state, read_adapter
+from c3a_triton.config import CONFIG_NAME, C3AConfig, valid_block_sizes
+from c3a_triton.linear_like import linear_widths
+from c3a_triton.report import format_bytes, format_table
+from c3a_triton.structure import load_structure
+from c3a_triton.targets import chosen_by_file, find_targets
+
 from .options import add_command, add_target_options, module_choice, print_json
 
 __all__ = ["add"]
@@ -150,7 +151,8 @@ def _model_text(document: dict[str, Any]) -> str:
         sizes_table.append((*counts, share, f"{row['lora_rank']:.3g}", format_bytes(row["adapter_bytes"])))
     return "\n".join(
         [
-            f"{document['class']}, {document['parameters']:,} parameters; target_modules={document['target_modules']!r}",
+            f"{document['class']}, {document['parameters']:,} parameters; "
+            f"target_modules={document['target_modules']!r}",
             "",
             format_table(groups, {1, 2, 3}),
             "",

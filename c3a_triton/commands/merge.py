@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from ..api import load_adapter
-from ..errors import CheckpointError
-from ..folder_merge import merge_folder
-from ..report import format_bytes
-from ..structure import load_structure
+from c3a_triton.api import load_adapter
+from c3a_triton.errors import CheckpointError
+from c3a_triton.folder_merge import merge_folder
+from c3a_triton.report import format_bytes
+from c3a_triton.structure import load_structure
+
 from .options import add_command, device_option, print_json
 
 __all__ = ["add"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError
+from c3a_triton.errors import ConfigError
 
 __all__ = [
     "add_command",
