@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from c3a_triton import ops
+from c3a_triton.benchmark import cases, gate, peers, timing
 
-from . import cases, gate, peers, report, timing
+from . import report
 
 __all__ = ["main", "summary"]
 

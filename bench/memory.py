@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import cases, layer, op, plots, report, runs, timing
+from c3a_triton.benchmark import cases, layer, timing
+
+from . import op, plots, report, runs
 
 __all__ = ["SUBJECT", "goals", "main", "tables", "tasks"]
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from c3a_triton import ops, reference
+from c3a_triton.benchmark import cases, gate, models, peers, timing
 
-from . import cases, gate, models, peers, plots, report, runs, timing
+from . import plots, report, runs
 
 __all__ = ["SUBJECT", "goals", "main", "tables", "tasks"]
 
@@ -81,7 +82,7 @@ def _model(setting: runs.Setting, record: runs.Record) -> None:
     if setting.device.type == "cpu" and not setting.tiny and setting.n_layers is None:
         setting = replace(setting, n_layers=1)
     case = replace(cases.MODELS_TINY[-1] if setting.tiny else cases.MODELS[-1], targets=cases.ALL_LINEAR)
-    base = models.llama(setting)
+    base = models.llama(setting.device, tiny=setting.tiny, n_layers=setting.n_layers)
     record |= {"case": asdict(case), "n_layers": base.config.num_hidden_layers}
     calls: dict[str, Callable[[Any], object]] = {
         "peft_c3a": lambda model: model.merge_and_unload(),

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cases, models, plots, report, runs, timing
+from c3a_triton.benchmark import cases, models, timing
+
+from . import plots, report, runs
 
 __all__ = ["SUBJECT", "goals", "main", "tables", "tasks"]
 
@@ -45,7 +47,7 @@ def _measure(
 ) -> None:
     record |= {"case": asdict(case), "times": {}}
     device = setting.device
-    base = models.llama(setting)
+    base = models.llama(setting.device, tiny=setting.tiny, n_layers=setting.n_layers)
     record["n_layers"] = base.config.num_hidden_layers
     methods = [method for method in models.METHODS if method in setting.methods]
     adapted = {method: models.adapted(method, base, case) for method in methods}
@@ -63,17 +65,7 @@ def _measure(
 
 
 def _training(model: Any, ids: Tensor, case: cases.ModelCase) -> Callable[[], None]:
-    """A step on the adapter's parameters; its learning rate is zero, so that every step computes the same."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.0) if trained else None
-
-    def step() -> None:
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        if optimizer is not None:
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return step
+    return models.training_step(model, ids)
 
 
 def _generation(model: Any, ids: Tensor, case: cases.ModelCase) -> Callable[[], None]:

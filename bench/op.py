@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 
-from . import cases, layer, peers, plots, report, runs, timing
+from c3a_triton.benchmark import cases, layer, peers, timing
+
+from . import plots, report, runs
 
 __all__ = ["BANDWIDTH_KEY", "SUBJECT", "both_tables", "floor_bytes", "goals", "kernel_bytes", "main", "plan", "tables"]
 

@@ -22,8 +22,9 @@ from unittest import mock
 import torch
 
 from c3a_triton import dispatch, launch
+from c3a_triton.benchmark import cases, layer, peers, timing
 
-from . import cases, layer, peers, plots, report, runs, timing
+from . import plots, report, runs
 
 __all__ = ["SUBJECT", "goals", "main", "stubbed_launches", "tables", "tasks"]
 

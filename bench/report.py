@@ -1,6 +1,5 @@
 """Where a measurement was made, and how its results are written down."""
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -13,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from c3a_triton.machine import cpu_name, package_versions
+from c3a_triton.report import format_bytes, format_seconds
 
 from . import ROOT
 
@@ -48,25 +50,6 @@ def _commit() -> str | None:
     return commit + ("-dirty" if _output("git", "status", "--porcelain") else "")
 
 
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
-
-
 def _gpu(device: torch.device) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(device)
     gpu: dict[str, Any] = {
@@ -90,11 +73,11 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "device": device.type,
         "gpu": _gpu(device) if device.type == "cuda" else None,
-        "cpu": _cpu_model(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
-        "versions": _versions(),
+        "versions": package_versions(PACKAGES),
         "commit": _commit(),
         "command": f"python -m bench.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}".strip(),
     }
@@ -111,23 +94,6 @@ def write_json(path: Path, results: Any) -> None:
 def read_json(path: Path) -> Any:
     """What `write_json` wrote."""
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def format_seconds(seconds: float) -> str:
-    """Three figures with a unit, for example `12.3 ms`."""
-    for factor, unit in ((1.0, "s"), (1e3, "ms")):
-        if seconds * factor >= 1:
-            return f"{seconds * factor:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} µs"
-
-
-def format_bytes(n_bytes: float) -> str:
-    """Three figures with a binary unit, for example `1.5 MiB`."""
-    for unit in ("B", "KiB", "MiB"):
-        if abs(n_bytes) < 1024:
-            return f"{n_bytes:.3g} {unit}"
-        n_bytes /= 1024
-    return f"{n_bytes:.3g} GiB"
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 
 from c3a_triton import dispatch
+from c3a_triton.benchmark import gate, peers, timing
 from c3a_triton.errors import BackendError
 
-from . import ROOT, gate, peers, report, timing
+from . import ROOT, report
 
 __all__ = [
     "DeviceLostError",

@@ -24,7 +24,7 @@ from .config import CONFIG_NAME, C3AConfig, read_config_file, temporary_path, wr
 from .errors import CheckpointError
 from .patterns import peft_safe_pattern, peft_safe_targets
 
-__all__ = ["KERNEL_SUFFIX", "WEIGHTS_NAME", "AdapterFile", "read_adapter", "write_adapter"]
+__all__ = ["KERNEL_SUFFIX", "WEIGHTS_NAME", "AdapterFile", "config_state", "read_adapter", "write_adapter"]
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_WEIGHTS_NAME = "adapter_model.bin"
@@ -155,6 +155,18 @@ def read_adapter(directory: str | os.PathLike[str]) -> AdapterFile:
                 f"block_size], found {kernel.dtype} of shape {list(kernel.shape)}"
             )
     return AdapterFile(config, tensors, {name: kernel.shape[-1] for name, kernel in kernels.items()}, directory)
+
+
+def config_state(directory: str | os.PathLike[str]) -> str:
+    """How the configuration of a folder that `read_adapter` reads stands to its weights, in words."""
+    directory = Path(directory)
+    with safe_open(directory / WEIGHTS_NAME, framework="pt", device="cpu") as file:
+        metadata = file.metadata() or {}
+    if CONFIG_HASH_KEY not in metadata:
+        return "not recorded in the weights (PEFT does not)"
+    _, content = read_config_file(directory)
+    same = hashlib.sha256(content).hexdigest() == metadata[CONFIG_HASH_KEY]
+    return "as it was saved with the weights" if same else "changed since the weights were saved"
 
 
 def _kernels(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

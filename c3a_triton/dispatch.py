@@ -1,24 +1,42 @@
-"""Which backend computes a product: by name, or by a cost model where the name is `"auto"`.
+"""Which backend computes a product: by name, or by measurements or a cost model where the name is `"auto"`.
 
 The decision is taken inside the operator, at run time, from the device, dtype and sizes of one call, so that traced
 code sees neither a table nor a branch on the number of tokens.
 """
 
 import functools
+import importlib.metadata
 import logging
 import os
+import platform
 import warnings
 
 import torch
 
-from . import launch, launch_fft
+from . import launch, launch_fft, tuned
 from .errors import BackendError
 
-__all__ = ["BACKENDS", "base_seconds", "cheapest", "check_backend", "choose", "predicted_seconds", "why_not"]
+__all__ = [
+    "BACKENDS",
+    "BASE",
+    "base_seconds",
+    "cheapest",
+    "check_backend",
+    "choose",
+    "measured_times",
+    "predicted_seconds",
+    "refresh",
+    "tuned_key",
+    "why_not",
+]
 
 BACKENDS = ("auto", "reference", "torch", "direct", "fft", "expand", "fold")
 TRITON_BACKENDS = ("direct", "fft", "expand")
+# What "auto" chooses from on a GPU.
+AUTO_BACKENDS = (*TRITON_BACKENDS, "torch")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# The name under which the tuned table holds a layer without adapters.
+BASE = "base"
 
 logger = logging.getLogger("c3a_triton")
 
@@ -48,19 +66,28 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
 
 
 def choose(
-    backend: str, device: torch.device, dtype: torch.dtype, n_tokens: int, in_features: int, out_features: int, b: int
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    n_tokens: int,
+    in_features: int,
+    out_features: int,
+    b: int,
+    backward: bool = False,
 ) -> str:
     """The backend that computes this call.
 
     Args:
-        backend: a name of `BACKENDS`; `"auto"` stands for what C3A_TRITON_BACKEND says, else for the cheapest by the
-            cost model among those that run here.
+        backend: a name of `BACKENDS`; `"auto"` stands for what C3A_TRITON_BACKEND says, else for the fastest of those
+            that run here: by the tuned table where it holds what the cost model would take, else by the cost model.
+            Under deterministic algorithms the table, which depends on timing, is left alone.
         device: device of the operands.
         dtype: the widest dtype among the operands.
         n_tokens: rows of x.
         in_features: columns of ΔW.
         out_features: rows of ΔW.
         b: block size.
+        backward: whether the call computes gradients, or the product.
 
     Raises:
         BackendError: the name is unknown, or that backend cannot run here; the message says why.
@@ -69,7 +96,9 @@ def choose(
     if backend == "auto" and "C3A_TRITON_BACKEND" in os.environ:
         backend, said_by = os.environ["C3A_TRITON_BACKEND"], "C3A_TRITON_BACKEND="
     # Buckets of powers of two keep the cache small when the number of tokens varies from call to call.
-    return _choose(backend, said_by, device, dtype, max(n_tokens - 1, 0).bit_length(), in_features, out_features, b)
+    sizes = (tuned.token_bits(n_tokens), in_features, out_features, b)
+    by_timing = not torch.are_deterministic_algorithms_enabled()
+    return _choose(backend, said_by, device, dtype, *sizes, backward, by_timing)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -82,6 +111,8 @@ def _choose(
     in_features: int,
     out_features: int,
     b: int,
+    backward: bool,
+    by_timing: bool,
 ) -> str:
     check_backend(backend, said_by)
     if backend == "fold":
@@ -101,13 +132,81 @@ def _choose(
     if reason is not None:
         _say_once("cuda", f"'auto' computes with 'torch' instead of Triton kernels: {reason}")
         return "torch"
-    return cheapest(1 << token_bits, in_features, out_features, b, dtype)
+    sizes = (1 << token_bits, in_features, out_features, b, dtype)
+    predicted = cheapest(*sizes, backward=backward)
+    measured = measured_times(device, *sizes, backward=backward) if by_timing else {}
+    # Without the model's own pick among them, an interrupted run may have measured only slow ones.
+    if predicted not in measured:
+        return predicted
+    return min((name for name in AUTO_BACKENDS if name in measured), key=measured.__getitem__)
 
 
-def cheapest(n_tokens: int, in_features: int, out_features: int, b: int, dtype: torch.dtype) -> str:
+def cheapest(
+    n_tokens: int, in_features: int, out_features: int, b: int, dtype: torch.dtype, *, backward: bool = False
+) -> str:
     """What `"auto"` chooses by the cost model on a GPU, for the next power of two of tokens."""
-    sizes = (1 << (n_tokens - 1).bit_length(), in_features, out_features, b, dtype)
-    return min((*TRITON_BACKENDS, "torch"), key=lambda name: predicted_seconds(name, *sizes))
+    sizes = (1 << tuned.token_bits(n_tokens), in_features, out_features, b, dtype)
+    return min(AUTO_BACKENDS, key=lambda name: predicted_seconds(name, *sizes, backward=backward))
+
+
+@functools.cache
+def _table() -> dict[tuned.Key, tuned.Times]:
+    """The tuned table as the first call finds it: the file is not looked at again before `refresh`."""
+    return tuned.load().times
+
+
+def refresh() -> None:
+    """Read the tuned table anew and forget the choices made by the old one; `autotune` does so when it has measured."""
+    _table.cache_clear()
+    _choose.cache_clear()
+
+
+def tuned_key(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    n_tokens: int,
+    in_features: int,
+    out_features: int,
+    b: int,
+) -> tuned.Key:
+    """Where the tuned table holds a layer of these sizes on this machine; of `BASE` b is 0."""
+    sizes = (tuned.token_bits(n_tokens), in_features, out_features, b)
+    return tuned.Key(*_machine(device), str(dtype).removeprefix("torch."), *sizes, backend)
+
+
+@functools.cache
+def _machine(device: torch.device) -> tuple[str, str, str, str]:
+    """Device name, capability, versions of torch and triton. Triton's is read without importing it."""
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = "none"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return torch.cuda.get_device_name(device), f"{major}.{minor}", torch.__version__, triton
+    return device.type, platform.machine(), torch.__version__, triton
+
+
+def measured_times(
+    device: torch.device,
+    n_tokens: int,
+    in_features: int,
+    out_features: int,
+    b: int,
+    dtype: torch.dtype,
+    *,
+    backward: bool = False,
+) -> dict[str, float]:
+    """Measured seconds of a whole layer by backend, and under `BASE` without adapters: what the tuned table holds."""
+    found = {}
+    for name in (BASE, *BACKENDS):
+        size = 0 if name == BASE else b
+        times = _table().get(tuned_key(name, device, dtype, n_tokens, in_features, out_features, size))
+        seconds = None if times is None else times.backward if backward else times.forward
+        if seconds is not None:
+            found[name] = seconds
+    return found
 
 
 @functools.cache
@@ -120,22 +219,35 @@ def _say_once(device_type: str, message: str) -> None:
 
 
 def predicted_seconds(
-    backend: str, n_tokens: int, in_features: int, out_features: int, b: int, dtype: torch.dtype
+    backend: str,
+    n_tokens: int,
+    in_features: int,
+    out_features: int,
+    b: int,
+    dtype: torch.dtype,
+    *,
+    backward: bool = False,
 ) -> float:
-    """Predicted GPU time of one product x ΔWᵀ: launches, and the larger of bytes and FLOPs over their ceilings.
+    """Predicted GPU time of one product x ΔWᵀ, or of both its gradients (dx and dw) with `backward`.
 
-    A model, not a measurement. Counted for each path (d = in_features + out_features, elements per token):
+    Launches, and the larger of bytes and FLOPs over their ceilings. A model, not a measurement. Counted for each path
+    (d = in_features + out_features, elements per token):
 
     - direct: reads x, writes y (itemsize·d) and reads w, or with more than `launch.SMALL_T` tokens a table of 32 bytes
-      per element of w; the FLOPs of a dense product.
-    - expand: writes ΔW densely and reads it back, then a cuBLAS product.
+      per element of w; the FLOPs of a dense product. Backward: the same for dx; for dw it reads dy and x, at the FLOPs
+      of another dense product.
+    - expand: writes ΔW densely and reads it back, then a cuBLAS product. Backward: the same for dx, direct's dw.
     - fft: reads x, writes y (itemsize·d), writes and reads back the spectra of both (2·d of their itemsize, which is 4
       where x is not bfloat16); 2·b·d FLOPs a token for the transforms (4·(P + Q)·d in two levels of b = P·Q) and
       4·in·out / b for the product per frequency. One launch for w and three for all tokens: those of further chunks
-      hide behind the chunk before.
+      hide behind the chunk before. Backward: reads dy and x, writes dx; the spectra of dx and x are written and read,
+      that of dy written and read twice; three transforms, two products per frequency, eight launches.
     - torch: float32 copies, complex spectra, their transposition and the batched product: about 26·d bytes a token, and
-      8·n_freqs·n·m FLOPs a token on CUDA cores.
-    - fold: reads W and writes W + ΔW; the product is the base layer's own. Never chosen, only told.
+      8·n_freqs·n·m FLOPs a token on CUDA cores. Backward: three transforms in place of two, two products.
+    - fold: reads W and writes W + ΔW; the product is the base layer's own. Never chosen, only told, and only forward.
+
+    Raises:
+        BackendError: a backend, or a direction of it, that the model does not know.
     """
     itemsize = dtype.itemsize
     tokens_bytes = itemsize * n_tokens * (in_features + out_features)
@@ -143,35 +255,48 @@ def predicted_seconds(
     dense_flops = 2 * n_tokens * dense_elements
     if backend == "direct":
         w_bytes = (4 if n_tokens <= launch.SMALL_T else 32) * dense_elements / b
-        return 2 * LAUNCH_SECONDS + max((tokens_bytes + w_bytes) / BANDWIDTH, dense_flops / TRITON_FLOPS[itemsize])
-    if backend == "fold":
-        return LAUNCH_SECONDS + 2 * itemsize * dense_elements / BANDWIDTH
-    if backend == "expand":
+        product = max((tokens_bytes + w_bytes) / BANDWIDTH, dense_flops / TRITON_FLOPS[itemsize])
+        seconds = 2 * LAUNCH_SECONDS + product
+    elif backend == "expand":
         gemm = max(tokens_bytes / BANDWIDTH, dense_flops / CUBLAS_FLOPS[itemsize])
-        return 2 * LAUNCH_SECONDS + 2 * itemsize * dense_elements / BANDWIDTH + gemm
-    if backend == "fft":
+        seconds = 2 * LAUNCH_SECONDS + 2 * itemsize * dense_elements / BANDWIDTH + gemm
+    elif backend == "fold" and not backward:
+        seconds = LAUNCH_SECONDS + 2 * itemsize * dense_elements / BANDWIDTH
+    elif backend == "fft":
         spectrum_itemsize = launch_fft.spectrum_itemsize(dtype, b)
-        spectra_bytes = 2 * spectrum_itemsize * n_tokens * (in_features + out_features)
         # w is read, its spectrum written as 2 × 2 blocks and read back.
         w_bytes = 4 * (1 + spectrum_itemsize) * dense_elements / b
+        if backward:
+            launches, products, transformed = 8, 2, 2 * in_features + out_features
+            token_bytes = itemsize * transformed + spectrum_itemsize * (4 * in_features + 3 * out_features)
+            w_bytes += 12 * dense_elements / b  # float32: the sums per frequency, 2 × 2 blocks, and dw
+        else:
+            launches, products, transformed = 4, 1, in_features + out_features
+            token_bytes = (itemsize + 2 * spectrum_itemsize) * transformed
         per_value = launch_fft.transform_flops(b)
-        transform_flops = per_value * n_tokens * (in_features + out_features)
-        mix_flops = 4 * n_tokens * dense_elements / b
         # 16-bit operands multiply in TF32 where their spectra are float32, and inside two-level transforms.
         two_level = per_value < 2 * b
         mix_rate = TF32_FLOPS if spectrum_itemsize > itemsize else TRITON_FLOPS[itemsize]
         transform_rate = TF32_FLOPS if two_level and itemsize == 2 else mix_rate
-        seconds = mix_flops / mix_rate + transform_flops / transform_rate
-        return 4 * LAUNCH_SECONDS + max((tokens_bytes + spectra_bytes + w_bytes) / BANDWIDTH, seconds)
-    if backend == "torch":
-        mix_flops = 8 * n_tokens * (b // 2 + 1) * dense_elements / b**2
-        spectra_bytes = 26 * n_tokens * (in_features + out_features)
-        return 10 * LAUNCH_SECONDS + spectra_bytes / BANDWIDTH + mix_flops / CUBLAS_FLOPS[4]
-    raise BackendError(f"the cost model knows no backend {backend!r}")
+        flops_seconds = products * 4 * n_tokens * dense_elements / b / mix_rate
+        flops_seconds += per_value * n_tokens * transformed / transform_rate
+        seconds = launches * LAUNCH_SECONDS + max((n_tokens * token_bytes + w_bytes) / BANDWIDTH, flops_seconds)
+    elif backend == "torch":
+        launches, products, transformed = (
+            (16, 2, 2 * in_features + out_features) if backward else (10, 1, in_features + out_features)
+        )
+        mix_flops = products * 8 * n_tokens * (b // 2 + 1) * dense_elements / b**2
+        seconds = launches * LAUNCH_SECONDS + 26 * n_tokens * transformed / BANDWIDTH + mix_flops / CUBLAS_FLOPS[4]
+    else:
+        raise BackendError(f"the cost model knows no {'backward of ' if backward else ''}backend {backend!r}")
+    if backward and backend in ("direct", "expand"):  # whose dw is a product of its own
+        dw_bytes = tokens_bytes + 4 * dense_elements / b
+        seconds += 2 * LAUNCH_SECONDS + max(dw_bytes / BANDWIDTH, dense_flops / TRITON_FLOPS[itemsize])
+    return seconds
 
 
 def base_seconds(n_tokens: int, in_features: int, out_features: int, dtype: torch.dtype) -> float:
-    """Predicted GPU time of the base layer's own product x Wᵀ, in the same model."""
+    """Predicted GPU time of the base layer's own product x Wᵀ in the same model; of the gradient of x too."""
     itemsize = dtype.itemsize
     weights_bytes = itemsize * in_features * out_features
     tokens_bytes = itemsize * n_tokens * (in_features + out_features)

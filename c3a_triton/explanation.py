@@ -1,4 +1,4 @@
-"""Why a layer is computed as it is: the backend that `"auto"` chooses, and what the cost model predicts for each."""
+"""Why a layer is computed as it is: the backend that `"auto"` chooses, and the measured or predicted time of each."""
 
 from collections.abc import Iterable, Sequence
 
@@ -18,10 +18,11 @@ Shape = tuple[int, int, int]
 
 _DTYPES = dispatch.TRITON_DTYPES
 _NOTES = (
-    "Microseconds, predicted (cost model): launches, bytes and FLOPs over the ceilings of an H200, nothing measured.\n"
-    "Of a backend: what one adapter's product adds to the base layer's forward; direct, with up to 16 tokens and a "
-    "16-bit\nweight, is one kernel with the base and adds less. 'auto' decides for the next power of two of tokens and "
-    "never takes\nfold, which rounds."
+    "Microseconds of a forward: the base layer's, and what one adapter's product adds to it; predicted (cost model): "
+    "launches,\nbytes and FLOPs over the ceilings of an H200; with a * measured on this machine by autotune. direct, "
+    "with up to 16 tokens\nand a 16-bit weight, is one kernel with the base and adds less than is predicted. 'auto' "
+    "decides for the next power of\ntwo of tokens, for the forward and for the gradients ('grad'), and never takes "
+    "fold, which rounds."
 )
 
 
@@ -32,7 +33,7 @@ def explain(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> str:
-    """Which backend `"auto"` chooses, and the predicted time of every backend, as a table.
+    """Which backend `"auto"` chooses, and the time of every backend, measured or predicted, as a table.
 
     Args:
         layer_or_shapes: a `C3ALinear`; an adapted model or its `AdapterManager`; `(in_features, out_features,
@@ -43,8 +44,8 @@ def explain(
         dtype: what x is; by default the layers' own, for shapes bfloat16.
 
     Returns:
-        A table with a row for each distinct shape and number of tokens, and how to read it. The times are predictions
-        of the cost model in `c3a_triton.dispatch`, and say so.
+        A table with a row for each distinct shape and number of tokens, and how to read it. Times that `autotune` has
+        measured on this machine bear a `*`; the others are predictions of the cost model in `c3a_triton.dispatch`.
 
     Raises:
         ConfigError: something else than layers or shapes, no tokens, or a dtype that the model does not know.
@@ -107,23 +108,42 @@ def _table(
     cases: dict[tuple[int, int, int, str], int], tokens: Sequence[int], device: torch.device, dtype: torch.dtype
 ) -> str:
     names = (*dispatch.TRITON_BACKENDS, "torch", "fold")
-    header = ("layers", "in", "out", "b", "tokens", "auto", "base", *names, "set")
+    header = ("layers", "in", "out", "b", "tokens", "auto", "grad", "base", *names, "set")
     rows: list[tuple[str, ...]] = [header]
     for (in_features, out_features, b, backend), count in cases.items():
         for n_tokens in tokens:
-            sizes = (n_tokens, in_features, out_features, b, dtype)
-            seconds = [dispatch.base_seconds(n_tokens, in_features, out_features, dtype)]
-            seconds += [dispatch.predicted_seconds(name, *sizes) for name in names]
-            chosen = _chosen(device, dtype, n_tokens, in_features, out_features, b)
-            where = (str(count), str(in_features), str(out_features), str(b), str(n_tokens), chosen)
-            rows.append((*where, *(f"{s * 1e6:.1f}" for s in seconds), "" if backend == "auto" else backend))
-    numbers = set(range(len(header))) - {header.index("auto"), header.index("set")}
+            sizes = (n_tokens, in_features, out_features, b)
+            chosen = [_chosen(device, dtype, *sizes, backward=backward) for backward in (False, True)]
+            measured = {} if _is_absent(device) else dispatch.measured_times(device, *sizes, dtype)
+            base = measured.get(dispatch.BASE)
+            cells = [_cell(base, dispatch.base_seconds(n_tokens, in_features, out_features, dtype))]
+            for name in names:
+                added = None if base is None or name not in measured else max(measured[name] - base, 0.0)
+                cells.append(_cell(added, dispatch.predicted_seconds(name, *sizes, dtype)))
+            where = (str(count), str(in_features), str(out_features), str(b), str(n_tokens))
+            rows.append((*where, *chosen, *cells, "" if backend == "auto" else backend))
+    numbers = set(range(len(header))) - {header.index(name) for name in ("auto", "grad", "set")}
     return f"{device}, {dtype}\n{format_table(rows, numbers)}\n{_NOTES}"
 
 
+def _cell(measured: float | None, predicted: float) -> str:
+    return f"{predicted * 1e6:.1f}" if measured is None else f"{measured * 1e6:.1f}*"
+
+
+def _is_absent(device: torch.device) -> bool:
+    return device.type == "cuda" and not torch.cuda.is_available()
+
+
 def _chosen(
-    device: torch.device, dtype: torch.dtype, n_tokens: int, in_features: int, out_features: int, b: int
+    device: torch.device,
+    dtype: torch.dtype,
+    n_tokens: int,
+    in_features: int,
+    out_features: int,
+    b: int,
+    *,
+    backward: bool,
 ) -> str:
-    if device.type == "cuda" and not torch.cuda.is_available():
-        return dispatch.cheapest(n_tokens, in_features, out_features, b, dtype)
-    return dispatch.choose("auto", device, dtype, n_tokens, in_features, out_features, b)
+    if _is_absent(device):
+        return dispatch.cheapest(n_tokens, in_features, out_features, b, dtype, backward=backward)
+    return dispatch.choose("auto", device, dtype, n_tokens, in_features, out_features, b, backward)

@@ -296,7 +296,7 @@ def _linear_backward(
     dx = None
     dws: list[Tensor | None] = [None] * len(kernels)
     for w, members in _summed(kernels):
-        name = _choose(backend, rows, w)
+        name = _choose(backend, rows, w, backward=True)
         wanted = [i for i in members if needs_w[i]]
         if needs_x and wanted and name in _BACKWARDS:
             assert x_rows is not None
@@ -328,7 +328,8 @@ def _weight_grad(dy: Tensor, x: Tensor, block_size: int, scale: float, dtype: to
     backend = "auto" if backend == "fold" else backend
     dy, x = _rows(dy), _rows(x)
     wide = torch.float64 if dtype == torch.float64 else dy.dtype
-    name = dispatch.choose(backend, dy.device, wide, dy.shape[0], x.shape[1], dy.shape[1], block_size)
+    sizes = (dy.shape[0], x.shape[1], dy.shape[1], block_size)
+    name = dispatch.choose(backend, dy.device, wide, *sizes, backward=True)
     return _WEIGHT_GRADS[name](dy, x, block_size, scale=scale, dtype=dtype)
 
 
@@ -628,10 +629,11 @@ def _shared(name: str, x: Tensor | None, w: Tensor) -> dict[str, Any]:
     return {"source": spectra.Source(x, w)} if name == "fft" and x is not None else {}
 
 
-def _choose(backend: str, rows: Tensor, w: Tensor) -> str:
+def _choose(backend: str, rows: Tensor, w: Tensor, *, backward: bool = False) -> str:
     out_blocks, in_blocks, b = w.shape
     dtype = torch.float64 if w.dtype == torch.float64 else rows.dtype
-    return dispatch.choose(backend, rows.device, dtype, rows.shape[0], in_blocks * b, out_blocks * b, b)
+    sizes = (rows.shape[0], in_blocks * b, out_blocks * b, b)
+    return dispatch.choose(backend, rows.device, dtype, *sizes, backward)
 
 
 def _triton_expands(w: Tensor, dtype: torch.dtype) -> bool:

@@ -1,4 +1,4 @@
-"""What a model's adapters look like: counts and a table, as text."""
+"""What a model's adapters look like: counts and a table, as text; and how quantities are written."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
@@ -7,7 +7,7 @@ from torch import nn
 from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
 
-__all__ = ["count_parameters", "format_table", "summary_table"]
+__all__ = ["count_parameters", "format_bytes", "format_seconds", "format_table", "summary_table"]
 
 _HEADER = ("layer", "adapter", "in", "out", "b", "chosen by", "parameters", "backend", "state")
 _NUMBERS = {_HEADER.index(name) for name in ("in", "out", "b", "parameters")}
@@ -69,3 +69,20 @@ def format_table(rows: Sequence[Sequence[str]], numbers: Collection[int]) -> str
         ).rstrip()
         for row in rows
     )
+
+
+def format_seconds(seconds: float) -> str:
+    """Three figures with a unit, for example `12.3 ms`."""
+    for factor, unit in ((1.0, "s"), (1e3, "ms")):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def format_bytes(n_bytes: float) -> str:
+    """Three figures with a binary unit, for example `1.5 MiB`."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(n_bytes) < 1024:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.3g} GiB"

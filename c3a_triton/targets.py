@@ -22,6 +22,7 @@ __all__ = [
     "base_modules",
     "base_name",
     "check_file_values",
+    "chosen_by_file",
     "find_file_targets",
     "find_modules_to_save",
     "find_targets",
@@ -324,9 +325,7 @@ def find_file_targets(model: nn.Module, file: AdapterFile) -> list[Target]:
                 f"the layer has in_features={widths[0]} and out_features={widths[1]}"
             )
         else:
-            size, key = block_size_for(file.config, name)
-            chosen_by = "block_size" if key is None else key
-            targets.append(Target(name, module, b, chosen_by if size == b else "auto" if size == "auto" else "file"))
+            targets.append(Target(name, module, b, chosen_by_file(file, name)))
     if file.config.target_modules not in (None, "all-linear"):
         problems += [
             f"its configuration targets {name}, for which it has no kernel"
@@ -337,8 +336,16 @@ def find_file_targets(model: nn.Module, file: AdapterFile) -> list[Target]:
     return targets
 
 
+def chosen_by_file(file: AdapterFile, name: str) -> str:
+    """What decided on the block size of a file's layer: a key, "block_size", "auto", or "file" where none says it."""
+    size, key = block_size_for(file.config, name)
+    if size == file.block_sizes[name]:
+        return "block_size" if key is None else key
+    return "auto" if size == "auto" else "file"
+
+
 def check_file_values(
-    model: nn.Module, file: AdapterFile, saved: list[tuple[str, nn.Module]]
+    model: nn.Module, file: AdapterFile, saved: list[tuple[str, nn.Module]], *, on_meta: bool = False
 ) -> list[tuple[nn.Parameter, Tensor]]:
     """The base model's parameters that a file replaces (biases, and embeddings, which PEFT adds), with their values.
 
@@ -348,6 +355,7 @@ def check_file_values(
         model: the model.
         file: the adapter file.
         saved: what `find_modules_to_save` found for its configuration.
+        on_meta: whether the model is a mere structure, whose values nobody is going to replace.
 
     Raises:
         CheckpointError: a tensor is missing, has another shape, or has no place in the model.
@@ -374,7 +382,7 @@ def check_file_values(
             problems.append(f"nothing in the model takes {name}")
         elif parameter.shape != value.shape:
             problems.append(f"{name} has shape {list(value.shape)}, in the model {list(parameter.shape)}")
-        elif parameter.is_meta:
+        elif parameter.is_meta and not on_meta:
             problems.append(f"{name} cannot be replaced while the model keeps it on the meta device")
         else:
             replaced.append((parameter, value))

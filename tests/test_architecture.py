@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ ORDER = [
     "launch",
     "spectra",
     "launch_fft",
+    "tuned",
     "dispatch",
     "ops",
     "linear_like",
@@ -31,9 +33,21 @@ ORDER = [
     "manager",
     "explanation",
     "api",
+    "machine",
+    "structure",
+    "folder_merge",
+    "benchmark",
+    "commands",
+    "tuning",
     "__init__",
+    "cli",
+    "__main__",
 ]
-CORE = {"errors", "reference", "fourier", "tiles", "launch", "spectra", "launch_fft", "dispatch", "ops"}
+TUNING = ["groups", "costs", "measurement", "solver", "outcome", "settings", "plots", "page", "tuner", "commands"]
+CORE = {"errors", "reference", "fourier", "tiles", "launch", "spectra", "launch_fft", "tuned", "dispatch", "ops"}
+# A package has one place; its files also import from each other.
+PACKAGES = sorted(path.parent.name for path in (ROOT / "c3a_triton").glob("*/__init__.py"))
+PACKAGE_FILES = sorted(path for name in PACKAGES for path in (ROOT / "c3a_triton" / name).glob("*.py"))
 KERNELS = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
 
 
@@ -56,13 +70,50 @@ def ours(names: set[str]) -> set[str]:
 
 
 def test_every_file_has_its_place():
-    assert {path.stem for path in (ROOT / "c3a_triton").glob("*.py")} == set(ORDER)
+    assert {path.stem for path in (ROOT / "c3a_triton").glob("*.py")} | set(PACKAGES) == set(ORDER)
 
 
-@pytest.mark.parametrize("name", ORDER)
+def test_every_package_is_installed():
+    """Packages are listed in pyproject.toml, where a new one is easily forgotten."""
+    content = (ROOT / "pyproject.toml").read_text()
+    listed = ast.literal_eval(re.search(r"^packages = (\[[^]]*\])", content, re.MULTILINE)[1])
+    assert sorted(listed) == sorted(["c3a_triton", *(f"c3a_triton.{name}" for name in [*PACKAGES, "kernels"])])
+
+
+@pytest.mark.parametrize("path", PACKAGE_FILES, ids=lambda path: f"{path.parent.name}.{path.stem}")
+def test_files_of_packages_import_only_from_those_before(path):
+    package = path.parent.name
+    allowed = set(ORDER[: ORDER.index(package) + 1])
+    assert ours(imports(path, f"c3a_triton.{package}")) <= allowed
+
+
+@pytest.mark.parametrize("name", [name for name in ORDER if name not in PACKAGES])
 def test_files_import_only_from_those_before(name):
     allowed = set(ORDER[: ORDER.index(name)]) | ({"kernels"} if name == "launch" else set())
     assert ours(imports(ROOT / "c3a_triton" / f"{name}.py", "c3a_triton")) <= allowed
+
+
+def test_every_file_of_the_tuner_has_its_place():
+    assert {path.stem for path in (ROOT / "c3a_triton" / "tuning").glob("*.py")} == {*TUNING, "__init__"}
+
+
+@pytest.mark.parametrize("name", TUNING)
+def test_files_of_the_tuner_import_only_from_those_before(name):
+    names = imports(ROOT / "c3a_triton" / "tuning" / f"{name}.py", "c3a_triton.tuning")
+    own = {other.split(".")[2] for other in names if other.startswith("c3a_triton.tuning.")} & set(TUNING)
+    assert own <= set(TUNING[: TUNING.index(name)])
+
+
+def test_what_the_tuner_needs_is_imported_when_it_is_needed():
+    heavy = ("triton", "transformers", "peft", "scipy", "matplotlib", "rich")
+    code = f"""
+import sys, torch
+before = set(sys.modules)
+import c3a_triton.tuning.commands
+print([name for name in {heavy!r} if name in set(sys.modules) - before])
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    assert result.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("name", sorted(CORE))

@@ -28,23 +28,18 @@ def _load_bench() -> ModuleType:
 
 _load_bench()
 from bench import (  # noqa: E402
-    cases,
-    gate,
     gpu,
-    layer,
     memory,
     merge,
     model,
-    models,
     op,
     overhead,
-    peers,
     plots,
     readme,
     report,
     runs,
-    timing,
 )
+from c3a_triton.benchmark import cases, gate, layer, models, peers, timing  # noqa: E402
 
 CPU = torch.device("cpu")
 CASE = cases.LayerCase(5, 12, 20, 4, "float32")
@@ -626,7 +621,7 @@ def test_job_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_copies_of_a_model_share_its_tensors_and_nothing_else() -> None:
     pytest.importorskip("transformers")
-    base = models.llama(_setting())
+    base = models.llama(CPU, tiny=True)
     names = [name for name, _ in base.named_modules()]
     adapted = models.adapted("ours:torch", base, cases.MODELS_TINY[0])
     assert [name for name, _ in base.named_modules()] == names
@@ -639,7 +634,7 @@ def test_copies_of_a_model_share_its_tensors_and_nothing_else() -> None:
 @needs_peft
 def test_models_gate_compares_adapted_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
-    base, case = models.llama(_setting()), cases.MODELS_TINY[1]
+    base, case = models.llama(CPU, tiny=True), cases.MODELS_TINY[1]
     built = {method: models.adapted(method, base, case) for method in ("base", "peft_c3a", "ours:torch")}
     ids = torch.arange(5)[None]
     models.check(built, ids)
@@ -818,7 +813,7 @@ def test_transformers_imports_from_the_root() -> None:
         """
         import bench, sys
         from transformers import LlamaForCausalLM
-        from bench import peers
+        from c3a_triton.benchmark import peers
         kernels = sys.modules.get("kernels")
         assert kernels is None or bench.ROOT not in __import__("pathlib").Path(kernels.__file__).parents
         print(peers.why_no_peft())

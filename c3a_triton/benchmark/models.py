@@ -1,36 +1,44 @@
-"""Llama-shaped models with random weights, adapted in each method's way over the same frozen weights."""
+"""Models with random weights, adapted in each method's way over the same frozen weights."""
 
 import copy
 import importlib
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import c3a_triton
+from c3a_triton.api import apply
+from c3a_triton.config import C3AConfig
 
-from . import cases, gate, peers, runs
+from . import cases, gate, peers
 
-__all__ = ["METHODS", "adapted", "check", "llama", "shared_copy"]
+__all__ = ["METHODS", "adapted", "check", "llama", "random_model", "shared_copy", "training_step"]
 
 METHODS = ("base", "peft_lora", "peft_c3a", "ours:auto", "ours:fold")
 # Of the hidden state after one decoder layer: some ten roundings, not three as in one linear layer.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
-def llama(setting: runs.Setting) -> Any:
-    """A frozen model with random weights; bfloat16, or float32 where it is tiny."""
+def llama(device: torch.device, *, tiny: bool = False, n_layers: int | None = None) -> Any:
+    """A frozen Llama-3.2-3B-shaped model in bfloat16, or a tiny one in float32; with fewer layers where asked for."""
     transformers = importlib.import_module("transformers")
-    shape = dict(cases.LLAMA_TINY if setting.tiny else cases.LLAMA_3B)
-    if setting.n_layers is not None:
-        shape["num_hidden_layers"] = setting.n_layers
+    shape = dict(cases.LLAMA_TINY if tiny else cases.LLAMA_3B)
+    if n_layers is not None:
+        shape["num_hidden_layers"] = n_layers
+    config = transformers.LlamaConfig(**shape, max_position_embeddings=4096)
+    return random_model(transformers.LlamaForCausalLM, config, device, torch.float32 if tiny else torch.bfloat16)
+
+
+def random_model(cls: Callable[[Any], nn.Module], config: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A frozen model of a transformers class with random weights."""
     torch.manual_seed(0)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32 if setting.tiny else torch.bfloat16)
+    torch.set_default_dtype(dtype)
     try:
-        with setting.device:
-            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, max_position_embeddings=4096))
+        with device:
+            model = cls(config)
     finally:
         torch.set_default_dtype(before)
     return model.requires_grad_(False).train()
@@ -51,8 +59,8 @@ def adapted(method: str, model: Any, case: cases.ModelCase) -> Any:
         model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
         return model
     if method.startswith("ours:"):
-        config = c3a_triton.C3AConfig(block_size=case.b, target_modules=targets)
-        model = c3a_triton.apply(model, config, backend=method.removeprefix("ours:"))
+        config = C3AConfig(block_size=case.b, target_modules=targets)
+        model = apply(model, config, backend=method.removeprefix("ours:"))
     else:
         peft = importlib.import_module("peft")
         rank = cases.MODEL_LORA_RANK
@@ -65,6 +73,20 @@ def adapted(method: str, model: Any, case: cases.ModelCase) -> Any:
     if peers.is_c3a(method):
         _fill(model)
     return model
+
+
+def training_step(model: Any, ids: Tensor) -> Callable[[], None]:
+    """A step on the adapter's parameters; its learning rate is zero, so that every step computes the same."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.0) if trained else None
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
 
 
 def _fill(model: nn.Module) -> None:

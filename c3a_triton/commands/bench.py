@@ -1,0 +1,181 @@
+"""`c3a-triton bench`: one layer or one model against PEFT on this machine."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from c3a_triton import dispatch
+from c3a_triton.benchmark import cases, gate, layer, models, peers, timing
+from c3a_triton.config import C3AConfig, check_block_size
+from c3a_triton.errors import C3AError, ConfigError
+from c3a_triton.machine import cpu_name
+from c3a_triton.report import format_bytes, format_seconds, format_table
+from c3a_triton.structure import load_structure, transformers_package
+from c3a_triton.targets import find_targets
+
+from .options import DTYPES, add_command, add_target_options, device_option, module_choice, positive_int, print_json
+
+__all__ = ["add"]
+
+_EXAMPLES = """\
+  c3a-triton bench --in 4096 --out 4096 --block-size 128 --tokens 1024
+  c3a-triton bench --in 3072 --out 1024 --block-size 64 --tokens 8192 --dtype bfloat16 --backends auto direct fft
+  c3a-triton bench path/to/model --block-size 64 --tokens 212 --batch 4 --target-modules q_proj v_proj
+  c3a-triton bench path/to/model/config.json --block-size 64 --tokens 64 --layers 2 --device cpu --json"""
+_LABELS = {"base": "frozen base", "peft_lora": "PEFT LoRA", "peft_c3a": "PEFT C3A", "dense": "dense ΔW"}
+
+
+def add(subparsers: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        subparsers,
+        "bench",
+        "measure one layer or one model against PEFT on this machine",
+        "Measure one adapted layer (--in, --out), or a training step of a model with random weights (MODEL, of which\n"
+        "only the configuration is read), against PEFT's C3A and LoRA and the frozen base. Results are held against\n"
+        "the dense definition first. Medians; CPU: wall time, in turn; GPU: a layer by events with a cold cache.",
+        _EXAMPLES,
+    )
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="a transformers folder, name or config.json")
+    parser.add_argument("--in", dest="in_features", type=positive_int, metavar="N", help="one layer's input width")
+    parser.add_argument("--out", dest="out_features", type=positive_int, metavar="N", help="its output width")
+    parser.add_argument("--block-size", type=positive_int, required=True, metavar="B", help="size of circulant blocks")
+    parser.add_argument("--tokens", type=positive_int, required=True, metavar="T", help="tokens (of a sequence)")
+    parser.add_argument("--batch", type=positive_int, default=1, metavar="N", help="a model's sequences (default: 1)")
+    parser.add_argument("--layers", type=positive_int, metavar="N", help="measure a model of only so many layers")
+    add_target_options(parser)
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--device", help="cpu or cuda (default: the GPU where there is one)")
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        choices=dispatch.BACKENDS,
+        metavar="NAME",
+        help="ours to measure (default: auto, and of a layer on a GPU every other one that runs)",
+    )
+    parser.add_argument("--seconds", type=_seconds, default=4.0, help="time to measure for (default: %(default)s)")
+    parser.set_defaults(run=lambda args: _run(parser, args))
+
+
+def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    has_layer = args.in_features is not None and args.out_features is not None
+    if has_layer == (args.model is not None) or (args.in_features is None) != (args.out_features is None):
+        parser.error("give either MODEL, or --in and --out for one layer")
+    for name in ("target_modules", "exclude_modules", "layers"):
+        if has_layer and getattr(args, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} is for a MODEL")
+    device = device_option(args.device)
+    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    missing = peers.why_no_peft()
+    try:
+        document = (_layer if has_layer else _model)(args, device, dtype, missing is None)
+    except gate.GateError as error:
+        raise C3AError(f"nothing was measured, because a result is wrong: {error}") from error
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    document = {"device": str(device), "device_name": name, "dtype": dtype, "peft_missing": missing} | document
+    if args.json:
+        print_json(document)
+    else:
+        print(_text(document))
+    return 0
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no time to measure for")
+    return value
+
+
+def _layer(args: argparse.Namespace, device: torch.device, dtype: str, with_peft: bool) -> dict[str, Any]:
+    case = cases.LayerCase(args.tokens, args.in_features, args.out_features, args.block_size, dtype)
+    check_block_size(case.b, case.in_features, case.out_features, case.label)
+    backends = args.backends or ["auto"]
+    if args.backends is None and device.type == "cuda":
+        others = ("direct", "fft", "expand", "torch", "fold")
+        backends += [name for name in others if dispatch.why_not(name, device, getattr(torch, dtype)) is None]
+    times: dict[str, dict[str, Any]] = {}
+    works = {}
+    for method in peers.methods(tuple(backends), with_peft=with_peft):
+        work = layer.Workload.of(case, method, device)
+        work.check()
+        if device.type == "cuda":
+            timer = timing.CudaTimer(device)
+            times[method] = {mode: asdict(timer.measure(work.calls()[mode])) for mode in ("forward", "both")}
+        else:
+            works[method] = work
+    for mode in ("forward", "both") if works else ():
+        calls = {method: work.calls()[mode] for method, work in works.items()}
+        for method, found in _in_turn(calls, device, args.seconds / 2).items():
+            times.setdefault(method, {})[mode] = asdict(found)
+    return {"case": asdict(case), "times": times}
+
+
+def _in_turn(calls: dict[str, Callable[[], object]], device: torch.device, seconds: float) -> dict[str, timing.Timing]:
+    return timing.in_turn(
+        {method: (lambda: None, lambda _, call=call: call()) for method, call in calls.items()},  # type: ignore[misc]
+        device,
+        seconds=seconds,
+    )
+
+
+def _model(args: argparse.Namespace, device: torch.device, dtype: str, with_peft: bool) -> dict[str, Any]:
+    structure: Any = load_structure(args.model)
+    if not isinstance(structure, transformers_package().GenerationMixin) or structure.config.is_encoder_decoder:
+        raise ConfigError(f"{args.model} is a {type(structure).__name__}: only causal language models are measured")
+    if args.layers is not None:
+        structure.config.get_text_config().num_hidden_layers = args.layers
+        with torch.device("meta"):
+            structure = type(structure)(structure.config)
+    config = C3AConfig(
+        block_size=args.block_size,
+        target_modules=module_choice(args.target_modules),
+        exclude_modules=module_choice(args.exclude_modules),
+    )
+    targets = tuple(target.name for target in find_targets(structure, config))
+    case = cases.ModelCase(f"{len(targets)} layers", args.tokens, targets, args.batch, args.block_size)
+    model = models.random_model(type(structure), structure.config, device, getattr(torch, dtype))
+    peft_methods = ("peft_lora", "peft_c3a") if with_peft else ()
+    methods = ("base", *peft_methods, *(f"ours:{backend}" for backend in args.backends or ["auto"]))
+    adapted = {method: models.adapted(method, model, case) for method in methods}
+    ids = torch.randint(model.config.get_text_config().vocab_size, (args.batch, args.tokens), device=device)
+    steps: dict[str, Callable[[], object]] = {method: models.training_step(adapted[method], ids) for method in methods}
+    times = _in_turn(steps, device, args.seconds)
+    case = replace(case, targets=())  # each by its full name: too many to tell
+    return {
+        "model": args.model,
+        "class": type(structure).__name__,
+        "case": asdict(case),
+        "times": {method: {"step": asdict(found)} for method, found in times.items()},
+    }
+
+
+def _text(document: dict[str, Any]) -> str:
+    case = document["case"]
+    if "model" in document:
+        what = f"training step of {document['class']}, {case['name']} adapted, b = {case['b']}, {case['batch']} × "
+    else:
+        what = f"layer {case['in_features']} → {case['out_features']}, b = {case['b']}, "
+    times = document["times"]
+    modes = {"forward": "forward", "both": "forward + backward", "step": "step"}
+    modes = {mode: label for mode, label in modes.items() if mode in times["base"]}
+    header = ["", *(column for label in modes.values() for column in (label, "× base")), "peak memory"]
+    rows = [header]
+    for method, found in times.items():
+        row = [_LABELS.get(method, method.replace("ours:", "c3a_triton, "))]
+        for mode in modes:
+            seconds = found[mode]["median"]
+            row += [format_seconds(seconds), f"{seconds / times['base'][mode]['median']:.2f}"]
+        peak = found[list(modes)[-1]]["peak_bytes"]
+        rows.append([*row, "" if peak is None else format_bytes(peak)])
+    lines = [
+        f"{document['device_name']} ({document['device']}), {document['dtype']}: {what}{case['n_tokens']} tokens",
+        "",
+        format_table(rows, set(range(1, len(header)))),
+    ]
+    if document["peft_missing"]:
+        lines += ["", f"{document['peft_missing']}. To compare: pip install peft"]
+    return "\n".join(lines)

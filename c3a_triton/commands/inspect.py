@@ -1,0 +1,214 @@
+"""`c3a-triton inspect`: what can be adapted in a model, at what cost; or what an adapter is."""
+
+import argparse
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from c3a_triton.checkpoint import KERNEL_SUFFIX, WEIGHTS_NAME, AdapterFile, config_state, read_adapter
+from c3a_triton.config import CONFIG_NAME, C3AConfig, valid_block_sizes
+from c3a_triton.linear_like import linear_widths
+from c3a_triton.report import format_bytes, format_table
+from c3a_triton.structure import load_structure
+from c3a_triton.targets import chosen_by_file, find_targets
+
+from .options import add_command, add_target_options, module_choice, print_json
+
+__all__ = ["add"]
+
+_EXAMPLES = """\
+  c3a-triton inspect path/to/model
+  c3a-triton inspect path/to/model/config.json --target-modules q_proj v_proj
+  c3a-triton inspect path/to/model --target-modules '.*mlp.*' --exclude-modules down_proj
+  c3a-triton inspect path/to/adapter --json"""
+
+
+def add(subparsers: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        subparsers,
+        "inspect",
+        "show a model's layers and their block sizes, or what an adapter holds",
+        "Show which layers of a model can be adapted, their block sizes, and the parameters of each; or an adapter's\n"
+        "layers, block sizes and parameters. Of a model only the configuration is read, no weights.",
+        _EXAMPLES,
+    )
+    parser.add_argument(
+        "path", metavar="MODEL", help="a transformers folder or name, a config.json, or an adapter's folder"
+    )
+    add_target_options(parser)
+    parser.set_defaults(run=lambda args: _run(parser, args))
+
+
+def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    if (Path(args.path) / CONFIG_NAME).exists():
+        if args.target_modules or args.exclude_modules:
+            parser.error(f"{args.path} is an adapter, whose layers are fixed: leave --target-modules out")
+        document = _adapter_document(read_adapter(args.path))
+        text = _adapter_text
+    else:
+        targets, excluded = module_choice(args.target_modules), module_choice(args.exclude_modules)
+        document = _model_document(args.path, targets or "all-linear", excluded)
+        text = _model_text
+    if args.json:
+        print_json(document)
+    else:
+        print(text(document))
+    return 0
+
+
+# Groups of layers that are alike
+
+
+@dataclass(frozen=True)
+class _Layer:
+    name: str
+    in_features: int
+    out_features: int
+    block_size: int = 0
+    chosen_by: str = ""
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What layers of one group share: the name up to numbers, and everything else."""
+        pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", self.name)
+        return pattern, self.in_features, self.out_features, self.block_size, self.chosen_by
+
+
+def _grouped(layers: Iterable[_Layer]) -> list[tuple[str, list[_Layer]]]:
+    groups: dict[tuple[object, ...], list[_Layer]] = {}
+    for layer in layers:
+        groups.setdefault(layer.kind, []).append(layer)
+    return [(str(kind[0]), members) for kind, members in groups.items()]
+
+
+# A model
+
+
+def _model_document(path: str, targets: list[str] | str, excluded: list[str] | str | None) -> dict[str, Any]:
+    model = load_structure(path)
+    # Every layer takes b = 1, so that no layer is refused for its size.
+    config = C3AConfig(block_size=1, target_modules=targets, exclude_modules=excluded)
+    layers = []
+    for target in find_targets(model, config):
+        widths = linear_widths(target.module)
+        assert widths is not None, "a target without widths"
+        layers.append(_Layer(target.name, *widths))
+    groups = [
+        {
+            "name": name,
+            "layers": len(members),
+            "in_features": members[0].in_features,
+            "out_features": members[0].out_features,
+            "valid_block_sizes": valid_block_sizes(members[0].in_features, members[0].out_features),
+        }
+        for name, members in _grouped(layers)
+    ]
+    return {
+        "model": path,
+        "class": type(model).__name__,
+        "model_type": getattr(model.config, "model_type", None),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "target_modules": targets,
+        "exclude_modules": excluded,
+        "layers": len(layers),
+        "groups": groups,
+        "block_sizes": _block_sizes(groups),
+    }
+
+
+def _block_sizes(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each block size that any layer takes: the layers that take it, and what they cost."""
+    rows = []
+    for b in sorted({b for group in groups for b in group["valid_block_sizes"]}):
+        fitting = [group for group in groups if b in group["valid_block_sizes"]]
+        parameters = sum(g["layers"] * g["in_features"] * g["out_features"] // b for g in fitting)
+        per_rank = sum(g["layers"] * (g["in_features"] + g["out_features"]) for g in fitting)
+        rows.append(
+            {
+                "block_size": b,
+                "layers": sum(group["layers"] for group in fitting),
+                "parameters": parameters,
+                "lora_rank": parameters / per_rank,
+                "adapter_bytes": 4 * parameters,
+            }
+        )
+    return rows
+
+
+def _model_text(document: dict[str, Any]) -> str:
+    groups: list[tuple[str, ...]] = [("layers", "count", "in", "out", "valid block sizes")]
+    for group in document["groups"]:
+        sizes = ", ".join(map(str, group["valid_block_sizes"]))
+        widths = (str(group["in_features"]), str(group["out_features"]))
+        groups.append((group["name"], str(group["layers"]), *widths, sizes))
+    sizes_table: list[tuple[str, ...]] = [("b", "layers", "parameters", "of the model", "as LoRA of rank", "file")]
+    for row in document["block_sizes"]:
+        share = f"{100 * row['parameters'] / document['parameters']:.3g} %"
+        counts = (str(row["block_size"]), f"{row['layers']} of {document['layers']}", f"{row['parameters']:,}")
+        sizes_table.append((*counts, share, f"{row['lora_rank']:.3g}", format_bytes(row["adapter_bytes"])))
+    return "\n".join(
+        [
+            f"{document['class']}, {document['parameters']:,} parameters; "
+            f"target_modules={document['target_modules']!r}",
+            "",
+            format_table(groups, {1, 2, 3}),
+            "",
+            "With one block size for every layer that takes it:",
+            "",
+            format_table(sizes_table, {0, 2, 3, 4, 5}),
+        ]
+    )
+
+
+# An adapter
+
+
+def _adapter_document(file: AdapterFile) -> dict[str, Any]:
+    layers = [_file_layer(file, name, b) for name, b in file.block_sizes.items()]
+    kernels = sum(layer.in_features * layer.out_features // layer.block_size for layer in layers)
+    return {
+        "adapter": str(file.path),
+        "base_model": file.config.base_model_name_or_path,
+        "layers": len(layers),
+        "parameters": kernels,
+        "other_parameters": sum(tensor.numel() for tensor in file.tensors.values()) - kernels,
+        "weights_bytes": (file.path / WEIGHTS_NAME).stat().st_size,
+        "config_state": config_state(file.path),
+        "config": file.config.to_dict(),
+        "groups": [
+            {
+                "name": name,
+                "layers": len(members),
+                "in_features": members[0].in_features,
+                "out_features": members[0].out_features,
+                "block_size": members[0].block_size,
+                "chosen_by": members[0].chosen_by,
+                "parameters": len(members) * members[0].in_features * members[0].out_features // members[0].block_size,
+            }
+            for name, members in _grouped(layers)
+        ],
+    }
+
+
+def _file_layer(file: AdapterFile, name: str, b: int) -> _Layer:
+    out_blocks, in_blocks, _ = file.tensors[name + KERNEL_SUFFIX].shape
+    return _Layer(name, in_blocks * b, out_blocks * b, b, chosen_by_file(file, name))
+
+
+def _adapter_text(document: dict[str, Any]) -> str:
+    rows: list[tuple[str, ...]] = [("layers", "count", "in", "out", "b", "chosen by", "parameters")]
+    for group in document["groups"]:
+        numbers = (str(group[key]) for key in ("layers", "in_features", "out_features", "block_size"))
+        rows.append((group["name"], *numbers, group["chosen_by"], f"{group['parameters']:,}"))
+    lines = [
+        f"C3A adapter for {document['base_model'] or 'a model that it does not name'}",
+        f"{document['layers']} layers, {document['parameters']:,} parameters; "
+        f"{WEIGHTS_NAME} {format_bytes(document['weights_bytes'])}",
+        f"{CONFIG_NAME}: {document['config_state']}",
+    ]
+    if document["other_parameters"]:
+        lines.append(f"{document['other_parameters']:,} further values (biases, modules_to_save)")
+    return "\n".join([*lines, "", format_table(rows, {1, 2, 3, 4, 6})])

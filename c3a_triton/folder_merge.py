@@ -1,0 +1,504 @@
+"""An adapter merged into a model's folder, tensor by tensor, so that the model need not fit into memory.
+
+Shards are copied, and the tensors that the adapter changes are rewritten in the copies, at their places in the file: a
+tensor keeps its name, dtype and shape. Everything happens in a temporary folder beside the output, which gets its name
+when it is complete.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .checkpoint import KERNEL_SUFFIX, AdapterFile, read_adapter
+from .config import CONFIG_NAME, temporary_path
+from .errors import AdapterStateError, CheckpointError, ConfigError
+from .linear_like import is_transposed
+from .ops import add_circulant_
+from .report import format_bytes
+from .structure import MODEL_CONFIG_NAME, load_structure
+from .targets import check_file_values, find_file_targets, find_modules_to_save, warn_tied
+
+__all__ = ["MergedFolder", "merge_folder"]
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+# Where a merged folder needs tensors that the model's files have no place for, and what its one file is called then.
+ADDED_NAME = "model-added.safetensors"
+ONE_SHARD_NAME = "model-00001-of-00001.safetensors"
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Weights in other formats would still be those without the adapter.
+_WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".npz")
+_COPIED_FOLDERS = ("additional_chat_templates",)
+# A temporary folder in which nothing was written for so long was left by a merge that was killed.
+_ABANDONED_AFTER_S = 3600.0
+
+Change = Callable[[Tensor], None]
+
+
+@dataclass(frozen=True)
+class MergedFolder:
+    """What was written: the folder, its bytes of weights, the layers merged, the names of all changed tensors."""
+
+    path: Path
+    weights_bytes: int
+    layers: int
+    changed: tuple[str, ...]
+    added: tuple[str, ...]
+    untied: bool
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor lies in its file."""
+
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A model folder's weights: the files, the tensors in them, and the index of sharded ones."""
+
+    folder: Path
+    shards: tuple[str, ...]
+    tensors: dict[str, _Stored]
+    index: dict[str, Any] | None
+
+    @property
+    def weights_bytes(self) -> int:
+        """The size of all shards."""
+        return sum((self.folder / shard).stat().st_size for shard in self.shards)
+
+
+@dataclass
+class _Plan:
+    """What becomes of a checkpoint's tensors."""
+
+    layers: int = 0
+    changes: dict[str, Change] = field(default_factory=dict)  # key → what is done to its tensor, in place
+    # name of a new tensor → (shape, the key whose tensor it starts as, or None, what is done to it)
+    added: dict[str, tuple[tuple[int, ...], str | None, Change | None]] = field(default_factory=dict)
+    untied: bool = False
+
+
+def merge_folder(
+    model: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    device: torch.device | str = "cpu",
+    verify: Callable[[Path], None] | None = None,
+    progress: Callable[[str], None] = lambda message: None,
+) -> MergedFolder:
+    """Merge an adapter into a model's folder of safetensors, as `merge_and_unload` would merge it in memory.
+
+    Memory is needed for the adapter and for the largest tensor that it changes. The new folder has the model's files
+    under their names: weights, index, configuration, tokenizer. It appears when it is complete, under its name; a
+    process that is killed leaves the former folder, or none.
+
+    Args:
+        model: a transformers folder with weights in safetensors.
+        adapter: an adapter's folder, saved by this library or by PEFT.
+        output: the folder to write.
+        force: replace `output` where it is the folder of a model.
+        device: where the sums are computed.
+        verify: called with the complete folder before it gets its name; what it raises undoes the merge.
+        progress: told what is being done.
+
+    Raises:
+        CheckpointError: a folder or file that is missing, damaged or does not fit the others; an output that is there
+            already; too little disk space.
+        ConfigError: a configuration that cannot be used, or a quantized model.
+        AdapterStateError: a merged weight would not be finite.
+    """
+    model, adapter, output = Path(model).resolve(), Path(adapter).resolve(), Path(output).resolve()
+    _check_output(output, (model, adapter), force)
+    structure = load_structure(model)
+    _refuse_quantized(model)
+    checkpoint = _read_checkpoint(model)
+    plan = _plan(structure, read_adapter(adapter), checkpoint)
+    device = torch.device(device)
+
+    temporary = temporary_path(output)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {output}: {error}") from error
+    try:
+        _remove_abandoned(output)
+        _check_space(checkpoint, output.parent)
+        _copy_other_files(model, temporary, plan)
+        for number, shard in enumerate(checkpoint.shards, start=1):
+            progress(f"{shard} ({number} of {len(checkpoint.shards)})")
+            _write_shard(checkpoint, shard, plan, temporary, device)
+        _write_added(checkpoint, plan, temporary)
+        if verify is not None:
+            verify(temporary)
+        _flush(temporary)
+        _put_in_place(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    changed, added = tuple(plan.changes), tuple(plan.added)
+    return MergedFolder(output, checkpoint.weights_bytes, plan.layers, changed, added, plan.untied)
+
+
+# Checks
+
+
+def _check_output(output: Path, sources: tuple[Path, ...], force: bool) -> None:
+    for source in sources:
+        if output == source or output in source.parents:
+            raise CheckpointError(f"the output {output} is, or holds, {source}, which is read: choose another folder")
+    if output.exists() and not output.is_dir():
+        raise CheckpointError(f"the output {output} is a file: choose another name")
+    if not output.exists() or not any(output.iterdir()):
+        return
+    if not force:
+        raise CheckpointError(f"the output {output} is not empty: choose another folder, or --force to replace it")
+    if not (output / MODEL_CONFIG_NAME).exists():
+        raise CheckpointError(
+            f"the output {output} is not empty and no model's folder (it has no {MODEL_CONFIG_NAME}): it is not "
+            "replaced, --force or not. Choose another folder"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, found {type(values).__name__}")
+    return values
+
+
+def _refuse_quantized(model: Path) -> None:
+    values = _read_json(model / MODEL_CONFIG_NAME)
+    quantization = values.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise ConfigError(
+            f"{model} is quantized ({method}), and what is merged into quantized weights is lost in their rounding: "
+            "merge into the original model in 16 or 32 bits and quantize the result, or keep the adapter unmerged"
+        )
+
+
+def _check_space(checkpoint: _Checkpoint, folder: Path) -> None:
+    needed, free = checkpoint.weights_bytes, shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(
+            f"{folder} has {format_bytes(free)} of free space; the merged weights need {format_bytes(needed)}"
+        )
+
+
+# Reading a checkpoint
+
+
+def _read_checkpoint(folder: Path) -> _Checkpoint:
+    # The one file goes before an index, as in transformers.
+    if (folder / SINGLE_NAME).exists():
+        return _Checkpoint(folder, (SINGLE_NAME,), _read_header(folder / SINGLE_NAME), None)
+    if not (folder / INDEX_NAME).exists():
+        pickled = sorted(path.name for path in folder.glob("*.bin"))
+        remedy = "load the model with transformers and save it with save_pretrained, which writes safetensors"
+        if pickled:
+            raise CheckpointError(
+                f"{folder} has its weights only as {pickled[0]}, a pickle, which can run any code when it is read. If "
+                f"you trust it, {remedy}"
+            )
+        raise CheckpointError(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}: {remedy}")
+    index = _read_json(folder / INDEX_NAME)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{folder / INDEX_NAME} has no weight_map of keys and file names")
+    shards = tuple(dict.fromkeys(weight_map.values()))
+    tensors: dict[str, _Stored] = {}
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{folder / INDEX_NAME} names {shard!r}, which is not a file of this folder")
+        tensors |= _read_header(folder / shard)
+    if wrong := [key for key, shard in weight_map.items() if key not in tensors or tensors[key].shard != shard]:
+        raise CheckpointError(f"{folder / INDEX_NAME}: {wrong[0]} is not in {weight_map[wrong[0]]}")
+    return _Checkpoint(folder, shards, tensors, index)
+
+
+def _read_header(path: Path) -> dict[str, _Stored]:
+    """The tensors of a file. The library checks the file, but does not tell where in it a tensor lies."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(length))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path}, it may be damaged or incomplete: {error}") from error
+    entries.pop("__metadata__", None)
+    start = 8 + length
+    return {
+        key: _Stored(path.name, entry["dtype"], tuple(entry["shape"]), *(start + at for at in entry["data_offsets"]))
+        for key, entry in entries.items()
+    }
+
+
+def _read_tensor(file: Any, stored: _Stored) -> tuple[Tensor, bytearray]:
+    """A tensor, and the bytes that it is a view of."""
+    buffer = bytearray(stored.end - stored.start)
+    file.seek(stored.start)
+    if file.readinto(buffer) != len(buffer):
+        raise CheckpointError(f"{file.name} has become shorter while it was read")
+    return torch.frombuffer(buffer, dtype=_DTYPES[stored.dtype]).view(stored.shape), buffer
+
+
+# What is to be done
+
+
+def _plan(structure: nn.Module, adapter: AdapterFile, checkpoint: _Checkpoint) -> _Plan:
+    targets = find_file_targets(structure, adapter)
+    saved_modules = find_modules_to_save(structure, adapter.config)
+    replaced = check_file_values(structure, adapter, saved_modules, on_meta=True)
+    warn_tied(structure, [target.name for target in targets], "merging changes both")
+
+    tensors = structure.state_dict(keep_vars=True)
+    names: dict[int, list[str]] = {}  # tied ones share an object
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), []).append(name)
+    changes: dict[int, list[Change]] = {}
+    for target in targets:
+        kernel = adapter.tensors[target.name + KERNEL_SUFFIX].to(torch.float32)
+        change = partial(_add, kernel=kernel, transposed=is_transposed(target.module), name=target.name)
+        changes.setdefault(id(tensors[f"{target.name}.weight"]), []).append(change)
+    for parameter, value in replaced:
+        changes.setdefault(id(parameter), []).append(partial(_replace, value=value))
+    saved = {
+        f"{name}.{key}": adapter.tensors[f"{name}.{key}"]
+        for name, module in saved_modules
+        for key in module.state_dict()
+    }
+
+    plan = _Plan(len(targets))
+    keys = _keys_by_name(structure, checkpoint, tensors)
+    for object_id, group in names.items():
+        if object_id in changes or any(name in saved for name in group):
+            _plan_group(
+                plan, group, tuple(tensors[group[0]].shape), changes.get(object_id, []), saved, keys, checkpoint
+            )
+    return plan
+
+
+def _plan_group(
+    plan: _Plan,
+    group: list[str],
+    shape: tuple[int, ...],
+    changes: list[Change],
+    saved: Mapping[str, Tensor],
+    keys: Mapping[str, str],
+    checkpoint: _Checkpoint,
+) -> None:
+    """Plan one tensor of the model, which has several names where it is tied."""
+    present = [keys[name] for name in group if name in keys]
+    if not present and changes:
+        raise CheckpointError(
+            f"{checkpoint.folder} has no tensor of its own for {group[0]} (transformers may build it from others): "
+            "merge this model in memory, with model.c3a.merge_and_unload()"
+        )
+    for key in present:
+        _check_stored(key, checkpoint, shape)
+    if any(not _equal(checkpoint, present[0], key) for key in present[1:]):
+        raise CheckpointError(
+            f"{checkpoint.folder} ties {' and '.join(group)} by its configuration, but stores different values for "
+            f'them: set "tie_word_embeddings": false in its {MODEL_CONFIG_NAME}, which is how transformers loads it'
+        )
+    # A module that is trained whole is a copy of its own: what it was tied to goes on with the former values.
+    split = any(name in saved for name in group)
+    plan.untied |= split and len(group) > 1
+    for name in group:
+        own: list[Change] = [partial(_replace, value=saved[name])] if name in saved else changes
+        if name in keys and own:
+            plan.changes[keys[name]] = partial(_in_order, changes=own)
+        elif name not in keys and split:
+            source = None if name in saved else present[0]
+            plan.added[name] = (shape, source, partial(_in_order, changes=own))
+
+
+def _check_stored(key: str, checkpoint: _Checkpoint, shape: tuple[int, ...]) -> None:
+    stored = checkpoint.tensors[key]
+    if stored.shape != shape:
+        raise CheckpointError(
+            f"{checkpoint.folder / stored.shard}: {key} has shape {list(stored.shape)}, the model's configuration says "
+            f"{list(shape)}"
+        )
+    if stored.dtype not in _DTYPES:
+        raise CheckpointError(
+            f"{checkpoint.folder / stored.shard}: {key} is stored as {stored.dtype}, into which nothing can be merged: "
+            "take the model in 16 or 32 bits"
+        )
+
+
+def _equal(checkpoint: _Checkpoint, first: str, second: str) -> bool:
+    one, other = checkpoint.tensors[first], checkpoint.tensors[second]
+    with (checkpoint.folder / one.shard).open("rb") as file, (checkpoint.folder / other.shard).open("rb") as other_file:
+        return one.dtype == other.dtype and _read_tensor(file, one)[1] == _read_tensor(other_file, other)[1]
+
+
+def _keys_by_name(structure: Any, checkpoint: _Checkpoint, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The model's names → keys of its checkpoint, as transformers relates them: renamed, with or without the prefix.
+
+    Tensors that transformers computes from several of the checkpoint have no key.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    transforms = get_model_conversion_mapping(structure)
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    renamings = [transform for transform in transforms if not isinstance(transform, WeightConverter)]
+    prefix = f"{structure.base_model_prefix}."
+    keys = {}
+    for key in checkpoint.tensors:
+        name, converted = rename_source_key(key, renamings, converters)
+        if converted is not None:
+            continue
+        candidates = (name.removeprefix(prefix), prefix + name, name)
+        found = next((candidate for candidate in candidates if candidate in tensors), None)
+        if found is not None:
+            keys[found] = key
+    return keys
+
+
+# What is done to a tensor, in place
+
+
+def _add(weight: Tensor, *, kernel: Tensor, transposed: bool, name: str) -> None:
+    add_circulant_(weight.t() if transposed else weight, [kernel.to(weight.device)])
+    if not torch.isfinite(weight).all():
+        raise AdapterStateError(f"{name}: merging gives a weight that is not finite; nothing was written")
+
+
+def _replace(tensor: Tensor, *, value: Tensor) -> None:
+    tensor.copy_(value)
+
+
+def _in_order(tensor: Tensor, *, changes: list[Change]) -> None:
+    for change in changes:
+        change(tensor)
+
+
+# Writing
+
+
+def _shard_name(shard: str, plan: _Plan) -> str:
+    # transformers reads a file of the usual name alone, and would not look for what was added.
+    return ONE_SHARD_NAME if shard == SINGLE_NAME and plan.added else shard
+
+
+def _write_shard(checkpoint: _Checkpoint, shard: str, plan: _Plan, folder: Path, device: torch.device) -> None:
+    path = folder / _shard_name(shard, plan)
+    shutil.copyfile(checkpoint.folder / shard, path)
+    with path.open("r+b") as file:
+        for key, stored in checkpoint.tensors.items():
+            if stored.shard == shard and key in plan.changes:
+                tensor, buffer = _read_tensor(file, stored)
+                changed = tensor.to(device)
+                plan.changes[key](changed)
+                if changed is not tensor:
+                    tensor.copy_(changed)
+                file.seek(stored.start)
+                file.write(buffer)
+
+
+def _write_added(checkpoint: _Checkpoint, plan: _Plan, folder: Path) -> None:
+    """Write tensors that the model's files have no place for, and the index; without any, the index as it was."""
+    if not plan.added:
+        if checkpoint.index is not None:
+            shutil.copyfile(checkpoint.folder / INDEX_NAME, folder / INDEX_NAME)
+        return
+    dtypes = [_DTYPES[stored.dtype] for stored in checkpoint.tensors.values() if stored.dtype in _DTYPES]
+    tensors = {}
+    for name, (shape, source, change) in plan.added.items():
+        if source is None:
+            tensor = torch.empty(shape, dtype=dtypes[0])
+        else:
+            stored = checkpoint.tensors[source]
+            with (checkpoint.folder / stored.shard).open("rb") as file:
+                tensor, _ = _read_tensor(file, stored)
+        if change is not None:
+            change(tensor)
+        tensors[name] = tensor
+    save_file(tensors, folder / ADDED_NAME, metadata={"format": "pt"})
+    index = checkpoint.index or {"metadata": {}, "weight_map": {}}
+    weight_map = {key: _shard_name(stored.shard, plan) for key, stored in checkpoint.tensors.items()}
+    n_bytes = sum(stored.end - stored.start for stored in checkpoint.tensors.values())
+    metadata = {"total_size": n_bytes + sum(tensor.nbytes for tensor in tensors.values())}
+    index = index | {
+        "metadata": index.get("metadata", {}) | metadata,
+        "weight_map": weight_map | dict.fromkeys(tensors, ADDED_NAME),
+    }
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _copy_other_files(model: Path, folder: Path, plan: _Plan) -> None:
+    """Copy configuration, tokenizer and whatever else lies beside the weights."""
+    for path in model.iterdir():
+        if path.name.startswith(".") or path.name in (CONFIG_NAME, INDEX_NAME):
+            continue
+        if path.is_dir() and path.name in _COPIED_FOLDERS:
+            shutil.copytree(path, folder / path.name)
+        elif path.is_file() and not path.name.endswith((*_WEIGHTS_SUFFIXES, ".index.json")):
+            shutil.copyfile(path, folder / path.name)
+    if plan.untied:
+        path = folder / MODEL_CONFIG_NAME
+        values = _read_json(path)
+        values["tie_word_embeddings"] = False
+        for part in values.values():
+            if isinstance(part, dict) and "tie_word_embeddings" in part:
+                part["tie_word_embeddings"] = False
+        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _flush(folder: Path) -> None:
+    """Wait until everything in the folder is on disk: its name is to promise that."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _put_in_place(temporary: Path, output: Path) -> None:
+    if not output.exists() or not any(output.iterdir()):
+        os.rename(temporary, output)  # an empty folder gives way
+        return
+    # Two names cannot be exchanged in one step. A process that is killed between these two leaves the former folder
+    # under a name that nothing here removes.
+    former = output.with_name(f".{output.name}.former")
+    os.rename(output, former)
+    try:
+        os.rename(temporary, output)
+    except OSError:
+        os.rename(former, output)
+        raise
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def _remove_abandoned(output: Path) -> None:
+    """Remove what killed merges into this folder have left; one of a model's size must not fill the disk."""
+    for folder in output.parent.glob(f".{output.name}.*.tmp"):
+        times = [path.stat().st_mtime for path in [folder, *folder.rglob("*")]]
+        if folder.is_dir() and time.time() - max(times) > _ABANDONED_AFTER_S:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,508 @@
+"""The command `c3a-triton`: what it prints, what it returns, and that a user's mistake is a message."""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import tiny_models
+
+import c3a_triton
+from c3a_triton import C3AConfig, cli, folder_merge
+from c3a_triton.benchmark import gate, layer, peers
+from c3a_triton.commands import bench, doctor, merge
+from c3a_triton.commands.options import module_choice
+
+COMMANDS = ("inspect", "merge", "bench", "doctor")
+needs_peft = pytest.mark.skipif(peers.why_no_peft() is not None, reason="needs PEFT")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    """A tiny Llama in shards, and an adapter for it."""
+    folder = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    model = tiny_models.llama()
+    model.save_pretrained(folder / "model", max_shard_size="10KB")
+    config = C3AConfig(block_size=4, target_modules=["q_proj", "down_proj"], block_size_pattern={"down_proj": 24})
+    c3a_triton.apply(model, config).c3a.save_pretrained(folder / "adapter")
+    return folder
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command line here; (exit code, what it printed, what it said on standard error)."""
+
+    def run(*args: object) -> tuple[int, str, str]:
+        code = cli.main([str(arg) for arg in args])
+        captured = capsys.readouterr()
+        assert ("Traceback" in captured.err) == ("Please report it" in captured.err)
+        return code, captured.out, captured.err
+
+    return run
+
+
+def failed(run, *args: object) -> str:
+    code, out, err = run(*args)
+    assert (code, out) == (1, "")
+    return err[err.index("c3a-triton: error: ") :]
+
+
+# The command itself
+
+
+def command(*args: object, **options) -> subprocess.CompletedProcess:
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([*map(str, args)], capture_output=True, text=True, env=env, **options)
+
+
+def test_the_installed_command(folders, tmp_path):
+    script = Path(sysconfig.get_path("scripts")) / "c3a-triton"
+    done = command(script, "inspect", folders / "model", "--target-modules", "q_proj", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["layers"] == 2
+    done = command(script, "inspect", folders / "nowhere", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"c3a-triton: error: there is no folder or file {folders / 'nowhere'}\n"
+
+
+def test_a_reader_that_goes_away(tmp_path):
+    """As `| head -1` does: no traceback, nothing on standard error."""
+    pytest.importorskip("shtab")
+    script = f"{sys.executable} -m c3a_triton completion zsh | head -c 1; echo ${{PIPESTATUS[0]}}"
+    done = command("bash", "-c", script, cwd=tmp_path)
+    assert done.stderr == ""
+    assert done.stdout == "#1\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_examples_and_a_form_for_machines(run, name):
+    code, out, _ = run(name, "--help")
+    assert code == 0
+    assert f"examples:\n  c3a-triton {name}" in out
+    assert "--json" in out
+
+
+def test_help_names_the_commands(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    assert all(name in out for name in (*COMMANDS, "completion", "Exit codes"))
+    assert run("--version") == (0, f"c3a_triton {c3a_triton.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        "",
+        "frobnicate",
+        "inspect",
+        "inspect --frobnicate x",
+        "merge --model x --adapter y",
+        "bench --block-size 4 --tokens 4",
+        "bench --in 8 --block-size 4 --tokens 4",
+        "bench x --in 8 --out 8 --block-size 4 --tokens 4",
+        "bench x --in 8 --block-size 4 --tokens 4",
+        "bench --in 8 --out 8 --block-size 4 --tokens 4 --layers 2",
+        "bench --in 8 --out 8 --block-size 0 --tokens 4",
+        "bench --in 8 --out 8 --block-size four --tokens 4",
+        "bench --in 8 --out 8 --block-size 4 --tokens 4 --dtype int8",
+        "bench --in 8 --out 8 --block-size 4 --tokens 4 --seconds -1",
+        "bench --in 8 --out 8 --block-size 4 --tokens 4 --backends quantum",
+        "completion powershell",
+    ],
+)
+def test_wrong_usage(run, args):
+    code, out, err = run(*args.split())
+    assert (code, out) == (2, "")
+    assert err.startswith("usage: c3a-triton")
+
+
+def test_what_was_not_foreseen_is_told_as_ours(run, monkeypatch):
+    def fail() -> None:
+        raise ZeroDivisionError("by 7")
+
+    monkeypatch.setattr(doctor, "_backends", fail)
+    code, out, err = run("doctor")
+    assert (code, out) == (1, "")
+    assert "ZeroDivisionError: by 7" in err
+    assert "c3a-triton doctor" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "c3a-triton: interrupted\n"),
+        (MemoryError("8 EiB"), 1, "c3a-triton: error: not enough memory: 8 EiB\n"),
+        (torch.OutOfMemoryError("CUDA"), 1, "c3a-triton: error: not enough memory: CUDA\n"),
+        (PermissionError(13, "Permission denied", "/x"), 1, "c3a-triton: error: [Errno 13] Permission denied: '/x'\n"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_ends_a_command(run, monkeypatch, error, code, message):
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(doctor, "_backends", fail)
+    assert run("doctor") == (code, "", message)
+
+
+def test_warnings_are_lines(run, monkeypatch, folders):
+    monkeypatch.setattr(doctor, "_backends", lambda: warnings.warn("mind the gap", stacklevel=1) or [])
+    code, _, err = run("doctor")
+    assert (code, err) == (0, "c3a-triton: warning: mind the gap\n")
+
+
+def test_completion(run, monkeypatch):
+    pytest.importorskip("shtab")
+    for shell in ("bash", "zsh", "tcsh"):
+        code, out, _ = run("completion", shell)
+        assert code == 0
+        assert all(name in out for name in COMMANDS)
+    _, out, _ = run("completion", "bash")
+    assert "_c3a_triton_merge___output_COMPGEN=_shtab_compgen_dirs" in out
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert "pip install shtab" in failed(run, "completion", "bash")
+
+
+@pytest.mark.parametrize(
+    ("words", "meaning"),
+    [
+        (None, None),
+        (["all-linear"], "all-linear"),
+        (["q_proj"], ["q_proj"]),
+        (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
+        (["q_proj,v_proj"], ["q_proj", "v_proj"]),
+        (["attn.c_proj"], ["attn.c_proj"]),
+        ([".*mlp.*"], ".*mlp.*"),
+        (["(q|v)_proj"], "(q|v)_proj"),
+    ],
+)
+def test_module_choice(words, meaning):
+    assert module_choice(words) == meaning
+
+
+# inspect
+
+
+def test_inspect_a_model(run, folders):
+    code, out, _ = run("inspect", folders / "model", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert (found["class"], found["layers"]) == ("LlamaForCausalLM", 14)
+    groups = {group["name"].rpartition(".")[2]: group for group in found["groups"]}
+    assert groups["k_proj"]["name"] == "model.layers.*.self_attn.k_proj"
+    assert (groups["k_proj"]["layers"], groups["k_proj"]["in_features"], groups["k_proj"]["out_features"]) == (
+        2,
+        24,
+        12,
+    )
+    assert groups["k_proj"]["valid_block_sizes"] == [1, 2, 3, 4, 6, 12]
+    rows = {row["block_size"]: row for row in found["block_sizes"]}
+    # k and v have no 24: q and o of 24 × 24, three of 24 × 48, in two layers
+    assert rows[24]["layers"] == 10
+    assert rows[24]["parameters"] == 2 * (2 * 24 * 24 + 3 * 24 * 48) // 24
+    assert rows[24]["lora_rank"] == pytest.approx(rows[24]["parameters"] / (2 * (2 * 48 + 3 * 72)))
+    assert rows[24]["adapter_bytes"] == 4 * rows[24]["parameters"]
+
+    code, out, _ = run("inspect", folders / "model" / "config.json", "--target-modules", "k_proj", "q_proj")
+    assert code == 0
+    lines = [line.split() for line in out.splitlines()]
+    assert ["model.layers.*.self_attn.k_proj", "2", "24", "12", "1,", "2,", "3,", "4,", "6,", "12"] in lines
+    assert ["24", "2", "of", "4", "48", "0.399", "%", "0.5", "192", "B"] in lines
+
+
+def test_inspect_the_same_parameters_as_apply(run, folders):
+    _, out, _ = run("inspect", folders / "model", "--target-modules", ".*(q|v)_proj", "--json")
+    row = next(row for row in json.loads(out)["block_sizes"] if row["block_size"] == 6)
+    model = c3a_triton.apply(tiny_models.llama(), C3AConfig(block_size=6, target_modules=["q_proj", "v_proj"]))
+    assert row["parameters"] == model.c3a.get_nb_trainable_parameters()[0]
+    _, out, _ = run("inspect", folders / "model", "--exclude-modules", "mlp.*", "q_proj", "--json")
+    assert json.loads(out)["exclude_modules"] == ["mlp.*", "q_proj"]
+    _, out, _ = run("inspect", folders / "model", "--exclude-modules", ".*mlp.*", "--json")
+    assert json.loads(out)["layers"] == 8
+
+
+def test_inspect_transposed_layers_of_a_model_without_weights(run, tmp_path):
+    tiny_models.gpt2().config.save_pretrained(tmp_path)
+    _, out, _ = run("inspect", tmp_path, "--target-modules", "c_attn", "--json")
+    (group,) = json.loads(out)["groups"]
+    assert (group["in_features"], group["out_features"]) == (24, 72)
+
+
+def test_inspect_an_adapter(run, folders):
+    code, out, _ = run("inspect", folders / "adapter", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert (found["layers"], found["parameters"], found["other_parameters"]) == (4, 2 * (24 * 24 // 4 + 48), 0)
+    assert found["config_state"] == "as it was saved with the weights"
+    assert found["weights_bytes"] == (folders / "adapter" / "adapter_model.safetensors").stat().st_size
+    groups = {group["name"].rpartition(".")[2]: group for group in found["groups"]}
+    assert (groups["down_proj"]["block_size"], groups["down_proj"]["chosen_by"]) == (24, "down_proj")
+    assert (groups["q_proj"]["block_size"], groups["q_proj"]["chosen_by"]) == (4, "block_size")
+    assert (groups["down_proj"]["in_features"], groups["down_proj"]["out_features"]) == (48, 24)
+    code, out, _ = run("inspect", folders / "adapter")
+    assert code == 0
+    assert "4 layers, 384 parameters" in out
+
+
+def test_inspect_an_edited_adapter(run, folders, tmp_path):
+    (tmp_path / "adapter_model.safetensors").write_bytes((folders / "adapter/adapter_model.safetensors").read_bytes())
+    config = json.loads((folders / "adapter/adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "its/name"}))
+    code, out, _ = run("inspect", tmp_path)
+    assert code == 0
+    assert "C3A adapter for its/name" in out
+    assert "changed since the weights were saved" in out
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"block_size": 8}))
+    assert "block_size is 8, was 4" in failed(run, "inspect", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "has no config.json: it is not the folder"),
+        ({"config.json": "{"}, "cannot read the configuration of"),
+        ({"config.json": "{}"}, "cannot read the configuration of"),
+        ({"config.json": '{"model_type": "from_the_future"}'}, "from_the_future"),
+        ({"config.json": '{"model_type": "llama", "hidden_size": -4}'}, "transformers cannot"),
+        ({"config.json": '{"model_type": "llama", "hidden_size": "wide"}'}, "transformers cannot"),
+        ({"adapter_config.json": "{"}, "is not valid JSON"),
+        ({"adapter_config.json": '{"peft_type": "LORA"}'}, "'LORA' adapter; only 'C3A'"),
+        ({"adapter_config.json": '{"peft_type": "C3A"}'}, "has no adapter_model.safetensors"),
+        ({"adapter_config.json": '{"peft_type": "C3A"}', "adapter_model.safetensors": "x"}, "may be damaged"),
+    ],
+)
+def test_inspect_broken_folders(run, tmp_path, files, message):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    assert message in failed(run, "inspect", tmp_path)
+
+
+def test_inspect_what_matches_nothing(run, folders):
+    assert "matches no module" in failed(run, "inspect", folders / "model", "--target-modules", "attention")
+    assert "is not a valid regular expression" in failed(run, "inspect", folders / "model", "--target-modules", "(")
+    code, _, err = run("inspect", folders / "adapter", "--target-modules", "q_proj")
+    assert (code, "leave --target-modules out" in err) == (2, True)
+
+
+def test_a_name_that_no_folder_has_is_a_models_name(run, monkeypatch):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "no folder here, so taken for a model's name" in failed(run, "inspect", "nobody/nothing")
+
+
+# merge
+
+
+def test_merge(run, folders, tmp_path):
+    arguments = ("--model", folders / "model", "--adapter", folders / "adapter", "--output", tmp_path / "merged")
+    code, out, err = run("merge", *arguments, "--check", "--json")
+    found = json.loads(out)
+    assert code == 0, err
+    assert (found["layers"], found["added"], found["untied"]) == (4, [], False)
+    assert found["check"]["difference"] <= found["check"]["tolerance"] < found["check"]["effect"]
+    shards = sorted((tmp_path / "merged").glob("*.safetensors"))
+    assert found["weights_bytes"] == sum(path.stat().st_size for path in shards)
+    assert all(shard.name in err for shard in shards)
+    assert "--force" in failed(run, "merge", *arguments)
+    code, out, _ = run("merge", *arguments, "--force")
+    assert code == 0
+    assert out.startswith(f"4 layers merged into {tmp_path / 'merged'} (")
+
+
+def test_merge_checks_before_the_output_appears(run, folders, tmp_path, monkeypatch):
+    """A merge that is wrong, here by twice the update: the check sees it, and nothing is left."""
+    add = folder_merge.add_circulant_
+    monkeypatch.setattr(folder_merge, "add_circulant_", lambda weight, kernels: add(weight, [*kernels, *kernels]))
+    arguments = ("--model", folders / "model", "--adapter", folders / "adapter", "--output", tmp_path / "merged")
+    assert "more than the 0.0001 that rounding explains" in failed(run, "merge", *arguments, "--check")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_check_allows_for_rounding(tmp_path, dtype):
+    """Of a model of more layers than the others here, in 16 bits: a right merge passes with room to spare."""
+    model = tiny_models.llama(hidden_size=48, num_hidden_layers=6).to(dtype)
+    model.save_pretrained(tmp_path / "model")
+    c3a_triton.apply(model, C3AConfig(block_size=8, target_modules="all-linear")).c3a.save_pretrained(
+        tmp_path / "adapter"
+    )
+    folder_merge.merge_folder(tmp_path / "model", tmp_path / "adapter", tmp_path / "merged")
+    found = merge._compare_logits(tmp_path / "model", tmp_path / "adapter", tmp_path / "merged", torch.device("cpu"))
+    assert 0 < found["difference"] < found["tolerance"] / 3
+
+
+def test_merge_refusals_are_messages(run, folders, tmp_path):
+    def message(model: object, adapter: object, output: object = tmp_path / "merged", *more: str) -> str:
+        return failed(run, "merge", "--model", model, "--adapter", adapter, "--output", output, *more)
+
+    assert "there is no folder" in message(tmp_path / "nowhere", folders / "adapter")
+    assert "no folder" in message(folders / "model", tmp_path / "nowhere")
+    assert "has no config.json: it is an adapter's" in message(folders / "adapter", folders / "adapter")
+    assert "is not the folder of an adapter" in message(folders / "model", folders / "model", tmp_path)
+    assert "which is read" in message(folders / "model", folders / "adapter", folders / "model", "--force")
+    (tmp_path / "file").write_text("")
+    ready = (folders / "model", folders / "adapter")
+    assert "cannot write" in message(*ready, tmp_path / "file" / "merged")
+    assert "cannot write" in message(*ready, "/proc/merged")
+    assert "cpu or cuda" in message(*ready, tmp_path / "merged", "--device", "mps")
+    assert "no such device" in message(*ready, tmp_path / "merged", "--device", "abacus")
+    if not torch.cuda.is_available():
+        assert "sees 0 GPUs" in message(*ready, tmp_path / "merged", "--device", "cuda")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+# bench
+
+
+def test_bench_a_layer(run):
+    args = "bench --in 12 --out 24 --block-size 4 --tokens 8 --seconds 0 --device cpu --dtype float32 --json"
+    code, out, err = run(*args.split())
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["case"] == {"n_tokens": 8, "in_features": 12, "out_features": 24, "b": 4, "dtype": "float32"}
+    expected = {"base", "dense", "ours:auto"} | ({"peft_lora", "peft_c3a"} if found["peft_missing"] is None else set())
+    assert found["times"].keys() == expected
+    assert all(times[mode]["median"] > 0 for times in found["times"].values() for mode in ("forward", "both"))
+
+
+def test_bench_without_peft(run, monkeypatch):
+    monkeypatch.setattr(peers, "why_no_peft", lambda: "PEFT is not measured: ImportError: no peft")
+    args = "bench --in 12 --out 24 --block-size 4 --tokens 8 --seconds 0 --device cpu --backends torch reference"
+    code, out, _ = run(*args.split())
+    assert code == 0
+    assert "no peft. To compare: pip install peft" in out
+    rows = [line.split("  ")[0] for line in out.splitlines()]
+    assert rows[3:7] == ["frozen base", "dense ΔW", "c3a_triton, torch", "c3a_triton, reference"]
+
+
+def test_bench_measures_nothing_that_is_wrong(run, monkeypatch):
+    monkeypatch.setitem(gate.TOLERANCES, torch.float32, 0.0)
+    monkeypatch.setattr(layer.Workload, "calls", lambda work: pytest.fail("measured"))
+    message = failed(
+        run,
+        *[
+            "bench",
+            "--in",
+            "12",
+            "--out",
+            "24",
+            "--block-size",
+            "4",
+            "--tokens",
+            "8",
+            "--device",
+            "cpu",
+            "--seconds",
+            "0",
+        ],
+    )
+    assert "nothing was measured, because a result is wrong" in message
+
+
+def test_bench_refusals(run, folders, tmp_path):
+    args = ["--in", "12", "--out", "24", "--block-size", "5", "--tokens", "8", "--device", "cpu"]
+    assert "block_size=5 does not divide in_features=12 or out_features=24" in failed(run, "bench", *args)
+    args = ["--block-size", "4", "--tokens", "8", "--device", "cpu"]
+    assert "there is no folder" in failed(run, "bench", tmp_path / "nowhere", *args)
+    config = tiny_models.bert_classifier().config
+    config.architectures = ["BertForSequenceClassification"]
+    config.save_pretrained(tmp_path)
+    assert "only causal language models are measured" in failed(run, "bench", tmp_path, *args)
+    args = ["--block-size", "5", "--tokens", "8", "--device", "cpu"]
+    assert "block_size=5 does not divide" in failed(run, "bench", folders / "model", *args)
+
+
+@needs_peft
+def test_bench_a_model(run, folders):
+    args = "--block-size 4 --tokens 6 --batch 2 --layers 1 --seconds 0 --device cpu --target-modules q_proj v_proj"
+    code, out, err = run("bench", folders / "model", *args.split(), "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["times"].keys() == {"base", "peft_lora", "peft_c3a", "ours:auto"}
+    assert found["case"]["name"] == "2 layers"
+    text = bench._text(found)
+    assert "training step of LlamaForCausalLM, 2 layers adapted, b = 4, 2 × 6 tokens" in text
+
+
+# doctor
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """One small shape in float32, a home of its own."""
+    monkeypatch.setattr(doctor, "SHAPES", doctor.SHAPES[:1])
+    monkeypatch.setattr(doctor, "TOLERANCES", {torch.float32: 1e-5})
+    monkeypatch.setenv("HOME", str(tmp_path / "secret"))
+    monkeypatch.delenv("C3A_TRITON_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("C3A_TRITON_BACKEND", raising=False)
+
+
+def test_doctor(run, quick, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    code, out, err = run("doctor", "--json")
+    found = json.loads(out)
+    assert code == 0, out
+    assert found["healthy"]
+    assert found["versions"]["torch"] == torch.__version__
+    states = {entry["backend"]: entry for entry in found["backends"] if entry["device"] == "cpu"}
+    assert {"auto", "reference", "torch", "direct", "fft", "expand", "fold"} == states.keys()
+    for entry in states.values():
+        assert (entry["state"] == "works") == (entry["error"] is not None and 0 < entry["error"] < 1e-5)
+    assert states["torch"]["state"] == "works"
+    assert found["environment"]["TRITON_CACHE_DIR"] == "(a path)"
+    assert found["tuned_table"]["path"].startswith("~")
+    assert not found["tuned_table"]["exists"]
+    assert str(tmp_path) not in out + err
+
+    monkeypatch.setattr(doctor, "_backends", lambda: found["backends"])
+    code, out, _ = run("doctor")
+    assert code == 0
+    lines = out.splitlines()
+    assert (lines[0], lines[-1]) == ("```text", "```")
+    assert any(line.startswith("torch     cpu     float32   works: ") for line in lines)
+
+
+def test_doctor_finds_what_is_broken(run, quick, monkeypatch):
+    monkeypatch.setenv("C3A_TRITON_BACKEND", "nonsense")
+    monkeypatch.setattr(doctor.dispatch, "BACKENDS", ("auto", "torch"))
+    code, out, _ = run("doctor", "--json")
+    states = {entry["backend"]: entry for entry in json.loads(out)["backends"] if entry["device"] == "cpu"}
+    assert code == 1
+    assert states["auto"]["state"] == "broken"
+    assert "C3A_TRITON_BACKEND='nonsense' is unknown" in states["auto"]["reason"]
+    assert states["torch"]["state"] == "works"
+
+
+@pytest.mark.parametrize("wrong", ["y", "dx", "dw"])
+def test_doctor_finds_what_is_wrong(run, quick, monkeypatch, wrong):
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight, bias, w, backend):
+            with torch.enable_grad():
+                ctx.inputs = x.detach().requires_grad_(), w.detach().requires_grad_()
+                ctx.y = c3a_triton.c3a_linear(ctx.inputs[0], weight, bias, [ctx.inputs[1]], backend="torch")
+            return ctx.y.detach() * (1.001 if wrong == "y" else 1)
+
+        @staticmethod
+        def backward(ctx, dy):
+            dx, dw = torch.autograd.grad(ctx.y, ctx.inputs, dy)
+            return dx * (1.001 if wrong == "dx" else 1), None, None, dw * (1.001 if wrong == "dw" else 1), None
+
+    def c3a_linear(x, weight, bias, kernels, *, backend):
+        return Wrong.apply(x, weight, bias, *kernels, backend)
+
+    monkeypatch.setattr(doctor.dispatch, "BACKENDS", ("torch",))
+    monkeypatch.setattr(doctor.ops, "c3a_linear", c3a_linear)
+    code, out, _ = run("doctor")
+    assert code == 1
+    assert "broken: wrong by 0.001, allowed: 1e-05" in out

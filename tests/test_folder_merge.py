@@ -1,0 +1,430 @@
+"""Merging into a folder: bit for bit what `merge_and_unload` gives, whole or not at all, in little memory."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import tiny_models
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import c3a_triton
+from c3a_triton import AdapterStateError, C3AConfig, CheckpointError, ConfigError, folder_merge
+from c3a_triton.folder_merge import INDEX_NAME, SINGLE_NAME, merge_folder
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+QV = ["q_proj", "v_proj"]
+
+
+def adapter_of(model, path: Path, **config) -> Path:
+    """Save an adapter of random values for a copy of the model."""
+    model = c3a_triton.apply(model, C3AConfig(**({"block_size": 4, "target_modules": QV} | config)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    model.c3a.save_pretrained(path)
+    return path
+
+
+def state(model) -> dict[str, torch.Tensor]:
+    return dict(model.state_dict())
+
+
+def assert_same(found, expected) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+def merged_in_memory(folder: Path, adapter: Path, cls):
+    return c3a_triton.load_adapter(cls.from_pretrained(folder), adapter).c3a.merge_and_unload()
+
+
+def check(tmp_path: Path, folder: Path, adapter: Path, cls=transformers.AutoModelForCausalLM, **options):
+    """Merge both ways and hold them against each other, and against the base."""
+    result = merge_folder(folder, adapter, tmp_path / "merged", **options)
+    expected = merged_in_memory(folder, adapter, cls)
+    loaded, info = cls.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert_same(state(loaded), state(expected))
+    assert any(not torch.equal(state(loaded)[k], v) for k, v in state(cls.from_pretrained(folder)).items())
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    return result
+
+
+@pytest.fixture
+def llama_folder(tmp_path):
+    model = tiny_models.llama()
+    model.save_pretrained(tmp_path / "model", max_shard_size="10KB")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "one-file"])
+def test_equals_merging_in_memory(tmp_path, dtype, sharded):
+    model = tiny_models.llama().to(dtype)
+    model.save_pretrained(tmp_path / "model", max_shard_size="8KB" if sharded else "1GB")
+    assert (tmp_path / "model" / INDEX_NAME).exists() == sharded
+    adapter = adapter_of(model, tmp_path / "adapter", target_modules=[*QV, "down_proj"])
+    result = check(tmp_path, tmp_path / "model", adapter)
+    assert result.layers == 6
+    assert sorted(result.changed) == sorted(
+        f"model.layers.{i}.{name}.weight"
+        for i in (0, 1)
+        for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+    )
+
+
+def test_files_keep_their_names_headers_and_neighbours(tmp_path, llama_folder):
+    (llama_folder / "tokenizer.json").write_text("{}")
+    (llama_folder / "training_args.bin").write_text("pickle")
+    (llama_folder / ".hidden").write_text("")
+    adapter = adapter_of(transformers.AutoModelForCausalLM.from_pretrained(llama_folder), tmp_path / "adapter")
+    merge_folder(llama_folder, adapter, tmp_path / "merged")
+    names = {path.name for path in llama_folder.iterdir()}
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == names - {"training_args.bin", ".hidden"}
+    shards = sorted(tmp_path.glob("merged/*.safetensors"))
+    assert len(shards) > 3
+    for name in ("config.json", INDEX_NAME, "generation_config.json"):
+        assert (tmp_path / "merged" / name).read_bytes() == (llama_folder / name).read_bytes()
+    for shard in shards:
+        before = (llama_folder / shard.name).read_bytes()
+        length = 8 + int.from_bytes(before[:8], "little")
+        assert shard.read_bytes()[:length] == before[:length]
+        assert shard.stat().st_size == len(before)
+        with safe_open(shard, "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+
+
+def test_transposed_weights_tied_embeddings(tmp_path):
+    model = tiny_models.gpt2()
+    model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    adapter = adapter_of(model, tmp_path / "adapter", target_modules=["c_attn", "mlp.c_proj"])
+    check(tmp_path, tmp_path / "model", adapter)
+
+
+@pytest.mark.parametrize("model_class", ["GPT2LMHeadModel", "GPT2Model"])
+@pytest.mark.parametrize("prefixed", [True, False])
+def test_the_base_models_prefix_may_be_there_or_not(tmp_path, model_class, prefixed):
+    model = tiny_models.gpt2()
+    model = model if model_class == "GPT2LMHeadModel" else model.transformer
+    model.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / SINGLE_NAME
+    tensors = {key.removeprefix("transformer."): tensor for key, tensor in load_file(path).items()}
+    prefix = "transformer." if prefixed else ""
+    save_file({prefix + key: tensor for key, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    adapter = adapter_of(model, tmp_path / "adapter", target_modules=["c_attn"])
+    check(tmp_path, tmp_path / "model", adapter, getattr(transformers, model_class))
+
+
+def test_a_model_whose_checkpoint_has_other_names(tmp_path):
+    """transformers renames the keys of some models when it loads and saves them: here those of the language model."""
+    text = {"vocab_size": 32, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+    vision = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 4, "patch_size": 2}  # fmt: skip
+    config = transformers.LlavaConfig(
+        text_config={"model_type": "llama", **text}, vision_config={"model_type": "clip_vision_model", **vision}
+    )
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config)
+    model.save_pretrained(tmp_path / "model")
+    adapter = adapter_of(model, tmp_path / "adapter")
+    keys, names = load_file(tmp_path / "model" / SINGLE_NAME).keys(), model.c3a.merge_and_unload().state_dict().keys()
+    assert not keys >= names, "the case is pointless: this model's keys are its names"
+    check(tmp_path, tmp_path / "model", adapter, transformers.LlavaForConditionalGeneration)
+
+
+@pytest.mark.parametrize("bias", ["all", "c3a_only"])
+def test_biases(tmp_path, bias):
+    model = tiny_models.bert_classifier()
+    model.save_pretrained(tmp_path / "model")
+    adapter = adapter_of(model, tmp_path / "adapter", target_modules=["query"], bias=bias, task_type="SEQ_CLS")
+    result = check(tmp_path, tmp_path / "model", adapter, transformers.AutoModelForSequenceClassification)
+    assert any(key.endswith("bias") and "classifier" not in key for key in result.changed)
+    assert "classifier.weight" in result.changed
+
+
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]], ids="+".join)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("max_shard_size", ["1GB", "8KB"])
+def test_modules_trained_whole(tmp_path, saved, tied, max_shard_size):
+    model = tiny_models.llama(tied=tied)
+    model.save_pretrained(tmp_path / "model", max_shard_size=max_shard_size)
+    adapter = adapter_of(model, tmp_path / "adapter", modules_to_save=saved)
+    result = check(tmp_path, tmp_path / "model", adapter)
+    assert result.untied == tied
+    assert result.added == (("lm_head.weight",) if tied else ())
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+
+
+def test_a_tied_head_that_is_adapted_beside_embeddings_that_are_trained_whole(tmp_path):
+    model = tiny_models.llama(tied=True)
+    model.save_pretrained(tmp_path / "model")
+    adapter = adapter_of(model, tmp_path / "adapter", target_modules=["lm_head"], modules_to_save=["embed_tokens"])
+    check(tmp_path, tmp_path / "model", adapter)
+
+
+def test_a_tied_head_takes_the_embeddings_along(tmp_path):
+    model = tiny_models.llama(tied=True)
+    model.save_pretrained(tmp_path / "model")
+    adapter = adapter_of(model, tmp_path / "adapter", target_modules=["lm_head"])
+    with pytest.warns(UserWarning, match="merging changes both"):
+        assert check(tmp_path, tmp_path / "model", adapter).changed == ("model.embed_tokens.weight",)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_both_names_of_a_tied_tensor_in_the_file(tmp_path, equal):
+    model = tiny_models.llama(tied=True)
+    model.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / SINGLE_NAME
+    tensors = load_file(path)
+    other = tensors["model.embed_tokens.weight"] + (0 if equal else 1)
+    save_file(tensors | {"lm_head.weight": other.clone()}, path, metadata={"format": "pt"})
+    adapter = adapter_of(model, tmp_path / "adapter", target_modules=["lm_head"])
+    if equal:
+        check(tmp_path, tmp_path / "model", adapter)
+    else:
+        with pytest.raises(CheckpointError, match=r"different values.*tie_word_embeddings"):
+            merge_folder(tmp_path / "model", adapter, tmp_path / "merged")
+
+
+def test_adapters_of_peft(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = tiny_models.llama()
+    model.save_pretrained(tmp_path / "model", max_shard_size="8KB")
+    wrapped = peft.get_peft_model(model, peft.C3AConfig(block_size=4, target_modules=QV, init_weights="gaussian"))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    check(tmp_path, tmp_path / "model", tmp_path / "adapter")
+
+
+# Refusals: nothing is there afterwards that was not there before
+
+
+@pytest.fixture
+def ready(tmp_path, llama_folder):
+    adapter_of(transformers.AutoModelForCausalLM.from_pretrained(llama_folder), tmp_path / "adapter")
+    return tmp_path
+
+
+def refused(where: Path, error, match: str, **options) -> None:
+    before = sorted(where.iterdir())
+    output = options.pop("output", where / "merged")
+    with pytest.raises(error, match=match):
+        merge_folder(where / "model", where / "adapter", output, **options)
+    assert sorted(where.iterdir()) == before
+
+
+def edit_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_refuses_quantized_models(ready):
+    edit_json(ready / "model" / "config.json", quantization_config={"quant_method": "fp8"})
+    refused(ready, ConfigError, r"quantized \(fp8\).*original model in 16 or 32 bits")
+
+
+def test_refuses_pickles(ready):
+    for path in ready.glob("model/*safetensors*"):
+        path.unlink()
+    refused(ready, CheckpointError, "neither model.safetensors nor")
+    (ready / "model" / "pytorch_model.bin").write_bytes(b"")
+    refused(ready, CheckpointError, "pytorch_model.bin, a pickle.*save_pretrained")
+
+
+def test_refuses_a_truncated_shard(ready):
+    shard = min(ready.glob("model/*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-4])
+    refused(ready, CheckpointError, f"{shard.name}, it may be damaged")
+
+
+def test_refuses_a_missing_shard(ready):
+    min(ready.glob("model/*.safetensors")).unlink()
+    refused(ready, CheckpointError, "cannot read")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "../x"}}'])
+def test_refuses_a_broken_index(ready, content):
+    (ready / "model" / INDEX_NAME).write_text(content)
+    refused(ready, CheckpointError, INDEX_NAME)
+
+
+def test_refuses_an_index_that_lies(ready):
+    path = ready / "model" / INDEX_NAME
+    weight_map = json.loads(path.read_text())["weight_map"]
+    edit_json(path, weight_map=weight_map | {"model.norm.weight": weight_map["model.embed_tokens.weight"]})
+    refused(ready, CheckpointError, "model.norm.weight is not in")
+
+
+def test_refuses_a_checkpoint_without_the_weight(ready):
+    path = ready / "model" / INDEX_NAME
+    weight_map = json.loads(path.read_text())["weight_map"]
+    key = "model.layers.1.self_attn.q_proj.weight"
+    shard = ready / "model" / weight_map[key]
+    save_file({k: v for k, v in load_file(shard).items() if k != key} | {"x": torch.zeros(1)}, shard)
+    del weight_map[key]
+    edit_json(path, weight_map=weight_map)
+    refused(ready, CheckpointError, f"no tensor of its own for {key}.*merge_and_unload")
+
+
+@pytest.mark.parametrize(("tensor", "match"), [
+    (torch.zeros(24, 12), r"has shape \[24, 12\].*says \[24, 24\]"),
+    (torch.zeros(24, 24, dtype=torch.float8_e4m3fn), "stored as F8_E4M3"),
+    (torch.full((24, 24), float("inf")), "not finite"),
+])  # fmt: skip
+def test_refuses_weights_that_do_not_fit(ready, tensor, match):
+    key = "model.layers.1.self_attn.q_proj.weight"
+    shard = ready / "model" / json.loads((ready / "model" / INDEX_NAME).read_text())["weight_map"][key]
+    save_file(load_file(shard) | {key: tensor}, shard)
+    refused(ready, (CheckpointError, AdapterStateError), match)
+
+
+def test_refuses_an_adapter_for_another_model(ready):
+    tiny_models.llama(hidden_size=48).save_pretrained(ready / "model")
+    refused(ready, CheckpointError, "does not fit this model")
+
+
+def test_refuses_outputs_that_would_destroy_something(ready):
+    refused(ready, CheckpointError, "which is read", output=ready / "model", force=True)
+    refused(ready, CheckpointError, "which is read", output=ready / "adapter" / ".", force=True)
+    refused(ready, CheckpointError, "which is read", output=ready, force=True)
+    (ready / "file").write_text("")
+    refused(ready, CheckpointError, "is a file", output=ready / "file")
+    (ready / "precious").mkdir()
+    (ready / "precious" / "thesis.txt").write_text("")
+    refused(ready, CheckpointError, "not empty", output=ready / "precious")
+    refused(ready, CheckpointError, "no model's folder", output=ready / "precious", force=True)
+    assert (ready / "precious" / "thesis.txt").exists()
+
+
+def test_refuses_a_full_disk(ready, monkeypatch):
+    monkeypatch.setattr(folder_merge.shutil, "disk_usage", lambda path: os.statvfs_result([0] * 10) and Usage)
+    refused(ready, CheckpointError, "1 KiB of free space; the merged weights need")
+
+
+class Usage:
+    free = 1024
+
+
+def test_force_replaces_a_model(ready):
+    output = ready / "merged"
+    merge_folder(ready / "model", ready / "adapter", output)
+    (output / "stale.json").write_text("{}")
+    expected = {path.name for path in output.iterdir()} - {"stale.json"}
+    refused(ready, CheckpointError, "--force")
+    merge_folder(ready / "model", ready / "adapter", output, force=True)
+    assert {path.name for path in output.iterdir()} == expected
+    assert {path.name for path in ready.iterdir()} == {"model", "adapter", "merged"}
+
+
+def test_an_empty_folder_is_filled(ready):
+    (ready / "merged").mkdir()
+    merge_folder(ready / "model", ready / "adapter", ready / "merged")
+    assert (ready / "merged" / "config.json").exists()
+
+
+def test_a_failed_verification_leaves_nothing(ready):
+    def fail(folder: Path) -> None:
+        assert (folder / "config.json").exists()
+        raise CheckpointError("no")
+
+    refused(ready, CheckpointError, "no", verify=fail)
+
+
+def test_leftovers_of_killed_merges_go_when_they_are_old(ready):
+    for name, age in (("old", 7200), ("new", 60)):
+        folder = ready / f".merged.{name}.tmp"
+        folder.mkdir()
+        (folder / "shard").write_text("")
+        for path in (folder / "shard", folder):
+            os.utime(path, (path.stat().st_mtime - age,) * 2)
+    merge_folder(ready / "model", ready / "adapter", ready / "merged")
+    assert [path.name for path in ready.glob(".*")] == [".merged.new.tmp"]
+
+
+# In a process of its own
+
+
+def run_script(script: str, *args: object) -> list[str]:
+    command = [sys.executable, "-c", textwrap.dedent(script), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_memory_is_that_of_one_tensor(tmp_path):
+    """Shards of 100 MB in all, 6 MB the largest changed tensor: what is added to the peak stays far below a shard."""
+    model = tiny_models.llama(hidden_size=1024, intermediate_size=1536, num_hidden_layers=4)
+    model.save_pretrained(tmp_path / "model", max_shard_size="40MB")
+    adapter_of(model, tmp_path / "adapter", block_size=128, target_modules=[*QV, "down_proj"])
+    small = tiny_models.llama()
+    small.save_pretrained(tmp_path / "small")
+    adapter_of(small, tmp_path / "small-adapter")
+    del model, small
+    script = """
+    import resource, sys
+    from c3a_triton.folder_merge import merge_folder
+    peaks = []
+    for name in ("small", "model"):
+        adapter = f"{sys.argv[1]}/{'small-adapter' if name == 'small' else 'adapter'}"
+        merge_folder(f"{sys.argv[1]}/{name}", adapter, f"{sys.argv[1]}/merged-{name}")
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    print(*peaks)
+    """
+    before, after = map(int, run_script(script, tmp_path))
+    size = sum(path.stat().st_size for path in (tmp_path / "merged-model").glob("*.safetensors"))
+    assert size > 90e6
+    assert (after - before) * 1024 < 0.4 * size, f"{(after - before) / 1024:.0f} MiB"
+
+
+def test_a_killed_merge_leaves_nothing_or_all(tmp_path):
+    """Killed at moments spread over the whole merge: the output is absent, or what an undisturbed merge writes."""
+    model = tiny_models.llama(hidden_size=512, num_hidden_layers=4)
+    model.save_pretrained(tmp_path / "model", max_shard_size="3MB")
+    adapter_of(model, tmp_path / "adapter", block_size=64)
+    script = """
+    import os, random, signal, sys, time
+    import warnings
+    from pathlib import Path
+    from c3a_triton.folder_merge import merge_folder
+    folder, random = Path(sys.argv[1]), random.Random(0)
+    def merge(name):
+        merge_folder(folder / "model", folder / "adapter", folder / name)
+    merge("whole")
+    start = time.perf_counter()
+    merge("timed")
+    seconds = time.perf_counter() - start
+    for i in range(12):
+        child = os.fork()
+        if child == 0:
+            merge(f"killed{i}")
+            os._exit(0)
+        time.sleep(seconds * (0.3 + 0.9 * i / 12 + 0.05 * random.random()))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    """
+    run_script(script, tmp_path)
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    outputs = [tmp_path / f"killed{i}" for i in range(12)]
+    for output in outputs:
+        if output.exists():
+            assert {path.name: path.read_bytes() for path in output.iterdir()} == whole
+    killed = [output for output in outputs if not output.exists()]
+    assert killed, "no merge was killed before its end"
+    assert list(tmp_path.glob(".killed*.tmp")), "no merge was killed while it wrote"
+    merge_folder(tmp_path / "model", tmp_path / "adapter", killed[0])
+    assert {path.name: path.read_bytes() for path in killed[0].iterdir()} == whole
