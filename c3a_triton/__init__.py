@@ -5,6 +5,9 @@
 adapts a model in place; `model.c3a` is its `AdapterManager`.
 """
 
+import importlib
+from typing import Any
+
 from .api import apply, load_adapter
 from .config import C3AConfig, suggest_block_size, valid_block_sizes
 from .errors import (
@@ -35,6 +38,7 @@ __all__ = [
     "ConfigError",
     "ShapeError",
     "apply",
+    "autotune",
     "c3a_linear",
     "circulant_linear",
     "circulant_matrix",
@@ -43,3 +47,10 @@ __all__ = [
     "suggest_block_size",
     "valid_block_sizes",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # The tuner is imported by whoever tunes.
+    if name == "autotune":
+        return importlib.import_module("c3a_triton.tuning.tuner").autotune
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

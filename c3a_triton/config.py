@@ -29,6 +29,7 @@ __all__ = [
     "check_re_syntax",
     "compile_pattern",
     "read_config_file",
+    "replace_file",
     "suggest_block_size",
     "temporary_path",
     "valid_block_sizes",
@@ -312,13 +313,7 @@ class C3AConfig:
         Raises:
             CheckpointError: the file cannot be written.
         """
-        path = Path(directory) / CONFIG_NAME
-        temporary = write_temporary(path, self.to_json())
-        try:
-            os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise CheckpointError(f"cannot write {path}: {error}") from error
+        replace_file(Path(directory) / CONFIG_NAME, self.to_json())
 
     def to_json(self) -> bytes:
         """`to_dict()` as the bytes of a file. Fields are sorted; patterns are not, as their order decides."""
@@ -326,13 +321,16 @@ class C3AConfig:
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> "C3AConfig":
-        """Reads the `adapter_config.json` of a folder, written by this library or by PEFT.
+        """Reads the `adapter_config.json` of a folder, written by this library or by PEFT, or a file of that form.
 
         Raises:
             CheckpointError: the folder or the file is missing or cannot be read.
             ConfigError: the file belongs to another method, or holds a value that cannot be used.
         """
-        return cls.from_file_values(read_config_file(directory)[0], Path(directory) / CONFIG_NAME)
+        path = Path(directory)
+        if path.is_file():
+            return cls.from_file_values(_read_json(path)[0], path)
+        return cls.from_file_values(read_config_file(directory)[0], path / CONFIG_NAME)
 
     @classmethod
     def from_file_values(cls, values: Mapping[str, Any], path: Path) -> "C3AConfig":
@@ -358,10 +356,17 @@ def read_config_file(directory: str | os.PathLike[str]) -> tuple[dict[str, Any],
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is a file; give the folder that holds {CONFIG_NAME}")
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_CONFIG_BYTES + 1)
+        return _read_json(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{directory} has no {CONFIG_NAME}: it is not the folder of an adapter") from error
+
+
+def _read_json(path: Path) -> tuple[dict[str, Any], bytes]:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_CONFIG_BYTES + 1)
+    except FileNotFoundError:
+        raise
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
     if len(content) > MAX_CONFIG_BYTES:
@@ -398,6 +403,20 @@ def write_temporary(path: Path, content: bytes) -> Path:
             temporary.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {path}: {error}") from error
     return temporary
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file whole, creating the folder where it is missing: a former one is there until it is replaced.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    temporary = write_temporary(path, content)
+    try:
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {path}: {error}") from error
 
 
 def valid_block_sizes(in_features: int, out_features: int) -> list[int]:

@@ -36,19 +36,25 @@ def load_structure(model: str | os.PathLike[str]) -> nn.Module:
 
     Args:
         model: a folder with a `config.json`, such a file, or a model's name (its configuration comes from the local
-            cache or the hub, as transformers finds it).
+            cache or the hub, as transformers finds it); or a configuration of transformers.
 
     Raises:
         CheckpointError: there is no such folder or file.
         ConfigError: the configuration cannot be read, or transformers cannot build the model from it.
         C3AError: transformers is not installed.
     """
-    _check_path(model)
+    if isinstance(model, (str, os.PathLike)):
+        _check_path(model)
     transformers = transformers_package()
+    if not isinstance(model, (str, os.PathLike, transformers.PretrainedConfig)):
+        raise ConfigError(f"expected a model, its configuration, folder or name, got {type(model).__name__}")
     # Whatever transformers raises about a user's file is a statement about that file: the types differ from model to
     # model and from release to release.
     try:
-        config = transformers.AutoConfig.from_pretrained(os.fspath(model), trust_remote_code=False)
+        is_path = isinstance(model, (str, os.PathLike))
+        config = (
+            transformers.AutoConfig.from_pretrained(os.fspath(model), trust_remote_code=False) if is_path else model
+        )
     except Exception as error:
         raise ConfigError(
             f"transformers cannot read the configuration of {_named(model)}: {_first_line(error)}"

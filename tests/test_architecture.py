@@ -42,6 +42,7 @@ ORDER = [
     "cli",
     "__main__",
 ]
+TUNING = ["groups", "costs", "measurement", "solver", "outcome", "settings", "plots", "page", "tuner", "commands"]
 CORE = {"errors", "reference", "fourier", "tiles", "launch", "launch_fft", "tuned", "dispatch", "ops"}
 # A package has one place; its files also import from each other.
 PACKAGES = sorted(path.parent.name for path in (ROOT / "c3a_triton").glob("*/__init__.py"))
@@ -89,6 +90,36 @@ def test_files_of_packages_import_only_from_those_before(path):
 def test_files_import_only_from_those_before(name):
     allowed = set(ORDER[: ORDER.index(name)]) | ({"kernels"} if name == "launch" else set())
     assert ours(imports(ROOT / "c3a_triton" / f"{name}.py", "c3a_triton")) <= allowed
+
+
+def test_every_file_of_the_tuner_has_its_place():
+    assert {path.stem for path in (ROOT / "c3a_triton" / "tuning").glob("*.py")} == {*TUNING, "__init__"}
+
+
+@pytest.mark.parametrize("name", TUNING)
+def test_files_of_the_tuner_import_only_from_those_before(name):
+    names = imports(ROOT / "c3a_triton" / "tuning" / f"{name}.py", "c3a_triton.tuning")
+    own = {other.split(".")[2] for other in names if other.startswith("c3a_triton.tuning.")} & set(TUNING)
+    assert own <= set(TUNING[: TUNING.index(name)])
+
+
+@pytest.mark.parametrize("name", sorted(set(ORDER) - {"__init__", "cli", *PACKAGES}))
+def test_nothing_but_the_package_and_the_command_knows_the_tuner(name):
+    text = (ROOT / "c3a_triton" / f"{name}.py").read_text()
+    assert "c3a_triton.tuning" not in text
+    assert not any(".tuning" in other for other in imports(ROOT / "c3a_triton" / f"{name}.py", "c3a_triton"))
+
+
+def test_what_the_tuner_needs_is_imported_when_it_is_needed():
+    heavy = ("triton", "transformers", "peft", "scipy", "matplotlib", "rich")
+    code = f"""
+import sys, torch
+before = set(sys.modules)
+import c3a_triton.tuning.commands
+print([name for name in {heavy!r} if name in set(sys.modules) - before])
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    assert result.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("name", sorted(CORE))

@@ -18,6 +18,7 @@ def test_public_names():
         "ConfigError",
         "ShapeError",
         "apply",
+        "autotune",
         "c3a_linear",
         "circulant_linear",
         "circulant_matrix",

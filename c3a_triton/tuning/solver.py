@@ -27,26 +27,26 @@ def solve(groups: Sequence[Sequence[Choice]], max_params: int, objective: str) -
     Args:
         groups: the choices of each group; some selection has to be within the budget.
         max_params: the budget.
-        objective: `"latency"`: the least time t; among the selections within `LATENCY_TOLERANCE` of it, the one with
-            the least sum of distances. `"params"`: the most parameters P; among the selections that have as many, the
-            fastest. `"balanced"`: the least time/t − parameters/P, the point of the Pareto front beyond which a per
-            cent of t buys less than a per cent of P.
+        objective: `"latency"`: the least time t. `"params"`: the most parameters P, then the least time among the
+            selections that have as many. `"balanced"`: the least time/t − parameters/P, the knee of the Pareto front,
+            beyond which a per cent of t buys less than a per cent of P. Among the selections whose time, for balanced
+            whose sum, is within `LATENCY_TOLERANCE` of that, the one with the least sum of distances is taken.
 
     Raises:
         C3AError: scipy is not installed, or finds no selection.
     """
     problem = _Knapsack(groups, max_params)
-    if objective == "params":
-        most = problem.best([-p for p in problem.parameters])
-        return problem.best(problem.seconds, (problem.parameters, problem.total(problem.parameters, most), math.inf))
-    fastest = problem.best(problem.seconds)
-    least_time = problem.total(problem.seconds, fastest)
-    if objective == "latency":
-        return problem.best(problem.distances, (problem.seconds, -math.inf, least_time * (1 + LATENCY_TOLERANCE)))
-    assert objective == "balanced", objective
-    most_params = problem.total(problem.parameters, problem.best([-p for p in problem.parameters]))
-    gains = zip(problem.seconds, problem.parameters, strict=True)
-    return problem.best([seconds / least_time - parameters / most_params for seconds, parameters in gains])
+    most = problem.total(problem.parameters, problem.best([-p for p in problem.parameters]))
+    enough = (problem.parameters, most if objective == "params" else 0, math.inf)
+    least_time = problem.total(problem.seconds, problem.best(problem.seconds, enough))
+    costs = [seconds / least_time for seconds in problem.seconds]
+    least = 1.0
+    if objective == "balanced":
+        # Shifted by the same for every choice, so that no summand is negative.
+        shift = max(problem.parameters) / most
+        costs = [cost + shift - p / most for cost, p in zip(costs, problem.parameters, strict=True)]
+        least = problem.total(costs, problem.best(costs, enough))
+    return problem.best(problem.distances, enough, (costs, -math.inf, least + LATENCY_TOLERANCE))
 
 
 def pareto_front(groups: Sequence[Sequence[Choice]], max_params: int, n_points: int = 32) -> list[list[int]]:
@@ -104,7 +104,7 @@ class _Knapsack:
             row[members] = 1
         # The solver's tolerances are absolute. Sums of integers stay integers, in the largest unit that they have in
         # common; sums of times are brought to about one, and what alone is too much is left out.
-        rows = [(one_each, np.ones(len(one_each)), np.ones(len(one_each)))]
+        rows: list[tuple[Any, Any, Any]] = [(one_each, np.ones(len(one_each)), np.ones(len(one_each)))]
         allowed = np.ones(len(costs))
         for values, low, high in ((self.parameters, -math.inf, self.max_params), *limits):
             unit = math.gcd(*values) if values is self.parameters else high
