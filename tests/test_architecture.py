@@ -103,13 +103,6 @@ def test_files_of_the_tuner_import_only_from_those_before(name):
     assert own <= set(TUNING[: TUNING.index(name)])
 
 
-@pytest.mark.parametrize("name", sorted(set(ORDER) - {"__init__", "cli", *PACKAGES}))
-def test_nothing_but_the_package_and_the_command_knows_the_tuner(name):
-    text = (ROOT / "c3a_triton" / f"{name}.py").read_text()
-    assert "c3a_triton.tuning" not in text
-    assert not any(".tuning" in other for other in imports(ROOT / "c3a_triton" / f"{name}.py", "c3a_triton"))
-
-
 def test_what_the_tuner_needs_is_imported_when_it_is_needed():
     heavy = ("triton", "transformers", "peft", "scipy", "matplotlib", "rich")
     code = f"""

@@ -1,0 +1,240 @@
+"""The installed command: `c3a-triton autotune` and `c3a-triton cache`, on model folders that the tests write."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_models import llama
+
+from c3a_triton import C3AConfig, apply, cli, dispatch, tuned
+
+COMMAND = shutil.which("c3a-triton", path=str(Path(sys.executable).parent)) or "c3a-triton"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("C3A_TRITON_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("C3A_TRITON_BACKEND", raising=False)
+    dispatch.refresh()
+    yield tmp_path / "cache"
+    dispatch.refresh()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A model's folder that holds its configuration and nothing else."""
+    path = tmp_path_factory.mktemp("model")
+    config = llama().config
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(path)
+    return path
+
+
+def called(capsys, *arguments):
+    """(exit code, standard output, standard error) of the command, in this process."""
+    code = cli.main([*map(str, arguments)])
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    return code, out, err
+
+
+def test_the_installed_command_writes_what_is_applied(folder, tmp_path):
+    output, page = tmp_path / "new" / "c3a.json", tmp_path / "new" / "report.html"
+    arguments = ["autotune", folder, "--max-params", "3k", "--target-modules", "all-linear", "--no-measure", "--json"]
+    arguments += ["--output", output, "--report", page]
+    done = subprocess.run([COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["times"] == "predicted"
+    assert document["output"] == str(output)
+    assert document["report"] == [str(page), str(page.with_suffix(".png"))]
+    assert all(Path(path).stat().st_size > 1000 for path in document["report"])
+    assert document["parameters"] <= 3000
+    model = apply(llama(), C3AConfig.from_pretrained(output))
+    assert model.c3a.get_nb_trainable_parameters()[0] == document["parameters"]
+
+
+def test_an_interrupted_run_keeps_what_it_measured_and_is_resumed(folder, cache):
+    """Measured on the CPU, by the clock: stopped by Ctrl-C after the first results, then run to its end."""
+    arguments = ["autotune", folder, "--max-params", "100k", "--target-modules", "all-linear", "--tokens", "16"]
+    command = [COMMAND, *map(str, arguments), "--device", "cpu", "--dtype", "float32", "--json"]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    while not (cache / "tuned-1.json").exists() and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    first.send_signal(signal.SIGINT)
+    out, err = first.communicate(timeout=120)
+    assert first.returncode == 130, err
+    assert out == ""
+    assert "is kept in" in err
+    assert "Traceback" not in err
+    kept = tuned.load().times
+    assert kept
+    second = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert second.returncode == 0, second.stderr
+    found = tuned.load().times
+    assert len(found) > len(kept)
+    assert {key: found[key] for key in kept} == kept  # not measured again
+    assert json.loads(second.stdout)["times"] == "measured"
+
+
+def test_the_table_on_the_screen(folder, capsys):
+    code, out, _ = called(capsys, "autotune", folder, "--like-lora-rank", 2, "--no-measure")
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0].split()[:7] == ["group", "layers", "in", "out", "b", "parameters", "backend"]
+    assert [line.split()[0] for line in lines[1:4]] == ["q_proj", "v_proj", "all"]
+    assert "as many parameters as LoRA of rank 2" in out
+    assert "predicted" in out
+
+
+def test_targets_as_names_or_as_an_expression(folder, capsys):
+    def groups(*targets):
+        arguments = ("autotune", folder, "--max-params", "50k", "--no-measure", "--json", "--target-modules", *targets)
+        return [row["group"] for row in json.loads(called(capsys, *arguments)[1])["groups"]]
+
+    assert groups("q_proj", "up_proj") == ["q_proj", "up_proj"]
+    assert groups("q_proj,up_proj") == ["q_proj", "up_proj"]
+    assert groups(r".*\.(gate|up)_proj") == ["gate_proj", "up_proj"]
+    assert groups("q_proj", "up_proj", "--exclude-modules", "up_proj") == ["q_proj"]
+
+
+@pytest.mark.parametrize("model", ["missing", "empty", "broken", "unknown", "list", "impossible"])
+def test_a_model_that_cannot_be_read(model, folder, tmp_path, capsys):
+    path = tmp_path / model
+    if model != "missing":
+        path.mkdir()
+    good = json.loads((folder / "config.json").read_text())
+    contents = {
+        "broken": "{",
+        "unknown": json.dumps({"model_type": "no-such-model", "architectures": ["NoSuchModel"]}),
+        "list": "[]",
+        "impossible": json.dumps(good | {"hidden_size": "wide"}),
+    }
+    if model in contents:
+        (path / "config.json").write_text(contents[model])
+    code, out, err = called(capsys, "autotune", path, "--max-params", "1M", "--no-measure")
+    assert (code, out) == (1, "")
+    assert str(path) in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-params", "10"], "still need"),
+        (["--max-params", "1M", "--target-modules", "q_prj"], "q_proj"),
+        (["--max-params", "1M", "--target-modules", "("], "not a valid regular expression"),
+        (["--max-params", "1M", "--device", "cpu"], "GPUs only"),
+        (["--max-params", "1M", "--report", "page.txt"], ".html"),
+    ],
+)
+def test_what_cannot_be_done_says_why(folder, capsys, arguments, message):
+    code, out, err = called(capsys, "autotune", folder, *arguments, "--no-measure")
+    assert (code, out) == (1, "")
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--max-params", "1M", "--like-lora-rank", "4"],
+        ["--max-params", "many"],
+        ["--max-params", "0"],
+        ["--like-lora-rank", "-1"],
+        ["--max-adapter-mb", "nan"],
+        ["--max-params", "1M", "--objective", "speed"],
+        ["--max-params", "1M", "--tokens", "0"],
+        ["--max-params", "1M", "--tokens", "many"],
+        ["--max-params", "1M", "--unknown"],
+    ],
+)
+def test_wrong_usage(folder, capsys, arguments):
+    code, out, err = called(capsys, "autotune", folder, *arguments)
+    assert (code, out) == (2, "")
+    assert "usage" in err
+
+
+@pytest.mark.parametrize("option", ["--output", "--report"])
+def test_what_cannot_be_written_is_refused_before_anything_is_measured(folder, tmp_path, capsys, monkeypatch, option):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("c3a_triton.tuning.tuner.autotune", lambda *args, **kwargs: pytest.fail("measured"))
+    target = tmp_path / "file" / "c3a.html"
+    code, out, err = called(capsys, "autotune", folder, "--max-params", "1M", option, target)
+    assert (code, out) == (1, "")
+    assert "is not a folder" in err
+    code, _, err = called(capsys, "autotune", folder, "--max-params", "1M", "--report", tmp_path)
+    assert code == 1
+
+
+def test_help_has_examples(capsys):
+    for name in ("autotune", "cache"):
+        code, out, _ = called(capsys, name, "--help")
+        assert code == 0
+        assert f"c3a-triton {name} " in out.split("examples:")[1]
+
+
+def test_the_cache_is_shown_and_cleared(cache, capsys):
+    assert called(capsys, "cache", "show")[:2] == (0, f"{cache}/tuned-1.json: 0 measured layers, 0 measured tiles\n")
+    key = tuned.Key("NVIDIA Test", "9.0", "2.13", "3.9", "bfloat16", 13, 4096, 1024, 128, "fft")
+    tuned.add({key: tuned.Times(1e-4, 2e-4), key._replace(b=64): tuned.Times(3e-4)})
+    code, out, _ = called(capsys, "cache", "show")
+    assert code == 0
+    assert "NVIDIA Test (9.0), torch 2.13, triton 3.9" in out
+    assert ["bfloat16", "8192", "4096", "1024", "128", "fft", "100", "µs", "200", "µs"] in map(
+        str.split, out.splitlines()
+    )
+    document = json.loads(called(capsys, "cache", "show", "--json")[1])
+    assert document["path"] == f"{cache}/tuned-1.json"
+    assert [(row["b"], row["forward"], row["backward"]) for row in document["times"]] == [
+        (64, 3e-4, None),
+        (128, 1e-4, 2e-4),
+    ]
+    assert json.loads(called(capsys, "cache", "clear", "--json")[1])["removed"] == 2
+    assert not (cache / "tuned-1.json").exists()
+    assert called(capsys, "cache", "clear")[0] == 0
+    (cache / "tuned-1.json").write_text("{")
+    code, out, err = called(capsys, "cache", "show")
+    assert (code, "set aside" in err) == (0, True)
+
+
+def test_a_large_model_s_shapes_are_enough(tmp_path):
+    """A Llama of 3 billion parameters, predicted, in little memory."""
+    from transformers import LlamaConfig
+
+    LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=128256,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        head_dim=128,
+    ).save_pretrained(tmp_path)
+    code = """
+import resource, sys, time
+from c3a_triton import cli
+status = cli.main(sys.argv[1:])
+usage = resource.getrusage(resource.RUSAGE_SELF)
+print(usage.ru_maxrss / 1024, usage.ru_utime + usage.ru_stime)
+sys.exit(status)
+"""
+    arguments = ["autotune", tmp_path, "--max-params", "20M", "--target-modules", "all-linear", "--no-measure"]
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "2"}
+    )
+    assert done.returncode == 0, done.stderr
+    megabytes, seconds = map(float, done.stdout.splitlines()[-1].split())
+    assert "all           196" in done.stdout
+    assert megabytes < 1024
+    # Processor time: the clock depends on what else runs here.
+    assert seconds < 20
