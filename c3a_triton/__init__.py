@@ -20,6 +20,7 @@ from .explanation import explain
 from .layer import C3ALinear
 from .manager import AdapterManager
 from .ops import c3a_linear, circulant_linear, circulant_matrix
+from .quantized import register_linear_like
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ __all__ = [
     "circulant_matrix",
     "explain",
     "load_adapter",
+    "register_linear_like",
     "suggest_block_size",
     "valid_block_sizes",
 ]

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from .checkpoint import KERNEL_SUFFIX, read_adapter, write_adapter
 from .config import C3AConfig
 from .dispatch import check_backend
-from .errors import AdapterNotFoundError, AdapterStateError, CheckpointError, ConfigError
+from .errors import AdapterNotFoundError, AdapterStateError, C3AError, CheckpointError, ConfigError
 from .layer import BASE_ROW, KEEP_BASE, C3ALinear, check_adapter_name
 from .linear_like import stored_tensor
 from .modules_to_save import ModulesToSave
+from .quantized import hold_layout, release_layout, torchao_config_of
 from .report import count_parameters, summary_table
 from .targets import (
     Target,
@@ -162,12 +163,18 @@ class AdapterManager:
                 f"bias={config.bias!r}: adapter {biased[0]!r} trains biases already, and they can follow only one "
                 'adapter; use bias="none"'
             )
-        layers = [self._new_layer(adapter_name, config, target, tensors) for target in targets]
-        copies = [self._new_copy(name, module, tensors) for name, module in saved]
-
         is_first = not self._configs
+        try:
+            layers = [self._new_layer(adapter_name, config, target, tensors) for target in targets]
+            copies = [self._new_copy(name, module, tensors) for name, module in saved]
+        except C3AError:
+            if is_first:
+                release_layout(self.model)
+            raise
+
         if is_first:
             self.model.requires_grad_(False)
+            hold_layout(self.model)  # a layer that is not adapted must pass gradients on to those below it, too
         for parameter, value in replaced:
             parameter.detach().copy_(value)
         for target, (layer, kernel) in zip(targets, layers, strict=True):
@@ -196,6 +203,7 @@ class AdapterManager:
             layer = C3ALinear(
                 layer, adapter_name, target.block_size, init_weights, backend=self.backend, layer_name=target.name
             )
+            layer.quantization_config = torchao_config_of(self.model)
             kernel = layer.c3a_kernel[adapter_name]
             if self._configs:
                 layer.set_adapter(self._active)
@@ -497,6 +505,7 @@ class AdapterManager:
                 self._replace(name, module.base_layer)
             elif isinstance(module, ModulesToSave):
                 self._replace(name, module.active_module() if with_copies else module.original_module)
+        release_layout(self.model)
         self._configs.clear()
         self._chosen_by.clear()
         self._active.clear()

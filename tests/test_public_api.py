@@ -23,6 +23,7 @@ def test_public_names():
         "circulant_matrix",
         "explain",
         "load_adapter",
+        "register_linear_like",
         "suggest_block_size",
         "valid_block_sizes",
     ]
