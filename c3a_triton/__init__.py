@@ -7,6 +7,8 @@ adapts a model in place; `model.c3a` is its `AdapterManager`.
 
 from .api import apply, load_adapter
 from .config import C3AConfig, suggest_block_size, valid_block_sizes
+from .conv import C3AConv2d
+from .embedding import C3AEmbedding
 from .errors import (
     AdapterNotFoundError,
     AdapterStateError,
@@ -30,6 +32,8 @@ __all__ = [
     "AdapterStateError",
     "BackendError",
     "C3AConfig",
+    "C3AConv2d",
+    "C3AEmbedding",
     "C3AError",
     "C3ALinear",
     "CheckpointError",

@@ -134,7 +134,7 @@ class C3ALinear(nn.Module):
         block_size: adapter name → b.
         merged_adapters: names of the adapters that are merged into the base weight.
         layer_name: its full name in the model, for messages.
-        quantization_config: the torchao configuration by which a quantized base weight is quantized again after merging.
+        quantization_config: the torchao configuration by which a merged base weight is quantized again.
 
     Raises:
         ConfigError: a name or value that cannot be used, or a base layer that is not linear.
@@ -143,6 +143,8 @@ class C3ALinear(nn.Module):
 
     kind = "linear"
     """The kind of base layer, of those that `linear_like.geometry` tells apart."""
+    has_backends = True
+    """Whether there is a choice of how the adapters are computed."""
 
     adapter_layer_names = ("c3a_kernel",)
     other_param_names = ("block_size",)
@@ -164,6 +166,8 @@ class C3ALinear(nn.Module):
     ) -> None:
         super().__init__()
         check_backend(backend)
+        if backend != "auto" and not self.has_backends:
+            raise BackendError(f"{layer_name or type(self).__name__} has no choice of backend, got {backend!r}")
         self.base_layer = base_layer
         self.c3a_kernel = nn.ParameterDict()
         self.block_size: dict[str, int] = {}
@@ -178,7 +182,7 @@ class C3ALinear(nn.Module):
         self.quantization_config: Any = None
         sizes = geometry(self.get_base_layer())
         if sizes is None or sizes.kind != self.kind:
-            raise ConfigError(f"{self._label}: {type(base_layer).__name__} is not a {self.kind} layer of known widths")
+            raise ConfigError(f"{self._label}: {type(base_layer).__name__} is not of kind {self.kind}, of known widths")
         self._geometry = sizes
         self.in_features, self.out_features = sizes.in_features, sizes.out_features
         hold_layout(base_layer)
@@ -261,21 +265,26 @@ class C3ALinear(nn.Module):
                 kernels = tuple(self._kernel_on(name, x.device) for name in self._applied_names())
             if kernels and x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
                 raise AdapterStateError(
-                    f"{self._label}: this {type(self.get_base_layer()).__name__} passes no gradient on to its input, as "
-                    "some quantized layers do not (torchao's with quantized activations): layers below it cannot be "
+                    f"{self._label}: this {type(self.get_base_layer()).__name__} passes no gradient on to its input, "
+                    "as some quantized layers do not (torchao's with quantized activations): layers below it cannot be "
                     "trained. Load the base model in another format, or adapt no layer below this one"
                 )
             for kernel in _sums_by_block_size(kernels):
-                y = y + self._delta(x, kernel).to(y.dtype)
+                y = y + self._delta(x, kernel, self._exact_backend).to(y.dtype)
         return y.to(dtype)
 
-    def _delta(self, x: Tensor, kernel: Tensor) -> Tensor:
+    def _delta(self, x: Tensor, kernel: Tensor, backend: str) -> Tensor:
         """What one adapter adds for x, on x's device."""
-        return circulant_linear(x, kernel, backend=self._exact_backend)
+        return circulant_linear(x, kernel, backend=backend)
 
     @property
     def _exact_backend(self) -> str:
         """The backend of adapters that are computed beside the base layer."""
+        if self.backend != "auto" and not self.has_backends:
+            raise BackendError(
+                f"{self._label}: backend {self.backend!r} is for linear layers; a {self.kind} layer has no choice of "
+                "backend: leave it at 'auto'"
+            )
         if self.backend == "fold":
             raise BackendError(
                 f"{self._label}: backend 'fold' adds the adapters to the weight of a plain nn.Linear. Here they are "
@@ -297,7 +306,7 @@ class C3ALinear(nn.Module):
                 continue
             rows = torch.tensor([row for row, other in enumerate(names) if other == name], device=x.device)
             kernel = self._kernel_on(name, x.device)
-            delta = self._delta(x.index_select(0, rows), kernel)
+            delta = self._delta(x.index_select(0, rows), kernel, self._exact_backend)
             y = y.index_add(0, rows, delta.to(y.dtype))
         return y
 

@@ -8,6 +8,7 @@ output width, quantized layers among them, which only its own forward can comput
 """
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,7 @@ from .quantized import quantized_weight, registered
 __all__ = [
     "Geometry",
     "WeightAccess",
+    "as_weight",
     "fingerprint",
     "first_tensor",
     "geometry",
@@ -155,7 +157,7 @@ def first_tensor(base: nn.Module) -> Tensor | None:
         tensor = getattr(base, name, None)
         if isinstance(tensor, Tensor):
             return tensor
-    return next(base.parameters(), None)
+    return next(chain(base.parameters(), base.buffers()), None)
 
 
 def kernel_device(base: nn.Module) -> torch.device:
@@ -198,14 +200,14 @@ class WeightAccess(Protocol):
 
 
 def _as_matrix(base: nn.Module, weight: Tensor) -> Tensor:
-    """A weight in its layer's order as [out, in]; of a convolution the inputs are the taps' channels, tap after tap."""
+    """A layer's weight as [out, in]; a convolution's inputs are the channels of each tap, tap after tap."""
     if is_transposed(base):
         return weight.t()
     return weight.permute(0, 2, 3, 1).flatten(1) if isinstance(base, nn.Conv2d) else weight
 
 
-def _as_weight(base: nn.Module, matrix: Tensor) -> Tensor:
-    """The inverse of `_as_matrix`."""
+def as_weight(base: nn.Module, matrix: Tensor) -> Tensor:
+    """A matrix [out, in] in the order of its layer's weight."""
     if is_transposed(base):
         return matrix.t()
     if isinstance(base, nn.Conv2d):
@@ -225,7 +227,7 @@ class _PlainWeight:
         return _as_matrix(self._base, self._weight())
 
     def write(self, weight: Tensor) -> None:
-        self._weight().copy_(_as_weight(self._base, weight))
+        self._weight().copy_(as_weight(self._base, weight))
 
     def keep(self, where: str) -> Tensor:
         weight = self.read()
@@ -254,7 +256,7 @@ class _OffloadedWeight:
             weights, key = weights.dataset, weights.prefix + key
         # A loader looks at its tensors in memory before its files, which are the user's and stay as they are.
         weights = weights.state_dict if hasattr(weights, "index") else weights
-        weights[key] = _as_weight(self._base, weight).contiguous()
+        weights[key] = as_weight(self._base, weight).contiguous()
 
     def keep(self, where: str) -> Tensor:
         return self.read()
@@ -304,8 +306,8 @@ def weight_access(owner: Any) -> WeightAccess:
     if not isinstance(access, str):
         return access
     raise AdapterStateError(
-        f"nothing can be merged into this {type(base).__name__}: {reason}; {access}. Keep the adapter unmerged, or load "
-        "the base model in 16 or 32 bits"
+        f"nothing can be merged into this {type(base).__name__}: {reason}; {access}. Keep the adapter unmerged, or "
+        "load the base model in 16 or 32 bits"
     )
 
 

@@ -56,14 +56,18 @@ def register_linear_like(
         widths: layer → (in_features, out_features), where it has no such attributes.
         dequantize: layer → its weight [out_features, in_features], a floating-point tensor that is the caller's to
             change.
-        requantize: (layer, weight [out_features, in_features] in the dtype that `dequantize` gave) → the layer that takes
-            its place: a new one, or the same one, changed. Without these two, merging is refused.
+        requantize: (layer, weight [out_features, in_features] in the dtype that `dequantize` gave) → the layer that
+            takes its place: a new one, or the same one, changed. Without these two, merging is refused.
 
     Raises:
         ConfigError: no class of modules, one that is known already (`nn.Linear`), or only one of the two functions.
 
     Example:
-        >>> register_linear_like(MyInt8Linear, dequantize=lambda layer: layer.codes * layer.scale, requantize=MyInt8Linear.with_weight)
+        >>> register_linear_like(
+        ...     Int8Linear,
+        ...     dequantize=lambda layer: layer.codes * layer.scale,
+        ...     requantize=lambda layer, weight: Int8Linear.from_weight(weight),
+        ... )
     """
     if not (isinstance(layer_class, type) and issubclass(layer_class, nn.Module)):
         raise ConfigError(f"register_linear_like takes a class of modules, got {layer_class!r}")
@@ -170,8 +174,8 @@ def quantized_weight(owner: Any) -> QuantizedWeight | str:
         return "a class that can be dequantized and quantized again joins through c3a_triton.register_linear_like"
     if not backend.supports_merge:
         return f"{backend.backend_name} weights cannot be quantized again"
-    weight = getattr(base, "weight", None)
-    if type(weight).__name__ in ("Params4bit", "Int8Params") and weight.is_floating_point():  # type: ignore[union-attr]
+    weight: Any = getattr(base, "weight", None)
+    if type(weight).__name__ in ("Params4bit", "Int8Params") and weight.is_floating_point():
         return "bitsandbytes has not quantized it: move the model to its device first, with has_fp16_weights=False"
     return QuantizedWeight(owner, backend.get_base_weight, backend.set_base_weight)
 
@@ -186,7 +190,7 @@ def torchao_config_of(model: nn.Module) -> Any | None:
 def copy_of(base: nn.Module) -> nn.Module:
     """A deep copy of a base layer."""
     copied: Any = copy.deepcopy(base)
-    weight = getattr(copied, "weight", None)
+    weight: Any = getattr(copied, "weight", None)
     if getattr(weight, "module", None) is base:
         # bitsandbytes' 4-bit weight knows its layer, and its copy still knows the old one.
         weight.module = copied

@@ -12,6 +12,8 @@ def test_public_names():
         "AdapterStateError",
         "BackendError",
         "C3AConfig",
+        "C3AConv2d",
+        "C3AEmbedding",
         "C3AError",
         "C3ALinear",
         "CheckpointError",
