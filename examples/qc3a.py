@@ -1,7 +1,7 @@
 """QC3A: fine-tune C3A adapters over a base in 4 (or 8) bits, as QLoRA does with LoRA: `python examples/qc3a.py`.
 
-Without arguments it needs no network, no GPU and about two minutes on two CPU cores: it teaches a byte-level Llama of
-two million parameters English, loads it in 4 bits through transformers and bitsandbytes, and trains an adapter on
+Without arguments it needs no network, no GPU and two to three minutes of one CPU core: it teaches a byte-level Llama
+of two million parameters English, loads it in 4 bits through transformers and bitsandbytes, and trains an adapter on
 Python source. The adapter is saved, loaded onto the quantized base afresh, and merged, which quantizes the sum again.
 
 `--model FOLDER` takes a causal language model of your own instead, `--data PATH` your own text file or folder.
@@ -54,7 +54,7 @@ def tokenizer_in(folder: Path) -> Any | None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    """Quantize, adapt, train, save, reload, merge; returns 0 if the reloaded model computes what the trained one did."""
+    """Quantize, adapt, train, save, reload, merge; returns 0 if the reloaded model agrees with the trained one."""
     size, device, out = SHORT if args.short else Size(), torch.device(args.device), args.out
     text = corpus.split(corpus.standard_library() if args.data is None else corpus.files_at(args.data))
     columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -89,7 +89,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     console.print(f"bits per byte of held-out text: {before:.3f} before, {after:.3f} after, {merged:.3f} merged")
     agrees = difference <= (1e-5 if device.type == "cpu" else 5e-2)
     verdict = "agrees" if agrees else "DIFFERS"
-    console.print(f"reloaded onto the quantized base: largest difference {difference:.1e} of the largest logit: {verdict}")
+    console.print(
+        f"reloaded onto the quantized base: largest difference {difference:.1e} of the largest logit: {verdict}"
+    )
     return 0 if agrees else 1
 
 

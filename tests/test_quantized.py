@@ -2,6 +2,10 @@
 
 import copy
 import io
+import os
+import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -366,8 +370,6 @@ def test_another_configuration_than_the_weight_s_is_refused() -> None:
 
 
 def test_without_peft_merging_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "peft.utils.quantization_utils", None)
     layer = adapted("bitsandbytes 8-bit")
     before = content(layer.base_layer)
@@ -609,3 +611,27 @@ def test_a_copy_and_a_pickle_of_an_adapted_quantized_layer() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.testing.assert_close(torch.load(file, weights_only=False)(x), expected, rtol=0, atol=0)
+
+
+def test_the_example_in_short(tmp_path: Path) -> None:
+    """As a user runs it: in a process of its own, with what it prints."""
+    pytest.importorskip("rich")
+    example = Path(__file__).resolve().parents[1] / "examples" / "qc3a.py"
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(example), "--short", "--steps", "30", "--device", "cpu"],
+        cwd=tmp_path,
+        env=variables | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = re.search(r"text: (\S+) before, (\S+) after, (\S+) merged", done.stdout)
+    assert figures is not None
+    before, after, merged = map(float, figures.groups())
+    assert after < before - 0.01
+    assert merged < before
+    assert "reloaded onto the quantized base: largest difference 0.0e+00" in done.stdout
+    assert (tmp_path / "out" / "qc3a" / "adapter" / "adapter_model.safetensors").stat().st_size > 1000
