@@ -10,6 +10,8 @@ from typing import Any
 
 from .api import apply, load_adapter
 from .config import C3AConfig, suggest_block_size, valid_block_sizes
+from .conv import C3AConv2d
+from .embedding import C3AEmbedding
 from .errors import (
     AdapterNotFoundError,
     AdapterStateError,
@@ -23,6 +25,7 @@ from .explanation import explain
 from .layer import C3ALinear
 from .manager import AdapterManager
 from .ops import c3a_linear, circulant_linear, circulant_matrix
+from .quantized import register_linear_like
 
 __version__ = "0.1.0"
 
@@ -32,6 +35,8 @@ __all__ = [
     "AdapterStateError",
     "BackendError",
     "C3AConfig",
+    "C3AConv2d",
+    "C3AEmbedding",
     "C3AError",
     "C3ALinear",
     "CheckpointError",
@@ -44,6 +49,7 @@ __all__ = [
     "circulant_matrix",
     "explain",
     "load_adapter",
+    "register_linear_like",
     "suggest_block_size",
     "valid_block_sizes",
 ]

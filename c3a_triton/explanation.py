@@ -82,9 +82,9 @@ def explain(
 def _layers(subject: object) -> list[C3ALinear] | None:
     """The adapted layers of a layer, manager or model; None for anything else."""
     if isinstance(subject, AdapterManager):
-        return [layer for _, layer in subject.layers()]
+        return [layer for _, layer in subject.layers() if layer.has_backends]
     if isinstance(subject, nn.Module):
-        return [module for module in subject.modules() if isinstance(module, C3ALinear)]
+        return [module for module in subject.modules() if isinstance(module, C3ALinear) and module.has_backends]
     return None
 
 

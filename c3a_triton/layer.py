@@ -17,14 +17,16 @@ from .errors import AdapterNotFoundError, AdapterStateError, BackendError, Confi
 from .linear_like import (
     WeightAccess,
     fingerprint,
+    first_tensor,
+    geometry,
     is_plain,
     kernel_device,
-    linear_widths,
     rounding_dtype,
     stored_tensor,
     weight_access,
 )
 from .ops import add_circulant_, c3a_linear, circulant_linear, circulant_matrix
+from .quantized import hold_layout
 
 __all__ = ["BASE_ROW", "C3ALinear", "check_adapter_name", "expand_rows"]
 
@@ -133,11 +135,17 @@ class C3ALinear(nn.Module):
         block_size: adapter name → b.
         merged_adapters: names of the adapters that are merged into the base weight.
         layer_name: its full name in the model, for messages.
+        quantization_config: the torchao configuration by which a merged base weight is quantized again.
 
     Raises:
         ConfigError: a name or value that cannot be used, or a base layer that is not linear.
         ShapeError: a block size that does not divide both widths.
     """
+
+    kind = "linear"
+    """The kind of base layer, of those that `linear_like.geometry` tells apart."""
+    has_backends = True
+    """Whether there is a choice of how the adapters are computed."""
 
     adapter_layer_names = ("c3a_kernel",)
     other_param_names = ("block_size",)
@@ -159,6 +167,8 @@ class C3ALinear(nn.Module):
     ) -> None:
         super().__init__()
         check_backend(backend)
+        if backend != "auto" and not self.has_backends:
+            raise BackendError(f"{layer_name or type(self).__name__} has no choice of backend, got {backend!r}")
         self.base_layer = base_layer
         self.c3a_kernel = nn.ParameterDict()
         self.block_size: dict[str, int] = {}
@@ -170,10 +180,13 @@ class C3ALinear(nn.Module):
         self._disable_adapters = False
         self._row_adapters: tuple[str, ...] | None = None
         self._merge_state: _MergeState | None = None
-        widths = linear_widths(self.get_base_layer())
-        if widths is None:
-            raise ConfigError(f"{self._label}: {type(base_layer).__name__} is not a linear layer of known widths")
-        self.in_features, self.out_features = widths
+        self.quantization_config: Any = None
+        sizes = geometry(self.get_base_layer())
+        if sizes is None or sizes.kind != self.kind:
+            raise ConfigError(f"{self._label}: {type(base_layer).__name__} is not of kind {self.kind}, of known widths")
+        self._geometry = sizes
+        self.in_features, self.out_features = sizes.in_features, sizes.out_features
+        hold_layout(base_layer)
         self._watch()
         self.update_layer(adapter_name, block_size, init_weights, config=config)
 
@@ -246,8 +259,8 @@ class C3ALinear(nn.Module):
     def _general_forward(
         self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> Tensor:
-        dtype = x.dtype
         y = self.base_layer(x, *args, **kwargs)
+        dtype = x.dtype if x.is_floating_point() else y.dtype
         # With offloading or several devices the base layer's hook decides where it computes.
         x = x.to(y.device)
         if adapter_names is not None and not self._disable_adapters:
@@ -258,13 +271,28 @@ class C3ALinear(nn.Module):
             kernels = self._kernels
             if kernels is None or any(kernel.device != x.device for kernel in kernels):
                 kernels = tuple(self._kernel_on(name, x.device) for name in self._applied_names())
+            if kernels and x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
+                raise AdapterStateError(
+                    f"{self._label}: this {type(self.get_base_layer()).__name__} passes no gradient on to its input, "
+                    "as some quantized layers do not (torchao's with quantized activations): layers below it cannot be "
+                    "trained. Load the base model in another format, or adapt no layer below this one"
+                )
             for kernel in _sums_by_block_size(kernels):
-                y = y + circulant_linear(x, kernel, backend=self._exact_backend).to(y.dtype)
+                y = y + self._delta(x, kernel, self._exact_backend).to(y.dtype)
         return y.to(dtype)
+
+    def _delta(self, x: Tensor, kernel: Tensor, backend: str) -> Tensor:
+        """What one adapter adds for x, on x's device."""
+        return circulant_linear(x, kernel, backend=backend)
 
     @property
     def _exact_backend(self) -> str:
         """The backend of adapters that are computed beside the base layer."""
+        if self.backend != "auto" and not self.has_backends:
+            raise BackendError(
+                f"{self._label}: backend {self.backend!r} is for linear layers; a {self.kind} layer has no choice of "
+                "backend: leave it at 'auto'"
+            )
         if self.backend == "fold":
             raise BackendError(
                 f"{self._label}: backend 'fold' adds the adapters to the weight of a plain nn.Linear. Here they are "
@@ -286,7 +314,7 @@ class C3ALinear(nn.Module):
                 continue
             rows = torch.tensor([row for row, other in enumerate(names) if other == name], device=x.device)
             kernel = self._kernel_on(name, x.device)
-            delta = circulant_linear(x.index_select(0, rows), kernel, backend=self._exact_backend)
+            delta = self._delta(x.index_select(0, rows), kernel, self._exact_backend)
             y = y.index_add(0, rows, delta.to(y.dtype))
         return y
 
@@ -305,15 +333,15 @@ class C3ALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight."""
+        """The base layer's weight, or what a quantized one has in its place."""
         base: Any = self.get_base_layer()
-        return base.qweight if hasattr(base, "qweight") else base.weight
+        weight = base.qweight if hasattr(base, "qweight") else first_tensor(base)
+        return base.weight if weight is None else weight
 
     @property
     def bias(self) -> Tensor | None:
         """The base layer's bias."""
-        base: Any = self.get_base_layer()
-        return base.bias
+        return getattr(self.get_base_layer(), "bias", None)
 
     @property
     def merged(self) -> bool:
@@ -379,11 +407,11 @@ class C3ALinear(nn.Module):
             init_weights = "xavier_uniform" if config is None else config.init_weights
         if block_size == "auto":
             rank = None if config is None else config.rank
-            block_size = suggest_block_size(self.in_features, self.out_features, rank=rank)
+            block_size = suggest_block_size(*self._geometry.divided, rank=rank)
         b: int = block_size  # type: ignore[assignment]
-        check_block_size(b, self.in_features, self.out_features, self._label)
+        check_block_size(b, *self._geometry.divided, self._label + self._geometry.what)
         base = self.get_base_layer()
-        shape = (self.out_features // b, self.in_features // b, b)
+        shape = self._geometry.kernel_shape(b)
         kernel = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=kernel_device(base)))
         self._initialise(kernel, init_weights)
         dtype = rounding_dtype(base)
@@ -444,7 +472,15 @@ class C3ALinear(nn.Module):
         dtype = self.weight.dtype
         kernel = stored_tensor(self.c3a_kernel, adapter)
         kernel = kernel if kernel.dtype in _COMPUTED_DTYPES else kernel.float()
-        return circulant_matrix(kernel, dtype=dtype if dtype.is_floating_point else None)
+        return self._delta_weight(kernel, dtype if dtype.is_floating_point else kernel.dtype)
+
+    def _delta_weight(self, kernel: Tensor, dtype: torch.dtype) -> Tensor:
+        """ΔW of one kernel, in the shape of the base layer's weight."""
+        return circulant_matrix(kernel, dtype=dtype)
+
+    def _add_delta_(self, weight: Tensor, names: Iterable[str]) -> None:
+        """Add adapters' ΔW to a weight as the matrix [out_features, in_features], in place."""
+        add_circulant_(weight, [self._kernel_on(name, weight.device) for name in names])
 
     def set_adapter(self, adapter_names: str | Iterable[str], inference_mode: bool = False) -> None:
         """Activate these adapters and no others; names that other layers have are fine.
@@ -597,9 +633,12 @@ class C3ALinear(nn.Module):
             state = _MergeState(None if keep_base is None else access.keep(keep_base), keep_base, None)
         if merged is None:
             merged = weight if access.in_place else weight.clone()
-            add_circulant_(merged, [self._kernel_on(name, weight.device) for name in names])
+            self._add_delta_(merged, names)
         if merged is not weight:
-            access.write(merged)
+            try:
+                access.write(merged)
+            except AdapterStateError as error:
+                raise AdapterStateError(f"{self._label}: {error}") from error
         if state.kept is not None:  # otherwise nothing can be brought back, and there is nothing to guard
             state.mark = fingerprint(access.read())
         self._merge_state = state
@@ -612,9 +651,9 @@ class C3ALinear(nn.Module):
             raise AdapterStateError(f"{self._label}: adapters are disabled; enable them before merging")
         try:
             access = weight_access(self)
+            weight = access.read()
         except AdapterStateError as error:
             raise AdapterStateError(f"{self._label}: {error}") from None
-        weight = access.read()
         state = self._merge_state
         if state is not None and state.kept is not None and (state.mark is None or fingerprint(weight) != state.mark):
             raise AdapterStateError(
@@ -627,7 +666,7 @@ class C3ALinear(nn.Module):
     @torch.no_grad()
     def _finite_sum(self, weight: Tensor, names: list[str]) -> Tensor:
         merged = weight.clone()
-        add_circulant_(merged, [self._kernel_on(name, weight.device) for name in names])
+        self._add_delta_(merged, names)
         if not torch.isfinite(merged).all():
             raise AdapterStateError(
                 f"{self._label}: merging {names} gives a weight that is not finite; nothing was merged"
@@ -683,7 +722,7 @@ class C3ALinear(nn.Module):
             else:
                 moved = fn(state.kept)
                 state.kept = moved.to("cpu") if state.where == "cpu" and not moved.is_meta else moved
-            lost = changed or self.get_base_layer().weight.is_meta
+            lost = changed or self.weight.is_meta
             state.mark = None if lost else fingerprint(weight_access(self).read())
         self._refresh()
         return self

@@ -1,12 +1,14 @@
 """What a base layer is: its widths, whether the fused step may read its weight, and how its weight is merged into.
 
-Four kinds are told apart. *Plain*: an `nn.Linear` with an ordinary weight, the only kind whose weight the fused step
-reads. *Transposed*: transformers' `Conv1D`, whose weight is [in, out]. *Offloaded*: either of them while accelerate
-keeps the weight elsewhere and leaves an empty one on meta. *Foreign*: anything else with an input and an output width,
-quantized layers among them, which only its own forward can compute.
+Of linear layers four kinds are told apart. *Plain*: an `nn.Linear` with an ordinary weight, the only kind whose weight
+the fused step reads. *Transposed*: transformers' `Conv1D`, whose weight is [in, out]. *Offloaded*: either of them while
+accelerate keeps the weight elsewhere and leaves an empty one on meta. *Foreign*: anything else with an input and an
+output width, quantized layers among them, which only its own forward can compute. Beside them there are `nn.Conv2d` and
+`nn.Embedding`, whose weights are matrices too, in an order of their own.
 """
 
-import copy
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -15,10 +17,16 @@ from torch.nn.modules import module as torch_module
 from torch.nn.parameter import Parameter
 
 from .errors import AdapterStateError
+from .quantized import quantized_weight, registered
 
 __all__ = [
+    "Geometry",
     "WeightAccess",
+    "as_weight",
     "fingerprint",
+    "first_tensor",
+    "geometry",
+    "is_linear",
     "is_plain",
     "is_transposed",
     "kernel_device",
@@ -42,6 +50,9 @@ def is_transposed(module: nn.Module) -> bool:
 
 def linear_widths(module: nn.Module) -> tuple[int, int] | None:
     """(in_features, out_features) of a linear-like module, or None where it is none."""
+    known = registered(module)
+    if known is not None and known.widths is not None:
+        return known.widths(module)
     if is_transposed(module):
         weight = module.weight
         return (weight.shape[0], weight.shape[1]) if isinstance(weight, Tensor) and weight.dim() == 2 else None
@@ -50,6 +61,53 @@ def linear_widths(module: nn.Module) -> tuple[int, int] | None:
         if all(isinstance(width, int) and width > 0 for width in widths):
             return widths  # type: ignore[return-value]
     return None
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `"all-linear"` means a module: a linear layer of torch or transformers, registered, or quantized.
+
+    GPTQ's, AWQ's and HQQ's layers are of many classes; what they share are the names of their packed weights.
+    """
+    if isinstance(module, nn.Linear) or is_transposed(module):
+        return True
+    packed = any(isinstance(getattr(module, name, None), Tensor) for name in ("qweight", "W_q"))
+    return (packed or registered(module) is not None) and linear_widths(module) is not None
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The matrix [out_features, in_features] that a layer's ΔW is added to, and what its blocks have to divide.
+
+    Attributes:
+        kind: `"linear"`, `"conv2d"` or `"embedding"`.
+        in_features, out_features: the matrix's sizes; the kernel's are [⌈out_features / b⌉, in_features / b, b].
+        divided: the two numbers that b has to divide.
+        what: what they are, for messages, where they are not the two widths.
+    """
+
+    kind: str
+    in_features: int
+    out_features: int
+    divided: tuple[int, int]
+    what: str = ""
+
+    def kernel_shape(self, block_size: int) -> tuple[int, int, int]:
+        """The shape of w."""
+        return -(-self.out_features // block_size), self.in_features // block_size, block_size
+
+
+def geometry(module: nn.Module) -> Geometry | None:
+    """The geometry of a module that can be adapted, or None for any other."""
+    if isinstance(module, nn.Conv2d):
+        channels = module.in_channels // module.groups, module.out_channels // module.groups
+        taps = module.kernel_size[0] * module.kernel_size[1]
+        what = " (channels of a group)" if module.groups > 1 else " (channels)"
+        return Geometry("conv2d", taps * channels[0], module.out_channels, channels, what)
+    if isinstance(module, nn.Embedding):
+        width = module.embedding_dim
+        return Geometry("embedding", width, module.num_embeddings, (width, width), " (embedding_dim)")
+    widths = linear_widths(module)
+    return None if widths is None else Geometry("linear", *widths, widths)
 
 
 def is_plain(base: nn.Module, x: Tensor) -> bool:
@@ -93,13 +151,13 @@ def stored_tensor(module: nn.Module, name: str) -> Tensor:
     return tensor
 
 
-def _first_tensor(base: nn.Module) -> Tensor | None:
+def first_tensor(base: nn.Module) -> Tensor | None:
     """A base layer's weight, or what stands in its place."""
     for name in ("weight", "qweight", "W_q"):
         tensor = getattr(base, name, None)
         if isinstance(tensor, Tensor):
             return tensor
-    return next(base.parameters(), None)
+    return next(chain(base.parameters(), base.buffers()), None)
 
 
 def kernel_device(base: nn.Module) -> torch.device:
@@ -108,7 +166,7 @@ def kernel_device(base: nn.Module) -> torch.device:
     if hook is not None and hook.execution_device is not None:
         device = hook.execution_device
         return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    tensor = _first_tensor(base)
+    tensor = first_tensor(base)
     return torch.device("cpu") if tensor is None else tensor.device
 
 
@@ -117,7 +175,7 @@ def rounding_dtype(base: nn.Module) -> torch.dtype | None:
 
     PEFT passes fresh adapters through it on their way to float32, which decides their initial values.
     """
-    tensor = _first_tensor(base)
+    tensor = first_tensor(base)
     dtype = getattr(base, "compute_dtype", None) or (None if tensor is None else tensor.dtype)
     return dtype if dtype in (torch.float16, torch.bfloat16) else None
 
@@ -141,19 +199,35 @@ class WeightAccess(Protocol):
         """Bring back the weight that was kept."""
 
 
-class _PlainWeight:
-    in_place = True
+def _as_matrix(base: nn.Module, weight: Tensor) -> Tensor:
+    """A layer's weight as [out, in]; a convolution's inputs are the channels of each tap, tap after tap."""
+    if is_transposed(base):
+        return weight.t()
+    return weight.permute(0, 2, 3, 1).flatten(1) if isinstance(base, nn.Conv2d) else weight
 
+
+def as_weight(base: nn.Module, matrix: Tensor) -> Tensor:
+    """A matrix [out, in] in the order of its layer's weight."""
+    if is_transposed(base):
+        return matrix.t()
+    if isinstance(base, nn.Conv2d):
+        return matrix.unflatten(1, (*base.kernel_size, -1)).permute(0, 3, 1, 2)
+    return matrix
+
+
+class _PlainWeight:
     def __init__(self, base: nn.Module) -> None:
         self._base = base
-        self._transposed = is_transposed(base)
+        self.in_place = not isinstance(base, nn.Conv2d)
+
+    def _weight(self) -> Tensor:
+        return self._base._parameters["weight"].detach()  # type: ignore[union-attr]
 
     def read(self) -> Tensor:
-        weight = self._base._parameters["weight"].detach()  # type: ignore[union-attr]
-        return weight.t() if self._transposed else weight
+        return _as_matrix(self._base, self._weight())
 
     def write(self, weight: Tensor) -> None:
-        self.read().copy_(weight)
+        self._weight().copy_(as_weight(self._base, weight))
 
     def keep(self, where: str) -> Tensor:
         weight = self.read()
@@ -170,12 +244,11 @@ class _OffloadedWeight:
     in_place = False
 
     def __init__(self, base: nn.Module, weights: Any) -> None:
+        self._base = base
         self._weights = weights
-        self._transposed = is_transposed(base)
 
     def read(self) -> Tensor:
-        weight = self._weights["weight"]
-        return weight.t() if self._transposed else weight
+        return _as_matrix(self._base, self._weights["weight"])
 
     def write(self, weight: Tensor) -> None:
         weights, key = self._weights, "weight"
@@ -183,7 +256,7 @@ class _OffloadedWeight:
             weights, key = weights.dataset, weights.prefix + key
         # A loader looks at its tensors in memory before its files, which are the user's and stay as they are.
         weights = weights.state_dict if hasattr(weights, "index") else weights
-        weights[key] = (weight.t() if self._transposed else weight).contiguous()
+        weights[key] = as_weight(self._base, weight).contiguous()
 
     def keep(self, where: str) -> Tensor:
         return self.read()
@@ -193,39 +266,12 @@ class _OffloadedWeight:
         self.write(kept)
 
 
-class _QuantizedWeight:
-    """A quantized weight, through PEFT's knowledge of its library. What is kept is a copy of the whole base layer."""
-
-    in_place = False
-
-    def __init__(self, owner: Any, backend: Any) -> None:
-        self._owner = owner
-        self._backend = backend
-
-    def read(self) -> Tensor:
-        return self._backend.get_base_weight(self._owner.get_base_layer()).detach()
-
-    def write(self, weight: Tensor) -> None:
-        self._backend.set_base_weight(self._owner, weight)
-
-    def keep(self, where: str) -> nn.Module:
-        return copy.deepcopy(self._owner.get_base_layer())
-
-    def restore(self, kept: Tensor | nn.Module) -> None:
-        assert isinstance(kept, nn.Module)
-        self._owner.base_layer = kept
-
-
-def _quantization_backend(base: nn.Module) -> Any:
-    """PEFT's way to change this kind of quantized layer; None where there is none, or no PEFT of 0.20 or later."""
-    try:
-        from peft.utils.quantization_utils import resolve_quantization_backend
-    except ImportError:
-        return None
-    try:
-        return resolve_quantization_backend(base)
-    except ValueError:
-        return None
+def _computes_its_weight(base: nn.Module) -> bool:
+    """Whether a layer's class computes the product with its weight, and nothing else."""
+    own = type(base)
+    if isinstance(base, nn.Conv2d):
+        return own.forward is nn.Conv2d.forward and own._conv_forward is nn.Conv2d._conv_forward  # type: ignore[attr-defined]
+    return is_transposed(base) or own.forward in (nn.Linear.forward, nn.Embedding.forward)
 
 
 def weight_access(owner: Any) -> WeightAccess:
@@ -240,28 +286,28 @@ def weight_access(owner: Any) -> WeightAccess:
     base = owner.get_base_layer()
     weight = base._parameters.get("weight")
     hook = _offload_hook(base)
-    widths = linear_widths(base)
-    expected = None if widths is None else widths if is_transposed(base) else widths[::-1]
+    sizes = geometry(base)
+    expected = None if sizes is None else (sizes.out_features, sizes.in_features)
     if weight is None:
         reason = "its weight is not a parameter of its own"
     elif type(weight) not in _ORDINARY or not weight.is_floating_point() or weight.dtype.itemsize < 2:
         reason = f"its weight is a {type(weight).__name__} of {weight.dtype}, not an ordinary floating-point matrix"
-    elif not (is_transposed(base) or type(base).forward is nn.Linear.forward):
+    elif not _computes_its_weight(base):
         reason = "its class computes a forward of its own, which need not be a product with its weight"
-    elif tuple(weight.shape) != expected:
-        reason = f"its weight has shape {tuple(weight.shape)} instead of {expected}, as a sharded one has"
+    elif weight.dim() != (4 if isinstance(base, nn.Conv2d) else 2) or _as_matrix(base, weight).shape != expected:
+        reason = f"its weight has shape {tuple(weight.shape)}, which is not all of {expected}, as a sharded one has"
     elif hook is not None:
         return _OffloadedWeight(base, hook.weights_map)
     elif weight.is_meta:
         reason = "its weight is on the meta device and holds no values"
     else:
         return _PlainWeight(base)
-    backend = _quantization_backend(base)
-    if backend is not None and backend.supports_merge:
-        return _QuantizedWeight(owner, backend)
+    access = quantized_weight(owner)
+    if not isinstance(access, str):
+        return access
     raise AdapterStateError(
-        f"nothing can be merged into this {type(base).__name__}: {reason}. Keep the adapter unmerged, or load the base "
-        "model in 16 or 32 bits"
+        f"nothing can be merged into this {type(base).__name__}: {reason}; {access}. Keep the adapter unmerged, or "
+        "load the base model in 16 or 32 bits"
     )
 
 

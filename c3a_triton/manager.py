@@ -12,11 +12,21 @@ from torch import Tensor, nn
 
 from .checkpoint import KERNEL_SUFFIX, read_adapter, write_adapter
 from .config import C3AConfig
+from .conv import C3AConv2d
 from .dispatch import check_backend
-from .errors import AdapterNotFoundError, AdapterStateError, CheckpointError, ConfigError
+from .embedding import C3AEmbedding
+from .errors import (
+    AdapterNotFoundError,
+    AdapterStateError,
+    BackendError,
+    C3AError,
+    CheckpointError,
+    ConfigError,
+)
 from .layer import BASE_ROW, KEEP_BASE, C3ALinear, check_adapter_name
-from .linear_like import stored_tensor
+from .linear_like import geometry, stored_tensor
 from .modules_to_save import ModulesToSave
+from .quantized import hold_layout, release_layout, torchao_config_of
 from .report import count_parameters, summary_table
 from .targets import (
     Target,
@@ -162,12 +172,18 @@ class AdapterManager:
                 f"bias={config.bias!r}: adapter {biased[0]!r} trains biases already, and they can follow only one "
                 'adapter; use bias="none"'
             )
-        layers = [self._new_layer(adapter_name, config, target, tensors) for target in targets]
-        copies = [self._new_copy(name, module, tensors) for name, module in saved]
-
         is_first = not self._configs
+        try:
+            layers = [self._new_layer(adapter_name, config, target, tensors) for target in targets]
+            copies = [self._new_copy(name, module, tensors) for name, module in saved]
+        except C3AError:
+            if is_first:
+                release_layout(self.model)
+            raise
+
         if is_first:
             self.model.requires_grad_(False)
+            hold_layout(self.model)  # a layer that is not adapted must pass gradients on to those below it, too
         for parameter, value in replaced:
             parameter.detach().copy_(value)
         for target, (layer, kernel) in zip(targets, layers, strict=True):
@@ -193,9 +209,12 @@ class AdapterManager:
                 raise AdapterStateError(f"{target.name} has an adapter {adapter_name!r} that nobody here knows")
             kernel = layer._new_kernel(adapter_name, target.block_size, init_weights)
         else:
-            layer = C3ALinear(
-                layer, adapter_name, target.block_size, init_weights, backend=self.backend, layer_name=target.name
+            layer_class = _layer_class(layer)
+            backend = self.backend if layer_class.has_backends else "auto"
+            layer = layer_class(
+                layer, adapter_name, target.block_size, init_weights, backend=backend, layer_name=target.name
             )
+            layer.quantization_config = torchao_config_of(self.model)
             kernel = layer.c3a_kernel[adapter_name]
             if self._configs:
                 layer.set_adapter(self._active)
@@ -322,21 +341,21 @@ class AdapterManager:
                 part.set_row_adapters(names)
 
     def set_backend(self, name: str, layers: str | Iterable[str] | None = None) -> None:
-        """Choose how adapters are computed.
+        """Choose how the adapters of linear layers are computed.
 
         Args:
             name: a name of `c3a_triton.dispatch.BACKENDS`.
             layers: full names of layers, or what they end with after a dot; None means all, and those adapted later.
 
         Raises:
-            BackendError: an unknown backend.
+            BackendError: an unknown backend, or a layer is named that has no choice.
             ConfigError: a name that no adapted layer has.
         """
         check_backend(name)
         adapted = list(self.layers())
         if layers is None:
             self.backend = name
-            chosen = [layer for _, layer in adapted]
+            chosen = [layer for _, layer in adapted if layer.has_backends]
         else:
             chosen = []
             for entry in [layers] if isinstance(layers, str) else layers:
@@ -344,6 +363,8 @@ class AdapterManager:
                 if not found:
                     raise ConfigError(f"no adapted layer is named {entry!r}.{near_names(entry, dict(adapted))}")
                 chosen += found
+        if name != "auto" and (fixed := [layer for layer in chosen if not layer.has_backends]):
+            raise BackendError(f"{fixed[0].layer_name} is a {fixed[0].kind} layer, which has no choice of backend")
         for layer in chosen:
             layer.backend = name
 
@@ -509,6 +530,7 @@ class AdapterManager:
                 self._replace(name, module.base_layer)
             elif isinstance(module, ModulesToSave):
                 self._replace(name, module.active_module() if with_copies else module.original_module)
+        release_layout(self.model)
         self._configs.clear()
         self._chosen_by.clear()
         self._active.clear()
@@ -550,7 +572,7 @@ class AdapterManager:
         return tensors | {name: parameter.detach() for name, parameter in biases.items()}
 
     def save_pretrained(self, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
-        """Save an adapter to a folder, as PEFT does and reads it.
+        """Save an adapter to a folder, as PEFT does and reads it. PEFT reads adapters of linear layers alone.
 
         Raises:
             AdapterNotFoundError: an unknown name.
@@ -560,6 +582,13 @@ class AdapterManager:
         block_sizes = {
             name: layer.block_size[adapter_name] for name, layer in self.layers() if adapter_name in layer.block_size
         }
+        own = [name for name, layer in self.layers() if name in block_sizes and layer.kind != "linear"]
+        if own:
+            warnings.warn(
+                f"PEFT adapts linear layers alone: it cannot load this adapter, which has {len(own)} others "
+                f"({', '.join(own[:3])}{', …' if len(own) > 3 else ''}); c3a_triton.load_adapter does",
+                stacklevel=2,
+            )
         write_adapter(
             directory,
             self._configs[adapter_name],
@@ -587,6 +616,13 @@ class AdapterManager:
         where an adapter file has another size than its configuration says.
         """
         return summary_table(base_modules(self.model), self._active, self._chosen_by)
+
+
+def _layer_class(base: nn.Module) -> type[C3ALinear]:
+    """What adapts a base layer."""
+    sizes = geometry(base)
+    kind = "linear" if sizes is None else sizes.kind
+    return {"linear": C3ALinear, "conv2d": C3AConv2d, "embedding": C3AEmbedding}[kind]
 
 
 def _do_nothing(module: nn.Module, args: Any) -> None:

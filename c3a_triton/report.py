@@ -44,7 +44,7 @@ def summary_table(
     for name, module in parts:
         if isinstance(module, C3ALinear):
             for adapter, b in module.block_size.items():
-                count = module.in_features * module.out_features // b
+                count = _count(module.c3a_kernel[adapter])
                 total += count
                 widths = (str(module.in_features), str(module.out_features), str(b))
                 key = chosen_by.get(adapter, {}).get(name, "")

@@ -12,7 +12,7 @@ from .checkpoint import KERNEL_SUFFIX, AdapterFile
 from .config import DEFAULT_TARGET_MODULES, C3AConfig, check_block_size, suggest_block_size
 from .errors import CheckpointError, ConfigError
 from .layer import C3ALinear
-from .linear_like import is_transposed, linear_widths
+from .linear_like import Geometry, geometry, is_linear
 from .modules_to_save import ModulesToSave
 from .patterns import block_size_for, match_target, unmatched_keys
 
@@ -44,7 +44,7 @@ _SEQ_CLS_HEADS = ("score", "classifier")
 
 @dataclass(frozen=True)
 class Target:
-    """A module to adapt: its name, itself (a linear-like module, or an adapted layer), b, and what decided on b."""
+    """A module to adapt: its name, itself (a base layer, or an adapted one), b, and what decided on b."""
 
     name: str
     module: nn.Module
@@ -153,8 +153,8 @@ def _all_linear(
     heads = _output_heads(model, config)
     found = []
     for name, module in modules:
-        is_linear = isinstance(module, (nn.Linear, C3ALinear)) or is_transposed(module)
-        if not is_linear or any(module is head for head in heads) or not match_target(allowed, name):
+        wanted = module.kind == "linear" if isinstance(module, C3ALinear) else is_linear(module)
+        if not wanted or any(module is head for head in heads) or not match_target(allowed, name):
             continue
         if _is_bypassed(model, name):
             warnings.warn(
@@ -181,19 +181,26 @@ def _output_heads(model: Any, config: C3AConfig) -> list[nn.Module]:
 def _target(name: str, module: nn.Module, config: C3AConfig) -> Target:
     if isinstance(module, ModulesToSave):
         raise ConfigError(f"{name} cannot be adapted: another adapter trains it as a whole (modules_to_save)")
-    widths = linear_widths(module)
-    if widths is None:
+    sizes = _geometry(module)
+    if sizes is None:
         raise ConfigError(
-            f"{name} is a {type(module).__name__}, which cannot be adapted: only linear layers can. Make "
-            "target_modules more precise, or name it in exclude_modules"
+            f"{name} is a {type(module).__name__}, which cannot be adapted: only linear layers, nn.Conv2d and "
+            "nn.Embedding can. Make target_modules more precise, or name it in exclude_modules"
         )
     size, key = block_size_for(config, name)
     chosen_by = "block_size" if key is None else key
     if size == "auto":
-        size, chosen_by = suggest_block_size(*widths, rank=config.rank), "auto"
+        size, chosen_by = suggest_block_size(*sizes.divided, rank=config.rank), "auto"
     assert isinstance(size, int)
-    check_block_size(size, *widths, name)
+    check_block_size(size, *sizes.divided, name + sizes.what)
     return Target(name, module, size, chosen_by)
+
+
+def _geometry(module: nn.Module) -> Geometry | None:
+    """What is known of a base layer, or of the one under an adapted layer."""
+    if isinstance(module, ModulesToSave):
+        return None
+    return geometry(module.get_base_layer() if isinstance(module, C3ALinear) else module)
 
 
 def _nothing_found(config: C3AConfig, names: list[str]) -> str:
@@ -315,14 +322,15 @@ def find_file_targets(model: nn.Module, file: AdapterFile) -> list[Target]:
         if name not in file.block_sizes:
             continue
         b = file.block_sizes[name]
-        widths = None if isinstance(module, ModulesToSave) else linear_widths(module)
+        sizes = _geometry(module)
         shape = tuple(file.tensors[name + KERNEL_SUFFIX].shape)
-        if widths is None:
-            problems.append(f"{name} is a {type(module).__name__}, not a linear layer to adapt")
-        elif shape != (widths[1] / b, widths[0] / b, b):
+        if sizes is None:
+            problems.append(f"{name} is a {type(module).__name__}, not a layer to adapt")
+        elif any(width % b for width in sizes.divided) or shape != sizes.kernel_shape(b):
             problems.append(
                 f"{name}: its kernel {list(shape)} is for in_features={shape[1] * b} and out_features={shape[0] * b}, "
-                f"the layer has in_features={widths[0]} and out_features={widths[1]}"
+                f"the layer has in_features={sizes.in_features} and out_features={sizes.out_features}"
+                + (f", and b has to divide {sizes.divided}{sizes.what}" if sizes.what else "")
             )
         else:
             targets.append(Target(name, module, b, chosen_by_file(file, name)))
@@ -330,7 +338,7 @@ def find_file_targets(model: nn.Module, file: AdapterFile) -> list[Target]:
         problems += [
             f"its configuration targets {name}, for which it has no kernel"
             for name, module in modules.items()
-            if name not in file.block_sizes and linear_widths(module) and match_target(file.config, name)
+            if name not in file.block_sizes and _geometry(module) and match_target(file.config, name)
         ]
     _raise_problems(file, problems)
     return targets

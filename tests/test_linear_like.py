@@ -1,7 +1,5 @@
 """Base layers: widths, the proof that one is plain, and the way to its weight."""
 
-import copy
-
 import accelerate
 import pytest
 import torch
@@ -174,37 +172,6 @@ def test_quantized_storage_is_never_added_to(dtype: torch.dtype) -> None:
     with pytest.raises(AdapterStateError, match=str(dtype)):
         C3ALinear(base, "default", 2).merge()
     assert torch.equal(base.weight.view(torch.uint8), before.view(torch.uint8))
-
-
-class _FakeQuantization:
-    """What PEFT's quantization backends offer, for a `Foreign` layer."""
-
-    supports_merge = True
-
-    def get_base_weight(self, base: Foreign) -> Tensor:
-        return base.qweight.float() / 8
-
-    def set_base_weight(self, layer: C3ALinear, weight: Tensor) -> None:
-        new = copy.deepcopy(layer.base_layer)
-        new.qweight = (weight * 8).round().to(torch.int8)
-        layer.base_layer = new
-
-
-def test_a_quantized_base_is_merged_by_its_own_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    quantization = pytest.importorskip("peft.utils.quantization_utils")
-    monkeypatch.setattr(quantization, "resolve_quantization_backend", lambda base: _FakeQuantization())
-    layer = C3ALinear(Foreign(6, 4), "default", 2)
-    layer.c3a_kernel["default"].data.mul_(40)
-    before, x = layer.base_layer.qweight.clone(), torch.randn(3, 6)
-    applied, base = layer(x), layer.base_layer(x)
-    layer.merge()
-    assert not torch.equal(layer.base_layer.qweight, before)
-    # Requantizing costs at most half a step of 1/8 in each of six products.
-    assert (layer(x) - applied).abs().max() <= (x.abs().sum(-1) / 16).max()
-    assert (layer(x) - base).abs().max() > 0.1
-    layer.unmerge()
-    assert torch.equal(layer.base_layer.qweight, before)
-    torch.testing.assert_close(layer(x), applied)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])

@@ -12,6 +12,8 @@ def test_public_names():
         "AdapterStateError",
         "BackendError",
         "C3AConfig",
+        "C3AConv2d",
+        "C3AEmbedding",
         "C3AError",
         "C3ALinear",
         "CheckpointError",
@@ -24,6 +26,7 @@ def test_public_names():
         "circulant_matrix",
         "explain",
         "load_adapter",
+        "register_linear_like",
         "suggest_block_size",
         "valid_block_sizes",
     ]

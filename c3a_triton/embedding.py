@@ -1,0 +1,73 @@
+"""`C3AEmbedding`: an embedding and its C3A adapters, of whose update only the rows that are looked up are made."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import ConfigError
+from .layer import C3ALinear
+from .ops import add_circulant_, circulant_matrix
+
+__all__ = ["C3AEmbedding"]
+
+
+class C3AEmbedding(C3ALinear):
+    """An `nn.Embedding` with C3A adapters: y[t] = E[v_t] + Σ ΔE_a[v_t].
+
+    ΔE [num_embeddings, embedding_dim] is the ΔW of the linear layer that has E as its weight, so that an output layer
+    tied to E could take the same kernel: ΔE[M·b + j, N·b + p] = scale · w[M, N, (p − j) mod b] with scale =
+    1 / embedding_dim. b divides embedding_dim alone: vocabularies are of any size (50257), so the last of the
+    ⌈num_embeddings / b⌉ rows of blocks is cut off where the vocabulary ends. The row of `padding_idx` stays as it is.
+
+    A row of ΔE is read from w by index; nothing of the size of E is made. There is no choice of backend, and PEFT has
+    no such layer: it cannot load these adapters.
+
+    Args, attributes and errors are those of `C3ALinear`; in_features is embedding_dim, out_features num_embeddings.
+
+    Raises:
+        ConfigError: besides, an embedding with `max_norm`, which rewrites its weight as it is read, or
+            `scale_grad_by_freq`, which the adapter's gradient would not follow.
+    """
+
+    kind = "embedding"
+    has_backends = False
+
+    def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(base_layer, *args, **kwargs)
+        base: Any = self.get_base_layer()
+        if base.max_norm is not None or base.scale_grad_by_freq:
+            what = "max_norm, which rewrites its weight as it is read" if base.max_norm else "scale_grad_by_freq"
+            raise ConfigError(f"{self._label}: an embedding cannot be adapted with {what}")
+        self.num_embeddings, self.embedding_dim = self.out_features, self.in_features
+        self.padding_idx: int | None = base.padding_idx
+
+    def _delta(self, x: Tensor, kernel: Tensor, backend: str) -> Tensor:
+        b = kernel.shape[-1]
+        shifts = torch.arange(b, device=x.device) - (x % b).unsqueeze(-1)
+        # [..., b, in_blocks]: two indices with a slice between them put their own axes first.
+        rows = kernel[(x // b).unsqueeze(-1), :, shifts % b]
+        delta = rows.transpose(-1, -2).flatten(-2) / self.in_features
+        return delta if self.padding_idx is None else delta.masked_fill((x == self.padding_idx).unsqueeze(-1), 0.0)
+
+    def _delta_weight(self, kernel: Tensor, dtype: torch.dtype) -> Tensor:
+        delta = circulant_matrix(kernel, dtype=dtype)[: self.out_features]
+        if self.padding_idx is not None:
+            delta[self.padding_idx] = 0
+        return delta
+
+    def _add_delta_(self, weight: Tensor, names: Iterable[str]) -> None:
+        kernels = [self._kernel_on(name, weight.device) for name in names]
+        padding = None if self.padding_idx is None else weight[self.padding_idx].clone()
+        # A last row of blocks that the vocabulary cuts off is added in a matrix that has room for it.
+        step = math.lcm(*(w.shape[-1] for w in kernels))
+        rows = -(-self.out_features // step) * step
+        tall = weight if rows == self.out_features else F.pad(weight, (0, 0, 0, rows - self.out_features))
+        add_circulant_(tall, [F.pad(w, (0, 0, 0, 0, 0, rows // w.shape[-1] - w.shape[0])) for w in kernels])
+        if tall is not weight:
+            weight.copy_(tall[: self.out_features])
+        if padding is not None:
+            weight[self.padding_idx] = padding
