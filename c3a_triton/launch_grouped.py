@@ -131,6 +131,7 @@ def _hankel_product(
             b=b,
             TRANSPOSE=transpose,
             HAS_BIAS=final and bias is not None,
+            EVEN_K=in_features % block_k == 0,
             PRECISION=launch._precision(),
             BLOCK_M=block_m,
             BLOCK_J=_block_j(b),

@@ -88,7 +88,7 @@ _BLOCKS_16BIT = {name: TileConfig(64, 64, 64, 4, 3) for name in GENERATIONS}
 _BLOCKS_32BIT = {name: TileConfig(32, 64, 64, 8, 3) for name in GENERATIONS}
 
 # Rows with adapters of their own, by bytes per element: block_t tokens of one adapter.
-_GROUPED = {2: TileConfig(64, 64, 64, 4, 3), 4: TileConfig(64, 64, 32, 4, 3)}
+_GROUPED = {2: TileConfig(64, 64, 64, 4, 3), 4: TileConfig(64, 32, 32, 4, 3)}
 
 # Spectral path, transforms: block_t rows of b values, at most block_o columns and block_i inner values. float32 here is
 # also what float16 x is transformed in.

@@ -17,7 +17,7 @@ from .indexing import mma, rounded, store_product
 @triton.jit
 def pointer_to_w(address):
     """Where w lies; the host has made sure of 16 bytes."""
-    return tl.multiple_of(address, 16).to(tl.pointer_type(tl.float32))
+    return tl.multiple_of(address.to(tl.pointer_type(tl.float32)), 16)
 
 
 @triton.jit
@@ -38,6 +38,7 @@ def grouped_hankel_kernel(
     b: tl.constexpr,
     TRANSPOSE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,  # BLOCK_K divides col_blocks · b
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -70,17 +71,22 @@ def grouped_hankel_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_J], dtype=tl.float32)
     for k0 in range(start, end, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        mask = k < end
         block = k // b
         q = k % b
-        w = tl.load(w_rows + (block.to(tl.int64) * stride_w_col + q)[None, :], mask=mask[None, :], other=0.0)
+        w_ptrs = w_rows + (block.to(tl.int64) * stride_w_col + q)[None, :]
         if TRANSPOSE:
             p = j - q[:, None]
             p = tl.where(p < 0, p + b, p)
         else:
             p = j + q[:, None]
             p = tl.where(p >= b, p - b, p)
-        x = tl.load(x_row + (block * b)[:, None] + p, mask=mask[:, None], other=0.0)
+        x_ptrs = x_row + (block * b)[:, None] + p
+        if EVEN_K:
+            w = tl.load(w_ptrs)
+            x = tl.load(x_ptrs)
+        else:
+            w = tl.load(w_ptrs, mask=(k < end)[None, :], other=0.0)
+            x = tl.load(x_ptrs, mask=(k < end)[:, None], other=0.0)
         acc = mma(rounded(w, x_dtype), x, acc, PRECISION)
 
     mask = (offs_m < row_blocks)[:, None] & (offs_j < b)[None, :]
