@@ -14,6 +14,7 @@ __all__ = [
     "decode_tile",
     "diagonal_tile",
     "generation",
+    "grouped_tile",
     "inner_block",
     "mix_tile",
     "outer_tile",
@@ -86,6 +87,9 @@ _DIAGONAL_32BIT = {name: TileConfig(32, 64, 64, 4, 3) for name in GENERATIONS}
 _BLOCKS_16BIT = {name: TileConfig(64, 64, 64, 4, 3) for name in GENERATIONS}
 _BLOCKS_32BIT = {name: TileConfig(32, 64, 64, 8, 3) for name in GENERATIONS}
 
+# Rows with adapters of their own, by bytes per element: block_t tokens of one adapter.
+_GROUPED = {2: TileConfig(64, 64, 64, 4, 3), 4: TileConfig(64, 32, 32, 4, 3)}
+
 # Spectral path, transforms: block_t rows of b values, at most block_o columns and block_i inner values. float32 here is
 # also what float16 x is transformed in.
 _TRANSFORM_16BIT = {name: TileConfig(128, 128, 64, 8, 3) for name in GENERATIONS}
@@ -132,6 +136,11 @@ def decode_tile(n_tokens: int, block_size: int) -> TileConfig:
     block_t = 1 << (n_tokens - 1).bit_length()
     tile = next(tile for tile in _DECODE if block_t <= tile.block_t)
     return replace(tile, block_t=block_t, block_i=tile.block_i if block_size % 16 == 0 else tile.block_i // 2)
+
+
+def grouped_tile(itemsize: int) -> TileConfig:
+    """The tile of `grouped_product_kernel`, the same on every card."""
+    return _GROUPED[itemsize]
 
 
 def inner_block(length: int, most: int) -> int:

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from c3a_triton import launch, launch_fft
+from c3a_triton import launch, launch_fft, launch_grouped
 
 CARD = sys.argv[1]
 CAPABILITY = int(CARD.removeprefix("sm_"))
@@ -100,6 +100,18 @@ def fft(dtype: torch.dtype, n_tokens: int, width: int, b: int) -> None:
     launch_fft.fft_backward(x, x, w, scale=1 / width)
 
 
+def grouped(
+    dtype: torch.dtype, n_rows: int, tokens_per_row: int, in_features: int, out_features: int, b: int
+) -> None:
+    """A batch whose first row has no adapter and every other one its own: forward, and transposed with a bias."""
+    n_tokens = n_rows * tokens_per_row
+    kernels = [tensor(out_features // b, in_features // b, b) for _ in range(n_rows - 1)]
+    rows = range(-1, n_rows - 1)
+    launch_grouped.grouped_product(tensor(n_tokens, in_features, dtype=dtype), kernels, rows, scale=1.0)
+    dy, bias = tensor(n_tokens, out_features, dtype=dtype), tensor(in_features, dtype=dtype)
+    launch_grouped.grouped_product(dy, kernels, rows, scale=1.0, transpose=True, bias=bias)
+
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Every tile of the table and every branch of the kernels, on sizes of real models.
 CASES = (
@@ -137,6 +149,13 @@ CASES = (
     (weight_grad, FP16, 8192, 4096, 256),
     (weight_grad, FP32, 8192, 4096, 256),
     (weight_grad, FP32, 8192, 3072, 64),
+    (grouped, BF16, 128, 1, 4096, 4096, 256),
+    (grouped, FP16, 4, 1, 3072, 8192, 64),
+    (grouped, BF16, 32, 1, 1600, 4800, 25),
+    (grouped, FP32, 64, 1, 4096, 4096, 256),
+    (grouped, BF16, 16, 512, 4096, 4096, 256),
+    (grouped, FP16, 16, 100, 1600, 4800, 80),
+    (grouped, FP32, 16, 512, 4096, 4096, 256),
     (fft, BF16, 8192, 4096, 256),
     (fft, BF16, 32768, 4096, 256),
     (fft, BF16, 8192, 3072, 64),

@@ -1,0 +1,168 @@
+"""The product where every row of a batch has an adapter of its own: one launch for any number of adapters of one b.
+
+Rows are told apart by the address of their adapter's w, so that nothing is copied or stacked: 0 stands for a row
+without an adapter, which gets zeros, and less than 0 for one that another launch computes.
+
+`grouped_hankel_kernel`: few tokens per adapter, as in decoding. w is read as it is stored, once per token.
+`grouped_product_kernel`: many tokens per adapter. A tile of tokens never spans two adapters, and a tile of ΔW is
+gathered from w value by value.
+"""
+
+import triton
+import triton.language as tl
+
+from .indexing import mma, rounded, store_product
+
+
+@triton.jit
+def pointer_to_w(address):
+    """Where w lies; the host has made sure of 16 bytes."""
+    return tl.multiple_of(address.to(tl.pointer_type(tl.float32)), 16)
+
+
+@triton.jit
+def grouped_hankel_kernel(
+    x_ptr,  # [n_tokens, col_blocks · b], rows stride_x_t apart
+    addresses_ptr,  # [n_tokens / tokens_per_row] int64
+    bias_ptr,  # [row_blocks · b]
+    out_ptr,  # [n_splits, n_tokens, row_blocks · b]
+    scale,
+    n_tokens,
+    tokens_per_row,
+    row_blocks,
+    col_blocks,
+    split_length,  # how much of the sum one split takes, a multiple of BLOCK_K
+    stride_w_row,
+    stride_w_col,
+    stride_x_t,
+    b: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,  # BLOCK_K divides col_blocks · b
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out[t, M·b + j] = scale · Σ_N Σ_q w[M, N, q] · x[t, N·b + (j + q) mod b]; (j − q) in the transposed product.
+
+    One program: one token t, BLOCK_M row blocks, BLOCK_J positions j, one split of the sum over (N, q) = k.
+    """
+    x_dtype = x_ptr.dtype.element_ty
+    TILES_J: tl.constexpr = (b + BLOCK_J - 1) // BLOCK_J
+    tiles = tl.cdiv(row_blocks, BLOCK_M) * TILES_J
+    token = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    split = tl.program_id(1)
+    address = tl.load(addresses_ptr + token // tokens_per_row)
+    if address < 0:
+        return
+    token = token.to(tl.int64)
+    offs_m = tile // TILES_J * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_j = tile % TILES_J * BLOCK_J + tl.arange(0, BLOCK_J)
+
+    w_rows = pointer_to_w(address) + tl.minimum(offs_m, row_blocks - 1).to(tl.int64)[:, None] * stride_w_row
+    x_row = x_ptr + token * stride_x_t
+    j = tl.minimum(offs_j, b - 1)[None, :]
+    start = split * split_length
+    end = tl.minimum(start + split_length, col_blocks * b)
+    end = tl.where(address == 0, start, end)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_J], dtype=tl.float32)
+    for k0 in range(start, end, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        block = k // b
+        q = k % b
+        w_ptrs = w_rows + (block.to(tl.int64) * stride_w_col + q)[None, :]
+        if TRANSPOSE:
+            p = j - q[:, None]
+            p = tl.where(p < 0, p + b, p)
+        else:
+            p = j + q[:, None]
+            p = tl.where(p >= b, p - b, p)
+        x_ptrs = x_row + (block * b)[:, None] + p
+        if EVEN_K:
+            w = tl.load(w_ptrs)
+            x = tl.load(x_ptrs)
+        else:
+            w = tl.load(w_ptrs, mask=(k < end)[None, :], other=0.0)
+            x = tl.load(x_ptrs, mask=(k < end)[:, None], other=0.0)
+        acc = mma(rounded(w, x_dtype), x, acc, PRECISION)
+
+    mask = (offs_m < row_blocks)[:, None] & (offs_j < b)[None, :]
+    offs_o = offs_m[:, None] * b + offs_j[None, :]
+    out_ptrs = out_ptr + (split.to(tl.int64) * n_tokens + token) * (row_blocks * b) + offs_o
+    store_product(acc, scale, bias_ptr, offs_o, out_ptrs, mask, HAS_BIAS, ACCUMULATE=False)
+
+
+@triton.jit
+def grouped_product_kernel(
+    x_ptr,  # [n_tokens, in_features], rows stride_x_t apart
+    table_ptr,  # int64: per tile of tokens (address of w, first place, number of places); then the rows in their order
+    bias_ptr,  # [out_features]
+    out_ptr,  # [n_tokens, out_features]
+    scale,
+    n_tiles,
+    tokens_per_row,
+    out_features,
+    in_features,
+    stride_w_row,
+    stride_w_col,
+    stride_x_t,
+    b: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,  # BLOCK_I divides in_features
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """out[t, o] = scale · Σ_i x[t, i] · ΔW[o, i] (+ bias[o]) with the ΔW of t's row, a [BLOCK_T, BLOCK_O] tile a program.
+
+    Rows are put in an order in which those of one adapter follow each other, and their tokens are numbered by places in
+    that order.
+    """
+    x_dtype = x_ptr.dtype.element_ty
+    tiles_o = tl.cdiv(out_features, BLOCK_O)
+    pid_t = tl.program_id(0) // tiles_o
+    pid_o = tl.program_id(0) % tiles_o
+    address = tl.load(table_ptr + pid_t * 3)
+    first = tl.load(table_ptr + pid_t * 3 + 1)
+    count = tl.load(table_ptr + pid_t * 3 + 2)
+
+    # Places and outputs past the end repeat the last one: read, never stored.
+    offs_t = tl.arange(0, BLOCK_T)
+    place = first + tl.minimum(offs_t, count - 1)
+    row = tl.load(table_ptr + n_tiles * 3 + place // tokens_per_row)
+    token = row * tokens_per_row + place % tokens_per_row
+    offs_i = tl.arange(0, BLOCK_I)
+    x_ptrs = x_ptr + (token * stride_x_t)[:, None] + offs_i[None, :]
+
+    offs_o = pid_o * BLOCK_O + tl.arange(0, BLOCK_O)
+    o = tl.minimum(offs_o, out_features - 1)
+    j = (o % b)[:, None]
+    w_rows = pointer_to_w(address) + ((o // b).to(tl.int64) * stride_w_row)[:, None]
+    end = tl.where(address == 0, 0, in_features)
+
+    acc = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
+    for k0 in range(0, end, BLOCK_I):
+        k = k0 + offs_i
+        p = k % b
+        shift = p[None, :] - j
+        if TRANSPOSE:
+            shift = -shift
+        shift = tl.where(shift < 0, shift + b, shift)
+        w_ptrs = w_rows + ((k // b).to(tl.int64) * stride_w_col)[None, :] + shift
+        if EVEN_K:
+            x = tl.load(x_ptrs + k0)
+            w = tl.load(w_ptrs)
+        else:
+            inside = (k < in_features)[None, :]
+            x = tl.load(x_ptrs + k0, mask=inside, other=0.0)
+            w = tl.load(w_ptrs, mask=inside, other=0.0)
+        acc = mma(x, tl.trans(rounded(w, x_dtype)), acc, PRECISION)
+
+    mask = (offs_t < count)[:, None] & (offs_o < out_features)[None, :]
+    out_ptrs = out_ptr + (token * out_features)[:, None] + offs_o[None, :]
+    store_product(acc, scale, bias_ptr, offs_o[None, :], out_ptrs, mask, HAS_BIAS, ACCUMULATE=False)
