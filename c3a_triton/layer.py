@@ -161,22 +161,26 @@ class C3ALinear(nn.Module):
         self.base_layer = base_layer
         self.c3a_kernel = nn.ParameterDict()
         self.block_size: dict[str, int] = {}
-        self.backend = backend
-        self.layer_name = layer_name
         self.merged_adapters: list[str] = []
         self.training = self.c3a_kernel.training = base_layer.training
         self._active_adapters = [adapter_name]
         self._disable_adapters = False
-        self._row_adapters: tuple[str, ...] | None = None
-        self._merge_state: _MergeState | None = None
+        self._prepare(backend, layer_name)
         widths = linear_widths(self.get_base_layer())
         if widths is None:
             raise ConfigError(f"{self._label}: {type(base_layer).__name__} is not a linear layer of known widths")
         self.in_features, self.out_features = widths
-        self._watch()
         self.update_layer(adapter_name, block_size, init_weights, config=config)
 
     # What the forward reads
+
+    def _prepare(self, backend: str, layer_name: str) -> None:
+        """Set what this layer has beyond PEFT's, of which the integration makes one of these."""
+        self.backend = backend
+        self.layer_name = layer_name
+        self._row_adapters: tuple[str, ...] | None = None
+        self._merge_state: _MergeState | None = None
+        self._watch()
 
     def _watch(self) -> None:
         watched = self.c3a_kernel._parameters
