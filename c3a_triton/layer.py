@@ -166,20 +166,20 @@ class C3ALinear(nn.Module):
         self._active_adapters = [adapter_name]
         self._disable_adapters = False
         self._prepare(backend, layer_name)
-        widths = linear_widths(self.get_base_layer())
-        if widths is None:
-            raise ConfigError(f"{self._label}: {type(base_layer).__name__} is not a linear layer of known widths")
-        self.in_features, self.out_features = widths
         self.update_layer(adapter_name, block_size, init_weights, config=config)
 
     # What the forward reads
 
     def _prepare(self, backend: str, layer_name: str) -> None:
-        """Set what this layer has beyond PEFT's, of which the integration makes one of these."""
+        """Set everything but PEFT's state, with which a layer of PEFT's becomes one of these (`integrations.peft`)."""
         self.backend = backend
         self.layer_name = layer_name
         self._row_adapters: tuple[str, ...] | None = None
         self._merge_state: _MergeState | None = None
+        widths = linear_widths(self.get_base_layer())
+        if widths is None:
+            raise ConfigError(f"{self._label}: {type(self.base_layer).__name__} is not a linear layer of known widths")
+        self.in_features, self.out_features = widths
         self._watch()
 
     def _watch(self) -> None:

@@ -25,6 +25,7 @@ ORDER = [
     "layer",
     "modules_to_save",
     "checkpoint",
+    "combine",
     "targets",
     "report",
     "manager",
@@ -34,6 +35,7 @@ ORDER = [
 ]
 CORE = {"errors", "reference", "fourier", "tiles", "launch", "launch_fft", "dispatch", "ops"}
 KERNELS = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
+INTEGRATIONS = sorted(path.stem for path in (ROOT / "c3a_triton" / "integrations").glob("*.py"))
 
 
 def imports(path: Path, package: str) -> set[str]:
@@ -51,7 +53,8 @@ def imports(path: Path, package: str) -> set[str]:
 
 def ours(names: set[str]) -> set[str]:
     """Files of the package among imported names."""
-    return {name.split(".")[1] for name in names if name.startswith("c3a_triton.")} & {*ORDER, "kernels"}
+    known = {*ORDER, "kernels", "integrations"}
+    return {name.split(".")[1] for name in names if name.startswith("c3a_triton.")} & known
 
 
 def test_every_file_has_its_place():
@@ -60,8 +63,15 @@ def test_every_file_has_its_place():
 
 @pytest.mark.parametrize("name", ORDER)
 def test_files_import_only_from_those_before(name):
-    allowed = set(ORDER[: ORDER.index(name)]) | ({"kernels"} if name == "launch" else set())
+    reaches = {"launch": {"kernels"}, "api": {"integrations"}}
+    allowed = set(ORDER[: ORDER.index(name)]) | reaches.get(name, set())
     assert ours(imports(ROOT / "c3a_triton" / f"{name}.py", "c3a_triton")) <= allowed
+
+
+@pytest.mark.parametrize("name", INTEGRATIONS)
+def test_integrations_stand_above_the_manager(name):
+    names = imports(ROOT / "c3a_triton" / "integrations" / f"{name}.py", "c3a_triton.integrations")
+    assert ours(names) <= {*ORDER[: ORDER.index("api")], "integrations"}
 
 
 @pytest.mark.parametrize("name", sorted(CORE))

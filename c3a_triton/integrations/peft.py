@@ -4,17 +4,20 @@ Two subclasses do it. An object of PEFT's becomes one of them by an exchange of 
 holds of it (parameters, hooks, optimizers) changes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.c3a import layer as peft_layer
 from peft.tuners.c3a import model as peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from c3a_triton import layer
 from c3a_triton.dispatch import check_backend
-from c3a_triton.errors import AdapterStateError, ConfigError
+from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, ConfigError
+from c3a_triton.layer import BASE_ROW, expand_rows
 
 __all__ = ["C3ALinear", "C3AModel", "convert", "patch_peft", "unpatch_peft"]
 
@@ -70,7 +73,7 @@ class C3ALinear(layer.C3ALinear, peft_layer.C3ALinear):
 
 
 class C3AModel(peft_model.C3AModel):
-    """PEFT's tuner, whose layers are converted as it builds them."""
+    """PEFT's tuner, whose layers are converted as it builds them, and which gives each row of a batch its adapter."""
 
     def _create_and_replace(
         self,
@@ -84,9 +87,47 @@ class C3AModel(peft_model.C3AModel):
     ) -> None:
         _create_and_replace(self, c3a_config, adapter_name, target, target_name, parent, current_key, **kwargs)
         built = getattr(parent, target_name)
-        # A layer that PEFT has merged already has to be unmerged by PEFT, which subtracts.
+        # Into what PEFT has merged already, only PEFT can reach: it does not keep the original, it subtracts.
         if type(built) is peft_layer.C3ALinear and not built.merged:
             _convert_layer(built, current_key)
+        _convert_tuner(self)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """What PEFT enters around forward and generate of its models, so that tuners can read its own keywords.
+
+        PEFT's C3A ignores `adapter_names` without a word.
+        """
+        if adapter_names is None:
+            yield
+            return
+        layers = [module for module in self.modules() if isinstance(module, C3ALinear)]
+        _check_rows(adapter_names, layers, self.training)
+
+        def of_rows(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            return args, kwargs | {"adapter_names": expand_rows(adapter_names, args[0].shape[0])}
+
+        wrappers = [module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        hooks = [module.register_forward_pre_hook(of_rows, with_kwargs=True) for module in wrappers]
+        for module in layers:
+            module.set_row_adapters(adapter_names)
+        try:
+            yield
+        finally:
+            for module in layers:
+                module.set_row_adapters(None)
+            for hook in hooks:
+                hook.remove()
+
+
+def _check_rows(adapter_names: Sequence[str], layers: Sequence[C3ALinear], training: bool) -> None:
+    known = {name for module in layers for name in module.c3a_kernel}
+    if unknown := sorted(set(adapter_names) - known - {BASE_ROW}):
+        raise AdapterNotFoundError(f"there is no adapter {unknown[0]!r}; there are: {', '.join(sorted(known))}")
+    if merged := sorted({name for module in layers for name in module.merged_adapters}):
+        raise AdapterStateError(f"rows cannot have adapters of their own while {merged} are merged: unmerge first")
+    if training:
+        raise AdapterStateError("adapter_names is for inference, as in PEFT: call the model's eval() first")
 
 
 def patch_peft() -> None:
@@ -99,7 +140,7 @@ def patch_peft() -> None:
 
 
 def unpatch_peft() -> None:
-    """End `patch_peft`: PEFT builds layers of its own again. Those that were built or converted stay as they are."""
+    """End `patch_peft`: new models are PEFT's own again. Those that were built or converted stay as they are."""
     peft_model.C3AModel._create_and_replace = _create_and_replace
 
 
@@ -131,8 +172,7 @@ def convert(model: nn.Module, *, backend: str = "auto") -> None:
         _convert_layer(module, name)
         module.backend = backend
     for module in model.modules():
-        if type(module) is peft_model.C3AModel:
-            module.__class__ = C3AModel
+        _convert_tuner(module)
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -147,3 +187,8 @@ def _convert_layer(module: Any, name: str) -> None:
         return
     module.__class__ = C3ALinear
     module._prepare("auto", name)
+
+
+def _convert_tuner(module: Any) -> None:
+    if type(module) is peft_model.C3AModel:
+        module.__class__ = C3AModel
