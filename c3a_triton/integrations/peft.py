@@ -10,7 +10,7 @@ from typing import Any
 
 from peft.tuners.c3a import layer as peft_layer
 from peft.tuners.c3a import model as peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -47,6 +47,10 @@ class C3ALinear(layer.C3ALinear, peft_layer.C3ALinear):
     def _active_adapters(self, names: list[str]) -> None:
         self._active_adapter = names
 
+    def _applied_names(self) -> list[str]:
+        # While any adapter is merged, PEFT applies no other.
+        return [] if self.merged else super()._applied_names()
+
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         """As PEFT's."""
         BaseTunerLayer.set_adapter(self, *args, **kwargs)
@@ -62,6 +66,35 @@ class C3ALinear(layer.C3ALinear, peft_layer.C3ALinear):
             self.unmerge()
         BaseTunerLayer.enable_adapters(self, enabled)
         self._refresh()
+
+    def merge(
+        self, safe_merge: bool = False, adapter_names: list[str] | None = None, *, keep_base: str | None = "cpu"
+    ) -> None:
+        """As PEFT's, but rounded once, and never by arithmetic on the storage of a quantized weight.
+
+        Args:
+            safe_merge: refuse a result that is not finite.
+            adapter_names: which adapters; None means the active ones.
+            keep_base: where the original is kept: `"cpu"`, `"device"`, or None, after which nothing can be unmerged.
+
+        Raises:
+            AdapterStateError: the base layer cannot be merged into or was changed since the last merge, adapters are
+                disabled, or with `safe_merge` the result is not finite. The layer stays as it was.
+        """
+        names = self.unmerged(check_adapters_to_merge(self, adapter_names))
+        if names:
+            self._merge(names, keep_base, safe_merge)
+
+    def unmerge(self) -> None:
+        """Bring back the base weight as it was before anything was merged, bit for bit.
+
+        Raises:
+            AdapterStateError: it was not kept, or the merged weight was changed in between.
+        """
+        if self.merged:
+            super().unmerge()
+        else:
+            peft_layer.C3ALinear.unmerge(self)  # PEFT's warning
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
