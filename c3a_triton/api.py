@@ -27,10 +27,14 @@ def apply(
 
     Every layer is checked before the first one is replaced: a call that fails leaves the model as it was.
 
+    With a model that has C3A layers of PEFT's (a `PeftModel`, or one with adapters that transformers added), leave
+    `cfg` out: these layers, and those that PEFT adds to them, then compute through this library. The model keeps its
+    parameters, their names and PEFT's verbs, and gets no `c3a`.
+
     Args:
         model: the model; afterwards `model.c3a` is its `AdapterManager`. An adapted one gets a further adapter.
         cfg: a `C3AConfig`, a `peft.C3AConfig` or a dict; None means `C3AConfig()`.
-        adapter_name: the adapter's name.
+        adapter_name: the adapter's name; PEFT's adapters keep theirs.
         backend: how adapters are computed, a name of `c3a_triton.dispatch.BACKENDS`.
 
     Returns:
@@ -39,7 +43,7 @@ def apply(
     Raises:
         ConfigError: a configuration that cannot be used on this model.
         ShapeError: a block size that does not divide a layer's widths.
-        AdapterStateError: the adapter's name is taken.
+        AdapterStateError: the adapter's name is taken, or PEFT has merged its adapters.
         BackendError: an unknown backend.
 
     Example:
@@ -48,6 +52,11 @@ def apply(
         >>> ...  # train
         >>> model.c3a.save_pretrained("adapter")
     """
+    if cfg is None and _has_layers_of_peft(model):
+        from .integrations import peft
+
+        peft.convert(model, backend=backend)
+        return model
     manager = _manager_of(model, backend)
     manager.add_adapter(adapter_name, C3AConfig() if cfg is None else cfg)
     _bind(manager)
@@ -86,14 +95,23 @@ def load_adapter(
     return model
 
 
+def _is_of(module: nn.Module, package: str) -> bool:
+    """Whether a module's class or one of its bases comes from a package, which need not be imported to tell."""
+    return any(f"{cls.__module__}.".startswith(f"{package}.") for cls in type(module).__mro__)
+
+
+def _has_layers_of_peft(model: Any) -> bool:
+    return isinstance(model, nn.Module) and any(_is_of(module, "peft.tuners.c3a.layer") for module in model.modules())
+
+
 def _manager_of(model: nn.Module, backend: str) -> AdapterManager:
     """The model's manager, or a new one that is not bound to it yet."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"expected a torch module to adapt, got {type(model).__name__}")
-    if any(cls.__module__.startswith("peft.") for cls in type(model).__mro__):
+    if _is_of(model, "peft"):
         raise ConfigError(
             f"{type(model).__name__} is PEFT's wrapper: adapt the plain model, which its unload() or "
-            "merge_and_unload() returns"
+            "merge_and_unload() returns, or, where its adapters are C3A's, leave cfg out"
         )
     # torch.compile's wrapper passes attributes through; the layers are those of the module inside.
     model = getattr(model, "_orig_mod", model)

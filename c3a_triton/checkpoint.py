@@ -24,7 +24,7 @@ from .config import CONFIG_NAME, C3AConfig, read_config_file, temporary_path, wr
 from .errors import CheckpointError
 from .patterns import peft_safe_pattern, peft_safe_targets
 
-__all__ = ["KERNEL_SUFFIX", "WEIGHTS_NAME", "AdapterFile", "config_state", "read_adapter", "write_adapter"]
+__all__ = ["KERNEL_SUFFIX", "WEIGHTS_NAME", "AdapterFile", "config_state", "peft_config", "read_adapter", "write_adapter"]
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_WEIGHTS_NAME = "adapter_model.bin"
@@ -97,8 +97,7 @@ def write_adapter(
     """
     directory = Path(directory)
     _check_kernels(tensors, block_sizes)
-    peft_config = _peft_config(config, block_sizes, module_names)
-    content = peft_config.to_json()
+    content = peft_config(config, block_sizes, module_names).to_json()
     metadata = {
         "format": "pt",
         FORMAT_KEY: FORMAT_VERSION,
@@ -205,7 +204,7 @@ def _check_kernels(tensors: Mapping[str, torch.Tensor], block_sizes: Mapping[str
         raise CheckpointError(f"tensors on the meta device have no values to save: {_some(without_values)}")
 
 
-def _peft_config(config: C3AConfig, block_sizes: Mapping[str, int], module_names: Sequence[str]) -> C3AConfig:
+def peft_config(config: C3AConfig, block_sizes: Mapping[str, int], module_names: Sequence[str]) -> C3AConfig:
     """What `adapter_config.json` says: a configuration that means these layers and sizes to PEFT."""
     block_size, pattern = peft_safe_pattern(block_sizes, config)
     targets, layers, layers_pattern = peft_safe_targets(list(block_sizes), config, module_names)

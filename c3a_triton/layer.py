@@ -172,25 +172,31 @@ class C3ALinear(nn.Module):
         self.base_layer = base_layer
         self.c3a_kernel = nn.ParameterDict()
         self.block_size: dict[str, int] = {}
-        self.backend = backend
-        self.layer_name = layer_name
         self.merged_adapters: list[str] = []
         self.training = self.c3a_kernel.training = base_layer.training
         self._active_adapters = [adapter_name]
         self._disable_adapters = False
+        self._prepare(backend, layer_name)
+        self.update_layer(adapter_name, block_size, init_weights, config=config)
+
+    # What the forward reads
+
+    def _prepare(self, backend: str, layer_name: str) -> None:
+        """Set everything but PEFT's state, with which a layer of PEFT's becomes one of these (`integrations.peft`)."""
+        self.backend = backend
+        self.layer_name = layer_name
         self._row_adapters: tuple[str, ...] | None = None
         self._merge_state: _MergeState | None = None
         self.quantization_config: Any = None
         sizes = geometry(self.get_base_layer())
         if sizes is None or sizes.kind != self.kind:
-            raise ConfigError(f"{self._label}: {type(base_layer).__name__} is not of kind {self.kind}, of known widths")
+            raise ConfigError(
+                f"{self._label}: {type(self.base_layer).__name__} is not of kind {self.kind}, of known widths"
+            )
         self._geometry = sizes
         self.in_features, self.out_features = sizes.in_features, sizes.out_features
-        hold_layout(base_layer)
+        hold_layout(self.base_layer)
         self._watch()
-        self.update_layer(adapter_name, block_size, init_weights, config=config)
-
-    # What the forward reads
 
     def _watch(self) -> None:
         watched = self.c3a_kernel._parameters

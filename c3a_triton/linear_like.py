@@ -296,7 +296,7 @@ def weight_access(owner: Any) -> WeightAccess:
         reason = "its class computes a forward of its own, which need not be a product with its weight"
     elif weight.dim() != (4 if isinstance(base, nn.Conv2d) else 2) or _as_matrix(base, weight).shape != expected:
         reason = f"its weight has shape {tuple(weight.shape)}, which is not all of {expected}, as a sharded one has"
-    elif hook is not None:
+    elif hook is not None and weight.is_meta:  # while PEFT merges, it lends an offloaded layer its weight
         return _OffloadedWeight(base, hook.weights_map)
     elif weight.is_meta:
         reason = "its weight is on the meta device and holds no values"

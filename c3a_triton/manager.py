@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .checkpoint import KERNEL_SUFFIX, read_adapter, write_adapter
+from .checkpoint import KERNEL_SUFFIX, peft_config, read_adapter, write_adapter
+from .combine import combination
 from .config import C3AConfig
 from .conv import C3AConv2d
 from .dispatch import check_backend
@@ -22,6 +23,7 @@ from .errors import (
     C3AError,
     CheckpointError,
     ConfigError,
+    ShapeError,
 )
 from .layer import BASE_ROW, KEEP_BASE, C3ALinear, check_adapter_name
 from .linear_like import geometry, stored_tensor
@@ -38,6 +40,7 @@ from .targets import (
     find_targets,
     model_name_or_path,
     near_names,
+    same_tensors,
     warn_tied,
     with_task_heads,
 )
@@ -155,6 +158,91 @@ class AdapterManager:
         saved = find_modules_to_save(self.model, config)
         replaced = check_file_values(self.model, file, saved)
         self._inject(adapter_name, config, targets, saved, file.tensors, replaced)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        *,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Add an adapter that combines others, for `set_adapter`. Where one has no kernel in a layer, the rest decide.
+
+        `"linear"` is exact: its ΔW is Σ weight · ΔW of the adapters. The other combinations prune kernels first and are
+        PEFT's (`peft.utils.merge_utils`), applied to the kernels of each layer.
+
+        Args:
+            adapters: names of the adapters to combine.
+            weights: as many factors.
+            adapter_name: the new adapter's name.
+            combination_type: `"linear"`, `"ties"`, `"dare_linear"`, `"dare_ties"` or `"magnitude_prune"`.
+            density: the share of each kernel's elements that pruning leaves, in (0, 1]; all but `"linear"` need it.
+            majority_sign_method: with `"ties"` and `"dare_ties"`, `"total"` or `"frequency"`.
+
+        Raises:
+            AdapterNotFoundError: an unknown name.
+            AdapterStateError: the new name is taken.
+            ConfigError: a value that cannot be used, an adapter that also trains biases or whole modules, or a
+                combination that needs PEFT where there is none.
+            ShapeError: a layer in which the adapters' block sizes differ.
+        """
+        self._check_free(adapter_name)
+        names = self._known(adapters)
+        combine = combination(combination_type, density, majority_sign_method)
+        if isinstance(adapters, str) or not names or not len(names) == len(adapters) == len(weights):
+            raise ConfigError(
+                f"adapters must name each adapter once, with a weight for each, got {adapters!r} and {weights!r}"
+            )
+        for name in names:
+            if self._configs[name].modules_to_save or self._configs[name].bias != "none":
+                raise ConfigError(
+                    f"adapter {name!r} also trains biases or whole modules (bias, modules_to_save), of which no "
+                    "weighted sum is taken: combine adapters without them"
+                )
+        tensors, targets = {}, []
+        for layer_name, layer in self.layers():
+            kernels = {name: stored_tensor(layer.c3a_kernel, name) for name in names if name in layer.c3a_kernel}
+            if not kernels:
+                continue
+            sizes = {name: kernel.shape[-1] for name, kernel in kernels.items()}
+            if len(set(sizes.values())) > 1:
+                raise ShapeError(
+                    f"{layer_name}: the adapters' block sizes differ, {sizes}, and a circulant block of one size is "
+                    "none of another. Let them be active together, which sums them (set_adapter), or merge them"
+                )
+            used = [weight for name, weight in zip(names, weights, strict=True) if name in kernels]
+            tensors[layer_name + KERNEL_SUFFIX] = combine([kernel.detach() for kernel in kernels.values()], used)
+            targets.append(Target(layer_name, layer, sizes[next(iter(sizes))], combination_type))
+        block_sizes = {target.name: target.block_size for target in targets}
+        config = peft_config(self._configs[names[0]], block_sizes, base_module_names(self.model))
+        self._inject(adapter_name, replace(config, inference_mode=False), targets, [], tensors)
+
+    def hotswap_adapter(self, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
+        """Replace an adapter's values by those of a folder, in place: the same layers, shapes and parameters.
+
+        Nothing is compiled again, and optimizers and captured graphs keep their parameters. The adapter's configuration
+        stays.
+
+        Args:
+            directory: an adapter's folder, as this library or PEFT saved it.
+            adapter_name: which adapter's values.
+
+        Raises:
+            AdapterNotFoundError: an unknown name.
+            AdapterStateError: the adapter is merged, or a kernel is offloaded.
+            CheckpointError: the folder cannot be read, or has other tensors than the adapter. Nothing has changed.
+        """
+        self._known(adapter_name)
+        if any(adapter_name in layer.merged_adapters for _, layer in self.layers()):
+            raise AdapterStateError(f"adapter {adapter_name!r} is merged: unmerge it before its values are replaced")
+        for name, layer in self.layers():
+            if adapter_name in layer.c3a_kernel and layer.c3a_kernel[adapter_name].is_meta:
+                raise AdapterStateError(f"{name} is offloaded: delete the adapter and load the other one in its place")
+        for old, new in same_tensors(self.state_dict(adapter_name), read_adapter(directory)):
+            old.copy_(new)
 
     def _inject(
         self,

@@ -2,7 +2,7 @@
 
 import difflib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ __all__ = [
     "find_targets",
     "model_name_or_path",
     "near_names",
+    "same_tensors",
     "tied_names",
     "warn_tied",
     "with_task_heads",
@@ -396,6 +397,26 @@ def check_file_values(
             replaced.append((parameter, value))
     _raise_problems(file, problems)
     return replaced
+
+
+def same_tensors(present: Mapping[str, Tensor], file: AdapterFile) -> list[tuple[Tensor, Tensor]]:
+    """(present tensor, the file's value for it) for each of an adapter's tensors, of which the file has exactly these.
+
+    Raises:
+        CheckpointError: a tensor is missing, has another shape, or has no place in the adapter.
+    """
+    present = {base_name(name): tensor for name, tensor in present.items()}
+    # PEFT writes the biases of modules_to_save twice with bias="all".
+    values = {base_name(name): value for name, value in file.tensors.items() if ".modules_to_save." not in name}
+    problems = [f"it has no {name}" for name in present if name not in values]
+    problems += [f"nothing in the adapter takes {name}" for name in values if name not in present]
+    problems += [
+        f"{name} has shape {list(values[name].shape)}, in the model {list(tensor.shape)}"
+        for name, tensor in present.items()
+        if name in values and values[name].shape != tensor.shape
+    ]
+    _raise_problems(file, problems)
+    return [(tensor, values[name]) for name, tensor in present.items()]
 
 
 def _embedding_weights(model: nn.Module) -> list[Tensor]:

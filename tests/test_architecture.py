@@ -31,10 +31,12 @@ ORDER = [
     "embedding",
     "modules_to_save",
     "checkpoint",
+    "combine",
     "targets",
     "report",
     "manager",
     "explanation",
+    "integrations",
     "api",
     "machine",
     "structure",
@@ -69,7 +71,8 @@ def imports(path: Path, package: str) -> set[str]:
 
 def ours(names: set[str]) -> set[str]:
     """Files of the package among imported names."""
-    return {name.split(".")[1] for name in names if name.startswith("c3a_triton.")} & {*ORDER, "kernels"}
+    known = {*ORDER, "kernels", "integrations"}
+    return {name.split(".")[1] for name in names if name.startswith("c3a_triton.")} & known
 
 
 def test_every_file_has_its_place():

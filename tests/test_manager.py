@@ -686,6 +686,71 @@ def test_an_adapter_of_another_model_is_refused(folder: Path) -> None:
         load_adapter(llama(), folder)
 
 
+# Swapping the values of an adapter
+
+
+def test_swapping_an_adapters_values_in_place(folder: Path) -> None:
+    model = load_adapter(bert_classifier(), folder, is_trainable=True)
+    own = model.c3a.state_dict()
+    model.c3a.add_adapter("other", C3AConfig(block_size=2))
+    for value in own.values():
+        value.mul_(-1)
+
+    def objects() -> list[tuple[object, ...]]:
+        return [(name, id(p), p.data_ptr(), p.requires_grad) for name, p in model.named_parameters()]
+
+    before, config = objects(), model.c3a.adapters["default"]
+    model.c3a.hotswap_adapter(folder)
+    assert objects() == before
+    assert model.c3a.adapters["default"] is config
+    assert torch.equal(logits(model), torch.load(folder.parent / "logits.pt"))
+
+
+def test_a_swap_needs_no_compilation(tmp_path: Path) -> None:
+    model, other = adapted(), adapted(llama())
+    for value in other.c3a.state_dict().values():
+        value.mul_(2)
+    other.c3a.save_pretrained(tmp_path)
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=count)
+    logits(compiled)
+    compiled_before = len(graphs)
+    compiled.c3a.hotswap_adapter(tmp_path)
+    torch.testing.assert_close(logits(compiled), logits(other))
+    assert len(graphs) == compiled_before
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_a_swap_that_does_not_fit_changes_nothing(misfit: str, folder: Path) -> None:
+    model = load_adapter(bert_classifier(), folder)
+    _edit(folder, MISFITS[misfit][1])
+    before = snapshot(model)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        model.c3a.hotswap_adapter(folder)
+    assert_unchanged(model, before)
+
+
+def test_a_swap_of_what_is_merged_or_unknown_or_offloaded(tmp_path: Path) -> None:
+    model = adapted()
+    model.c3a.save_pretrained(tmp_path)
+    with pytest.raises(AdapterNotFoundError, match="'other'"):
+        model.c3a.hotswap_adapter(tmp_path, "other")
+    model.c3a.merge_adapter()
+    before = snapshot(model)
+    with pytest.raises(AdapterStateError, match="merged"):
+        model.c3a.hotswap_adapter(tmp_path)
+    assert_unchanged(model, before)
+    model.c3a.unmerge_adapter()
+    accelerate.cpu_offload(model, execution_device="cpu")
+    with pytest.raises(AdapterStateError, match="offloaded: delete"):
+        model.c3a.hotswap_adapter(tmp_path)
+
+
 # Meta device and offloading
 
 

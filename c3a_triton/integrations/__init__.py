@@ -1,0 +1,1 @@
+"""What ties this library to others: one module each, imported only when it is asked for."""

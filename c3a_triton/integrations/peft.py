@@ -1,0 +1,227 @@
+"""PEFT's C3A, computed by this library: PEFT's classes, parameters and files, with another forward and merge.
+
+Two subclasses do it. An object of PEFT's becomes one of them by an exchange of its class, so that nothing that anyone
+holds of it (parameters, hooks, optimizers) changes.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.c3a import layer as peft_layer
+from peft.tuners.c3a import model as peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from c3a_triton import layer
+from c3a_triton.dispatch import check_backend
+from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, ConfigError
+from c3a_triton.layer import BASE_ROW, expand_rows
+
+__all__ = ["C3ALinear", "C3AModel", "convert", "patch_peft", "unpatch_peft"]
+
+_create_and_replace = peft_model.C3AModel._create_and_replace
+
+
+class C3ALinear(layer.C3ALinear, peft_layer.C3ALinear):
+    """PEFT's layer with this library's forward, ΔW and merge. PEFT builds its own; `convert` makes it one of these.
+
+    The names, the state and the life of adapters are PEFT's. Of this library's layer come, besides the computation,
+    `backend`, and that merging keeps the base weight in CPU memory, so that unmerging restores it bit for bit.
+    """
+
+    update_layer = peft_layer.C3ALayer.update_layer
+    reset_c3a_parameters = peft_layer.C3ALayer.reset_c3a_parameters
+    delete_adapter = BaseTunerLayer.delete_adapter
+    active_adapter = BaseTunerLayer.active_adapter
+    active_adapters = BaseTunerLayer.active_adapters
+
+    @property
+    def _active_adapters(self) -> list[str]:
+        """PEFT's state, a name or a list, as this library's layer reads it."""
+        names = self._active_adapter
+        return [names] if isinstance(names, str) else names
+
+    @_active_adapters.setter
+    def _active_adapters(self, names: list[str]) -> None:
+        self._active_adapter = names
+
+    def _applied_names(self) -> list[str]:
+        # While any adapter is merged, PEFT applies no other.
+        return [] if self.merged else super()._applied_names()
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's."""
+        BaseTunerLayer.set_adapter(self, *args, **kwargs)
+        self._refresh()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """As PEFT's, but merged adapters are unmerged here and not by the next forward.
+
+        Raises:
+            AdapterStateError: the merged weight was changed in between.
+        """
+        if not enabled and self.merged:
+            self.unmerge()
+        BaseTunerLayer.enable_adapters(self, enabled)
+        self._refresh()
+
+    def merge(
+        self, safe_merge: bool = False, adapter_names: list[str] | None = None, *, keep_base: str | None = "cpu"
+    ) -> None:
+        """As PEFT's, but rounded once, and never by arithmetic on the storage of a quantized weight.
+
+        Args:
+            safe_merge: refuse a result that is not finite.
+            adapter_names: which adapters; None means the active ones.
+            keep_base: where the original is kept: `"cpu"`, `"device"`, or None, after which nothing can be unmerged.
+
+        Raises:
+            AdapterStateError: the base layer cannot be merged into or was changed since the last merge, adapters are
+                disabled, or with `safe_merge` the result is not finite. The layer stays as it was.
+        """
+        names = self.unmerged(check_adapters_to_merge(self, adapter_names))
+        if names:
+            self._merge(names, keep_base, safe_merge)
+
+    def unmerge(self) -> None:
+        """Bring back the base weight as it was before anything was merged, bit for bit.
+
+        Raises:
+            AdapterStateError: it was not kept, or the merged weight was changed in between.
+        """
+        if self.merged:
+            super().unmerge()
+        else:
+            peft_layer.C3ALinear.unmerge(self)  # PEFT's warning
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """What PEFT's `merge_and_unload` and `unload` put in this layer's place. Nothing is kept to unmerge."""
+        if merge:
+            self.merge(safe_merge, adapter_names, keep_base=None)
+        return self.get_base_layer()
+
+
+class C3AModel(peft_model.C3AModel):
+    """PEFT's tuner, whose layers are converted as it builds them, and which gives each row of a batch its adapter."""
+
+    def _create_and_replace(
+        self,
+        c3a_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        _create_and_replace(self, c3a_config, adapter_name, target, target_name, parent, current_key, **kwargs)
+        built = getattr(parent, target_name)
+        # Into what PEFT has merged already, only PEFT can reach: it does not keep the original, it subtracts.
+        if type(built) is peft_layer.C3ALinear and not built.merged:
+            _convert_layer(built, current_key)
+        _convert_tuner(self)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """What PEFT enters around forward and generate of its models, so that tuners can read its own keywords.
+
+        PEFT's C3A ignores `adapter_names` without a word.
+        """
+        if adapter_names is None:
+            yield
+            return
+        layers = [module for module in self.modules() if isinstance(module, C3ALinear)]
+        _check_rows(adapter_names, layers, self.training)
+
+        def of_rows(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            return args, kwargs | {"adapter_names": expand_rows(adapter_names, args[0].shape[0])}
+
+        wrappers = [module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        hooks = [module.register_forward_pre_hook(of_rows, with_kwargs=True) for module in wrappers]
+        for module in layers:
+            module.set_row_adapters(adapter_names)
+        try:
+            yield
+        finally:
+            for module in layers:
+                module.set_row_adapters(None)
+            for hook in hooks:
+                hook.remove()
+
+
+def _check_rows(adapter_names: Sequence[str], layers: Sequence[C3ALinear], training: bool) -> None:
+    known = {name for module in layers for name in module.c3a_kernel}
+    if unknown := sorted(set(adapter_names) - known - {BASE_ROW}):
+        raise AdapterNotFoundError(f"there is no adapter {unknown[0]!r}; there are: {', '.join(sorted(known))}")
+    if merged := sorted({name for module in layers for name in module.merged_adapters}):
+        raise AdapterStateError(f"rows cannot have adapters of their own while {merged} are merged: unmerge first")
+    if training:
+        raise AdapterStateError("adapter_names is for inference, as in PEFT: call the model's eval() first")
+
+
+def patch_peft() -> None:
+    """Let every C3A layer that PEFT builds from now on compute through this library, in whatever way it is built.
+
+    Layers that exist already change when they get another adapter; `c3a_triton.apply(model)` changes all of a model's.
+    A second call changes nothing.
+    """
+    peft_model.C3AModel._create_and_replace = C3AModel._create_and_replace
+
+
+def unpatch_peft() -> None:
+    """End `patch_peft`: new models are PEFT's own again. Those that were built or converted stay as they are."""
+    peft_model.C3AModel._create_and_replace = _create_and_replace
+
+
+def convert(model: nn.Module, *, backend: str = "auto") -> None:
+    """Let the C3A layers that PEFT has built in a model compute through this library, and those that it adds to it.
+
+    Parameters, keys and PEFT's verbs stay. A second call sets the backend.
+
+    Args:
+        model: a `PeftModel`, or a model into which PEFT has put adapters.
+        backend: how adapters are computed, a name of `c3a_triton.dispatch.BACKENDS`.
+
+    Raises:
+        ConfigError: the model has no C3A layer of PEFT's.
+        AdapterStateError: adapters are merged by PEFT's own layers. Nothing has changed.
+        BackendError: an unknown backend.
+    """
+    check_backend(backend)
+    layers = list(_layers(model))
+    if not layers:
+        raise ConfigError(f"{type(model).__name__} has no C3A layer that PEFT built: nothing to compute")
+    merged = [name for name, module in layers if module.merged and not isinstance(module, C3ALinear)]
+    if merged:
+        raise AdapterStateError(
+            f"{merged[0]}: PEFT has merged adapters into its weight and does not keep the original; call "
+            "unmerge_adapter() first"
+        )
+    for name, module in layers:
+        _convert_layer(module, name)
+        module.backend = backend
+    for module in model.modules():
+        _convert_tuner(module)
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name, layer) of PEFT's layers, converted or not; not those of classes that somebody else derived."""
+    for name, module in model.named_modules():
+        if type(module) in (peft_layer.C3ALinear, C3ALinear):
+            yield name, module
+
+
+def _convert_layer(module: Any, name: str) -> None:
+    if type(module) is C3ALinear:
+        return
+    module.__class__ = C3ALinear
+    module._prepare("auto", name)
+
+
+def _convert_tuner(module: Any) -> None:
+    if type(module) is peft_model.C3AModel:
+        module.__class__ = C3AModel
