@@ -8,14 +8,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from . import pretrained
 from .checkpoint import KERNEL_SUFFIX, read_adapter, write_adapter
 from .config import C3AConfig
 from .dispatch import check_backend
 from .errors import AdapterNotFoundError, AdapterStateError, CheckpointError, ConfigError
 from .layer import BASE_ROW, KEEP_BASE, C3ALinear, check_adapter_name
-from .linear_like import stored_tensor
+from .linear_like import gathered, is_sharded, stored_tensor
 from .modules_to_save import ModulesToSave
 from .report import count_parameters, summary_table
 from .targets import (
@@ -28,6 +30,7 @@ from .targets import (
     find_targets,
     model_name_or_path,
     near_names,
+    unwrapped_name,
     warn_tied,
     with_task_heads,
 )
@@ -502,6 +505,7 @@ class AdapterManager:
         self._active.clear()
         if self.model.__dict__.get("c3a") is self:
             del self.model.c3a
+        pretrained.release(self.model)
         config = getattr(self.model, "config", None)
         if (
             with_copies
@@ -521,12 +525,14 @@ class AdapterManager:
 
         `<module>.c3a_kernel` for every layer, `<module>.<parameter>` for modules trained whole, and trained biases.
 
+        Sharded tensors (DTensors, as of FSDP2) are put together, for which every process has to call.
+
         Raises:
             AdapterNotFoundError: an unknown name.
         """
         self._known(adapter_name)
         tensors = {
-            name + KERNEL_SUFFIX: stored_tensor(layer.c3a_kernel, adapter_name).detach()
+            name + KERNEL_SUFFIX: stored_tensor(layer.c3a_kernel, adapter_name)
             for name, layer in self.layers()
             if adapter_name in layer.c3a_kernel
         }
@@ -534,27 +540,35 @@ class AdapterManager:
             if adapter_name in module.modules_to_save:
                 values = module.modules_to_save[adapter_name].state_dict()
                 tensors |= {f"{name}.{key}": value for key, value in values.items()}
-        biases = self._biases(adapter_name, self._configs[adapter_name].bias)
-        return tensors | {name: parameter.detach() for name, parameter in biases.items()}
+        tensors |= self._biases(adapter_name, self._configs[adapter_name].bias)
+        return {name: gathered(tensor.detach()) for name, tensor in tensors.items()}
 
     def save_pretrained(self, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
         """Save an adapter to a folder, as PEFT does and reads it.
+
+        Where parameters are sharded (FSDP2), every process has to call; the first one writes, the others wait for it.
 
         Raises:
             AdapterNotFoundError: an unknown name.
             CheckpointError: it cannot be written.
         """
+        sharded = any(map(is_sharded, self.model.parameters()))
         tensors = self.state_dict(adapter_name)
         block_sizes = {
             name: layer.block_size[adapter_name] for name, layer in self.layers() if adapter_name in layer.block_size
         }
-        write_adapter(
-            directory,
-            self._configs[adapter_name],
-            tensors,
-            block_sizes=block_sizes,
-            module_names=base_module_names(self.model),
-        )
+        try:
+            if not sharded or torch.distributed.get_rank() == 0:
+                write_adapter(
+                    directory,
+                    self._configs[adapter_name],
+                    {unwrapped_name(name): tensor for name, tensor in tensors.items()},
+                    block_sizes={unwrapped_name(name): b for name, b in block_sizes.items()},
+                    module_names=[unwrapped_name(name) for name in base_module_names(self.model)],
+                )
+        finally:
+            if sharded:
+                torch.distributed.barrier()
 
     # What it looks like
 

@@ -1,6 +1,7 @@
 """What a configuration or an adapter file means for a model: which modules, and what is wrong. Changes nothing."""
 
 import difflib
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ __all__ = [
     "model_name_or_path",
     "near_names",
     "tied_names",
+    "unwrapped_name",
     "warn_tied",
     "with_task_heads",
 ]
@@ -38,6 +40,7 @@ _TASK_HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
+_WRAPPERS = re.compile(r"(?<![^.])(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 _SEQ_CLS_HEADS = ("score", "classifier")
 
 
@@ -76,6 +79,11 @@ def base_module_names(model: nn.Module) -> list[str]:
 def base_name(name: str) -> str:
     """A tensor's name in the model without adapters."""
     return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
+def unwrapped_name(name: str) -> str:
+    """A name without the parts that wrappers put into it: FSDP1, torch's activation checkpointing, torch.compile."""
+    return _WRAPPERS.sub("", name)
 
 
 def near_names(name: str, known: Iterable[str]) -> str:

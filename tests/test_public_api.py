@@ -23,6 +23,7 @@ def test_public_names():
         "circulant_matrix",
         "explain",
         "load_adapter",
+        "param_groups",
         "suggest_block_size",
         "valid_block_sizes",
     ]
