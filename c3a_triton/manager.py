@@ -507,10 +507,12 @@ class AdapterManager:
             del self.model.c3a
         pretrained.release(self.model)
         config = getattr(self.model, "config", None)
+        tied_after = _embeddings_are_tied(self.model)
         if (
             with_copies
             and getattr(config, "tie_word_embeddings", False)
-            and not (tied_before and _embeddings_are_tied(self.model))
+            and tied_after is not None
+            and not (tied_before and tied_after)
         ):
             config.tie_word_embeddings = False  # type: ignore[union-attr]
             warnings.warn(
@@ -595,10 +597,13 @@ def _do_nothing(module: nn.Module, args: Any) -> None:
     return None
 
 
-def _embeddings_are_tied(model: nn.Module) -> bool:
+def _embeddings_are_tied(model: nn.Module) -> bool | None:
+    """None for a model without output embeddings, whose config may ask for tying all the same."""
     try:
         embeddings = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
-        return False
+        return None
+    if embeddings[1] is None:
+        return None
     weights = [getattr(module, "weight", None) for module in embeddings]
     return weights[0] is not None and weights[0] is weights[1]

@@ -10,6 +10,7 @@ from torch import nn
 
 from .config import CONFIG_NAME
 from .layer import C3ALinear
+from .targets import base_name
 
 __all__ = ["SavePretrained", "prepare", "release"]
 
@@ -57,14 +58,16 @@ class SavePretrained:
         self.adapter_only = False
 
     def __call__(
-        self, save_directory: str | os.PathLike[str], *args: Any, state_dict: dict[str, Any] | None = None, **kwargs: Any
+        self,
+        save_directory: str | os.PathLike[str],
+        *args: Any,
+        state_dict: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> Any:
         """As the model's own method."""
-        if self.adapter_only:
+        if left_out := self._left_out():
             state_dict = self.model.state_dict() if state_dict is None else state_dict
-            parameters = self.model.named_parameters(remove_duplicate=False)
-            frozen = {name for name, parameter in parameters if not parameter.requires_grad}
-            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in frozen}
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in left_out}
         if not (self.adapter_only and _is_resumed_or_complete(os.fspath(save_directory))):
             warnings.warn(
                 f"save_pretrained of a {type(self.model).__name__} with C3A adapters in place writes the layers under "
@@ -75,6 +78,15 @@ class SavePretrained:
         # FSDP2 changes the model's class, so that it is asked for late.
         save = type(self.model).save_pretrained
         return save(self.model, save_directory, *args, state_dict=state_dict, **kwargs)  # type: ignore[operator]
+
+    def _left_out(self) -> set[str]:
+        """Names of parameters that are not to be saved."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        if self.adapter_only:
+            return {name for name, parameter in parameters.items() if not parameter.requires_grad}
+        # transformers drops one of two names of a tied weight only if it knows both, and it does not know these.
+        firsts = {name for name, _ in self.model.named_parameters()}
+        return {name for name in parameters if name not in firsts and base_name(name) != name}
 
 
 def _is_resumed_or_complete(directory: str) -> bool:
@@ -124,8 +136,8 @@ def _warn_fused_loss(model: Any) -> None:
     head = model.get_output_embeddings()
     if isinstance(head, C3ALinear):
         warnings.warn(
-            f"{head.layer_name} is adapted, but the forward of {type(model).__name__} is that of {library}, whose fused "
-            "loss reads the weight of this layer and does not call it: its adapter is neither applied in training nor "
-            f"trained. Leave {head.layer_name} out of target_modules, or switch the fused linear cross-entropy off",
+            f"{head.layer_name} is adapted, but the forward of {type(model).__name__} is that of {library}, whose "
+            "fused loss reads the weight of this layer and does not call it: its adapter is neither applied in "
+            f"training nor trained. Leave {head.layer_name} out of target_modules, or switch the fused linear cross-entropy off",
             stacklevel=4,
         )

@@ -6,9 +6,9 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..manager import AdapterManager
-from ..errors import ConfigError
-from ..pretrained import SavePretrained
+from c3a_triton.errors import ConfigError
+from c3a_triton.manager import AdapterManager
+from c3a_triton.pretrained import SavePretrained
 
 __all__ = ["SaveAdapterCallback"]
 
