@@ -250,6 +250,13 @@ class C3ALinear(nn.Module):
             kernels = self._kernels
             if kernels is None or any(kernel.device != x.device for kernel in kernels):
                 kernels = tuple(self._kernel_on(name, x.device) for name in self._applied_names())
+            if kernels and (x.shape[-1:], y.shape[-1:]) != ((self.in_features,), (self.out_features,)):
+                raise ShapeError(
+                    f"{self._label}: x has the shape {tuple(x.shape)} and the base layer gives {tuple(y.shape)}, where "
+                    f"in_features={self.in_features} and out_features={self.out_features}. A tensor-parallel base "
+                    "layer, of which each process computes a part, cannot be adapted: leave it out of the plan, or "
+                    "shard with FSDP2 (fully_shard), which puts weights together"
+                )
             for kernel in _sums_by_block_size(kernels):
                 y = y + circulant_linear(x, kernel, backend=self._exact_backend).to(y.dtype)
         return y.to(dtype)

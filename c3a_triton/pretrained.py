@@ -76,8 +76,8 @@ class SavePretrained:
                 stacklevel=2,
             )
         # FSDP2 changes the model's class, so that it is asked for late.
-        save = type(self.model).save_pretrained
-        return save(self.model, save_directory, *args, state_dict=state_dict, **kwargs)  # type: ignore[operator]
+        save: Any = type(self.model).save_pretrained  # type: ignore[attr-defined]
+        return save(self.model, save_directory, *args, state_dict=state_dict, **kwargs)
 
     def _left_out(self) -> set[str]:
         """Names of parameters that are not to be saved."""
@@ -138,6 +138,7 @@ def _warn_fused_loss(model: Any) -> None:
         warnings.warn(
             f"{head.layer_name} is adapted, but the forward of {type(model).__name__} is that of {library}, whose "
             "fused loss reads the weight of this layer and does not call it: its adapter is neither applied in "
-            f"training nor trained. Leave {head.layer_name} out of target_modules, or switch the fused linear cross-entropy off",
+            f"training nor trained. Leave {head.layer_name} out of target_modules, or switch the fused linear "
+            "cross-entropy off",
             stacklevel=4,
         )

@@ -13,7 +13,7 @@ from .checkpoint import KERNEL_SUFFIX, AdapterFile
 from .config import DEFAULT_TARGET_MODULES, C3AConfig, check_block_size, suggest_block_size
 from .errors import CheckpointError, ConfigError
 from .layer import C3ALinear
-from .linear_like import is_transposed, linear_widths
+from .linear_like import is_sharded, is_transposed, linear_widths
 from .modules_to_save import ModulesToSave
 from .patterns import block_size_for, match_target, unmatched_keys
 
@@ -194,6 +194,8 @@ def _target(name: str, module: nn.Module, config: C3AConfig) -> Target:
             f"{name} is a {type(module).__name__}, which cannot be adapted: only linear layers can. Make "
             "target_modules more precise, or name it in exclude_modules"
         )
+    if problem := _sharded(name, module):
+        raise ConfigError(problem)
     size, key = block_size_for(config, name)
     chosen_by = "block_size" if key is None else key
     if size == "auto":
@@ -201,6 +203,23 @@ def _target(name: str, module: nn.Module, config: C3AConfig) -> Target:
     assert isinstance(size, int)
     check_block_size(size, *widths, name)
     return Target(name, module, size, chosen_by)
+
+
+def _sharded(name: str, module: nn.Module) -> str | None:
+    """What is wrong with adapting a layer of which this process holds a part, or None.
+
+    A kernel that is added afterwards would be neither sharded nor reduced. DeepSpeed's ZeRO-3 takes new parameters in
+    when it is initialised, and its weights are no DTensors.
+    """
+    base: Any = module.get_base_layer() if isinstance(module, C3ALinear) else module
+    weight = getattr(base, "weight", None)
+    if not (isinstance(weight, Tensor) and is_sharded(weight)):
+        return None
+    return (
+        f"{name} is sharded already (its weight is a DTensor with {weight.placements}), so that an adapter "  # type: ignore[attr-defined]
+        "would not be reduced with the rest. For FSDP2 adapt the model first and call fully_shard afterwards. A "
+        "tensor-parallel layer cannot be adapted: leave it out of the plan, or shard with FSDP2"
+    )
 
 
 def _nothing_found(config: C3AConfig, names: list[str]) -> str:
@@ -326,6 +345,8 @@ def find_file_targets(model: nn.Module, file: AdapterFile) -> list[Target]:
         shape = tuple(file.tensors[name + KERNEL_SUFFIX].shape)
         if widths is None:
             problems.append(f"{name} is a {type(module).__name__}, not a linear layer to adapt")
+        elif problem := _sharded(name, module):
+            problems.append(problem)
         elif shape != (widths[1] / b, widths[0] / b, b):
             problems.append(
                 f"{name}: its kernel {list(shape)} is for in_features={shape[1] * b} and out_features={shape[0] * b}, "
