@@ -23,6 +23,7 @@ from .errors import (
 )
 from .explanation import explain
 from .layer import C3ALinear
+from .learning_rates import param_groups
 from .manager import AdapterManager
 from .ops import c3a_linear, circulant_linear, circulant_matrix
 from .quantized import register_linear_like
@@ -49,6 +50,7 @@ __all__ = [
     "circulant_matrix",
     "explain",
     "load_adapter",
+    "param_groups",
     "register_linear_like",
     "suggest_block_size",
     "valid_block_sizes",

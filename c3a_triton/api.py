@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from . import pretrained
 from .config import C3AConfig
 from .dispatch import check_backend
 from .errors import AdapterStateError, ConfigError
@@ -130,3 +131,4 @@ def _manager_of(model: nn.Module, backend: str) -> AdapterManager:
 
 def _bind(manager: AdapterManager) -> None:
     manager.model.c3a = manager  # type: ignore[assignment]
+    pretrained.prepare(manager.model)

@@ -277,6 +277,14 @@ class C3ALinear(nn.Module):
             kernels = self._kernels
             if kernels is None or any(kernel.device != x.device for kernel in kernels):
                 kernels = tuple(self._kernel_on(name, x.device) for name in self._applied_names())
+            fits = (x.shape[-1:], y.shape[-1:]) == ((self.in_features,), (self.out_features,))
+            if kernels and self.kind == "linear" and not fits:
+                raise ShapeError(
+                    f"{self._label}: x has the shape {tuple(x.shape)} and the base layer gives {tuple(y.shape)}, where "
+                    f"in_features={self.in_features} and out_features={self.out_features}. A tensor-parallel base "
+                    "layer, of which each process computes a part, cannot be adapted: leave it out of the plan, or "
+                    "shard with FSDP2 (fully_shard), which puts weights together"
+                )
             if kernels and x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
                 raise AdapterStateError(
                     f"{self._label}: this {type(self.get_base_layer()).__name__} passes no gradient on to its input, "

@@ -25,9 +25,11 @@ __all__ = [
     "as_weight",
     "fingerprint",
     "first_tensor",
+    "gathered",
     "geometry",
     "is_linear",
     "is_plain",
+    "is_sharded",
     "is_transposed",
     "kernel_device",
     "linear_widths",
@@ -149,6 +151,16 @@ def stored_tensor(module: nn.Module, name: str) -> Tensor:
     if tensor.is_meta and (hook := _offload_hook(module)) is not None:
         return hook.weights_map[name]
     return tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is torch's DTensor, of which each process holds a part. Its module is not imported for that."""
+    return hasattr(tensor, "full_tensor")
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """A sharded tensor put together, for which every process has to ask; any other as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def first_tensor(base: nn.Module) -> Tensor | None:

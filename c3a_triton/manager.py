@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from . import pretrained
 from .checkpoint import KERNEL_SUFFIX, peft_config, read_adapter, write_adapter
 from .combine import combination
 from .config import C3AConfig
@@ -26,7 +28,7 @@ from .errors import (
     ShapeError,
 )
 from .layer import BASE_ROW, KEEP_BASE, C3ALinear, check_adapter_name
-from .linear_like import geometry, stored_tensor
+from .linear_like import gathered, geometry, is_sharded, stored_tensor
 from .modules_to_save import ModulesToSave
 from .quantized import hold_layout, release_layout, torchao_config_of
 from .report import count_parameters, summary_table
@@ -41,6 +43,7 @@ from .targets import (
     model_name_or_path,
     near_names,
     same_tensors,
+    unwrapped_name,
     warn_tied,
     with_task_heads,
 )
@@ -624,11 +627,14 @@ class AdapterManager:
         self._active.clear()
         if self.model.__dict__.get("c3a") is self:
             del self.model.c3a
+        pretrained.release(self.model)
         config = getattr(self.model, "config", None)
+        tied_after = _embeddings_are_tied(self.model)
         if (
             with_copies
             and getattr(config, "tie_word_embeddings", False)
-            and not (tied_before and _embeddings_are_tied(self.model))
+            and tied_after is not None
+            and not (tied_before and tied_after)
         ):
             config.tie_word_embeddings = False  # type: ignore[union-attr]
             warnings.warn(
@@ -643,12 +649,14 @@ class AdapterManager:
 
         `<module>.c3a_kernel` for every layer, `<module>.<parameter>` for modules trained whole, and trained biases.
 
+        Sharded tensors (DTensors, as of FSDP2) are put together, for which every process has to call.
+
         Raises:
             AdapterNotFoundError: an unknown name.
         """
         self._known(adapter_name)
         tensors = {
-            name + KERNEL_SUFFIX: stored_tensor(layer.c3a_kernel, adapter_name).detach()
+            name + KERNEL_SUFFIX: stored_tensor(layer.c3a_kernel, adapter_name)
             for name, layer in self.layers()
             if adapter_name in layer.c3a_kernel
         }
@@ -656,16 +664,19 @@ class AdapterManager:
             if adapter_name in module.modules_to_save:
                 values = module.modules_to_save[adapter_name].state_dict()
                 tensors |= {f"{name}.{key}": value for key, value in values.items()}
-        biases = self._biases(adapter_name, self._configs[adapter_name].bias)
-        return tensors | {name: parameter.detach() for name, parameter in biases.items()}
+        tensors |= self._biases(adapter_name, self._configs[adapter_name].bias)
+        return {name: gathered(tensor.detach()) for name, tensor in tensors.items()}
 
     def save_pretrained(self, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
         """Save an adapter to a folder, as PEFT does and reads it. PEFT reads adapters of linear layers alone.
+
+        Where parameters are sharded (FSDP2), every process has to call; the first one writes, the others wait for it.
 
         Raises:
             AdapterNotFoundError: an unknown name.
             CheckpointError: it cannot be written.
         """
+        sharded = any(map(is_sharded, self.model.parameters()))
         tensors = self.state_dict(adapter_name)
         block_sizes = {
             name: layer.block_size[adapter_name] for name, layer in self.layers() if adapter_name in layer.block_size
@@ -677,13 +688,18 @@ class AdapterManager:
                 f"({', '.join(own[:3])}{', …' if len(own) > 3 else ''}); c3a_triton.load_adapter does",
                 stacklevel=2,
             )
-        write_adapter(
-            directory,
-            self._configs[adapter_name],
-            tensors,
-            block_sizes=block_sizes,
-            module_names=base_module_names(self.model),
-        )
+        try:
+            if not sharded or torch.distributed.get_rank() == 0:
+                write_adapter(
+                    directory,
+                    self._configs[adapter_name],
+                    {unwrapped_name(name): tensor for name, tensor in tensors.items()},
+                    block_sizes={unwrapped_name(name): b for name, b in block_sizes.items()},
+                    module_names=[unwrapped_name(name) for name in base_module_names(self.model)],
+                )
+        finally:
+            if sharded:
+                torch.distributed.barrier()
 
     # What it looks like
 
@@ -717,10 +733,13 @@ def _do_nothing(module: nn.Module, args: Any) -> None:
     return None
 
 
-def _embeddings_are_tied(model: nn.Module) -> bool:
+def _embeddings_are_tied(model: nn.Module) -> bool | None:
+    """None for a model without output embeddings, whose config may ask for tying all the same."""
     try:
         embeddings = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
-        return False
+        return None
+    if embeddings[1] is None:
+        return None
     weights = [getattr(module, "weight", None) for module in embeddings]
     return weights[0] is not None and weights[0] is weights[1]

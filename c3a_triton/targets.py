@@ -1,6 +1,7 @@
 """What a configuration or an adapter file means for a model: which modules, and what is wrong. Changes nothing."""
 
 import difflib
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from .checkpoint import KERNEL_SUFFIX, AdapterFile
 from .config import DEFAULT_TARGET_MODULES, C3AConfig, check_block_size, suggest_block_size
 from .errors import CheckpointError, ConfigError
 from .layer import C3ALinear
-from .linear_like import Geometry, geometry, is_linear
+from .linear_like import Geometry, geometry, is_linear, is_sharded
 from .modules_to_save import ModulesToSave
 from .patterns import block_size_for, match_target, unmatched_keys
 
@@ -30,6 +31,7 @@ __all__ = [
     "near_names",
     "same_tensors",
     "tied_names",
+    "unwrapped_name",
     "warn_tied",
     "with_task_heads",
 ]
@@ -40,6 +42,7 @@ _TASK_HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
+_WRAPPERS = re.compile(r"(?<![^.])(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 _SEQ_CLS_HEADS = ("score", "classifier")
 
 
@@ -78,6 +81,11 @@ def base_module_names(model: nn.Module) -> list[str]:
 def base_name(name: str) -> str:
     """A tensor's name in the model without adapters."""
     return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
+def unwrapped_name(name: str) -> str:
+    """A name without the parts that wrappers put into it: FSDP1, torch's activation checkpointing, torch.compile."""
+    return _WRAPPERS.sub("", name)
 
 
 def near_names(name: str, known: Iterable[str]) -> str:
@@ -188,6 +196,8 @@ def _target(name: str, module: nn.Module, config: C3AConfig) -> Target:
             f"{name} is a {type(module).__name__}, which cannot be adapted: only linear layers, nn.Conv2d and "
             "nn.Embedding can. Make target_modules more precise, or name it in exclude_modules"
         )
+    if problem := _sharded(name, module):
+        raise ConfigError(problem)
     size, key = block_size_for(config, name)
     chosen_by = "block_size" if key is None else key
     if size == "auto":
@@ -202,6 +212,23 @@ def _geometry(module: nn.Module) -> Geometry | None:
     if isinstance(module, ModulesToSave):
         return None
     return geometry(module.get_base_layer() if isinstance(module, C3ALinear) else module)
+
+
+def _sharded(name: str, module: nn.Module) -> str | None:
+    """What is wrong with adapting a layer of which this process holds a part, or None.
+
+    A kernel that is added afterwards would be neither sharded nor reduced. DeepSpeed's ZeRO-3 takes new parameters in
+    when it is initialised, and its weights are no DTensors.
+    """
+    base: Any = module.get_base_layer() if isinstance(module, C3ALinear) else module
+    weight = getattr(base, "weight", None)
+    if not (isinstance(weight, Tensor) and is_sharded(weight)):
+        return None
+    return (
+        f"{name} is sharded already (its weight is a DTensor with {weight.placements}), so that an adapter "  # type: ignore[attr-defined]
+        "would not be reduced with the rest. For FSDP2 adapt the model first and call fully_shard afterwards. A "
+        "tensor-parallel layer cannot be adapted: leave it out of the plan, or shard with FSDP2"
+    )
 
 
 def _nothing_found(config: C3AConfig, names: list[str]) -> str:
@@ -327,6 +354,8 @@ def find_file_targets(model: nn.Module, file: AdapterFile) -> list[Target]:
         shape = tuple(file.tensors[name + KERNEL_SUFFIX].shape)
         if sizes is None:
             problems.append(f"{name} is a {type(module).__name__}, not a layer to adapt")
+        elif problem := _sharded(name, module):
+            problems.append(problem)
         elif any(width % b for width in sizes.divided) or shape != sizes.kernel_shape(b):
             problems.append(
                 f"{name}: its kernel {list(shape)} is for in_features={shape[1] * b} and out_features={shape[0] * b}, "

@@ -26,6 +26,7 @@ def test_public_names():
         "circulant_matrix",
         "explain",
         "load_adapter",
+        "param_groups",
         "register_linear_like",
         "suggest_block_size",
         "valid_block_sizes",

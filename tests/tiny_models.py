@@ -10,6 +10,10 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 IDS = torch.tensor([[1, 5, 9, 2, 7], [3, 3, 8, 1, 0], [4, 6, 2, 9, 9]])
@@ -46,6 +50,26 @@ def bert_classifier() -> BertForSequenceClassification:
 def gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(0)
     return GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=32, n_embd=24, n_layer=2, n_head=2)).eval()
+
+
+def t5() -> T5ForConditionalGeneration:
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=32, d_model=24, d_kv=12, d_ff=48, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    return T5ForConditionalGeneration(config).eval()
+
+
+def vit() -> ViTForImageClassification:
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        image_size=8,
+        patch_size=4,
+        num_labels=3,
+    )
+    return ViTForImageClassification(config).eval()
 
 
 def logits(model: nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:

@@ -1,1 +1,1 @@
-"""What ties this library to others: one module each, imported only when it is asked for."""
+"""Other libraries' own ways in: each module needs its library, and is imported only where that is used."""

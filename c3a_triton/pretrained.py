@@ -1,0 +1,144 @@
+"""What a model of transformers has to be told while it is adapted in place. transformers is not imported."""
+
+import os
+import re
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import CONFIG_NAME
+from .layer import C3ALinear
+from .targets import base_name
+
+__all__ = ["SavePretrained", "prepare", "release"]
+
+# Libraries whose forward of a causal model hands lm_head's weight to a fused loss and does not call lm_head.
+_FUSED_LOSSES = ("liger_kernel", "cut_cross_entropy")
+_CHECKPOINT_FOLDER = re.compile(r"checkpoint-\d+")
+
+
+def prepare(model: nn.Module) -> None:
+    """Make a model of transformers fit for training and saving with adapters; other models are left alone.
+
+    Warns where training it as usual would fail, or would not train the adapters.
+    """
+    if not (callable(getattr(type(model), "save_pretrained", None)) and hasattr(model, "config")):
+        return
+    if "save_pretrained" not in model.__dict__:
+        model.save_pretrained = SavePretrained(model)  # type: ignore[assignment]
+        model.register_forward_pre_hook(_before_training_forward)
+    _warn_quantized(model)
+    _warn_fused_loss(model)
+
+
+def release(model: nn.Module) -> None:
+    """Undo `prepare`."""
+    if isinstance(model.__dict__.get("save_pretrained"), SavePretrained):
+        del model.save_pretrained
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if hook is _before_training_forward:
+            del model._forward_pre_hooks[key]
+
+
+class SavePretrained:
+    """`save_pretrained` of an adapted model: it warns that no plain model can load what it writes.
+
+    The Trainer's checkpoints are written through it, and resume. With `adapter_only` they leave out whatever is
+    frozen, which the Trainer does not need in order to resume.
+
+    Attributes:
+        model: the adapted model.
+        adapter_only: whether frozen tensors are left out.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.adapter_only = False
+
+    def __call__(
+        self,
+        save_directory: str | os.PathLike[str],
+        *args: Any,
+        state_dict: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the model's own method."""
+        if left_out := self._left_out():
+            state_dict = self.model.state_dict() if state_dict is None else state_dict
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in left_out}
+        if not (self.adapter_only and _is_resumed_or_complete(os.fspath(save_directory))):
+            warnings.warn(
+                f"save_pretrained of a {type(self.model).__name__} with C3A adapters in place writes the layers under "
+                "names that from_pretrained does not know. Save the adapter with model.c3a.save_pretrained(directory), "
+                "or a plain model after model.c3a.merge_and_unload(). Only the Trainer, resuming, can read this",
+                stacklevel=2,
+            )
+        # FSDP2 changes the model's class, so that it is asked for late.
+        save: Any = type(self.model).save_pretrained  # type: ignore[attr-defined]
+        return save(self.model, save_directory, *args, state_dict=state_dict, **kwargs)
+
+    def _left_out(self) -> set[str]:
+        """Names of parameters that are not to be saved."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        if self.adapter_only:
+            return {name for name, parameter in parameters.items() if not parameter.requires_grad}
+        # transformers drops one of two names of a tied weight only if it knows both, and it does not know these.
+        firsts = {name for name, _ in self.model.named_parameters()}
+        return {name for name in parameters if name not in firsts and base_name(name) != name}
+
+
+def _is_resumed_or_complete(directory: str) -> bool:
+    """Whether a folder is a checkpoint of the Trainer, or holds the adapter in its own form."""
+    folder = os.path.basename(os.path.normpath(directory))
+    return _CHECKPOINT_FOLDER.fullmatch(folder) is not None or os.path.exists(os.path.join(directory, CONFIG_NAME))
+
+
+def _before_training_forward(model: nn.Module, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook: what can only be seen when training starts.
+
+    A reentrant checkpoint passes no gradient on to parameters unless one of its inputs wants one, and with a frozen
+    base none does.
+    """
+    if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
+        return
+    _warn_fused_loss(model)
+    hooked = getattr(model, "_require_grads_hooks", None) or getattr(model, "_require_grads_hook", None)
+    if not hooked and any(map(_checkpoints_reentrantly, model.modules())):
+        model.enable_input_require_grads()  # type: ignore[operator]
+
+
+def _checkpoints_reentrantly(module: nn.Module) -> bool:
+    if not getattr(module, "gradient_checkpointing", False):
+        return False
+    function = getattr(module, "_gradient_checkpointing_func", None)
+    return getattr(function, "keywords", {}).get("use_reentrant") is not False
+
+
+def _warn_quantized(model: Any) -> None:
+    # The Trainer's own rule.
+    quantizer = getattr(model, "hf_quantizer", None)
+    if getattr(model, "is_quantized", False) and not getattr(quantizer, "is_qat_trainable", False):
+        warnings.warn(
+            f"this {type(model).__name__} is quantized, and transformers' Trainer trains quantized models only as "
+            "PeftModel. For the Trainer call c3a_triton.integrations.peft.patch_peft() and then "
+            "peft.get_peft_model(model, peft.C3AConfig(...)) in place of c3a_triton.apply; a training loop of your "
+            "own can go on as it is",
+            stacklevel=4,
+        )
+
+
+def _warn_fused_loss(model: Any) -> None:
+    library = getattr(model.forward, "__module__", "").partition(".")[0]
+    if library not in _FUSED_LOSSES:
+        return
+    head = model.get_output_embeddings()
+    if isinstance(head, C3ALinear):
+        warnings.warn(
+            f"{head.layer_name} is adapted, but the forward of {type(model).__name__} is that of {library}, whose "
+            "fused loss reads the weight of this layer and does not call it: its adapter is neither applied in "
+            f"training nor trained. Leave {head.layer_name} out of target_modules, or switch the fused linear "
+            "cross-entropy off",
+            stacklevel=4,
+        )

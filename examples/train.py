@@ -1,0 +1,163 @@
+"""Fine-tune a language model on a text with C3A and transformers' Trainer, on one device or on several.
+
+    python examples/train.py --model FOLDER --text FILE --output adapter
+    torchrun --nproc-per-node 2 examples/train.py ...                       # DDP
+    accelerate launch --num_processes 2 --use_fsdp --fsdp_version 2 \\
+        --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP --fsdp_transformer_layer_cls_to_wrap LlamaDecoderLayer \\
+        --fsdp_state_dict_type SHARDED_STATE_DICT examples/train.py ...     # FSDP2
+
+Without arguments it adapts a tiny model with random weights to Python's documentation, byte by byte, on a CPU too. The
+adapter is saved in PEFT's form; `--resume` goes on from the last checkpoint in the output folder.
+"""
+
+import argparse
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import corpus
+import torch
+import transformers
+from torch import Tensor
+
+import c3a_triton
+from c3a_triton.integrations.transformers import SaveAdapterCallback
+
+
+class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Windows of `length` tokens, one after the other."""
+
+    def __init__(self, tokens: Tensor, length: int) -> None:
+        if len(tokens) < length:
+            raise ValueError(f"the text has {len(tokens)} tokens where windows of {length} are wanted: give more text")
+        self.windows = tokens[: len(tokens) // length * length].view(-1, length)
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.windows[index], "labels": self.windows[index]}
+
+
+class C3ATrainer(transformers.Trainer):
+    """The Trainer with C3A's learning-rate groups, made when the model has its final (perhaps sharded) parameters."""
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW over `c3a_triton.param_groups`; `args.learning_rate` and `args.weight_decay` are the kernels'."""
+        if self.optimizer is None:
+            groups = c3a_triton.param_groups(
+                self.model if model is None else model, lr=self.args.learning_rate, weight_decay=self.args.weight_decay
+            )
+            self.optimizer = torch.optim.AdamW(groups)
+        return self.optimizer
+
+
+def tiny_model() -> Any:
+    """A byte-level Llama with random weights."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=corpus.BYTES,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def load(folder: Path | None) -> tuple[Any, Any | None]:
+    """(model, tokenizer); no tokenizer means bytes."""
+    if folder is None:
+        return tiny_model(), None
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
+    return model, transformers.AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="a causal language model (default: a tiny one)")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="a text file, or a folder of them")
+    parser.add_argument("--output", type=Path, default=Path("out/train"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--block-size", default="auto", metavar="B", help='an integer, or "auto", the default')
+    parser.add_argument("--target-modules", nargs="+", default=["all-linear"], metavar="NAME", help="default: all-linear")
+    parser.add_argument("--steps", type=int, default=100, metavar="N", help="default: %(default)s")
+    parser.add_argument("--batch", type=int, default=4, metavar="N", help="per process; default: %(default)s")
+    parser.add_argument("--length", type=int, default=128, metavar="T", help="tokens per example; default: %(default)s")
+    parser.add_argument("--lr", type=float, default=1e-1, help="of the C3A kernels; default: %(default)s")
+    parser.add_argument("--save-steps", type=int, metavar="N", help="checkpoints; default: only at the end")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
+    parser.add_argument("--cpu", action="store_true", help="even where there is a GPU")
+    args = parser.parse_args(argv)
+    if args.block_size != "auto":
+        if not (args.block_size.isdecimal() and int(args.block_size)):
+            parser.error(f'--block-size {args.block_size}: give a positive integer or "auto"')
+        args.block_size = int(args.block_size)
+    return args
+
+
+def train(args: argparse.Namespace) -> None:
+    """Adapt, train, save."""
+    text = corpus.documentation() if args.text is None else b"\n".join(corpus.files_at(args.text).values())
+    model, tokenizer = load(args.model)
+    if tokenizer is None and model.config.vocab_size < corpus.BYTES:
+        raise ValueError(f"--model {args.model}: no tokenizer there, and a vocabulary too small for bytes")
+    targets = args.target_modules[0] if args.target_modules == ["all-linear"] else args.target_modules
+    rank = 8 if args.block_size == "auto" else None  # "auto" takes the size nearest to √(in · out) / rank
+    transformers.set_seed(0)  # every process begins with the same adapter
+    config = c3a_triton.C3AConfig(block_size=args.block_size, rank=rank, target_modules=targets, task_type="CAUSAL_LM")
+    model = c3a_triton.apply(model, config)
+    on_gpu = torch.cuda.is_available() and not args.cpu
+    job = C3ATrainer(
+        model,
+        transformers.TrainingArguments(
+            output_dir=str(args.output),
+            max_steps=args.steps,
+            per_device_train_batch_size=args.batch,
+            learning_rate=args.lr,
+            gradient_checkpointing=args.gradient_checkpointing,
+            save_steps=args.save_steps or args.steps,
+            logging_steps=1,
+            bf16=on_gpu,
+            use_cpu=not on_gpu,
+            ddp_find_unused_parameters=False,
+            report_to=[],
+        ),
+        train_dataset=Windows(corpus.tokens_of(text, tokenizer), args.length),
+        callbacks=[SaveAdapterCallback()],
+    )
+    if job.is_world_process_zero():
+        model.c3a.print_trainable_parameters()
+    job.train(resume_from_checkpoint=args.resume)
+    job.save_state()
+    if job.is_world_process_zero():
+        print(f"the adapter is in {args.output}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    args = parse(argv)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\b")
+    try:
+        train(args)
+    except (OSError, ValueError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    sys.exit(main())

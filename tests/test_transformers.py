@@ -1,0 +1,497 @@
+"""transformers around an adapted model: the Trainer, checkpointing, generation, device maps, kinds of models."""
+
+import copy
+import io
+import json
+import pickle
+import types
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+import transformers
+from safetensors import safe_open
+from tiny_models import IDS, bert_classifier, gpt2, llama, llama_classifier, logits, t5, vit
+from transformers import Trainer, TrainingArguments
+
+import c3a_triton
+from c3a_triton import AdapterStateError, C3AConfig, ConfigError, load_adapter, param_groups, pretrained
+from c3a_triton.integrations.transformers import SaveAdapterCallback
+
+LLAMA = C3AConfig(block_size=4, target_modules=["q_proj", "v_proj", "down_proj"], init_weights="gaussian")
+SAVE_WARNING = r"model\.c3a\.save_pretrained"
+# The names of checkpointing options of transformers 4 and 5, which newer versions rename.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*(gradient_checkpointing|is deprecated).*:FutureWarning", f"ignore:.*{SAVE_WARNING}:UserWarning"
+)
+
+
+class Examples(torch.utils.data.Dataset):
+    """Random examples: the same for the same index, whoever asks and in whatever order."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.kind = type(model).__name__
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(index)
+        if self.kind.startswith("ViT"):
+            return {"pixel_values": torch.randn(3, 8, 8, generator=generator), "labels": index % 3}
+        ids = torch.randint(1, 32, (6,), generator=generator)
+        return {"input_ids": ids, "labels": index % 3 if "Classification" in self.kind else ids}
+
+    def batch(self) -> dict[str, Tensor]:
+        return transformers.default_data_collator([self[index] for index in range(len(self))])
+
+
+def trainer(model: nn.Module, folder: Path, *, steps: int = 4, callbacks: Any = (), **options: Any) -> Trainer:
+    options = {"per_device_train_batch_size": 2, "learning_rate": 1e-1, "save_steps": 2} | options
+    quiet = {"report_to": [], "disable_tqdm": True, "logging_strategy": "no", "use_cpu": True}
+    optimizers = options.pop("optimizers", (None, None))
+    args = TrainingArguments(output_dir=str(folder), max_steps=steps, **quiet, **options)
+    return Trainer(model, args, train_dataset=Examples(model), callbacks=list(callbacks), optimizers=optimizers)
+
+
+def adapted(config: C3AConfig = LLAMA, base: Callable[[], nn.Module] = llama, seed: int = 0) -> Any:
+    """An adapted model; the base is the same for every seed, the adapter is not."""
+    model = base()
+    torch.manual_seed(seed)
+    return c3a_triton.apply(model, config)
+
+
+def adapter_of(model: Any) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.c3a.state_dict().items()}
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+# The Trainer
+
+REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+NOT_REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+ACCUMULATED = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}
+OPTIONS = {
+    "float32": {},
+    "bfloat16": {"bf16": True},
+    "accumulated": ACCUMULATED,
+    "checkpointed, reentrant": REENTRANT,
+    "checkpointed": NOT_REENTRANT,
+}
+
+
+@pytest.fixture(scope="module")
+def plainly_trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """The adapter after the steps of the test below, without any of the Trainer's options."""
+    model = adapted()
+    trainer(model, tmp_path_factory.mktemp("plain"), save_strategy="no").train()
+    return adapter_of(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "only_adapter"),
+    [*((options, False) for options in OPTIONS.values()), ({}, True), (REENTRANT, True)],
+    ids=[*OPTIONS, "adapter only", "checkpointed, adapter only"],
+)
+def test_the_trainer_trains_saves_and_resumes_bit_for_bit(
+    tmp_path: Path, plainly_trained: dict[str, Tensor], options: dict[str, Any], only_adapter: bool
+) -> None:
+    callbacks = [SaveAdapterCallback()] if only_adapter else []
+    model = adapted()
+    base = {name: value.clone() for name, value in model.state_dict().items() if "c3a_kernel" not in name}
+    start = adapter_of(model)
+    trainer(model, tmp_path, callbacks=callbacks, **options).train()
+    trained = adapter_of(model)
+    assert all((trained[name] - start[name]).abs().max() > 1e-2 for name in start)
+    assert_same(base, {name: model.state_dict()[name] for name in base})
+
+    # Checkpointing changes nothing, accumulating sums in another order; Adam's steps are alike in 16 bits too.
+    for name, tensor in plainly_trained.items():
+        difference = (trained[name] - tensor).abs()
+        if "bf16" in options:
+            assert difference.median() < 1e-2
+        else:
+            assert difference.max() < (2e-2 if options is ACCUMULATED else 1e-6)
+
+    # Resumed from the middle, from another adapter than the one it began with.
+    other = adapted(seed=1)
+    trainer(other, tmp_path, callbacks=callbacks, **options).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+    )
+    assert_same(trained, adapter_of(other))
+
+
+def test_groups_in_the_trainer_and_the_best_model(tmp_path: Path) -> None:
+    config = C3AConfig(block_size=4, target_modules=["q_proj"], modules_to_save=["score"], bias="none")
+    model = adapted(config, llama_classifier)
+    optimizer = torch.optim.AdamW(param_groups(model, lr=0.5, head_lr=1e-2))
+    job = trainer(model, tmp_path, optimizers=(optimizer, None), lr_scheduler_type="constant")
+    job.train()
+    assert [group["lr"] for group in job.optimizer.param_groups] == [0.5, 1e-2]
+    score = model.score.modules_to_save["default"].weight
+    assert 0 < (score - model.score.original_module.weight).abs().max() < 0.05
+
+
+def test_the_callback_leaves_out_the_base_and_adds_the_adapter(tmp_path: Path) -> None:
+    model = adapted()
+    model.c3a.add_adapter("other", C3AConfig(block_size=2, target_modules=["k_proj"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        trainer(model, tmp_path, steps=2, callbacks=[SaveAdapterCallback()]).train()
+    folder = tmp_path / "checkpoint-2"
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == {
+            f"{name}.c3a_kernel.default"
+            for name, layer in model.c3a.layers()
+            if "q_" in name or "v_" in name or "down" in name
+        }
+    for place in (folder, tmp_path):
+        loaded = load_adapter(llama(), place)
+        assert_same(loaded.c3a.state_dict(), model.c3a.state_dict())
+        load_adapter(loaded, place / "other", "other")
+        assert_same(loaded.c3a.state_dict("other"), model.c3a.state_dict("other"))
+
+
+def test_the_callback_wants_a_model_adapted_in_place(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"LlamaForCausalLM has no adapters in place"):
+        trainer(llama(), tmp_path, callbacks=[SaveAdapterCallback()]).train()
+
+
+def test_what_is_pushed_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder that is uploaded holds the adapter as PEFT's users expect it, the Trainer's card, and no base."""
+    pushed: list[dict[str, Any]] = []
+
+    class Hub:
+        def create_repo(self, name: str, **kwargs: Any) -> Any:
+            return types.SimpleNamespace(repo_id=f"me/{name}")
+
+        def upload_folder(self, **kwargs: Any) -> None:
+            pushed.append(kwargs | {"files": {path.name for path in Path(kwargs["folder_path"]).iterdir()}})
+
+    if not hasattr(transformers.trainer, "hf_api"):
+        pytest.skip("this version of transformers calls the hub in another way")
+    monkeypatch.setattr(transformers.trainer, "hf_api", Hub)
+    model = adapted()
+    job = trainer(model, tmp_path / "mine", steps=2, callbacks=[SaveAdapterCallback()], hub_model_id="mine")
+    job.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        job.push_to_hub()
+    files = pushed[-1]["files"]
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= files
+    assert json.loads((tmp_path / "mine" / "adapter_config.json").read_text())["peft_type"] == "C3A"
+    with safe_open(tmp_path / "mine" / "model.safetensors", "pt") as file:
+        assert all("c3a_kernel" in key for key in file.keys())  # noqa: SIM118
+
+
+# Saving in place
+
+
+def test_saving_in_place_warns_and_names_the_way(tmp_path: Path) -> None:
+    model = adapted()
+    with pytest.warns(UserWarning, match=SAVE_WARNING):
+        model.save_pretrained(tmp_path / "in place")
+    with safe_open(tmp_path / "in place" / "model.safetensors", "pt") as file:
+        assert "model.layers.0.self_attn.q_proj.base_layer.weight" in file.keys()  # noqa: SIM118
+    job = trainer(model, tmp_path / "trainer")
+    with pytest.warns(UserWarning, match=SAVE_WARNING):
+        job.save_model()
+    # The callback keeps the Trainer's checkpoints quiet, but not a folder that nothing could read.
+    model.save_pretrained.adapter_only = True
+    with pytest.warns(UserWarning, match=SAVE_WARNING):
+        model.save_pretrained(tmp_path / "final")
+
+
+@pytest.mark.parametrize("end", ["unload", "merge_and_unload"])
+def test_nothing_is_left_behind(tmp_path: Path, end: str) -> None:
+    plain = llama()
+    model = adapted()
+    model.save_pretrained.adapter_only = True
+    expected = logits(model) if end == "merge_and_unload" else logits(plain)
+    model = getattr(model.c3a, end)()
+    assert "save_pretrained" not in model.__dict__
+    assert not model._forward_pre_hooks
+    assert model.__dict__.keys() == plain.__dict__.keys()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(type(model).from_pretrained(tmp_path)), expected)
+
+
+def _torch_saved(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+COPIES = [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), _torch_saved]
+
+
+@pytest.mark.parametrize("duplicate", COPIES, ids=["deepcopy", "pickle", "torch.save"])
+def test_a_copy_saves_itself(tmp_path: Path, duplicate: Callable[[nn.Module], Any]) -> None:
+    model = adapted()
+    other = duplicate(model)
+    assert other.save_pretrained.model is other
+    with torch.no_grad():
+        other.model.layers[0].self_attn.q_proj.c3a_kernel["default"].fill_(7)
+    with pytest.warns(UserWarning, match=SAVE_WARNING):
+        other.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert (file.get_tensor("model.layers.0.self_attn.q_proj.c3a_kernel.default") == 7).all()
+    other.c3a.unload()
+    assert "save_pretrained" in model.__dict__
+
+
+def test_a_module_trained_whole_does_not_copy_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is hung on the model must not be reachable from its parts, which are deep-copied."""
+    model = adapted()
+    monkeypatch.setattr(type(model), "__deepcopy__", None, raising=False)  # copying the model would fail
+    model.c3a.add_adapter("head", C3AConfig(block_size=2, target_modules=["k_proj"], modules_to_save=["lm_head"]))
+
+
+# Kinds of models
+
+MODELS: dict[str, tuple[Callable[[], Any], C3AConfig]] = {
+    "decoder": (llama, LLAMA),
+    "decoder, tied": (lambda: llama(tied=True), LLAMA),
+    "Conv1D": (gpt2, C3AConfig(block_size=4, target_modules=["c_attn", "c_fc"], init_weights="gaussian")),
+    "encoder": (bert_classifier, C3AConfig(block_size=4, target_modules=["query", "value"], task_type="SEQ_CLS")),
+    "encoder-decoder": (t5, C3AConfig(block_size=4, target_modules=["q", "v", "wo"], init_weights="gaussian")),
+    "vision": (
+        vit,
+        C3AConfig(block_size=4, target_modules=["q_proj", "fc1"], modules_to_save=["classifier"]),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("options", [REENTRANT, NOT_REENTRANT], ids=["reentrant", "not reentrant"])
+def test_every_kind_of_model_trains_with_checkpointing(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
+    """Every adapter gets the gradient that it has without checkpointing, the lowest one included."""
+    build, config = MODELS[kind]
+
+    def gradients(**options: Any) -> tuple[dict[str, Tensor], Any]:
+        model = adapted(config, build).train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        job = trainer(model, tmp_path, steps=1, save_strategy="no", max_grad_norm=0.0, **options)
+        found: dict[str, Tensor] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(lambda grad, name=name: found.__setitem__(name, grad.clone()))
+        job.train()
+        return found, model
+
+    expected, model = gradients()
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert expected.keys() == set(trained)
+    found, _ = gradients(**options)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_kind_of_model_saves_loads_and_merges(tmp_path: Path, kind: str) -> None:
+    build, config = MODELS[kind]
+    model = adapted(config, build).eval()
+    batch = Examples(model).batch()
+    plain = build().eval()
+    with torch.no_grad():
+        for _, layer in model.c3a.layers():
+            layer.c3a_kernel["default"].normal_(std=3.0)
+        before = model(**batch).logits
+        size = float(before.abs().max())
+        assert (before - plain(**batch).logits).abs().max() > 0.03 * size
+        model.c3a.save_pretrained(tmp_path)
+        loaded = load_adapter(build().eval(), tmp_path)
+        torch.testing.assert_close(loaded(**batch).logits, before)
+        merged = model.c3a.merge_and_unload()
+        torch.testing.assert_close(merged(**batch).logits, before, rtol=0, atol=1e-4 * size)
+        merged.save_pretrained(tmp_path / "merged")
+        again = type(merged).from_pretrained(tmp_path / "merged").eval()
+        torch.testing.assert_close(again(**batch).logits, before, rtol=0, atol=1e-4 * size)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "Conv1D", "encoder-decoder"])
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_generation_with_a_cache(kind: str, how: dict[str, Any]) -> None:
+    build, config = MODELS[kind]
+    model = adapted(config, build).eval()
+    with torch.no_grad():
+        for _, layer in model.c3a.layers():
+            layer.c3a_kernel["default"].normal_(std=3.0)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0} | how
+    cached = model.generate(input_ids=IDS, use_cache=True, **options)
+    assert torch.equal(cached, model.generate(input_ids=IDS, use_cache=False, **options))
+    with model.c3a.disable_adapter():
+        assert not torch.equal(cached, model.generate(input_ids=IDS, **options))
+    merged = model.c3a.merge_and_unload()
+    assert torch.equal(cached, merged.generate(input_ids=IDS, **options))
+
+
+def test_a_tied_head_that_is_adapted(tmp_path: Path) -> None:
+    """Both checkpoints and the adapter's file hold: the embeddings stay what they were."""
+    config = C3AConfig(block_size=4, target_modules=["q_proj", "lm_head"], init_weights="gaussian")
+    build = lambda: llama(tied=True)  # noqa: E731
+    with pytest.warns(UserWarning, match="tied"):
+        model = adapted(config, build)
+    embeddings = model.model.embed_tokens.weight.clone()
+    trainer(model, tmp_path).train()
+    assert torch.equal(model.model.embed_tokens.weight, embeddings)
+    other = adapted(config, build, seed=1)
+    trainer(other, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_same(adapter_of(model), adapter_of(other))
+    assert other.lm_head.weight is other.model.embed_tokens.weight
+    model.c3a.save_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(logits(load_adapter(build(), tmp_path / "adapter")), logits(model.eval()))
+
+
+# Device maps
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    llama().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize("lower", ["cpu", "disk"])
+def test_device_maps(tmp_path: Path, saved: Path, lower: str) -> None:
+    """Layers on disk train and generate as those in memory do."""
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": lower, "model.norm": "cpu"}
+    places |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+    model = transformers.LlamaForCausalLM.from_pretrained(
+        saved, device_map=places, offload_folder=str(tmp_path / "offload")
+    )
+    offloaded = any(parameter.is_meta for parameter in model.parameters())
+    assert offloaded == (lower == "disk")
+    torch.manual_seed(0)
+    model = c3a_triton.apply(model, LLAMA)
+    plain = adapted()
+    assert_same(adapter_of(model), adapter_of(plain))
+    torch.testing.assert_close(logits(model), logits(plain))
+    for each in (model, plain):
+        optimizer = torch.optim.SGD(param_groups(each, lr=10.0))
+        for _ in range(2):
+            each(input_ids=IDS, labels=IDS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, tensor in adapter_of(plain).items():
+        torch.testing.assert_close(adapter_of(model)[name], tensor)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(input_ids=IDS, **options), plain.generate(input_ids=IDS, **options))
+    model.c3a.save_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(logits(load_adapter(llama(), tmp_path / "adapter")), logits(plain))
+
+
+# What the Trainer or a loss would refuse or bypass
+
+
+def test_a_quantized_model_is_told_of_pefts_way(tmp_path: Path) -> None:
+    model = llama()
+    model.is_quantized = True
+    with pytest.warns(UserWarning, match=r"Trainer trains quantized models only as PeftModel.*get_peft_model"):
+        c3a_triton.apply(model, LLAMA)
+    with pytest.raises(ValueError, match="purely quantized"):
+        trainer(model, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        adapted()
+
+
+def _fused_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return type(self).forward(self, *args, **kwargs)
+
+
+_fused_forward.__module__ = "liger_kernel.transformers.model.llama"
+
+
+def test_a_fused_loss_that_bypasses_an_adapted_head() -> None:
+    head = C3AConfig(block_size=4, target_modules=["lm_head"])
+    model = llama()
+    model.forward = types.MethodType(_fused_forward, model)
+    with pytest.warns(UserWarning, match=r"lm_head is adapted.*liger_kernel.*Leave lm_head out"):
+        c3a_triton.apply(model, head)
+    # Switched on later, as the Trainer does with use_liger_kernel.
+    model = adapted(head).train()
+    model.forward = types.MethodType(_fused_forward, model)
+    with pytest.warns(UserWarning, match=r"lm_head is adapted.*liger_kernel"):
+        model(input_ids=IDS, labels=IDS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        adapted(head).train()(input_ids=IDS, labels=IDS)
+        model = adapted().train()
+        model.forward = types.MethodType(_fused_forward, model)
+        model(input_ids=IDS, labels=IDS)
+
+
+def test_models_without_transformers_are_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    keys = set(model.__dict__)
+    c3a_triton.apply(model, C3AConfig(block_size=2, target_modules=["0"]))
+    assert set(model.__dict__) == keys | {"c3a"}
+    assert not model._forward_pre_hooks
+    pretrained.release(model)
+
+
+# Learning-rate groups
+
+
+def names_in(model: nn.Module, group: dict[str, Any]) -> list[str]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for parameter in group["params"]]
+
+
+def test_groups_hold_every_trainable_parameter_once() -> None:
+    config = C3AConfig(block_size=4, target_modules=["query"], bias="c3a_only", modules_to_save=["classifier"])
+    model = adapted(config, bert_classifier)
+    groups = param_groups(model, lr=0.3, weight_decay=0.1, head_lr=2e-3, head_weight_decay=0.05)
+    found = [name for group in groups for name in names_in(model, group)]
+    assert len(found) == len(set(found))
+    assert set(found) == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    kernels, heads, biases = groups
+    assert (kernels["name"], kernels["lr"], kernels["weight_decay"]) == ("c3a", 0.3, 0.1)
+    assert all("c3a_kernel" in name for name in names_in(model, kernels))
+    assert (heads["name"], heads["lr"], heads["weight_decay"]) == ("heads", 2e-3, 0.05)
+    assert names_in(model, heads) == ["classifier.modules_to_save.default.weight"]
+    assert (biases["name"], biases["lr"], biases["weight_decay"]) == ("biases and norms", 2e-3, 0.0)
+    assert all(name.endswith("bias") for name in names_in(model, biases))
+    torch.optim.AdamW(groups)
+
+
+def test_groups_without_heads_of_peft_and_of_wrappers() -> None:
+    peft = pytest.importorskip("peft")
+    (group,) = param_groups(adapted())
+    assert (group["lr"], group["weight_decay"]) == (1e-1, 0.0)
+    model = peft.get_peft_model(llama(), peft.C3AConfig(block_size=4, target_modules=["q_proj"]))
+    assert all("c3a_kernel" in name for group in param_groups(model) for name in names_in(model, group))
+    assert len(param_groups(model)) == 1
+    compiled = torch.compile(adapted(), backend="eager")
+    assert len(param_groups(compiled)[0]["params"]) == 6
+
+
+def test_groups_of_what_cannot_be_trained() -> None:
+    with pytest.raises(ConfigError, match=r"LlamaForCausalLM has no C3A adapter.*apply"):
+        param_groups(llama())
+    model = adapted()
+    model.c3a.set_adapter("default", inference_mode=True)
+    with pytest.raises(AdapterStateError, match="frozen"):
+        param_groups(model)
+    with pytest.raises(ConfigError, match=r"head_lr must not be negative, got -1"):
+        param_groups(adapted(), head_lr=-1)
