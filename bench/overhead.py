@@ -9,6 +9,7 @@ larger than they are.
 
 import cProfile
 import importlib
+import os
 import pstats
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from unittest import mock
 
 import torch
 
-from c3a_triton import dispatch, launch
+from c3a_triton import dispatch, launch, ops
 from c3a_triton.benchmark import cases, layer, peers, timing
 
 from . import plots, report, runs
@@ -44,22 +45,27 @@ def tasks(setting: runs.Setting) -> Iterator[runs.Task]:
         yield runs.Task(f"T={case.n_tokens}", 0, partial(_measure, case, methods, seconds), 12.0)
 
 
+def _nothing(kernel: Any, **arguments: Any) -> None:
+    """In place of a launch."""
+
+
 @contextmanager
-def stubbed_launches() -> Iterator[None]:
+def stubbed_launches(launched: Callable[..., None] = _nothing) -> Iterator[None]:
     """Within it Triton's backends run on CPU tensors, but their kernels compute nothing.
+
+    Args:
+        launched: called in place of each launch, with the kernel and the launch's keyword arguments.
 
     Raises:
         ImportError: Triton is not installed.
     """
 
-    def run(self: Any, *args: Any, **kwargs: Any) -> None:
-        """In place of a launch."""
-
     with ExitStack() as stack:
         for module, name in (("jit", "JITFunction"), ("interpreter", "InterpretedFunction")):
             kernel_class = getattr(importlib.import_module(f"triton.runtime.{module}"), name)
-            stack.enter_context(mock.patch.object(kernel_class, "run", run))
+            stack.enter_context(mock.patch.object(kernel_class, "run", launched))
         stack.enter_context(mock.patch.object(launch, "unavailable_reason", _no_reason))
+        stack.enter_context(mock.patch.object(ops, "_triton_expands", _expands))
         # What was decided for these sizes before and what is decided now are not the same.
         for forget in (dispatch._choose.cache_clear, launch.clear_plans):
             forget()
@@ -69,6 +75,11 @@ def stubbed_launches() -> Iterator[None]:
 
 def _no_reason(device: torch.device) -> None:
     """In place of `launch.unavailable_reason`; a mock's own call would cost as much as a layer's."""
+
+
+def _expands(w: torch.Tensor, dtype: torch.dtype) -> bool:
+    """In place of `ops._triton_expands`, as on a GPU: `fold` adds its kernels by a launch."""
+    return True
 
 
 def _needs_triton(method: str) -> bool:
@@ -82,7 +93,8 @@ def _measure(case: cases.LayerCase, methods: list[str], seconds: float, record: 
     # What stubbed kernels leave unwritten may be subnormal numbers, which a CPU adds a hundred times slower.
     torch.set_flush_denormal(True)
     try:
-        with stubbed_launches():
+        # What the gradient of w under `fold` takes, as on a GPU with so few tokens.
+        with stubbed_launches(), mock.patch.dict(os.environ, {"C3A_TRITON_BACKEND": "direct"}):
             works = {method: [layer.Workload.of(case, method, CPU) for _ in range(N_LAYERS)] for method in methods}
             record["stubbed"] = [method for method in methods if _needs_triton(method)]
             for mode in ("forward", "forward, no grad", "backward"):

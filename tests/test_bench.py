@@ -4,12 +4,13 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import FrameType, ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ def _load_bench() -> ModuleType:
 _load_bench()
 from bench import (  # noqa: E402
     gpu,
+    launches,
     memory,
     merge,
     model,
@@ -661,6 +663,77 @@ def test_launches_are_stubbed_and_come_back() -> None:
         with pytest.raises(gate.GateError):
             work.check()  # the kernels did nothing
     assert before == (JITFunction.run, InterpretedFunction.run, overhead.launch.unavailable_reason)
+
+
+@pytest.mark.parametrize(
+    ("method", "n_tokens", "forward", "backward"),
+    [
+        ("ours:direct", 32, 29, 33),
+        ("ours:expand", 32, 25, 29),
+        ("ours:fold", 32, 25, 40),
+        ("ours:direct", 1, 31, 32),
+    ],
+)
+def test_python_calls_of_a_layer_stay_few(
+    monkeypatch: pytest.MonkeyPatch, method: str, n_tokens: int, forward: int, backward: int
+) -> None:
+    """What does not depend on the machine: how many of the library's own functions one call of a layer enters."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("C3A_TRITON_BACKEND", "direct")
+    work = layer.Workload.of(cases.LayerCase(n_tokens, 64, 64, 64, "float32"), method, CPU)
+    entered: list[str] = []
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and frame.f_globals.get("__name__", "").startswith("c3a_triton"):
+            entered.append(frame.f_code.co_name)
+
+    with overhead.stubbed_launches():
+        for call, limit in ((work.forward, forward), (work.backward, backward)):
+            call()  # decides what is decided once
+            sys.setprofile(note)
+            try:
+                call()
+            finally:
+                sys.setprofile(None)
+            assert len(entered) <= limit, entered
+            # Tiles, grids and availability are looked up, not computed again.
+            assert not {name for name in entered if name.endswith(("_tile", "_plan", "_bound", "unavailable_reason"))}
+            entered.clear()
+
+
+def test_documented_launches_and_bytes_are_those_that_are_counted() -> None:
+    pytest.importorskip("triton")
+    documented = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    methods = ("ours:direct", "ours:fft", "ours:expand", "ours:fold", "base")
+    for counted in launches.table(methods).splitlines()[2:]:
+        cells = [cell.strip() for cell in counted.strip("|").split("|")]
+        assert re.search(r"^\| *" + r" *\| *".join(map(re.escape, cells)) + r" *\|$", documented, re.MULTILINE), counted
+
+
+def test_the_base_product_comes_last_and_adds_the_adapters_in_its_epilogue() -> None:
+    pytest.importorskip("triton")
+    case = cases.LayerCase(64, 512, 256, 128)
+    for method in ("ours:direct", "ours:fft", "ours:expand"):
+        for count in launches.step(method, case):
+            assert count.names[-1] == "addmm_"
+            assert not {"add", "add_", "mm", "copy_", "_to_copy", "zero_", "fill_"} & set(count.names), count.names
+    folded, _ = launches.step("ours:fold", case)
+    assert folded.names == ["expand_kernel", "mm"]
+    few, _ = launches.step("ours:direct", cases.LayerCase(4, 4096, 4096, 128))
+    assert few.names == ["decode_kernel"]
+    split, _ = launches.step("ours:direct", cases.LayerCase(4, 4096, 1024, 128))
+    assert split.names == ["decode_kernel", "sum_partials_kernel"]
+
+
+def test_bytes_are_what_a_launch_reads_and_writes() -> None:
+    pytest.importorskip("triton")
+    forward, backward = launches.step("base", cases.LayerCase(10, 30, 70, 10, "float32"))
+    assert (forward.names, backward.names) == (["mm"], ["mm"])
+    assert forward.n_bytes == backward.n_bytes == 4 * (10 * 30 + 30 * 70 + 10 * 70)
+    # w and the dense matrix; x, the matrix, the product; x, W and the product that is read and written.
+    expand, _ = launches.step("ours:expand", cases.LayerCase(20, 40, 60, 20, "float32"))
+    w, x, dense, y = 3 * 2 * 20, 20 * 40, 40 * 60, 20 * 60
+    assert expand.n_bytes == 4 * (w + dense + (x + dense + y) + (x + dense + 2 * y))
 
 
 def test_in_turn_times_fresh_arguments_alternately(monkeypatch: pytest.MonkeyPatch) -> None:

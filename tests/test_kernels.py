@@ -1,8 +1,14 @@
 """Every launcher against the dense definition: natively on a GPU, in Triton's interpreter elsewhere."""
 
+import random
+from collections.abc import Iterator
+from typing import Any
+
 import oracle
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from c3a_triton import launch, tiles
@@ -345,6 +351,7 @@ def test_refuses_other_devices(device: torch.device) -> None:
 
 def test_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    launch.clear_plans()
     assert "TRITON_INTERPRET=1" in str(launch.unavailable_reason(torch.device("cpu")))
     with pytest.raises(BackendError, match="TRITON_INTERPRET=1"):
         launch.weight_grad(torch.zeros(1, 4), torch.zeros(1, 4), 4, scale=1.0)
@@ -366,3 +373,133 @@ def test_tf32_only_where_torch_allows_it() -> None:
     finally:
         torch.set_float32_matmul_precision("highest")
     assert launch._precision() == "tf32x3"
+
+
+# Plans: what is decided once must not be taken for another call
+
+
+LAYOUTS = ("plain", "apart", "columns", "repeated")
+
+
+def laid_out(values: Tensor, layout: str) -> Tensor:
+    """`values` with other strides: rows apart, columns contiguous, or one row repeated."""
+    if layout == "apart":
+        wide = values.new_zeros(2 * values.shape[0], values.shape[1] + 3)
+        wide[::2, 1:-2] = values
+        return wide[::2, 1:-2]
+    if layout == "columns":
+        return values.t().contiguous().t()
+    return values[:1].expand(values.shape[0], -1) if layout == "repeated" else values
+
+
+@settings(
+    max_examples=4,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(seed=st.integers(0, 2**32))
+def test_any_sequence_of_calls_is_right(device: torch.device, seed: int) -> None:
+    # Few values of everything, so that most calls find a plan, of a call that differs from them in one thing or more.
+    # A wrong plan is far off; results of a few values are not, but beyond bounds that are meant for many.
+    choose = random.Random(seed).choice
+    for _ in range(12):
+        dtype, b = choose(DTYPES), choose((2, 5, 16, 66))
+        t, m, n = choose((0, 1, 2, 17, 18)), choose((1, 2)), choose((1, 2))
+        transpose, scale = choose((False, True)), choose((1.0, 0.37))
+        x, dy, w = tensors(device, dtype, t, m, n, b)
+        x, dy = laid_out(x, choose(LAYOUTS)), laid_out(dy, choose(LAYOUTS))
+        if choose((False, True)):
+            w = w.transpose(0, 1).contiguous().transpose(0, 1)
+        operand = dy if transpose else x
+        expected = (oracle.input_grad if transpose else oracle.product)(operand, w, scale)
+        bias = torch.randn(expected.shape[1], device=device).to(dtype) if choose((False, True)) else None
+        out = torch.randn(expected.shape, device=device).to(dtype) if choose((False, True)) else None
+        for summand in (bias, out):
+            expected = expected if summand is None else expected + summand.cpu().double()
+        result = launch.direct_product(operand, w, scale=scale, transpose=transpose, out=out, bias=bias)
+        oracle.assert_close(result, expected, dtype, bound=3 * oracle.BOUNDS[dtype])
+
+        dw = launch.weight_grad(dy, x, b, scale=scale)
+        if t:
+            oracle.assert_close(dw, oracle.weight_grad(dy, x, b, scale), torch.float32)
+        else:
+            assert dw.shape == w.shape
+            assert not dw.any()
+        dense = launch.expand_weight(w, scale=scale, dtype=dtype, transpose=transpose)
+        expected = oracle.dense(w, scale).T if transpose else oracle.dense(w, scale)
+        oracle.assert_close(dense, expected, dtype, bound=3 * oracle.BOUNDS[dtype])
+        weight = laid_out(torch.randn(m * b, n * b, device=device).to(dtype), choose(LAYOUTS[:3]))
+        expected = weight.cpu().double() + oracle.dense(w, scale)
+        folded = launch.folded_weight(weight, w, scale=scale)
+        oracle.assert_close(folded, expected, dtype, bound=3 * oracle.BOUNDS[dtype])
+        if launch.decodes(x, weight):
+            expected = x.cpu().double() @ (weight.cpu().double() + oracle.dense(w, scale)).T
+            y = launch.decode_linear(x, weight, w, None, scale=scale)
+            oracle.assert_close(y, expected, dtype, bound=3 * oracle.BOUNDS[dtype])
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, dict[str, Any]]]]:
+    """Names and keyword arguments of launches that are not made, for tensors on any device."""
+    calls: list[tuple[str, dict[str, Any]]] = []
+    kernel_class = type(launch._kernels().direct.table_kernel)
+    monkeypatch.setattr(kernel_class, "run", lambda kernel, **arguments: calls.append((kernel.__name__, arguments)))
+    monkeypatch.setattr(launch, "unavailable_reason", lambda device: None)
+    launch.clear_plans()
+    yield calls
+    launch.clear_plans()
+
+
+def test_plans_follow_the_tf32_switch(launched: list[tuple[str, dict[str, Any]]]) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        found = []
+        for t in (20, 3):
+            x, dy, w = tensors(torch.device("cpu"), dtype, t, 2, 3, 8)
+            for precision in ("highest", "high", "highest", "high"):
+                torch.set_float32_matmul_precision(precision)
+                try:
+                    launched.clear()
+                    launch.direct_product(x, w, scale=1.0)
+                    launch.weight_grad(dy, x, 8, scale=1.0)
+                finally:
+                    torch.set_float32_matmul_precision("highest")
+                found.append({arguments["PRECISION"] for _, arguments in launched if "PRECISION" in arguments})
+        # Nothing is compiled again for a switch that no operand of the kernel heeds.
+        assert found == ([{"tf32x3"}, {"tf32"}] * 4 if dtype == torch.float32 else [{"tf32x3"}] * 8)
+
+
+def test_plans_are_of_one_device(launched: list[tuple[str, dict[str, Any]]]) -> None:
+    for device in ("cpu", "meta", "cpu", "meta"):
+        x, dy, w = tensors(torch.device(device), torch.float32, 300, 1, 1, 16)
+        launched.clear()
+        assert launch.direct_product(x, w, scale=1.0).device.type == device
+        assert launch.weight_grad(dy, x, 16, scale=1.0).device.type == device
+        assert launch.expand_weight(w, scale=1.0, dtype=torch.float32).device.type == device
+        allocated = {
+            value.device.type for _, given in launched for value in given.values() if isinstance(value, Tensor)
+        }
+        assert allocated == {device}
+
+
+def test_a_call_that_fails_fails_again() -> None:
+    x, w = torch.zeros(4, 24), torch.zeros(2, 3, 8)
+    for _ in range(2):
+        with pytest.raises(ShapeError, match="x has 24 features"):
+            launch.direct_product(x, w, scale=1.0, transpose=True)
+    launch.direct_product(x, w, scale=1.0)
+    # The same shapes and dtypes: only the strides of what is written differ.
+    launch.direct_product(x, w, scale=1.0, out=torch.zeros(4, 16))
+    with pytest.raises(ShapeError, match="rows must be contiguous"):
+        launch.direct_product(x, w, scale=1.0, out=torch.zeros(16, 4).t())
+
+
+def test_nothing_of_w_is_kept(device: torch.device) -> None:
+    x, _, w = tensors(device, torch.float32, 20, 2, 3, 16)
+    weight = torch.zeros(32, 48, device=device)
+    for _ in range(3):
+        w.data.normal_()  # neither the address nor the version tells
+        oracle.assert_close(launch.direct_product(x, w, scale=1.0), oracle.product(x, w, 1.0), torch.float32)
+        oracle.assert_close(launch.expand_weight(w, scale=1.0, dtype=w.dtype), oracle.dense(w, 1.0), torch.float32)
+        oracle.assert_close(launch.folded_weight(weight, w, scale=1.0), oracle.dense(w, 1.0), torch.float32)
