@@ -5,9 +5,7 @@ code: 0 for success, 1 where something failed, 2 for a command line that cannot 
 """
 
 import argparse
-import contextlib
 import importlib
-import importlib.util
 import os
 import sys
 import traceback
@@ -107,9 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"c3a_triton {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
     for module, function in COMMANDS:
-        # To be removed with the last command that is not there yet.
-        with contextlib.suppress(ModuleNotFoundError):
-            getattr(importlib.import_module(f"{__package__}.{module}"), function)(subparsers)
+        getattr(importlib.import_module(f"{__package__}.{module}"), function)(subparsers)
     _add_completion(subparsers, parser)
     return parser
 

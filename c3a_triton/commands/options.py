@@ -10,6 +10,7 @@ import torch
 from c3a_triton.errors import ConfigError
 
 __all__ = [
+    "DTYPES",
     "add_command",
     "add_target_options",
     "device_option",
