@@ -60,9 +60,10 @@ def stubbed_launches() -> Iterator[None]:
             kernel_class = getattr(importlib.import_module(f"triton.runtime.{module}"), name)
             stack.enter_context(mock.patch.object(kernel_class, "run", run))
         stack.enter_context(mock.patch.object(launch, "unavailable_reason", _no_reason))
-        # What was chosen for these sizes before and what is chosen now are not the same.
-        dispatch._choose.cache_clear()
-        stack.callback(dispatch._choose.cache_clear)
+        # What was decided for these sizes before and what is decided now are not the same.
+        for forget in (dispatch._choose.cache_clear, launch.clear_plans):
+            forget()
+            stack.callback(forget)
         yield
 
 

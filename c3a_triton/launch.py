@@ -3,6 +3,9 @@
 Torch tensors in, torch tensors out; nothing here knows about autograd. Triton is imported with the first launch.
 Tensors are on an NVIDIA GPU, or on the CPU under Triton's interpreter (`TRITON_INTERPRET=1` before triton is imported).
 
+What shapes, dtypes and devices decide (checks, tiles, grids, constants of kernels) is decided once and kept as a plan:
+a function of the tensors, which allocates and launches. Values, addresses and the scale are those of each call.
+
 Shapes: w is [m, n, b] float32, with ΔW[M·b + j, N·b + p] = scale · w[M, N, (p − j) mod b], out_features = m·b and
 in_features = n·b. Products accumulate in float32. With 16-bit x, w is rounded to x's dtype before it is multiplied
 and `scale` is applied to the float32 sum: float16 keeps |w| between about 1e-5 and 65504 to its usual precision, less
@@ -12,9 +15,10 @@ below that, and nothing below 3e-8; bfloat16 and float32 have no such limits.
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +30,7 @@ __all__ = [
     "SMALL_T",
     "TileConfig",
     "add_expanded_",
+    "clear_plans",
     "decode_linear",
     "decodes",
     "direct_product",
@@ -42,6 +47,28 @@ SMALL_T = 16
 _PROGRAMS = 264
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class _Spec(NamedTuple):
+    """What of a tensor plans are made from and looked up by."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+# A launch that lacks its tensors, strides and scale: the keyword arguments of a call.
+_Launch = Callable[..., None]
+# run(x, w, bias, out, scale)
+_Product = Callable[[Tensor, Tensor, Tensor | None, Tensor, float], None]
+# run(dy, x, dw, scale)
+_WeightGrad = Callable[[Tensor, Tensor, Tensor, float], object]
+# run(x, weight, w, bias, out, scale)
+_Decode = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor, float], None]
+# run(matrix, w, base, scale)
+_Expansion = Callable[[Tensor, Tensor, Tensor | None, float], None]
+
+_planned = functools.lru_cache(maxsize=1024)
 
 
 class _Kernels(NamedTuple):
@@ -132,27 +159,34 @@ def direct_product(
         ShapeError: sizes, dtypes or devices do not fit.
         BackendError: the kernels cannot run on x's device.
     """
-    result = _product_output(x, w, transpose, out, bias)
-    if x.shape[0] == 0:
-        return result
-
-    x = _with_contiguous_rows(x)
-    w = w.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    product = _hankel_product if x.shape[0] <= SMALL_T else _table_product
+    shape, run = _product_plan(
+        _spec(x),
+        _spec(w),
+        None if out is None else _spec(out),
+        None if bias is None else _spec(bias),
+        transpose,
+        _precision(x.dtype),
+    )
+    out = _new_or_given(shape, x, out)
+    if bias is not None:
+        bias = bias.contiguous()
     with _on(x):
-        product(x, w, result, bias, scale, transpose, accumulate=out is not None)
-    return result
+        run(_with_contiguous_rows(x), w.contiguous(), bias, out, scale)
+    return out
 
 
 def decodes(x: Tensor, weight: Tensor) -> bool:
     """Whether `decode_linear` takes these operands: few tokens, and a 16-bit weight of contiguous rows."""
+    return x.shape[0] <= SMALL_T and _decodes(_spec(x), _spec(weight), weight.stride())
+
+
+def _decodes(x: _Spec, weight: _Spec, weight_stride: tuple[int, ...]) -> bool:
     return (
         0 < x.shape[0] <= SMALL_T
         and weight.dtype in _DTYPES[1:]
         and weight.dtype == x.dtype
-        and weight.stride(1) == 1
-        and weight.stride(0) >= weight.shape[1]
+        and weight_stride[1] == 1
+        and weight_stride[0] >= weight.shape[1]
     )
 
 
@@ -175,28 +209,12 @@ def decode_linear(x: Tensor, weight: Tensor, w: Tensor, bias: Tensor | None, *, 
         ShapeError: sizes, dtypes, strides or devices do not fit.
         BackendError: the kernels cannot run on x's device.
     """
-    _check_w(w)
-    _check_rows("x", x)
-    _check_available(x.device)
-    m, n, b = w.shape
-    n_tokens, in_features, out_features = x.shape[0], n * b, m * b
-    if not decodes(x, weight):
-        raise ShapeError(
-            f"x {tuple(x.shape)} {x.dtype}, weight {tuple(weight.shape)} {weight.dtype} of strides {weight.stride()}: "
-            f"this kernel takes 1 to {SMALL_T} tokens and a weight of contiguous rows in x's dtype, float16 or bfloat16"
-        )
-    if x.shape[1] != in_features or weight.shape != (out_features, in_features):
-        raise ShapeError(
-            f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit w {tuple(w.shape)}: it takes "
-            f"{in_features} features to {out_features}"
-        )
-    if bias is not None and bias.shape != (out_features,):
-        raise ShapeError(f"bias {tuple(bias.shape)}: the layer needs ({out_features},)")
-    if any(other.device != x.device for other in (weight, w, bias) if other is not None):
-        raise ShapeError(f"x is on {x.device}: weight, w and bias must be on the same device")
-    out = torch.empty(n_tokens, out_features, dtype=x.dtype, device=x.device)
+    shape, run = _decode_plan(_spec(x), _spec(weight), weight.stride(), _spec(w), None if bias is None else _spec(bias))
+    out = torch.empty(*shape, dtype=x.dtype, device=x.device)
+    if bias is not None:
+        bias = bias.contiguous()
     with _on(x):
-        _decode(_with_contiguous_rows(x), weight, w.contiguous(), bias, out, scale)
+        run(_with_contiguous_rows(x), weight, w.contiguous(), bias, out, scale)
     return out
 
 
@@ -207,15 +225,10 @@ def expand_weight(w: Tensor, *, scale: float, dtype: torch.dtype, transpose: boo
         ShapeError: w is no [m, n, b] float32 tensor, or `dtype` is not one of float32, float16, bfloat16.
         BackendError: the kernels cannot run on w's device.
     """
-    _check_w(w)
-    _check_available(w.device)
-    if dtype not in _DTYPES:
-        raise ShapeError(f"dtype {dtype}: the kernels write float32, float16 and bfloat16")
-    m, n, b = w.shape
-    row_blocks, col_blocks = (n, m) if transpose else (m, n)
-    matrix = torch.empty(row_blocks * b, col_blocks * b, dtype=dtype, device=w.device)
+    shape, run = _expand_plan(_spec(w), dtype, transpose)
+    matrix = torch.empty(*shape, dtype=dtype, device=w.device)
     with _on(w):
-        _expand(matrix, w.contiguous(), scale, transpose=transpose)
+        run(matrix, w.contiguous(), None, scale)
     return matrix
 
 
@@ -231,11 +244,11 @@ def add_expanded_(weight: Tensor, w: Tensor, *, scale: float) -> None:
         ShapeError: sizes, dtypes or devices do not fit, or elements of `weight` share memory.
         BackendError: the kernels cannot run on weight's device.
     """
-    _check_sum(weight, w)
     if any(stride == 0 and size > 1 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
         raise ShapeError(f"weight has strides {weight.stride()}: an expanded tensor cannot be written in place")
+    run = _sum_plan(_spec(weight), weight.stride(), _spec(w))
     with _on(w):
-        _expand(weight, w.contiguous(), scale, base=weight)
+        run(weight, w.contiguous(), weight, scale)
 
 
 def folded_weight(weight: Tensor, w: Tensor, *, scale: float) -> Tensor:
@@ -245,23 +258,12 @@ def folded_weight(weight: Tensor, w: Tensor, *, scale: float) -> Tensor:
         ShapeError: sizes, dtypes or devices do not fit.
         BackendError: the kernels cannot run on weight's device.
     """
-    _check_sum(weight, w)
     folded = torch.empty_like(weight)
     base = weight if weight.stride() == folded.stride() else weight.contiguous()
+    run = _sum_plan(_spec(weight), folded.stride(), _spec(w))
     with _on(w):
-        _expand(folded, w.contiguous(), scale, base=base)
+        run(folded, w.contiguous(), base, scale)
     return folded
-
-
-def _check_sum(weight: Tensor, w: Tensor) -> None:
-    _check_w(w)
-    _check_available(w.device)
-    m, n, b = w.shape
-    if weight.shape != (m * b, n * b) or weight.dtype not in _DTYPES or weight.device != w.device:
-        raise ShapeError(
-            f"weight {tuple(weight.shape)} {weight.dtype} on {weight.device}: w {tuple(w.shape)} on {w.device} is "
-            f"added to ({m * b}, {n * b}) float32, float16 or bfloat16 on the same device"
-        )
 
 
 def weight_grad(dy: Tensor, x: Tensor, block_size: int, *, scale: float) -> Tensor:
@@ -280,22 +282,100 @@ def weight_grad(dy: Tensor, x: Tensor, block_size: int, *, scale: float) -> Tens
         ShapeError: sizes, dtypes or devices do not fit.
         BackendError: the kernels cannot run on x's device.
     """
-    _check_weight_grad(dy, x, block_size)
-    b = block_size
-    m, n = dy.shape[1] // b, x.shape[1] // b
-    if x.numel() == 0 or dy.numel() == 0:
-        return torch.zeros(m, n, b, dtype=torch.float32, device=x.device)
-    dw = torch.empty(m, n, b, dtype=torch.float32, device=x.device)
-    dy, x = _with_contiguous_rows(dy), _with_contiguous_rows(x)
+    shape, run = _weight_grad_plan(_spec(dy), _spec(x), block_size, _precision(x.dtype))
+    dw = torch.empty(*shape, dtype=torch.float32, device=x.device)
     with _on(x):
-        (_block_sums if b <= 64 else _diagonal_sums)(dy, x, dw, scale)
+        run(_with_contiguous_rows(dy), _with_contiguous_rows(x), dw, scale)
     return dw
 
 
-class _Table(NamedTuple):
-    """A matrix in the form that `table_product_kernel` reads; the fields are its arguments of the same names."""
+def clear_plans() -> None:
+    """Forget every plan: for those who replace what plans are made from, as tests and benchmarks do."""
+    for plan in (
+        _product_shape,
+        _product_plan,
+        _decode_plan,
+        _expand_plan,
+        _sum_plan,
+        _weight_grad_plan,
+        _weight_grad_shape,
+    ):
+        plan.cache_clear()
 
-    values: Tensor
+
+# Plans
+
+
+@_planned
+def _product_plan(
+    x: _Spec, w: _Spec, out: _Spec | None, bias: _Spec | None, transpose: bool, precision: str
+) -> tuple[tuple[int, int], _Product]:
+    """The shape of `direct_product`'s result, and what writes it."""
+    shape = _product_shape(x, w, out, bias, transpose)
+    if shape[0] == 0:
+        return shape, lambda x, w, bias, out, scale: None
+    plan = _hankel_product if shape[0] <= SMALL_T else _table_product
+    return shape, plan(shape, x, w.shape, transpose, bias is not None, out is not None, precision)
+
+
+def _table_product(
+    shape: tuple[int, int],
+    x: _Spec,
+    w_shape: torch.Size,
+    transpose: bool,
+    has_bias: bool,
+    accumulate: bool,
+    precision: str,
+) -> _Product:
+    n_tokens, out_features = shape
+    dtype, device = x.dtype, x.device
+    tile = product_tile(_generation(device), dtype.itemsize, n_tokens)
+    table = _table(w_shape, dtype, tile.block_i, transpose)
+    # One program per [block_t, block_o] tile of the output.
+    multiply = _bound(
+        _kernels().direct.table_product_kernel,
+        (_cdiv(n_tokens, tile.block_t) * _cdiv(out_features, tile.block_o), 1, 1),
+        n_tokens=n_tokens,
+        out_features=out_features,
+        col_blocks=table.col_blocks,
+        stride_table_row=table.stride_row,
+        row_block=table.row_block,
+        col_block=table.col_block,
+        ORIGIN=table.origin,
+        LENGTH=table.length,
+        PHASES=table.phases,
+        HAS_BIAS=has_bias,
+        ACCUMULATE=accumulate,
+        PRECISION=precision,
+        BLOCK_T=tile.block_t,
+        BLOCK_O=tile.block_o,
+        BLOCK_I=inner_block(table.col_block, tile.block_i),
+        GROUP_T=8,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+    def run(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, scale: float) -> None:
+        values = torch.empty(*table.shape, dtype=dtype, device=device)
+        table.write(values, w, None, 1.0)
+        multiply(
+            x_ptr=x,
+            table_ptr=values,
+            bias_ptr=bias,
+            out_ptr=out,
+            scale=scale,
+            stride_x_t=x.stride(0),
+            stride_out_t=out.stride(0),
+        )
+
+    return run
+
+
+class _Table(NamedTuple):
+    """A matrix in the form that `table_product_kernel` reads; from the third on its arguments of those names."""
+
+    shape: tuple[int, ...]
+    write: _Expansion
     stride_row: int
     row_block: int
     col_block: int
@@ -305,9 +385,9 @@ class _Table(NamedTuple):
     phases: int
 
 
-def _build_table(w: Tensor, dtype: torch.dtype, block_i: int, transpose: bool) -> _Table:
+def _table(w_shape: torch.Size, dtype: torch.dtype, block_i: int, transpose: bool) -> _Table:
     """ΔW / scale (or its transpose) in `dtype`: a table of shifted rows or, where that is not smaller, dense."""
-    m, n, b = w.shape
+    m, n, b = w_shape
     rows, cols = (n, m) if transpose else (m, n)
     # So many values are 16 bytes: rows of tiles begin on such a boundary.
     phases = 16 // dtype.itemsize
@@ -318,15 +398,13 @@ def _build_table(w: Tensor, dtype: torch.dtype, block_i: int, transpose: bool) -
     unaligned = b % phases != 0 and cols * b % phases == 0
     if phases * length >= b * b or unaligned:
         length = _round_up(cols * b, inner_block(cols * b, block_i))
-        values = torch.empty(rows * b, length, dtype=dtype, device=w.device)
-        _expand(values, w, 1.0, transpose=transpose)
-        return _Table(values, length, 1, cols * b, 1, 0, length, phases)
-    values = torch.empty(rows, cols, phases, length, dtype=dtype, device=w.device)
+        write = _expansion((rows * b, length), (length, 1), w_shape, transpose, add=False)
+        return _Table((rows * b, length), write, length, 1, cols * b, 1, 0, length, phases)
     stride_row, stride_col = (b, n * b) if transpose else (n * b, b)
     block = 1024
-    _kernels().direct.table_kernel[rows * cols, _cdiv(phases * length, block), 1](
-        w_ptr=w,
-        table_ptr=values,
+    launch = _bound(
+        _kernels().direct.table_kernel,
+        (rows * cols, _cdiv(phases * length, block), 1),
         col_blocks=cols,
         stride_w_row=stride_row,
         stride_w_col=stride_col,
@@ -337,54 +415,27 @@ def _build_table(w: Tensor, dtype: torch.dtype, block_i: int, transpose: bool) -
         TRANSPOSE=transpose,
         BLOCK=block,
         num_warps=4,
-        enable_fp_fusion=True,
     )
-    return _Table(values, cols * phases * length, b, b, cols, origin, length, phases)
 
+    def write_shifted(values: Tensor, w: Tensor, base: Tensor | None, scale: float) -> None:
+        launch(w_ptr=w, table_ptr=values)
 
-def _table_product(
-    x: Tensor, w: Tensor, out: Tensor, bias: Tensor | None, scale: float, transpose: bool, accumulate: bool
-) -> None:
-    n_tokens, out_features = out.shape
-    tile = product_tile(_generation(x.device), x.element_size(), n_tokens)
-    table = _build_table(w, x.dtype, tile.block_i, transpose)
-    # One program per [block_t, block_o] tile of the output.
-    grid = (_cdiv(n_tokens, tile.block_t) * _cdiv(out_features, tile.block_o), 1, 1)
-    _kernels().direct.table_product_kernel[grid](
-        x_ptr=x,
-        table_ptr=table.values,
-        bias_ptr=bias,
-        out_ptr=out,
-        scale=scale,
-        n_tokens=n_tokens,
-        out_features=out_features,
-        col_blocks=table.col_blocks,
-        stride_x_t=x.stride(0),
-        stride_out_t=out.stride(0),
-        stride_table_row=table.stride_row,
-        row_block=table.row_block,
-        col_block=table.col_block,
-        ORIGIN=table.origin,
-        LENGTH=table.length,
-        PHASES=table.phases,
-        HAS_BIAS=bias is not None,
-        ACCUMULATE=accumulate,
-        PRECISION=_precision(),
-        BLOCK_T=tile.block_t,
-        BLOCK_O=tile.block_o,
-        BLOCK_I=inner_block(table.col_block, tile.block_i),
-        GROUP_T=8,
-        num_warps=tile.num_warps,
-        enable_fp_fusion=True,
-        num_stages=tile.num_stages,
+    return _Table(
+        (rows, cols, phases, length), write_shifted, cols * phases * length, b, b, cols, origin, length, phases
     )
 
 
 def _hankel_product(
-    x: Tensor, w: Tensor, out: Tensor, bias: Tensor | None, scale: float, transpose: bool, accumulate: bool
-) -> None:
-    m, n, b = w.shape
-    n_tokens = out.shape[0]
+    shape: tuple[int, int],
+    x: _Spec,
+    w_shape: torch.Size,
+    transpose: bool,
+    has_bias: bool,
+    accumulate: bool,
+    precision: str,
+) -> _Product:
+    m, n, b = w_shape
+    n_tokens, out_features = shape
     rows, cols = (n, m) if transpose else (m, n)
     block_m, block_k = 16, 64
     block_j = min(64, max(16, 1 << (b - 1).bit_length()))
@@ -393,41 +444,54 @@ def _hankel_product(
     steps = _cdiv(cols * b, block_k)
     split_steps = max(2, _cdiv(steps, _cdiv(_PROGRAMS, tiles * n_tokens)))
     n_splits = _cdiv(steps, split_steps)
-    partials = out[None] if n_splits == 1 else torch.empty(n_splits, *out.shape, dtype=torch.float32, device=out.device)
     final = n_splits == 1
-    _kernels().direct.hankel_kernel[tiles, n_tokens, n_splits](
-        x_ptr=x,
-        w_ptr=w,
-        bias_ptr=bias if final else None,
-        out_ptr=partials,
-        scale=scale if final else 1.0,
+    multiply = _bound(
+        _kernels().direct.hankel_kernel,
+        (tiles, n_tokens, n_splits),
         row_blocks=rows,
         col_blocks=cols,
         split_length=split_steps * block_k,
         stride_w_row=b if transpose else n * b,
         stride_w_col=n * b if transpose else b,
-        stride_x_t=x.stride(0),
-        stride_out_s=partials.stride(0),
-        stride_out_t=partials.stride(1),
+        stride_out_s=n_tokens * out_features,
         b=b,
         TRANSPOSE=transpose,
-        HAS_BIAS=final and bias is not None,
+        HAS_BIAS=final and has_bias,
         ACCUMULATE=final and accumulate,
-        PRECISION=_precision(),
+        PRECISION=precision,
         BLOCK_M=block_m,
         BLOCK_J=block_j,
         BLOCK_K=block_k,
         num_warps=4,
-        enable_fp_fusion=True,
         num_stages=3,
     )
-    if not final:
-        _sum_partials(partials, out, scale, bias, accumulate)
+    add_up = _sum_of_partials((n_splits, *shape), has_bias, accumulate)
+
+    def run(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, scale: float) -> None:
+        target = out if final else torch.empty(n_splits, *shape, dtype=torch.float32, device=out.device)
+        multiply(
+            x_ptr=x,
+            w_ptr=w,
+            bias_ptr=bias if final else None,
+            out_ptr=target,
+            scale=scale if final else 1.0,
+            stride_x_t=x.stride(0),
+            stride_out_t=target.stride(-2),
+        )
+        if not final:
+            add_up(partials_ptr=target, bias_ptr=bias, out_ptr=out, scale=scale, stride_out_row=out.stride(0))
+
+    return run
 
 
-def _decode(x: Tensor, weight: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, scale: float) -> None:
+@_planned
+def _decode_plan(
+    x: _Spec, weight: _Spec, weight_stride: tuple[int, ...], w: _Spec, bias: _Spec | None
+) -> tuple[tuple[int, int], _Decode]:
+    """The shape of `decode_linear`'s result, and what writes it."""
+    shape = _check_decode(x, weight, weight_stride, w, bias)
+    n_tokens, out_features = shape
     m, n, b = w.shape
-    n_tokens, out_features = out.shape
     in_features = n * b
     tile = decode_tile(n_tokens, b)
     in_pieces = b % 16 == 0
@@ -438,24 +502,17 @@ def _decode(x: Tensor, weight: Tensor, w: Tensor, bias: Tensor | None, out: Tens
     split_steps = _cdiv(steps, n_splits)
     n_splits = _cdiv(steps, split_steps)
     final = n_splits == 1
-    partials = out[None] if final else torch.empty(n_splits, *out.shape, dtype=torch.float32, device=out.device)
-    bias = None if bias is None else bias.contiguous()
     # One program per tile of outputs and split of the sum over in_features.
-    _kernels().decode.decode_kernel[tiles, n_splits, 1](
-        x_ptr=x,
-        weight_ptr=weight,
-        w_ptr=w,
-        bias_ptr=bias if final else None,
-        out_ptr=partials,
-        scale=scale,
+    multiply = _bound(
+        _kernels().decode.decode_kernel,
+        (tiles, n_splits, 1),
         n_tokens=n_tokens,
         out_features=out_features,
         in_features=in_features,
         split_length=split_steps * tile.block_i,
-        stride_x_t=x.stride(0),
-        stride_weight_row=weight.stride(0),
-        stride_out_s=partials.stride(0),
-        stride_out_t=partials.stride(1),
+        stride_weight_row=weight_stride[0],
+        stride_out_s=n_tokens * out_features,
+        stride_out_t=out_features,
         b=b,
         HAS_BIAS=final and bias is not None,
         EVEN_K=in_features % tile.block_i == 0,
@@ -463,136 +520,198 @@ def _decode(x: Tensor, weight: Tensor, w: Tensor, bias: Tensor | None, out: Tens
         BLOCK_O=tile.block_o,
         BLOCK_K=tile.block_i,
         num_warps=tile.num_warps,
-        enable_fp_fusion=True,
         num_stages=tile.num_stages,
     )
-    if not final:
-        _sum_partials(partials, out, 1.0, bias, accumulate=False)
+    add_up = _sum_of_partials((n_splits, *shape), bias is not None, accumulate=False)
+
+    def run(x: Tensor, weight: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, scale: float) -> None:
+        target = out if final else torch.empty(n_splits, *shape, dtype=torch.float32, device=out.device)
+        multiply(
+            x_ptr=x,
+            weight_ptr=weight,
+            w_ptr=w,
+            bias_ptr=bias if final else None,
+            out_ptr=target,
+            scale=scale,
+            stride_x_t=x.stride(0),
+        )
+        if not final:
+            add_up(partials_ptr=target, bias_ptr=bias, out_ptr=out, scale=1.0, stride_out_row=out_features)
+
+    return shape, run
 
 
-def _sum_partials(partials: Tensor, out: Tensor, scale: float, bias: Tensor | None, accumulate: bool) -> None:
+def _sum_of_partials(partials: tuple[int, int, int], has_bias: bool, accumulate: bool) -> _Launch:
     """out [rows, columns] = scale · partials [splits, rows, columns] summed over splits (+ bias) (+ out)."""
-    n_splits, n_rows, n_columns = partials.shape
+    n_splits, n_rows, n_columns = partials
     block = 256
-    _kernels().indexing.sum_partials_kernel[_cdiv(n_columns, block), n_rows, 1](
-        partials_ptr=partials,
-        bias_ptr=bias,
-        out_ptr=out,
-        scale=scale,
+    return _bound(
+        _kernels().indexing.sum_partials_kernel,
+        (_cdiv(n_columns, block), n_rows, 1),
         n_splits=n_splits,
         n_rows=n_rows,
         n_columns=n_columns,
-        stride_out_row=out.stride(0),
-        HAS_BIAS=bias is not None,
+        HAS_BIAS=has_bias,
         ACCUMULATE=accumulate,
         BLOCK=block,
         num_warps=4,
-        enable_fp_fusion=True,
     )
 
 
-def _expand(matrix: Tensor, w: Tensor, scale: float, *, transpose: bool = False, base: Tensor | None = None) -> None:
-    """Write scale · ΔW or ΔWᵀ (+ `base`, of matrix's strides); columns of `matrix` past the last of ΔW become zero."""
+@_planned
+def _expand_plan(w: _Spec, dtype: torch.dtype, transpose: bool) -> tuple[tuple[int, int], _Expansion]:
+    """The shape of `expand_weight`'s result, and what writes it."""
+    _check_w(w)
+    _check_available(w.device)
+    if dtype not in _DTYPES:
+        raise ShapeError(f"dtype {dtype}: the kernels write float32, float16 and bfloat16")
     m, n, b = w.shape
+    shape = (n * b, m * b) if transpose else (m * b, n * b)
+    return shape, _expansion(shape, (shape[1], 1), w.shape, transpose, add=False)
+
+
+@_planned
+def _sum_plan(weight: _Spec, stride: tuple[int, ...], w: _Spec) -> _Expansion:
+    """What writes weight + scale · ΔW with these strides."""
+    _check_w(w)
+    _check_available(w.device)
+    m, n, b = w.shape
+    shape, dtype, device = weight
+    if shape != (m * b, n * b) or dtype not in _DTYPES or device != w.device:
+        raise ShapeError(
+            f"weight {tuple(shape)} {dtype} on {device}: w {tuple(w.shape)} on {w.device} is added to "
+            f"({m * b}, {n * b}) float32, float16 or bfloat16 on the same device"
+        )
+    return _expansion(shape, stride, w.shape, transpose=False, add=True)
+
+
+def _expansion(
+    shape: tuple[int, ...], stride: tuple[int, ...], w_shape: torch.Size, transpose: bool, add: bool
+) -> _Expansion:
+    """Write scale · ΔW or ΔWᵀ (+ a base of the same strides); columns of the matrix past the last of ΔW become zero."""
+    m, n, b = w_shape
     # A tile is long in the direction in which the matrix is contiguous.
-    block_rows, block_cols = (256, 32) if matrix.stride(0) == 1 and matrix.stride(1) != 1 else (32, 256)
-    grid = (_cdiv(matrix.shape[0], block_rows), _cdiv(matrix.shape[1], block_cols), 1)
-    _kernels().expand.expand_kernel[grid](
-        w_ptr=w,
-        base_ptr=base,
-        out_ptr=matrix,
-        scale=scale,
-        n_rows=matrix.shape[0],
-        n_columns=matrix.shape[1],
+    block_rows, block_cols = (256, 32) if stride[0] == 1 and stride[1] != 1 else (32, 256)
+    launch = _bound(
+        _kernels().expand.expand_kernel,
+        (_cdiv(shape[0], block_rows), _cdiv(shape[1], block_cols), 1),
+        n_rows=shape[0],
+        n_columns=shape[1],
         width=(m if transpose else n) * b,
         stride_w_row=b if transpose else n * b,
         stride_w_col=n * b if transpose else b,
-        stride_out_row=matrix.stride(0),
-        stride_out_col=matrix.stride(1),
+        stride_out_row=stride[0],
+        stride_out_col=stride[1],
         b=b,
         TRANSPOSE=transpose,
-        ADD=base is not None,
+        ADD=add,
         BLOCK_ROWS=block_rows,
         BLOCK_COLS=block_cols,
         num_warps=8,
-        enable_fp_fusion=True,
     )
 
+    def run(matrix: Tensor, w: Tensor, base: Tensor | None, scale: float) -> None:
+        launch(w_ptr=w, base_ptr=base, out_ptr=matrix, scale=scale)
 
-def _diagonal_sums(dy: Tensor, x: Tensor, dw: Tensor, scale: float) -> None:
-    m, n, b = dw.shape
-    n_tokens = x.shape[0]
-    tile = diagonal_tile(_generation(x.device), x.element_size(), b)
+    return run
+
+
+@_planned
+def _weight_grad_plan(dy: _Spec, x: _Spec, b: int, precision: str) -> tuple[tuple[int, int, int], _WeightGrad]:
+    """The shape of `weight_grad`'s result, and what writes it."""
+    shape = _weight_grad_shape(dy, x, b)
+    if 0 in shape or x.shape[0] == 0:
+        return shape, lambda dy, x, dw, scale: dw.zero_()
+    return shape, (_block_sums if b <= 64 else _diagonal_sums)(shape, x, precision)
+
+
+def _diagonal_sums(shape: tuple[int, int, int], x: _Spec, precision: str) -> _WeightGrad:
+    m, n, b = shape
+    (n_tokens, _), dtype, device = x
+    tile = diagonal_tile(_generation(device), dtype.itemsize, b)
     side = tile.block_o
     tiles = _cdiv(b, side)
     offsets = tiles if b % side == 0 else 2 * tiles - 1
     tokens_per_split, n_splits = _split_tokens(n_tokens, m * n * offsets, tile.block_t)
-    sums = torch.empty(n_splits, m * n, offsets, 2, side, dtype=torch.float32, device=x.device)
     # One program per block, offset between tiles and split of the tokens.
-    _kernels().weight_grad.diagonal_sums_kernel[m * n * offsets, n_splits, 1](
-        dy_ptr=dy,
-        x_ptr=x,
-        sums_ptr=sums,
+    multiply = _bound(
+        _kernels().weight_grad.diagonal_sums_kernel,
+        (m * n * offsets, n_splits, 1),
         n_tokens=n_tokens,
         n_pairs=m * n,
         in_blocks=n,
         tokens_per_split=tokens_per_split,
-        stride_dy_t=dy.stride(0),
-        stride_x_t=x.stride(0),
         b=b,
-        PRECISION=_precision(),
+        PRECISION=precision,
         BLOCK_Q=side,
         BLOCK_T=tile.block_t,
         num_warps=tile.num_warps,
-        enable_fp_fusion=True,
         num_stages=tile.num_stages,
     )
     block = 128
-    _kernels().weight_grad.fold_sums_kernel[m * n, _cdiv(b, block), 1](
-        sums_ptr=sums,
-        dw_ptr=dw,
-        scale=scale,
+    fold = _bound(
+        _kernels().weight_grad.fold_sums_kernel,
+        (m * n, _cdiv(b, block), 1),
         n_splits=n_splits,
         n_pairs=m * n,
         b=b,
         BLOCK_Q=side,
         BLOCK=block,
         num_warps=4,
-        enable_fp_fusion=True,
     )
 
+    def run(dy: Tensor, x: Tensor, dw: Tensor, scale: float) -> None:
+        sums = torch.empty(n_splits, m * n, offsets, 2, side, dtype=torch.float32, device=device)
+        multiply(dy_ptr=dy, x_ptr=x, sums_ptr=sums, stride_dy_t=dy.stride(0), stride_x_t=x.stride(0))
+        fold(sums_ptr=sums, dw_ptr=dw, scale=scale)
 
-def _block_sums(dy: Tensor, x: Tensor, dw: Tensor, scale: float) -> None:
-    m, n, b = dw.shape
-    n_tokens = x.shape[0]
-    tile = weight_grad_tile(_generation(x.device), x.element_size())
+    return run
+
+
+def _block_sums(shape: tuple[int, int, int], x: _Spec, precision: str) -> _WeightGrad:
+    m, n, b = shape
+    (n_tokens, _), dtype, device = x
+    tile = weight_grad_tile(_generation(device), dtype.itemsize)
     blocks = tile.block_o // b
     tiles = _cdiv(m, blocks) * _cdiv(n, blocks)
     tokens_per_split, n_splits = _split_tokens(n_tokens, tiles, tile.block_t)
-    flat = dw.view(m, n * b)
-    partials = flat[None] if n_splits == 1 else torch.empty(n_splits, *flat.shape, dtype=dw.dtype, device=dw.device)
+    final = n_splits == 1
     # One program per tile of whole blocks and split of the tokens.
-    _kernels().weight_grad.block_sums_kernel[tiles, n_splits, 1](
-        dy_ptr=dy,
-        x_ptr=x,
-        dw_ptr=partials,
-        scale=scale if n_splits == 1 else 1.0,
+    multiply = _bound(
+        _kernels().weight_grad.block_sums_kernel,
+        (tiles, n_splits, 1),
         n_tokens=n_tokens,
         out_features=m * b,
         in_features=n * b,
         tokens_per_split=tokens_per_split,
-        stride_dy_t=dy.stride(0),
-        stride_x_t=x.stride(0),
         b=b,
-        PRECISION=_precision(),
+        PRECISION=precision,
         BLOCK=tile.block_o,
         BLOCK_T=tile.block_t,
         num_warps=tile.num_warps,
-        enable_fp_fusion=True,
         num_stages=tile.num_stages,
     )
-    if n_splits > 1:
-        _sum_partials(partials, flat, scale, None, accumulate=False)
+    add_up = _sum_of_partials((n_splits, m, n * b), has_bias=False, accumulate=False)
+
+    def run(dy: Tensor, x: Tensor, dw: Tensor, scale: float) -> None:
+        target = dw if final else torch.empty(n_splits, *shape, dtype=torch.float32, device=device)
+        multiply(
+            dy_ptr=dy,
+            x_ptr=x,
+            dw_ptr=target,
+            scale=scale if final else 1.0,
+            stride_dy_t=dy.stride(0),
+            stride_x_t=x.stride(0),
+        )
+        if not final:
+            add_up(partials_ptr=target, bias_ptr=None, out_ptr=dw, scale=scale, stride_out_row=n * b)
+
+    return run
+
+
+def _bound(kernel: Any, grid: tuple[int, int, int], **constants: Any) -> _Launch:
+    """A launch of which everything is decided but what is passed to it; `kernel[grid]` would cost each call a frame."""
+    return functools.partial(kernel.run, grid=grid, warmup=False, enable_fp_fusion=True, **constants)
 
 
 def _split_tokens(n_tokens: int, programs: int, block_t: int) -> tuple[int, int]:
@@ -602,68 +721,119 @@ def _split_tokens(n_tokens: int, programs: int, block_t: int) -> tuple[int, int]
     return split_steps * block_t, _cdiv(steps, split_steps)
 
 
-def _precision() -> str:
-    """How float32 operands are multiplied: as three TF32 products, or as one where torch's own switch allows that."""
+def _precision(dtype: torch.dtype = torch.float32) -> str:
+    """How float32 operands are multiplied: as three TF32 products, or as one where torch's own switch allows that.
+
+    Kernels without float32 operands ignore it, so that for other dtypes it need not follow the switch.
+    """
+    if dtype != torch.float32:
+        return "tf32x3"
     matmul = torch.backends.cuda.matmul
-    # Since torch 2.9 this attribute answers for every way of setting the switch; before, there was one way only.
-    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    return "tf32" if allowed else "tf32x3"
+    return "tf32" if matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+# Checks
 
 
 def _product_output(x: Tensor, w: Tensor, transpose: bool, out: Tensor | None, bias: Tensor | None) -> Tensor:
     """What a product writes to, `out` or a new tensor, after checking that all of its operands fit."""
+    out_spec, bias_spec = None if out is None else _spec(out), None if bias is None else _spec(bias)
+    return _new_or_given(_product_shape(_spec(x), _spec(w), out_spec, bias_spec, transpose), x, out)
+
+
+def _new_or_given(shape: tuple[int, int], x: Tensor, out: Tensor | None) -> Tensor:
+    if out is None:
+        return torch.empty(*shape, dtype=x.dtype, device=x.device)
+    if out.stride(1) != 1 and shape[1] > 1:
+        raise ShapeError(f"out has strides {out.stride()}: its rows must be contiguous")
+    return out
+
+
+@_planned
+def _product_shape(x: _Spec, w: _Spec, out: _Spec | None, bias: _Spec | None, transpose: bool) -> tuple[int, int]:
+    """The shape of a product, of operands that all fit."""
     _check_w(w)
     _check_rows("x", x)
-    if x.device != w.device:
-        raise ShapeError(f"x is on {x.device}, w on {w.device}: they must be on the same device")
-    _check_available(x.device)
+    (n_tokens, features), dtype, device = x
+    if device != w.device:
+        raise ShapeError(f"x is on {device}, w on {w.device}: they must be on the same device")
+    _check_available(device)
     m, n, b = w.shape
     row_blocks, col_blocks = (n, m) if transpose else (m, n)
-    out_features = row_blocks * b
-    if x.shape[1] != col_blocks * b:
+    if features != col_blocks * b:
         raise ShapeError(
-            f"x has {x.shape[1]} features, w {tuple(w.shape)} takes {col_blocks} · {b} = {col_blocks * b}"
+            f"x has {features} features, w {tuple(w.shape)} takes {col_blocks} · {b} = {col_blocks * b}"
             + (" transposed" if transpose else "")
         )
-    n_tokens = x.shape[0]
-    if bias is not None and (bias.shape != (out_features,) or bias.device != x.device):
+    shape = n_tokens, row_blocks * b
+    if bias is not None and (bias.shape != shape[1:] or bias.device != device):
+        raise ShapeError(f"bias {tuple(bias.shape)} on {bias.device}: the product needs ({shape[1]},) on {device}")
+    if out is not None and out != (shape, dtype, device):
         raise ShapeError(
-            f"bias {tuple(bias.shape)} on {bias.device}: the product needs ({out_features},) on {x.device}"
+            f"out {tuple(out.shape)} {out.dtype} on {out.device}: the product is {shape} {dtype} on {device}"
         )
-    if out is not None:
-        if out.shape != (n_tokens, out_features) or out.dtype != x.dtype or out.device != x.device:
-            raise ShapeError(
-                f"out {tuple(out.shape)} {out.dtype} on {out.device}: the product is ({n_tokens}, {out_features}) "
-                f"{x.dtype} on {x.device}"
-            )
-        if out.stride(1) != 1 and out_features > 1:
-            raise ShapeError(f"out has strides {out.stride()}: its rows must be contiguous")
-    return torch.empty(n_tokens, out_features, dtype=x.dtype, device=x.device) if out is None else out
+    return shape
+
+
+def _check_decode(
+    x: _Spec, weight: _Spec, weight_stride: tuple[int, ...], w: _Spec, bias: _Spec | None
+) -> tuple[int, int]:
+    """The shape of a layer's result, of operands that all fit."""
+    _check_w(w)
+    _check_rows("x", x)
+    (n_tokens, features), dtype, device = x
+    _check_available(device)
+    m, n, b = w.shape
+    in_features, out_features = n * b, m * b
+    if not _decodes(x, weight, weight_stride):
+        raise ShapeError(
+            f"x {tuple(x.shape)} {dtype}, weight {tuple(weight.shape)} {weight.dtype} of strides {weight_stride}: "
+            f"this kernel takes 1 to {SMALL_T} tokens and a weight of contiguous rows in x's dtype, float16 or bfloat16"
+        )
+    if features != in_features or weight.shape != (out_features, in_features):
+        raise ShapeError(
+            f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit w {tuple(w.shape)}: it takes "
+            f"{in_features} features to {out_features}"
+        )
+    if bias is not None and bias.shape != (out_features,):
+        raise ShapeError(f"bias {tuple(bias.shape)}: the layer needs ({out_features},)")
+    if any(other.device != device for other in (weight, w, bias) if other is not None):
+        raise ShapeError(f"x is on {device}: weight, w and bias must be on the same device")
+    return n_tokens, out_features
 
 
 def _check_weight_grad(dy: Tensor, x: Tensor, b: int) -> None:
+    _weight_grad_shape(_spec(dy), _spec(x), b)
+
+
+@_planned
+def _weight_grad_shape(dy: _Spec, x: _Spec, b: int) -> tuple[int, int, int]:
+    """The shape of dw, of operands that fit."""
     _check_rows("x", x)
     _check_rows("dy", dy)
     _check_available(x.device)
-    if dy.shape[0] != x.shape[0] or dy.dtype != x.dtype or dy.device != x.device:
+    if (dy.shape[0], *dy[1:]) != (x.shape[0], *x[1:]):
         raise ShapeError(
             f"dy {tuple(dy.shape)} {dy.dtype} on {dy.device} and x {tuple(x.shape)} {x.dtype} on {x.device} must agree "
             "in tokens, dtype and device"
         )
-    if b < 1 or dy.shape[1] % b or x.shape[1] % b:
-        raise ShapeError(f"block_size {b} does not divide both widths, {dy.shape[1]} (dy) and {x.shape[1]} (x)")
+    out_features, in_features = dy.shape[1], x.shape[1]
+    if b < 1 or out_features % b or in_features % b:
+        raise ShapeError(f"block_size {b} does not divide both widths, {out_features} (dy) and {in_features} (x)")
+    return out_features // b, in_features // b, b
 
 
-def _check_w(w: Tensor) -> None:
-    if w.dim() != 3 or w.dtype != torch.float32 or w.numel() == 0:
-        raise ShapeError(f"w {tuple(w.shape)} {w.dtype}: the kernels take [m, n, b] float32, none of them 0")
+def _check_w(w: _Spec) -> None:
+    shape, dtype, _ = w
+    if len(shape) != 3 or dtype != torch.float32 or 0 in shape:
+        raise ShapeError(f"w {tuple(shape)} {dtype}: the kernels take [m, n, b] float32, none of them 0")
 
 
-def _check_rows(name: str, tensor: Tensor) -> None:
-    if tensor.dim() != 2 or tensor.dtype not in _DTYPES:
+def _check_rows(name: str, tensor: _Spec) -> None:
+    shape, dtype, _ = tensor
+    if len(shape) != 2 or dtype not in _DTYPES:
         raise ShapeError(
-            f"{name} {tuple(tensor.shape)} {tensor.dtype}: the kernels take [tokens, features] in float32, float16 or "
-            "bfloat16"
+            f"{name} {tuple(shape)} {dtype}: the kernels take [tokens, features] in float32, float16 or bfloat16"
         )
 
 
@@ -673,15 +843,23 @@ def _check_available(device: torch.device) -> None:
         raise BackendError(f"the Triton kernels cannot run here: {reason}")
 
 
+def _spec(tensor: Tensor) -> _Spec:
+    # As its constructor does, in one frame.
+    return tuple.__new__(_Spec, (tensor.shape, tensor.dtype, tensor.device))
+
+
 def _with_contiguous_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+_HERE = nullcontext()
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current CUDA device: make it the tensor's where it is not."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device_of(tensor)
-    return nullcontext()
+    return _HERE
 
 
 def _cdiv(a: int, b: int) -> int:

@@ -9,9 +9,10 @@ so double backward is right wherever they are used. Eager calls take `_C3ALinear
 shares work between the gradients; torch.compile, functorch and tensor subclasses see the ops.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from math import lcm
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ __all__ = ["add_circulant_", "c3a_linear", "circulant_linear", "circulant_matrix
 
 # Rows of W that a merge without Triton works on at a time, in elements: bounds its float32 temporaries to 16 MiB each.
 MERGE_CHUNK_ELEMENTS = 2**22
+
+_T = TypeVar("_T")
 
 
 # Public calls
@@ -50,7 +53,10 @@ def circulant_linear(x: Tensor, w: Tensor, *, scale: float | None = None, backen
         raise BackendError(
             "backend 'fold' adds ΔW to a layer's weight, and circulant_linear has none: use c3a_linear, or 'auto'"
         )
-    x = _autocast(x, x.device.type)
+    if _autocasts(x.device.type):
+        x = _autocast(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return circulant_linear(x, w, scale=scale, backend=backend)
     kernels = (w,)
     _check(x, None, None, kernels)
     return _apply(x, None, None, kernels, 1.0 / x.shape[-1] if scale is None else scale, backend)
@@ -83,10 +89,10 @@ def c3a_linear(
         ShapeError: sizes, dtypes or devices that do not fit.
         BackendError: an unknown backend, or one that cannot run here.
     """
-    device_type = x.device.type
-    x, weight = _autocast(x, device_type), _autocast(weight, device_type)
-    if bias is not None:
-        bias = _autocast(bias, device_type)
+    if _autocasts(x.device.type):
+        x, weight, bias = _autocast(x), _autocast(weight), None if bias is None else _autocast(bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return c3a_linear(x, weight, bias, kernels, backend=backend)
     _check(x, weight, bias, kernels)
     return _apply(x, weight, bias, kernels, 1.0 / x.shape[-1], backend)
 
@@ -159,6 +165,19 @@ def _folded_weight(weight: Tensor, kernels: Sequence[Tensor], scale: float) -> T
 # The lean path
 
 
+def _without_autocast(function: Callable[..., _T]) -> Callable[..., _T]:
+    """`function`, of a tensor and more, with autocast off: what it calls has its dtypes from its operands."""
+
+    @functools.wraps(function)
+    def run(x: Tensor, *args: Any) -> _T:
+        if not _autocasts(x.device.type):
+            return function(x, *args)
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *args)
+
+    return run
+
+
 class _C3ALinear(torch.autograd.Function):
     """`c3a_triton::linear`, not transposed, for eager calls: a few Python frames and shared spectra in the backward."""
 
@@ -167,9 +186,9 @@ class _C3ALinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float, backend: str, *kernels: Tensor
     ) -> Tensor:
         ctx.scale, ctx.backend = scale, backend
-        needs_x, needs_weight, *_ = ctx.needs_input_grad
+        needs_x, needs_weight, _, _, _, *needs_w = ctx.needs_input_grad
         # x serves the gradients of weight and kernels, weight that of x, kernels both. What is not needed is not kept.
-        keep_x = needs_weight or any(ctx.needs_input_grad[5:])
+        keep_x = needs_weight or any(needs_w)
         ctx.save_for_backward(x if keep_x else None, weight if needs_x else None, *kernels)
         return _linear(x, weight, bias, kernels, scale, False, backend)
 
@@ -203,11 +222,14 @@ def _linear(
     transpose: bool,
     backend: str,
 ) -> Tensor:
-    """Implementation of `c3a_triton::linear`."""
-    with _NoAutocast(x.device.type):
-        y = _product_of_rows(x.reshape(-1, x.shape[-1]), weight, bias, kernels, scale, transpose, backend)
-        # Not a view for autograd: what a Function returns as a view cannot be modified in place by its user.
-        return y if x.dim() == 2 else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
+    """Implementation of `c3a_triton::linear`, autocast being off."""
+    y = _product_of_rows(_rows(x), weight, bias, kernels, scale, transpose, backend)
+    # Not a view for autograd: what a Function returns as a view cannot be modified in place by its user.
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _product_of_rows(
@@ -244,6 +266,7 @@ def _product_of_rows(
     return y
 
 
+@_without_autocast
 def _linear_backward(
     dy: Tensor,
     x: Tensor | None,
@@ -259,46 +282,43 @@ def _linear_backward(
         # The folded weight is built again: kept from the forward it would be as large as the weight, in every layer.
         dx = _linear(dy, weight, None, kernels, scale, True, backend) if needs_x else None
         return dx, _linear_backward(dy, x, None, kernels, scale, "auto", False, needs_w)[1]
-    with _NoAutocast(dy.device.type):
-        rows = dy.reshape(-1, dy.shape[-1])
-        x_rows = None if x is None else x.reshape(-1, x.shape[-1])
-        dx = None
-        dws: list[Tensor | None] = [None] * len(kernels)
-        for w, members in _summed(kernels):
-            name = _choose(backend, rows, w, backward=True)
-            wanted = [i for i in members if needs_w[i]]
-            if needs_x and wanted and name in _BACKWARDS:
+    rows = _rows(dy)
+    x_rows = None if x is None else _rows(x)
+    dx = None
+    dws: list[Tensor | None] = [None] * len(kernels)
+    for w, members in _summed(kernels):
+        name = _choose(backend, rows, w, backward=True)
+        wanted = [i for i in members if needs_w[i]]
+        if needs_x and wanted and name in _BACKWARDS:
+            assert x_rows is not None
+            dx, dw = _BACKWARDS[name](rows, x_rows, w, scale=scale, out=dx)
+        else:
+            if needs_x:
+                dx = _PRODUCTS[name](rows, w, scale=scale, transpose=True, bias=None, out=dx)
+            if wanted:
                 assert x_rows is not None
-                dx, dw = _BACKWARDS[name](rows, x_rows, w, scale=scale, out=dx)
-            else:
-                if needs_x:
-                    dx = _PRODUCTS[name](rows, w, scale=scale, transpose=True, bias=None, out=dx)
-                if wanted:
-                    assert x_rows is not None
-                    dw = _WEIGHT_GRADS[name](rows, x_rows, w.shape[2], scale=scale, dtype=w.dtype)
-            for i in wanted:
-                dws[i] = dw.to(kernels[i].dtype)
-        if needs_x:
-            if weight is not None:
-                dx = rows @ weight if dx is None else dx.addmm_(rows, weight)
-            assert dx is not None
-            dx = dx.view(*dy.shape[:-1], dx.shape[1])
-        return dx, dws
+                dw = _WEIGHT_GRADS[name](rows, x_rows, w.shape[2], scale=scale, dtype=w.dtype)
+        for i in wanted:
+            dws[i] = dw if dw.dtype == kernels[i].dtype else dw.to(kernels[i].dtype)
+    if needs_x:
+        if weight is not None:
+            dx = rows @ weight if dx is None else dx.addmm_(rows, weight)
+        assert dx is not None
+        dx = dx if dy.dim() == 2 else dx.view(*dy.shape[:-1], dx.shape[1])
+    return dx, dws
 
 
 # The custom ops: implementation, fake, autograd
 
 
+@_without_autocast
 def _weight_grad(dy: Tensor, x: Tensor, block_size: int, scale: float, dtype: torch.dtype, backend: str) -> Tensor:
     """Implementation of `c3a_triton::weight_grad`."""
     backend = "auto" if backend == "fold" else backend
-    with _NoAutocast(dy.device.type):
-        dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-        wide = torch.float64 if dtype == torch.float64 else dy.dtype
-        name = dispatch.choose(
-            backend, dy.device, wide, dy.shape[0], x.shape[1], dy.shape[1], block_size, backward=True
-        )
-        return _WEIGHT_GRADS[name](dy, x, block_size, scale=scale, dtype=dtype)
+    dy, x = _rows(dy), _rows(x)
+    wide = torch.float64 if dtype == torch.float64 else dy.dtype
+    name = dispatch.choose(backend, dy.device, wide, dy.shape[0], x.shape[1], dy.shape[1], block_size, True)
+    return _WEIGHT_GRADS[name](dy, x, block_size, scale=scale, dtype=dtype)
 
 
 def _linear_fake(
@@ -356,7 +376,7 @@ _library.define(
     "weight_grad(Tensor dy, Tensor x, int block_size, float scale, ScalarType dtype, str backend) -> Tensor"
 )
 for _name, _implementation, _fake, _setup, _backward in (
-    ("linear", _linear, _linear_fake, _linear_setup, _linear_op_backward),
+    ("linear", _without_autocast(_linear), _linear_fake, _linear_setup, _linear_op_backward),
     ("weight_grad", _weight_grad, _weight_grad_fake, _weight_grad_setup, _weight_grad_backward),
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
@@ -420,10 +440,10 @@ def _base_grads(
     if not (needs_weight or needs_bias):
         return None, None
     dweight = dbias = None
-    rows = dy.reshape(-1, dy.shape[-1])
+    rows = _rows(dy)
     if needs_weight:
         assert x is not None
-        x_rows = x.reshape(-1, x.shape[-1])
+        x_rows = _rows(x)
         dweight = x_rows.T @ rows if transpose else rows.T @ x_rows
     if needs_bias:
         dbias = rows.sum(0)
@@ -547,18 +567,20 @@ def _expand_product(
     in_features, the elements of ΔW would be subnormal in float16."""
     delta_weight = launch.expand_weight(w, scale=1.0, dtype=x.dtype)
     matrix = delta_weight if transpose else delta_weight.t()
-    if out is not None:
-        return out.addmm_(x, matrix, alpha=scale)
-    start = x.new_zeros(()) if bias is None else bias
-    return torch.addmm(start, x, matrix, beta=0 if bias is None else 1, alpha=scale)
+    if bias is not None and out is None:
+        return torch.addmm(bias, x, matrix, alpha=scale)
+    beta = 1
+    if out is None:
+        out, beta = torch.empty(x.shape[0], matrix.shape[1], dtype=x.dtype, device=x.device), 0
+    return out.addmm_(x, matrix, beta=beta, alpha=scale)
 
 
 def _triton_weight_grad(dy: Tensor, x: Tensor, block_size: int, *, scale: float, dtype: torch.dtype) -> Tensor:
-    return launch.weight_grad(dy, x, block_size, scale=scale).to(dtype)
+    return launch.weight_grad(dy, x, block_size, scale=scale)  # float32, as every w that these backends are chosen for
 
 
 def _fft_weight_grad(dy: Tensor, x: Tensor, block_size: int, *, scale: float, dtype: torch.dtype) -> Tensor:
-    return launch_fft.fft_weight_grad(dy, x, block_size, scale=scale).to(dtype)
+    return launch_fft.fft_weight_grad(dy, x, block_size, scale=scale)
 
 
 _PRODUCTS: dict[str, Callable[..., Tensor]] = {
@@ -585,8 +607,7 @@ _BACKWARDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 def _choose(backend: str, rows: Tensor, w: Tensor, *, backward: bool = False) -> str:
     out_blocks, in_blocks, b = w.shape
     dtype = torch.float64 if w.dtype == torch.float64 else rows.dtype
-    sizes = (rows.shape[0], in_blocks * b, out_blocks * b, b)
-    return dispatch.choose(backend, rows.device, dtype, *sizes, backward)
+    return dispatch.choose(backend, rows.device, dtype, rows.shape[0], in_blocks * b, out_blocks * b, b, backward)
 
 
 def _triton_expands(w: Tensor, dtype: torch.dtype) -> bool:
@@ -626,28 +647,11 @@ def _autocasts(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-def _autocast(x: Tensor, device_type: str) -> Tensor:
-    """x in the autocast dtype, where autocast is on; float64 and integers are left alone, as torch does."""
-    if not _autocasts(device_type) or not x.is_floating_point() or x.dtype == torch.float64:
+def _autocast(x: Tensor) -> Tensor:
+    """x in the autocast dtype of its device; float64 and integers are left alone, as torch does."""
+    if not x.is_floating_point() or x.dtype == torch.float64:
         return x
-    return x.to(torch.get_autocast_dtype(device_type))
-
-
-class _NoAutocast:
-    """Autocast off for what backends do inside, at next to no cost where it is off already."""
-
-    __slots__ = ("_context",)
-
-    def __init__(self, device_type: str) -> None:
-        self._context = torch.autocast(device_type, enabled=False) if _autocasts(device_type) else None
-
-    def __enter__(self) -> None:
-        if self._context is not None:
-            self._context.__enter__()
-
-    def __exit__(self, *exc: Any) -> None:
-        if self._context is not None:
-            self._context.__exit__(*exc)
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def _check_kernel(w: Tensor) -> None:
