@@ -439,6 +439,7 @@ def test_bench_refusals(run, folders, tmp_path):
     args = ["--in", "12", "--out", "24", "--block-size", "5", "--tokens", "8", "--device", "cpu"]
     assert "block_size=5 does not divide in_features=12 or out_features=24" in failed(run, "bench", *args)
     args = ["--block-size", "4", "--tokens", "8", "--device", "cpu"]
+    assert "not enough memory" in failed(run, "bench", "--in", 40_000_000, "--out", 40_000_000, *args)
     assert "there is no folder" in failed(run, "bench", tmp_path / "nowhere", *args)
     config = tiny_models.bert_classifier().config
     config.architectures = ["BertForSequenceClassification"]
