@@ -13,7 +13,7 @@ import warnings
 
 import torch
 
-from . import launch, launch_fft, tuned
+from . import launch, launch_fft, tiles, tuned
 from .errors import BackendError
 
 __all__ = [
@@ -26,6 +26,8 @@ __all__ = [
     "measured_times",
     "predicted_seconds",
     "refresh",
+    "tile_key",
+    "tiles_of",
     "tuned_key",
     "why_not",
 ]
@@ -98,6 +100,8 @@ def choose(
     # Buckets of powers of two keep the cache small when the number of tokens varies from call to call.
     sizes = (tuned.token_bits(n_tokens), in_features, out_features, b)
     by_timing = not torch.are_deterministic_algorithms_enabled()
+    if by_timing is not _tiles_by_timing and device.type == "cuda":
+        _install_tiles(device, by_timing)
     return _choose(backend, said_by, device, dtype, *sizes, backward, by_timing)
 
 
@@ -150,15 +154,42 @@ def cheapest(
 
 
 @functools.cache
-def _table() -> dict[tuned.Key, tuned.Times]:
+def _table() -> tuned.Table:
     """The tuned table as the first call finds it: the file is not looked at again before `refresh`."""
-    return tuned.load().times
+    return tuned.load()
 
 
 def refresh() -> None:
     """Read the tuned table anew and forget the choices made by the old one; `autotune` does so when it has measured."""
+    global _tiles_by_timing
     _table.cache_clear()
     _choose.cache_clear()
+    _tiles_by_timing = None
+
+
+# Whether the tiles in use are those of the tuned table, the committed ones, or (None) not decided yet.
+_tiles_by_timing: bool | None = None
+
+
+def _install_tiles(device: torch.device, by_timing: bool) -> None:
+    """Take the tuned table's tiles for this device, or with `by_timing` off none of them."""
+    global _tiles_by_timing
+    found = tiles_of(device) if by_timing else {}
+    if tiles.override(found):
+        launch.clear_plans()
+    _tiles_by_timing = by_timing
+
+
+def tiles_of(device: torch.device) -> dict[tiles.Lookup, tiles.TileConfig]:
+    """The tuned table's tiles for this device."""
+    machine = _machine(device)
+    of_machine = ((key, tile) for key, tile in _table().tiles.items() if key[:4] == machine)
+    return {(key.family, key.arguments): tiles.TileConfig(*tile) for key, tile in of_machine}
+
+
+def tile_key(device: torch.device, lookup: tiles.Lookup) -> tuned.TileKey:
+    """Where the tuned table holds a tile for this device."""
+    return tuned.TileKey(*_machine(device), *lookup)
 
 
 def tuned_key(
@@ -202,7 +233,7 @@ def measured_times(
     found = {}
     for name in (BASE, *BACKENDS):
         size = 0 if name == BASE else b
-        times = _table().get(tuned_key(name, device, dtype, n_tokens, in_features, out_features, size))
+        times = _table().times.get(tuned_key(name, device, dtype, n_tokens, in_features, out_features, size))
         seconds = None if times is None else times.backward if backward else times.forward
         if seconds is not None:
             found[name] = seconds

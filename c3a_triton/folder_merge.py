@@ -108,8 +108,8 @@ def merge_folder(
 ) -> MergedFolder:
     """Merge an adapter into a model's folder of safetensors, as `merge_and_unload` would merge it in memory.
 
-    Memory is needed for the adapter and for the largest tensor that it changes. The new folder has the model's files
-    under their names: weights, index, configuration, tokenizer. It appears when it is complete, under its name; a
+    Memory is needed for the adapter, the largest tensor that it changes and what the sum takes. The new folder has
+    the model's files under their names: weights, index, configuration, tokenizer. It appears when it is complete; a
     process that is killed leaves the former folder, or none.
 
     Args:
@@ -154,8 +154,8 @@ def merge_folder(
         _put_in_place(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    changed, added = tuple(plan.changes), tuple(plan.added)
-    return MergedFolder(output, checkpoint.weights_bytes, plan.layers, changed, added, plan.untied)
+    n_bytes = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    return MergedFolder(output, n_bytes, plan.layers, tuple(plan.changes), tuple(plan.added), plan.untied)
 
 
 # Checks
@@ -176,6 +176,15 @@ def _check_output(output: Path, sources: tuple[Path, ...], force: bool) -> None:
             f"the output {output} is not empty and no model's folder (it has no {MODEL_CONFIG_NAME}): it is not "
             "replaced, --force or not. Choose another folder"
         )
+    if (former := _former(output)).exists():
+        raise CheckpointError(
+            f"{former} is what was here before a merge that was killed while it replaced {output}: move it away first"
+        )
+
+
+def _former(output: Path) -> Path:
+    """Where a folder is for the moment in which another one takes its place."""
+    return output.with_name(f".{output.name}.former")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -486,7 +495,7 @@ def _put_in_place(temporary: Path, output: Path) -> None:
         return
     # Two names cannot be exchanged in one step. A process that is killed between these two leaves the former folder
     # under a name that nothing here removes.
-    former = output.with_name(f".{output.name}.former")
+    former = _former(output)
     os.rename(output, former)
     try:
         os.rename(temporary, output)

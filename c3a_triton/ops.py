@@ -329,7 +329,7 @@ def _weight_grad(dy: Tensor, x: Tensor, block_size: int, scale: float, dtype: to
     dy, x = _rows(dy), _rows(x)
     wide = torch.float64 if dtype == torch.float64 else dy.dtype
     sizes = (dy.shape[0], x.shape[1], dy.shape[1], block_size)
-    name = dispatch.choose(backend, dy.device, wide, *sizes, backward=True)
+    name = dispatch.choose(backend, dy.device, wide, *sizes, True)
     return _WEIGHT_GRADS[name](dy, x, block_size, scale=scale, dtype=dtype)
 
 
@@ -632,8 +632,7 @@ def _shared(name: str, x: Tensor | None, w: Tensor) -> dict[str, Any]:
 def _choose(backend: str, rows: Tensor, w: Tensor, *, backward: bool = False) -> str:
     out_blocks, in_blocks, b = w.shape
     dtype = torch.float64 if w.dtype == torch.float64 else rows.dtype
-    sizes = (rows.shape[0], in_blocks * b, out_blocks * b, b)
-    return dispatch.choose(backend, rows.device, dtype, *sizes, backward)
+    return dispatch.choose(backend, rows.device, dtype, rows.shape[0], in_blocks * b, out_blocks * b, b, backward)
 
 
 def _triton_expands(w: Tensor, dtype: torch.dtype) -> bool:

@@ -1,15 +1,20 @@
-"""Tiles of the Triton kernels: a committed table per card generation and shape family; nothing depends on timing.
+"""Tiles of the Triton kernels: a committed table per card generation and shape family.
 
-The entries are starting points taken from compiled code (registers, shared memory, tensor-core instructions; see
-docs/kernels.md), not from measurements on each card.
+Nothing here depends on timing, but measured tiles may be put in the place of committed ones (`override`); the dispatch
+does so with those of the tuned table. The committed entries are starting points taken from compiled code (registers,
+shared memory, tensor-core instructions; see docs/kernels.md), not from measurements on each card.
 """
 
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 __all__ = [
     "GENERATIONS",
     "SCRATCH_BYTES",
     "SHARED_MEMORY",
+    "Lookup",
     "TileConfig",
     "decode_tile",
     "diagonal_tile",
@@ -18,7 +23,9 @@ __all__ = [
     "inner_block",
     "mix_tile",
     "outer_tile",
+    "override",
     "product_tile",
+    "recorded",
     "transform_tile",
     "weight_grad_tile",
 ]
@@ -122,12 +129,65 @@ def generation(capability: tuple[int, int]) -> str:
     return "sm_80" if (major, minor) in ((8, 0), (8, 7)) else "sm_86"
 
 
+# A function below and its arguments, the number of tokens as its power of two.
+Lookup = tuple[str, tuple[int | str, ...]]
+_measured: dict[Lookup, TileConfig] = {}
+_recorders: list[set[Lookup]] = []
+
+
+def override(tiles: Mapping[Lookup, TileConfig]) -> bool:
+    """Take these tiles in the place of committed ones, and no others; whether that changes anything.
+
+    Who has kept what the functions below return, as plans do, has to ask again.
+    """
+    changes = _measured != tiles
+    _measured.clear()
+    _measured.update(tiles)
+    return changes
+
+
+@contextmanager
+def recorded() -> Iterator[set[Lookup]]:
+    """The tiles that are asked for meanwhile."""
+    asked: set[Lookup] = set()
+    _recorders.append(asked)
+    try:
+        yield asked
+    finally:
+        _recorders.remove(asked)
+
+
+def _tunable(tokens_at: int | None = None) -> Callable[[Callable[..., TileConfig]], Callable[..., TileConfig]]:
+    """A function of the table that `override` reaches; `tokens_at` is the position of its number of tokens."""
+
+    def decorated(committed: Callable[..., TileConfig]) -> Callable[..., TileConfig]:
+        @functools.wraps(committed)
+        def tile(*arguments: int | str) -> TileConfig:
+            if not _measured and not _recorders:  # nearly every call
+                return committed(*arguments)
+            sizes = list(arguments)
+            if tokens_at is not None:
+                n_tokens = sizes[tokens_at]
+                assert isinstance(n_tokens, int)
+                sizes[tokens_at] = 1 << (n_tokens - 1).bit_length()
+            lookup = (committed.__name__, tuple(sizes))
+            for asked in _recorders:
+                asked.add(lookup)
+            return _measured.get(lookup) or committed(*arguments)
+
+        return tile
+
+    return decorated
+
+
+@_tunable(tokens_at=2)
 def product_tile(card: str, itemsize: int, n_tokens: int) -> TileConfig:
     """The tile of `table_product_kernel` for a card generation, bytes per value and a number of tokens."""
     rows = (_PRODUCT_32BIT if itemsize == 4 else _PRODUCT_16BIT)[card]
     return next(tile for limit, tile in rows if n_tokens <= limit)
 
 
+@_tunable(tokens_at=0)
 def decode_tile(n_tokens: int, block_size: int) -> TileConfig:
     """The tile of `decode_kernel` for 1 to 16 tokens, the same on every card: block_t is the power of two above them.
 
@@ -156,6 +216,7 @@ def inner_block(length: int, most: int) -> int:
     return next(size for size in sizes if -(-length // size) * size <= 1.25 * (-(-length // 16) * 16))
 
 
+@_tunable()
 def diagonal_tile(card: str, itemsize: int, block_size: int) -> TileConfig:
     """The tile of `diagonal_sums_kernel`, its side fitted to the circulant size (more than 64)."""
     tile = (_DIAGONAL_32BIT if itemsize == 4 else _DIAGONAL_16BIT)[card]
@@ -167,16 +228,19 @@ def diagonal_tile(card: str, itemsize: int, block_size: int) -> TileConfig:
     return TileConfig(tile.block_t, side, side, num_warps, tile.num_stages)
 
 
+@_tunable()
 def weight_grad_tile(card: str, itemsize: int) -> TileConfig:
     """The tile of `block_sums_kernel`."""
     return (_BLOCKS_32BIT if itemsize == 4 else _BLOCKS_16BIT)[card]
 
 
+@_tunable()
 def transform_tile(card: str, itemsize: int, columns: int, inner: int) -> TileConfig:
     """The tile of `analysis_kernel` and `synthesis_kernel`: rows of `inner` values to rows of `columns` values."""
     return _fitted((_TRANSFORM_32BIT if itemsize == 4 else _TRANSFORM_16BIT)[card], columns, inner)
 
 
+@_tunable(tokens_at=2)
 def mix_tile(card: str, itemsize: int, n_tokens: int, columns: int, inner: int) -> TileConfig:
     """The tile of `mix_kernel`: per slot, tokens of `inner` reals to tokens of `columns` reals."""
     tile = (_MIX_32BIT if itemsize == 4 else _MIX_16BIT)[card]
@@ -184,6 +248,7 @@ def mix_tile(card: str, itemsize: int, n_tokens: int, columns: int, inner: int) 
     return _fitted(replace(tile, block_t=block_t), columns, inner)
 
 
+@_tunable()
 def outer_tile(card: str, itemsize: int, rows: int, columns: int) -> TileConfig:
     """The tile of `outer_kernel`: per slot, a matrix of `rows` by `columns` reals."""
     return _fitted((_OUTER_32BIT if itemsize == 4 else _OUTER_16BIT)[card], rows, columns)

@@ -48,14 +48,14 @@ class Times(NamedTuple):
 
 
 class TileKey(NamedTuple):
-    """What a measured tile holds for: device, software, a function of `c3a_triton.tiles` and its arguments."""
+    """What a measured tile holds for: device, software, and a `tiles.Lookup`."""
 
     device: str
     capability: str
     torch: str
     triton: str
     family: str
-    arguments: tuple[int, ...]
+    arguments: tuple[int | str, ...]
 
 
 class Table(NamedTuple):
@@ -193,7 +193,8 @@ def _parsed_tile(entry: Any) -> tuple[TileKey, tuple[int, ...]]:
     tile = tuple(_of_type(value, int) for value in entry["tile"])
     if len(tile) != 5 or min(tile) < 1:
         raise ValueError(f"{entry['tile']!r} is no tile")
-    return TileKey(**texts, arguments=tuple(_of_type(value, int) for value in entry["arguments"])), tile
+    arguments = tuple(value if isinstance(value, str) else _of_type(value, int) for value in entry["arguments"])
+    return TileKey(**texts, arguments=arguments), tile
 
 
 def _of_type(value: Any, kind: type) -> Any:
@@ -204,7 +205,7 @@ def _of_type(value: Any, kind: type) -> Any:
 
 def _write(file: Path, table: Table) -> None:
     times = [key._asdict() | found._asdict() for key, found in sorted(table.times.items())]
-    tiles = [key._asdict() | {"tile": tile} for key, tile in sorted(table.tiles.items())]
+    tiles = [key._asdict() | {"tile": tile} for key, tile in sorted(table.tiles.items(), key=str)]
     # An entry a line: a table is looked at, and compared, by people.
     parts = (
         f'"{name}": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]"

@@ -50,7 +50,19 @@ ORDER = [
     "cli",
     "__main__",
 ]
-TUNING = ["groups", "costs", "measurement", "solver", "outcome", "settings", "plots", "page", "tuner", "commands"]
+TUNING = [
+    "groups",
+    "costs",
+    "measurement",
+    "tile_search",
+    "solver",
+    "outcome",
+    "settings",
+    "plots",
+    "page",
+    "tuner",
+    "commands",
+]
 CORE = {"errors", "reference", "fourier", "tiles", "launch", "spectra", "launch_fft", "tuned", "dispatch", "ops"}
 # A package has one place; its files also import from each other.
 PACKAGES = sorted(path.parent.name for path in (ROOT / "c3a_triton").glob("*/__init__.py"))

@@ -239,10 +239,19 @@ def test_missing_folder_file_for_folder_and_missing_file(tmp_path):
     with pytest.raises(CheckpointError, match=f"has no {CONFIG_NAME}"):
         C3AConfig.from_pretrained(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="is a file"):
+    with pytest.raises(CheckpointError, match="file is not valid JSON"):
         C3AConfig.from_pretrained(tmp_path / "file")
     with pytest.raises(CheckpointError, match="cannot write"):
         C3AConfig().save_pretrained(tmp_path / "file")
+
+
+def test_a_file_is_read_as_a_folder_s_is(tmp_path):
+    config = C3AConfig(block_size=8, block_size_pattern={"v": 4, "a": 2})
+    (tmp_path / "c3a.json").write_bytes(config.to_json())
+    assert C3AConfig.from_pretrained(tmp_path / "c3a.json") == config
+    (tmp_path / "other.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ConfigError, match="other.json: .*LORA"):
+        C3AConfig.from_pretrained(tmp_path / "other.json")
 
 
 def test_a_failed_save_leaves_the_former_file(tmp_path, monkeypatch):

@@ -331,6 +331,28 @@ def test_force_replaces_a_model(ready):
     assert {path.name for path in ready.iterdir()} == {"model", "adapter", "merged"}
 
 
+def test_what_a_kill_between_two_names_has_left_is_not_lost(ready):
+    for name in ("merged", ".merged.former"):
+        (ready / name).mkdir()
+        (ready / name / "config.json").write_text("{}")
+    refused(ready, CheckpointError, r"\.merged\.former is what was here before", force=True)
+
+
+def test_a_failed_replacement_brings_the_former_folder_back(ready, monkeypatch):
+    (ready / "merged").mkdir()
+    (ready / "merged" / "config.json").write_text("former")
+    rename = os.rename
+
+    def fail(source: Path, target: Path) -> None:
+        if ".tmp" in Path(source).name:
+            raise OSError("no")
+        rename(source, target)
+
+    monkeypatch.setattr(folder_merge.os, "rename", fail)
+    refused(ready, OSError, "no", force=True)
+    assert (ready / "merged" / "config.json").read_text() == "former"
+
+
 def test_an_empty_folder_is_filled(ready):
     (ready / "merged").mkdir()
     merge_folder(ready / "model", ready / "adapter", ready / "merged")
@@ -359,72 +381,70 @@ def test_leftovers_of_killed_merges_go_when_they_are_old(ready):
 # In a process of its own
 
 
-def run_script(script: str, *args: object) -> list[str]:
-    command = [sys.executable, "-c", textwrap.dedent(script), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+KILLS = 10
 
 
-def test_memory_is_that_of_one_tensor(tmp_path):
-    """Shards of 100 MB in all, 6 MB the largest changed tensor: what is added to the peak stays far below a shard."""
-    model = tiny_models.llama(hidden_size=1024, intermediate_size=1536, num_hidden_layers=4)
-    model.save_pretrained(tmp_path / "model", max_shard_size="40MB")
-    adapter_of(model, tmp_path / "adapter", block_size=128, target_modules=[*QV, "down_proj"])
-    small = tiny_models.llama()
-    small.save_pretrained(tmp_path / "small")
-    adapter_of(small, tmp_path / "small-adapter")
-    del model, small
-    script = """
-    import resource, sys
-    from c3a_triton.folder_merge import merge_folder
-    peaks = []
-    for name in ("small", "model"):
-        adapter = f"{sys.argv[1]}/{'small-adapter' if name == 'small' else 'adapter'}"
-        merge_folder(f"{sys.argv[1]}/{name}", adapter, f"{sys.argv[1]}/merged-{name}")
-        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    print(*peaks)
-    """
-    before, after = map(int, run_script(script, tmp_path))
-    size = sum(path.stat().st_size for path in (tmp_path / "merged-model").glob("*.safetensors"))
-    assert size > 90e6
-    assert (after - before) * 1024 < 0.4 * size, f"{(after - before) / 1024:.0f} MiB"
-
-
-def test_a_killed_merge_leaves_nothing_or_all(tmp_path):
-    """Killed at moments spread over the whole merge: the output is absent, or what an undisturbed merge writes."""
-    model = tiny_models.llama(hidden_size=512, num_hidden_layers=4)
-    model.save_pretrained(tmp_path / "model", max_shard_size="3MB")
-    adapter_of(model, tmp_path / "adapter", block_size=64)
-    script = """
-    import os, random, signal, sys, time
-    import warnings
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory) -> tuple[Path, int]:
+    """Merges in another process: a tiny model, then a large one, whose share of the peak memory is returned (bytes);
+    then one of many shards, again and again, killed at moments spread over the whole merge."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    large = {"hidden_size": 1024, "intermediate_size": 512, "num_hidden_layers": 6}
+    for name, sizes in (("tiny", {}), ("large", large), ("many", {"hidden_size": 512, "num_hidden_layers": 4})):
+        torch.manual_seed(0)
+        model = tiny_models.llama(**sizes)
+        model.save_pretrained(folder / name, max_shard_size="1MB" if name == "many" else "60MB")
+        adapter_of(model, folder / f"{name}-adapter", block_size=4 if name == "tiny" else 128)
+    script = f"""
+    import os, resource, signal, sys, time
     from pathlib import Path
     from c3a_triton.folder_merge import merge_folder
-    folder, random = Path(sys.argv[1]), random.Random(0)
-    def merge(name):
-        merge_folder(folder / "model", folder / "adapter", folder / name)
-    merge("whole")
-    start = time.perf_counter()
-    merge("timed")
-    seconds = time.perf_counter() - start
-    for i in range(12):
+    folder, peaks, times = Path(sys.argv[1]), [], []
+    def merge(name, output):
+        merge_folder(folder / name, folder / (name + "-adapter"), folder / output)
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        times.append(time.perf_counter())
+    for name, output in (("tiny", "tiny-merged"), ("large", "large-merged"), ("many", "whole"), ("many", "again")):
+        merge(name, output)
+    print(peaks[1] - peaks[0], flush=True)
+    for i in range({KILLS}):
         child = os.fork()
         if child == 0:
-            merge(f"killed{i}")
+            merge("many", "killed" + str(i))
             os._exit(0)
-        time.sleep(seconds * (0.3 + 0.9 * i / 12 + 0.05 * random.random()))
+        time.sleep((times[3] - times[2]) * (0.1 + i / {KILLS}))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     """
-    run_script(script, tmp_path)
-    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
-    outputs = [tmp_path / f"killed{i}" for i in range(12)]
+    command = [sys.executable, "-c", textwrap.dedent(script), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return folder, int(done.stdout) * 1024
+
+
+def test_memory_is_that_of_one_tensor(elsewhere):
+    """A model of 108 MiB in shards of 54 MiB, of which no tensor has more than 4 MiB."""
+    folder, added = elsewhere
+    sizes = [path.stat().st_size for path in (folder / "large-merged").glob("*.safetensors")]
+    assert max(sizes) > 50e6
+    assert sum(sizes) > 100e6
+    assert added < 48e6, f"{added / 2**20:.0f} MiB"
+
+
+def test_a_killed_merge_leaves_nothing_or_all(elsewhere):
+    """Whenever it is killed: the output is absent, or what an undisturbed merge writes."""
+    folder, _ = elsewhere
+
+    def content(output: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in output.iterdir()}
+
+    whole = content(folder / "whole")
+    assert len(whole) > 10
+    outputs = [folder / f"killed{i}" for i in range(KILLS)]
     for output in outputs:
         if output.exists():
-            assert {path.name: path.read_bytes() for path in output.iterdir()} == whole
+            assert content(output) == whole
     killed = [output for output in outputs if not output.exists()]
-    assert killed, "no merge was killed before its end"
-    assert list(tmp_path.glob(".killed*.tmp")), "no merge was killed while it wrote"
-    merge_folder(tmp_path / "model", tmp_path / "adapter", killed[0])
-    assert {path.name: path.read_bytes() for path in killed[0].iterdir()} == whole
+    assert list(folder.glob(".killed*.tmp")), "no merge was killed while it wrote"
+    merge_folder(folder / "many", folder / "many-adapter", killed[0])
+    assert content(killed[0]) == whole

@@ -70,7 +70,7 @@ def total(found, picked, name):
     return sum(getattr(group[i], name) for group, i in zip(found, picked, strict=True))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(problems())
 def test_the_solver_is_brute_force(problem):
     found, budget = problem
@@ -229,7 +229,7 @@ NAMES = st.lists(
 ).map(".".join)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.dictionaries(NAMES, st.sampled_from([4, 8, 16]), min_size=1, max_size=8))
 def test_any_sizes_of_any_names_have_a_pattern(sizes):
     block_size, pattern = tuned_settings.minimal_pattern(sizes)
@@ -481,8 +481,8 @@ def test_what_fails_is_left_out_and_named():
             return 1e-3
 
     with pytest.warns(UserWarning, match="not measured: .*no such kernel$"):
-        result = on_cpu(Failing())
-    assert result.outcome.parameters <= 100
+        result = on_cpu(Failing(), budget=300)
+    assert result.outcome.parameters <= 300
 
     class Broken(FakeTimer):
         def __call__(self, call):
@@ -578,7 +578,7 @@ def test_the_page_needs_no_network_and_escapes_names():
     page = Page(text)
     assert "script" not in page.tags
     assert "b" not in page.tags
-    assert page.urls == []
+    assert all(url.startswith("data:image/png;base64,") for url in page.urls)
     assert not re.search(r"url\((?!#)|@import", text)
     assert "<b>$x^{" in page.texts
     assert page.tags.count("svg") == 2

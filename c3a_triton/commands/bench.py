@@ -25,6 +25,8 @@ _EXAMPLES = """\
   c3a-triton bench --in 3072 --out 1024 --block-size 64 --tokens 8192 --dtype bfloat16 --backends auto direct fft
   c3a-triton bench path/to/model --block-size 64 --tokens 212 --batch 4 --target-modules q_proj v_proj
   c3a-triton bench path/to/model/config.json --block-size 64 --tokens 64 --layers 2 --device cpu --json"""
+MODEL_CHECKED_TOKENS = 16
+MODEL_TOLERANCES = {torch.float32: 1e-3, torch.float16: 1e-1, torch.bfloat16: 1e-1}
 _LABELS = {"base": "frozen base", "peft_lora": "PEFT LoRA", "peft_c3a": "PEFT C3A", "dense": "dense ΔW"}
 
 
@@ -35,8 +37,9 @@ def add(subparsers: Any) -> None:
         "bench",
         "measure one layer or one model against PEFT on this machine",
         "Measure one adapted layer (--in, --out), or a training step of a model with random weights (MODEL, of which\n"
-        "only the configuration is read), against PEFT's C3A and LoRA and the frozen base. Results are held against\n"
-        "the dense definition first. Medians; CPU: wall time, in turn; GPU: a layer by events with a cold cache.",
+        "only the configuration is read), against PEFT's C3A and LoRA and the frozen base. First a layer's results\n"
+        "are held against the dense definition, a model's against PEFT's. Medians of wall time, in turn; of a layer\n"
+        "on a GPU, of its events with a cold cache.",
         _EXAMPLES,
     )
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a transformers folder, name or config.json")
@@ -56,7 +59,7 @@ def add(subparsers: Any) -> None:
         metavar="NAME",
         help="ours to measure (default: auto, and of a layer on a GPU every other one that runs)",
     )
-    parser.add_argument("--seconds", type=_seconds, default=4.0, help="time to measure for (default: %(default)s)")
+    parser.add_argument("--seconds", type=_seconds, default=4.0, help="for wall time in turn (default: %(default)s)")
     parser.set_defaults(run=lambda args: _run(parser, args))
 
 
@@ -97,13 +100,13 @@ def _layer(args: argparse.Namespace, device: torch.device, dtype: str, with_peft
     if args.backends is None and device.type == "cuda":
         others = ("direct", "fft", "expand", "torch", "fold")
         backends += [name for name in others if dispatch.why_not(name, device, getattr(torch, dtype)) is None]
+    timer = timing.CudaTimer(device) if device.type == "cuda" else None
     times: dict[str, dict[str, Any]] = {}
     works = {}
     for method in peers.methods(tuple(backends), with_peft=with_peft):
         work = layer.Workload.of(case, method, device)
         work.check()
-        if device.type == "cuda":
-            timer = timing.CudaTimer(device)
+        if timer is not None:
             times[method] = {mode: asdict(timer.measure(work.calls()[mode])) for mode in ("forward", "both")}
         else:
             works[method] = work
@@ -142,6 +145,7 @@ def _model(args: argparse.Namespace, device: torch.device, dtype: str, with_peft
     methods = ("base", *peft_methods, *(f"ours:{backend}" for backend in args.backends or ["auto"]))
     adapted = {method: models.adapted(method, model, case) for method in methods}
     ids = torch.randint(model.config.get_text_config().vocab_size, (args.batch, args.tokens), device=device)
+    _check_model(adapted, ids[:1, :MODEL_CHECKED_TOKENS])
     steps: dict[str, Callable[[], object]] = {method: models.training_step(adapted[method], ids) for method in methods}
     times = _in_turn(steps, device, args.seconds)
     case = replace(case, targets=())  # each by its full name: too many to tell
@@ -151,6 +155,24 @@ def _model(args: argparse.Namespace, device: torch.device, dtype: str, with_peft
         "case": asdict(case),
         "times": {method: {"step": asdict(found)} for method, found in times.items()},
     }
+
+
+@torch.no_grad()
+def _check_model(adapted: dict[str, Any], ids: torch.Tensor) -> None:
+    """Hold our models against PEFT's C3A of the same circulants by their logits.
+
+    Raises:
+        GateError: they differ by more than the roundings of all layers explain.
+    """
+    if "peft_c3a" not in adapted:
+        return
+    truth = adapted["peft_c3a"](input_ids=ids).logits
+    tolerance = MODEL_TOLERANCES[truth.dtype]
+    for method, model in adapted.items():
+        if method.startswith("ours:"):
+            error = gate.relative_error(model(input_ids=ids).logits, truth)
+            if not error <= tolerance:
+                raise gate.GateError(f"logits of {method}: {error:.2g} from PEFT's, allowed: {tolerance:.2g}")
 
 
 def _text(document: dict[str, Any]) -> str:

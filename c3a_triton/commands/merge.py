@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from c3a_triton.api import load_adapter
-from c3a_triton.errors import CheckpointError
+from c3a_triton.errors import CheckpointError, ConfigError
 from c3a_triton.folder_merge import merge_folder
 from c3a_triton.report import format_bytes
 from c3a_triton.structure import load_structure
@@ -52,6 +52,8 @@ def add(subparsers: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     device = device_option(args.device)
     checked: dict[str, float] = {}
+    if args.check and not hasattr(_text_config(load_structure(args.model)), "vocab_size"):
+        raise ConfigError(f"{args.model} takes no tokens: --check compares the logits of language models")
 
     def verify(folder: Path) -> None:
         _tell("comparing logits")
@@ -89,6 +91,10 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _text_config(model: Any) -> Any:
+    return model.config.get_text_config()
+
+
 def _tell(message: str) -> None:
     print(f"merge: {message}", file=sys.stderr)
 
@@ -104,7 +110,7 @@ def _compare_logits(model: str, adapter: str, merged: Path, device: torch.device
 
     def logits(loaded: Any) -> torch.Tensor:
         prompt = torch.Generator().manual_seed(0)
-        ids = torch.randint(loaded.config.get_text_config().vocab_size, (1, PROMPT_TOKENS), generator=prompt).to(device)
+        ids = torch.randint(_text_config(loaded).vocab_size, (1, PROMPT_TOKENS), generator=prompt).to(device)
         decoder = {"decoder_input_ids": ids} if loaded.config.is_encoder_decoder else {}
         return loaded(input_ids=ids, **decoder)[0]
 

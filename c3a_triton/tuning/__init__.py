@@ -1,4 +1,5 @@
 """Choosing block sizes and backends: candidates, their times, the solver, the report. `c3a_triton.autotune` leads here.
 
-In import order: groups, costs, measurement, solver, outcome, settings, plots, page, tuner, commands.
+In import order: groups, costs, measurement, tile_search, solver, outcome, settings, plots, page, tuner,
+commands.
 """

@@ -68,6 +68,7 @@ def add_autotune(subparsers: Any) -> None:
     )
     parser.add_argument("--device", metavar="NAME", help="cuda, cuda:1, ... or cpu (the GPU if there is one)")
     parser.add_argument("--no-measure", action="store_true", help="predict by the cost model; needs no GPU")
+    parser.add_argument("--tiles", action="store_true", help="measure tiles of the chosen kernels too (a GPU, minutes)")
     parser.add_argument("--output", metavar="FILE", help="write the configuration: a .json file, or a folder")
     parser.add_argument("--report", metavar="FILE", help="write a page, report.html, and report.png beside it")
     parser.set_defaults(run=_run_autotune)
@@ -114,6 +115,7 @@ def _run_autotune(args: argparse.Namespace) -> int:
                 device=args.device,
                 measure=not args.no_measure,
                 compare=args.report is not None,
+                tiles=args.tiles,
                 progress=progress,
             )
         except KeyboardInterrupt:

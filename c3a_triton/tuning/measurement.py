@@ -6,7 +6,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from c3a_triton.tuned import Times
 
 from .costs import PEFT_C3A, PEFT_LORA, Case, Setting
 
-__all__ = ["Progress", "Timer", "default_timer", "measured"]
+__all__ = ["Operands", "Progress", "Timer", "default_timer", "measured"]
 
 CPU_SECONDS = 0.2
 CPU_REPEATS = 3
@@ -59,7 +59,12 @@ def _cpu_seconds(call: Callable[[], object]) -> float:
 
 
 def measured(
-    cases: Sequence[Case], setting: Setting, timer: Timer | None = None, progress: Progress | None = None
+    cases: Sequence[Case],
+    setting: Setting,
+    timer: Timer | None = None,
+    progress: Progress | None = None,
+    *,
+    again: bool = False,
 ) -> dict[Case, Times]:
     """The times of the cases: those of the tuned table, and the others measured now and added to it one by one.
 
@@ -70,12 +75,13 @@ def measured(
         setting: what they share. Without `train` only forwards are measured.
         timer: how a call is timed; None means `default_timer`.
         progress: told before each measurement.
+        again: measure those of the table too.
 
     Raises:
         BackendError: no case at all could be measured; the message is the first failure's.
     """
     timer = timer or default_timer(setting.device)
-    table = tuned.load().times
+    table = {} if again else tuned.load().times
     found = {case: times for case in cases if (times := _known(table, case, setting)) is not None}
     missing = [case for case in cases if case not in found]
     failures: list[str] = []
@@ -86,11 +92,11 @@ def measured(
             if progress is not None:
                 progress(i, len(missing), f"{case.in_features}→{case.out_features} b={case.b} {case.backend}")
             if operands is None or operands.shape != case[:2]:
-                operands = _Operands(case[:2], setting)
+                operands = Operands(case[:2], setting)
             # Whatever a kernel raises on a machine nobody has tried is a fact about this case, and no reason to lose
             # the others.
             try:
-                times = operands.times(case, timer)
+                times = Times(*map(timer, operands.calls(case)))
             except Exception as error:
                 failures.append(f"{case}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
                 warnings.warn(f"not measured: {failures[-1]}", stacklevel=2)
@@ -131,7 +137,7 @@ class _Keeper:
 # What is timed
 
 
-class _Operands:
+class Operands:
     """The tensors that all cases of one shape share, allocated by the first."""
 
     def __init__(self, shape: tuple[int, int], setting: Setting) -> None:
@@ -151,7 +157,8 @@ class _Operands:
         x = normal(n_tokens, n_in).requires_grad_(self._setting.train)
         return normal(n_out, n_in) / n_in**0.5, x, normal(n_tokens, n_out)
 
-    def times(self, case: Case, timer: Timer) -> Times:
+    def calls(self, case: Case) -> list[Callable[[], Any]]:
+        """The forward, and for training what computes the gradients."""
         weight, x, dy = self._tensors
         layer, parameters = _layer(case, weight)
 
@@ -159,11 +166,10 @@ class _Operands:
             with torch.no_grad():
                 return layer(x)
 
-        seconds = timer(forward)
         if not self._setting.train:
-            return Times(seconds)
+            return [forward]
         y = layer(x)
-        return Times(seconds, timer(lambda: torch.autograd.grad(y, (x, *parameters), dy, retain_graph=True)))
+        return [forward, lambda: torch.autograd.grad(y, (x, *parameters), dy, retain_graph=True)]
 
 
 def _layer(case: Case, weight: Tensor) -> tuple[Callable[[Tensor], Tensor], tuple[Tensor, ...]]:

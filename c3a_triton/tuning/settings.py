@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from c3a_triton.config import C3AConfig
 from c3a_triton.errors import ConfigError
-from c3a_triton.patterns import block_size_for, peft_block_size_for, peft_safe_pattern, peft_safe_targets
+from c3a_triton.patterns import block_size_for, peft_block_size_for, peft_safe_targets
 
 __all__ = ["chosen_config", "minimal_pattern"]
 
@@ -21,9 +21,6 @@ def chosen_config(config: C3AConfig, sizes: Mapping[str, int], module_names: Seq
         config: what the layers were found by.
         sizes: module name → block size, of every layer.
         module_names: the names of all modules of the model.
-
-    Raises:
-        ConfigError: no pattern means these sizes. (Only for module names that no Python identifier could be part of.)
     """
     targets, layers, layers_pattern = peft_safe_targets(list(sizes), config, module_names)
     default, pattern = minimal_pattern(sizes)
@@ -44,10 +41,7 @@ def minimal_pattern(sizes: Mapping[str, int]) -> tuple[int, dict[str, int]]:
 
     A key for each role (last part of the name) whose layers have another size than the default, which is chosen so that
     the keys are few; where a role has several sizes, keys that tell its layers apart. Keys are escaped, and the outcome
-    is checked layer by layer.
-
-    Raises:
-        ConfigError: there is none.
+    is checked layer by layer; what does not pass gives way to a key for each layer.
     """
     counts = Counter(sizes.values())
     defaults = sorted(counts, key=lambda size: (-counts[size], -size))
@@ -55,10 +49,10 @@ def minimal_pattern(sizes: Mapping[str, int]) -> tuple[int, dict[str, int]]:
     for default, pattern in sorted(candidates, key=lambda candidate: len(candidate[1])):  # stable: then the most layers
         if _is_right(sizes, default, pattern):
             return default, pattern
-    default, pattern = peft_safe_pattern(sizes, C3AConfig(block_size=defaults[0]))
-    if not _is_right(sizes, default, pattern):
-        raise ConfigError(f"no block_size_pattern means these block sizes: {dict(sizes)}")
-    return default, pattern
+    # Never, or exactly this name: PEFT reads the keys so, being ungrouped. To us a key also means names that end with
+    # its own, so that longer names come first.
+    longest_first = sorted(sizes, key=len, reverse=True)
+    return defaults[0], {f"(?!)|(?:{re.escape(name)})": sizes[name] for name in longest_first}
 
 
 def _is_right(sizes: Mapping[str, int], default: int, pattern: dict[str, int]) -> bool:

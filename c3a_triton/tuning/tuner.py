@@ -17,11 +17,12 @@ from c3a_triton.errors import CheckpointError, ConfigError
 
 from . import page, plots
 from .costs import LORA_RANKS, PEFT_C3A, PEFT_LORA, Case, Costs, Setting, layer_cases, predicted_times
-from .groups import affordable_sizes, find_groups
+from .groups import Group, affordable_sizes, find_groups
 from .measurement import Progress, Timer, measured
 from .outcome import Budget, Outcome, choose_sizes
 from .settings import chosen_config
 from .solver import OBJECTIVES
+from .tile_search import measure_tiles
 
 __all__ = ["MODES", "TuningResult", "autotune", "check_writable", "parse_count"]
 
@@ -117,6 +118,7 @@ def autotune(
     device: torch.device | str | None = None,
     measure: bool = True,
     compare: bool = False,
+    tiles: bool = False,
     timer: Timer | None = None,
     progress: Progress | None = None,
 ) -> TuningResult:
@@ -145,6 +147,7 @@ def autotune(
             CPU; `"cuda"` with `measure=False` needs no GPU.
         measure: whether to measure, where there is something to measure on.
         compare: measure LoRA and PEFT's C3A too, for the plot (predictions need no asking).
+        tiles: measure variants of the kernels' tiles too, for the block sizes that were chosen; needs a GPU.
         timer: how a call is timed, for example in tests; by default `triton.testing.do_bench`, on a CPU the clock.
         progress: called before each measurement with the number done, the number in all, and what comes next.
 
@@ -169,6 +172,8 @@ def autotune(
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
         raise ConfigError(f"tokens must be a positive number, got {tokens!r}")
     place, to_measure = _place(device, measure)
+    if tiles and not (to_measure and place.type == "cuda"):
+        raise ConfigError("tiles can only be measured, and on a GPU: there is nothing to predict them by")
     max_params = parse_count(budget) if isinstance(budget, str) else budget
 
     model = model_or_config if isinstance(model_or_config, nn.Module) else structure.load_structure(model_or_config)
@@ -188,6 +193,10 @@ def autotune(
     setting = Setting(place, _dtype(dtype, model), n_tokens, mode == "train")
     costs = _costs(layer_cases(groups, sizes, setting), setting, to_measure, timer, progress)
     chosen = choose_sizes(groups, sizes, costs, stated, objective)
+    if tiles:
+        used = _triton_cases(groups, chosen, costs)
+        measure_tiles(used, setting, timer, progress)
+        costs.times |= measured(used, setting, timer, progress, again=True)
     compared = [Case(*group.shape, rank, PEFT_LORA) for rank in LORA_RANKS for group in groups]
     compared += [Case(*group.shape, b, PEFT_C3A) for group, b in zip(groups, chosen, strict=True)]
     if to_measure and not (compare and peers.why_no_peft() is None):
@@ -251,6 +260,17 @@ def _costs(
     if to_measure:
         return Costs(setting, measured(cases, setting, timer, progress), measured=True)
     return Costs(setting, {case: predicted_times(case, setting) for case in cases}, measured=False)
+
+
+def _triton_cases(groups: Sequence[Group], chosen: Sequence[int], costs: Costs) -> list[Case]:
+    """The chosen cases whose kernels have tiles."""
+    found = []
+    for group, b in zip(groups, chosen, strict=True):
+        fastest = costs.fastest(group.shape, b)
+        assert fastest is not None, "a block size that nothing is known of was chosen"
+        names = [name for name in fastest[0].split("/") if name in dispatch.TRITON_BACKENDS]
+        found += [Case(*group.shape, b, name) for name in names]
+    return list(dict.fromkeys(found))
 
 
 def _place(device: torch.device | str | None, measure: bool) -> tuple[torch.device, bool]:
