@@ -264,6 +264,7 @@ class C3ALinear(nn.Module):
             if kernels is None or any(kernel.device != x.device for kernel in kernels):
                 kernels = tuple(self._kernel_on(name, x.device) for name in self._applied_names())
             if kernels and x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
+                # The adapter's part alone would pass one on, a wrong one.
                 raise AdapterStateError(
                     f"{self._label}: this {type(self.get_base_layer()).__name__} passes no gradient on to its input, "
                     "as some quantized layers do not (torchao's with quantized activations): layers below it cannot be "
@@ -454,7 +455,7 @@ class C3ALinear(nn.Module):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """ΔW of one adapter, [out_features, in_features] in the base weight's dtype.
+        """ΔW of one adapter, [out_features, in_features] (a convolution's: as its weight) in the base weight's dtype.
 
         Raises:
             AdapterNotFoundError: this layer has no such adapter.
