@@ -38,7 +38,7 @@ class C3AConv2d(C3ALinear):
         computed_in = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         # float16 has few digits left for a ΔW that is so small: the output takes half of the scale's orders.
         rest = math.sqrt(scale) if computed_in == torch.float16 else 1.0
-        matrix = circulant_matrix(kernel, scale=scale / rest, dtype=computed_in)
+        matrix = circulant_matrix(kernel, scale=scale / rest, dtype=x.dtype)
         delta = base._conv_forward(x, as_weight(base, matrix), None)
         return delta if rest == 1.0 else delta * rest
 

@@ -286,6 +286,7 @@ class C3ALinear(nn.Module):
                     "shard with FSDP2 (fully_shard), which puts weights together"
                 )
             if kernels and x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
+                # The adapter's part alone would pass one on, a wrong one.
                 raise AdapterStateError(
                     f"{self._label}: this {type(self.get_base_layer()).__name__} passes no gradient on to its input, "
                     "as some quantized layers do not (torchao's with quantized activations): layers below it cannot be "
@@ -477,7 +478,7 @@ class C3ALinear(nn.Module):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """ΔW of one adapter, [out_features, in_features] in the base weight's dtype.
+        """ΔW of one adapter, [out_features, in_features] (a convolution's: as its weight) in the base weight's dtype.
 
         Raises:
             AdapterNotFoundError: this layer has no such adapter.

@@ -100,7 +100,7 @@ class Geometry:
 
 def geometry(module: nn.Module) -> Geometry | None:
     """The geometry of a module that can be adapted, or None for any other."""
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, nn.Conv2d) and module.in_channels > 0:  # a lazy one does not know its channels yet
         channels = module.in_channels // module.groups, module.out_channels // module.groups
         taps = module.kernel_size[0] * module.kernel_size[1]
         what = " (channels of a group)" if module.groups > 1 else " (channels)"

@@ -91,11 +91,11 @@ def test_forward_and_gradients(form: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_other_dtypes(dtype: torch.dtype) -> None:
     # As many inputs as a ΔW in float16 without a rest of the scale would be subnormal for.
-    base = nn.Conv2d(256, 32, 3, padding=1, bias=False).to(dtype)
+    base = nn.Conv2d(512, 16, 3, padding=1, bias=False).to(dtype)
     layer = C3AConv2d(base, "default", 16)
     if dtype == torch.float64:
         layer.c3a_kernel["default"].data = layer.c3a_kernel["default"].data.double()
-    x = torch.randn(1, 256, 6, 6).to(dtype)
+    x = torch.randn(1, 512, 6, 6).to(dtype)
     with torch.no_grad():
         base.weight.zero_()
     oracle.assert_close(layer(x), convolved(x, dense(layer), base), dtype)
@@ -284,6 +284,11 @@ def test_in_a_model_from_apply_to_file_and_back(tmp_path: Path) -> None:
     merged = model.c3a.merge_and_unload()
     assert type(merged.body) is nn.Conv2d
     torch.testing.assert_close(merged(x), applied, rtol=1e-4, atol=1e-5)
+
+
+def test_a_lazy_convolution_has_no_channels_yet() -> None:
+    with pytest.raises(ConfigError, match="0 is a LazyConv2d, which cannot be adapted"):
+        c3a_triton.apply(nn.Sequential(nn.LazyConv2d(4, 1)), C3AConfig(block_size=2, target_modules=["0"]))
 
 
 def test_all_linear_leaves_convolutions_alone() -> None:

@@ -33,6 +33,7 @@ def four_bit(nested: bool = False, bias: bool = True) -> nn.Module:
     plain = nn.Linear(IN, OUT, bias=bias)
     base = bnb.nn.Linear4bit(IN, OUT, bias=bias, quant_type="nf4", compress_statistics=nested)
     base.load_state_dict(plain.state_dict())
+    base.support_avx512bf16_for_cpu = True  # as on a processor that has it: repacking itself needs none
     return base.to("cpu").requires_grad_(False)
 
 
@@ -174,6 +175,19 @@ def test_a_base_that_cuts_the_gradient_is_refused_and_may_still_infer() -> None:
     layer(x)
 
 
+def test_a_base_with_quantized_activations_is_merged_into() -> None:
+    base = nn.Linear(IN, OUT).requires_grad_(False)
+    config = torchao_quantization.Int8DynamicActivationInt8WeightConfig()
+    torchao_quantization.quantize_(base, config)
+    layer = C3ALinear(base, "default", B, "gaussian")
+    layer.quantization_config = config
+    wanted, before = dequantized(layer) + oracle.dense(layer.c3a_kernel["default"]), content(base)
+    layer.merge()
+    assert (dequantized(layer) - wanted).norm() <= LOSS["int8"] * wanted.norm()
+    layer.unmerge()
+    assert same(content(layer.base_layer), before)
+
+
 # bitsandbytes' repacking
 
 
@@ -242,6 +256,8 @@ def test_layers_that_are_not_adapted_pass_gradients_too() -> None:
     """A 4-bit layer between two adapted ones would cut the gradient of the lower one."""
     model = nn.Sequential(*(bnb.nn.Linear4bit(64, 64, quant_type="nf4") for _ in range(3))).to("cpu")
     native = [layer.support_avx512bf16_for_cpu for layer in model]
+    for layer in model:
+        layer.support_avx512bf16_for_cpu = True
     c3a_triton.apply(model, C3AConfig(block_size=16, target_modules=["0", "2"]))
     model.eval()
     with torch.no_grad():
