@@ -6,6 +6,7 @@ the input gradient.
 """
 
 import copy
+import inspect
 import io
 import json
 import pickle
@@ -29,6 +30,8 @@ hotswap = pytest.importorskip("peft.utils.hotswap")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 from peft.tuners.c3a.layer import C3ALinear as PeftsLayer  # noqa: E402
 
+# PEFT 0.17 has fewer verbs and refusals.
+RECENT = "inference_mode" in inspect.signature(peft.C3AModel.set_adapter).parameters
 OURS = ["patched", "applied"]
 KINDS = ["peft", *OURS]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -108,6 +111,11 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
             for name, layer in layers(model).items()
         },
     }
+
+
+def delete(model: Any, name: str) -> None:
+    # In PEFT 0.17 the model's own verb calls transformers' in place of the tuner's.
+    (model if RECENT else model.base_model).delete_adapter(name)
 
 
 def saved(model: Any, folder: Path) -> tuple[Any, dict[str, Tensor]]:
@@ -245,15 +253,18 @@ def test_several_adapters_of_different_block_sizes(kind: str) -> None:
     check(model, ["second"])
     model.base_model.set_adapter(["default", "second"])
     check(model, ["default", "second"])
-    model.base_model.set_adapter(["second", "default"], inference_mode=True)
-    assert not any(p.requires_grad for p in model.parameters())
-    check(model, ["default", "second"])
+    if RECENT:
+        model.base_model.set_adapter(["second", "default"], inference_mode=True)
+        assert not any(p.requires_grad for p in model.parameters())
+        check(model, ["default", "second"])
 
 
 STEPS: dict[str, Callable[[Any], Any]] = {
     "add": lambda model: model.add_adapter("second", config(block_size=6, target_modules=["q_proj", "k_proj"])),
     "set": lambda model: model.set_adapter("second"),
-    "set for inference": lambda model: model.base_model.set_adapter("default", inference_mode=True),
+    "set for inference": lambda model: model.base_model.set_adapter(
+        "default", **({"inference_mode": True} if RECENT else {})
+    ),
     "train again": lambda model: model.set_adapter("default"),
     "disable": lambda model: model.base_model.disable_adapter_layers(),
     "set while disabled": lambda model: model.set_adapter("second"),
@@ -264,10 +275,10 @@ STEPS: dict[str, Callable[[Any], Any]] = {
     "merge one": lambda model: model.merge_adapter(["second"]),
     "unmerge": lambda model: model.unmerge_adapter(),
     "unmerge again": lambda model: model.unmerge_adapter(),
-    "freeze": lambda model: model.set_requires_grad("default", False),
-    "delete": lambda model: model.delete_adapter("default"),
+    "freeze": lambda model: model.set_requires_grad("default", False) if RECENT else None,
+    "delete": lambda model: delete(model, "default"),
     "add again": lambda model: model.add_adapter("default", config()),
-    "delete the other": lambda model: model.delete_adapter("second"),
+    "delete the other": lambda model: delete(model, "second"),
 }
 
 
@@ -315,15 +326,16 @@ def test_deleting(kind: str) -> None:
     model = adapted(kind)
     model.add_adapter("second", config(block_size=6))
     model.merge_adapter(["second"])
-    with pytest.raises(ValueError, match="merged"):
-        model.delete_adapter("second")
+    if RECENT:
+        with pytest.raises(ValueError, match="merged"):
+            delete(model, "second")
     model.unmerge_adapter()
     with pytest.warns(UserWarning, match=r"default.*deleted"):
-        model.delete_adapter("default")
+        delete(model, "default")
     assert not any(key.endswith(".default") for key in model.state_dict())
     check(model, ["second"], exact=kind != "peft")
     with pytest.raises(ValueError, match="does not exist"):
-        model.delete_adapter("default")
+        delete(model, "default")
 
 
 # Merging
@@ -390,6 +402,7 @@ def test_unloading(kind: str) -> None:
     assert torch.equal(logits(adapted(kind, base).unload()), y)
 
 
+@pytest.mark.skipif(not RECENT, reason="PEFT 0.17 does not say that it merges for good")
 def test_merging_for_good_copies_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def keep(*args: object) -> None:
         raise AssertionError("a weight that nobody will ask for was kept")
@@ -557,7 +570,7 @@ def test_copies(kind: str, copied: str) -> None:
         twin = copy.deepcopy(model) if copied == "deepcopy" else pickle.loads(pickle.dumps(model))
     twin.base_model.set_adapter(["second"])
     check(twin, ["second"])
-    twin.delete_adapter("default")
+    delete(twin, "default")
     twin.merge_adapter()
     check(model, ["default", "second"])
 
@@ -583,7 +596,7 @@ def test_the_same_seed_gives_the_same_kernels(init_weights: bool | str) -> None:
 def test_pefts_refusals_stay(changes: dict[str, Any]) -> None:
     errors = []
     for kind in ("peft", "patched"):
-        with pytest.raises((ValueError, TypeError)) as raised:
+        with pytest.raises(Exception) as raised:  # noqa: PT011
             adapted(kind, **changes)
         errors.append((raised.type, str(raised.value)))
     assert errors[0] == errors[1]

@@ -125,6 +125,12 @@ class C3AModel(peft_model.C3AModel):
             _convert_layer(built, current_key)
         _convert_tuner(self)
 
+    def _cast_adapter_dtype(self, *args: Any, **kwargs: Any) -> None:
+        super()._cast_adapter_dtype(*args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, C3ALinear):
+                module._refresh()  # an older PEFT casts `.data`, of which nobody hears
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """What PEFT enters around forward and generate of its models, so that tuners can read its own keywords.
