@@ -205,6 +205,7 @@ def test_applying_again_sets_the_backend() -> None:
     c3a_triton.apply(model, backend="torch")
     check(model, ["default"])
     c3a_triton.apply(model, backend="reference")
+    model.add_adapter("second", config(target_modules=["k_proj"]))
     assert {layer.backend for layer in layers(model).values()} == {"reference"}
     check(model, ["default"])
     with pytest.raises(BackendError, match="'nonsense'"):
@@ -218,8 +219,11 @@ def test_what_apply_refuses() -> None:
         c3a_triton.apply(lora)
     with pytest.raises(ConfigError, match="no C3A layer"):
         integration.convert(lora)
-    with pytest.raises(ConfigError, match="leave cfg out"):
-        c3a_triton.apply(adapted("peft"), config())
+    for model in (adapted("peft"), adapted("applied")):
+        with pytest.raises(ConfigError, match="leave cfg out"):
+            c3a_triton.apply(model, config())
+        with pytest.raises(ConfigError, match=r"has C3A layers of PEFT.*PEFT's verbs"):
+            c3a_triton.load_adapter(model.get_base_model(), "anywhere")
 
 
 def test_layers_that_somebody_derived_are_left_alone() -> None:
@@ -291,6 +295,8 @@ def test_the_same_life_as_in_peft(kind: str) -> None:
                 act(model)
         assert snapshot(ours) == snapshot(theirs), step
         assert ours.active_adapters == theirs.active_adapters, step
+        assert ours.get_model_status() == theirs.get_model_status(), step
+        assert ours.get_layer_status() == theirs.get_layer_status(), step
         assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters(), step
         torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-4, msg=step)
         for name, value in theirs.state_dict().items():
