@@ -114,6 +114,11 @@ def _manager_of(model: nn.Module, backend: str) -> AdapterManager:
             f"{type(model).__name__} is PEFT's wrapper: adapt the plain model, which its unload() or "
             "merge_and_unload() returns, or, where its adapters are C3A's, leave cfg out"
         )
+    if _has_layers_of_peft(model):
+        raise ConfigError(
+            f"{type(model).__name__} has C3A layers of PEFT: add and load adapters with PEFT's verbs, and leave cfg "
+            "out to let them compute through this library"
+        )
     # torch.compile's wrapper passes attributes through; the layers are those of the module inside.
     model = getattr(model, "_orig_mod", model)
     manager = getattr(model, "c3a", None)

@@ -26,8 +26,6 @@ from torch import Tensor, nn
 
 import c3a_triton
 
-warnings.filterwarnings("ignore", category=FutureWarning)
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -190,6 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
 
     transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)
     models = {"PEFT": adapted(options, faster=False), "with one line": adapted(options, faster=True)}
     losses = {name: finetune(copy.deepcopy(model), options) for name, model in models.items()}
     base = base_model(options).requires_grad_(False).to(models["PEFT"].device)

@@ -14,8 +14,9 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 def test_short_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(EXAMPLES)
-    size = "--width 64 --layers 2 --block-size 16 --length 32 --batch 2 --steps 3 --rounds 1".split()
-    importlib.import_module("peft_drop_in").main([*size, "--json", str(tmp_path / "report.json")])
+    size = {"width": 64, "layers": 2, "block-size": 16, "length": 32, "batch": 2, "steps": 3, "rounds": 1}
+    options = [f"--{name}={value}" for name, value in size.items()]
+    importlib.import_module("peft_drop_in").main([*options, f"--json={tmp_path / 'report.json'}"])
     printed = capsys.readouterr().out
     assert all(text in printed for text in ("PEFT", "with one line", "C3A's part", "saved for backward"))
     report = json.loads((tmp_path / "report.json").read_text())

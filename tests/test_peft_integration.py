@@ -6,6 +6,7 @@ the input gradient.
 """
 
 import copy
+import inspect
 import io
 import json
 import pickle
@@ -29,6 +30,8 @@ hotswap = pytest.importorskip("peft.utils.hotswap")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 from peft.tuners.c3a.layer import C3ALinear as PeftsLayer  # noqa: E402
 
+# PEFT 0.17's tuner has fewer verbs: it neither deletes an adapter nor sets one for inference.
+RECENT = "inference_mode" in inspect.signature(peft.C3AModel.set_adapter).parameters
 OURS = ["patched", "applied"]
 KINDS = ["peft", *OURS]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -202,6 +205,7 @@ def test_applying_again_sets_the_backend() -> None:
     c3a_triton.apply(model, backend="torch")
     check(model, ["default"])
     c3a_triton.apply(model, backend="reference")
+    model.add_adapter("second", config(target_modules=["k_proj"]))
     assert {layer.backend for layer in layers(model).values()} == {"reference"}
     check(model, ["default"])
     with pytest.raises(BackendError, match="'nonsense'"):
@@ -215,8 +219,11 @@ def test_what_apply_refuses() -> None:
         c3a_triton.apply(lora)
     with pytest.raises(ConfigError, match="no C3A layer"):
         integration.convert(lora)
-    with pytest.raises(ConfigError, match="leave cfg out"):
-        c3a_triton.apply(adapted("peft"), config())
+    for model in (adapted("peft"), adapted("applied")):
+        with pytest.raises(ConfigError, match="leave cfg out"):
+            c3a_triton.apply(model, config())
+        with pytest.raises(ConfigError, match=r"has C3A layers of PEFT.*PEFT's verbs"):
+            c3a_triton.load_adapter(model.get_base_model(), "anywhere")
 
 
 def test_layers_that_somebody_derived_are_left_alone() -> None:
@@ -245,9 +252,10 @@ def test_several_adapters_of_different_block_sizes(kind: str) -> None:
     check(model, ["second"])
     model.base_model.set_adapter(["default", "second"])
     check(model, ["default", "second"])
-    model.base_model.set_adapter(["second", "default"], inference_mode=True)
-    assert not any(p.requires_grad for p in model.parameters())
-    check(model, ["default", "second"])
+    if RECENT:
+        model.base_model.set_adapter(["second", "default"], inference_mode=True)
+        assert not any(p.requires_grad for p in model.parameters())
+        check(model, ["default", "second"])
 
 
 STEPS: dict[str, Callable[[Any], Any]] = {
@@ -269,6 +277,7 @@ STEPS: dict[str, Callable[[Any], Any]] = {
     "add again": lambda model: model.add_adapter("default", config()),
     "delete the other": lambda model: model.delete_adapter("second"),
 }
+NEEDS_RECENT = {"set for inference", "freeze", "delete", "add again", "delete the other"}
 
 
 @pytest.mark.parametrize("kind", OURS)
@@ -277,6 +286,8 @@ def test_the_same_life_as_in_peft(kind: str) -> None:
     ours = adapted(kind, llama_classifier(), task_type="SEQ_CLS")
     integration.unpatch_peft()
     for step, act in STEPS.items():
+        if step in NEEDS_RECENT and not RECENT:
+            continue
         for model in (theirs, ours):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -284,6 +295,8 @@ def test_the_same_life_as_in_peft(kind: str) -> None:
                 act(model)
         assert snapshot(ours) == snapshot(theirs), step
         assert ours.active_adapters == theirs.active_adapters, step
+        assert ours.get_model_status() == theirs.get_model_status(), step
+        assert ours.get_layer_status() == theirs.get_layer_status(), step
         assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters(), step
         torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-4, msg=step)
         for name, value in theirs.state_dict().items():
@@ -310,6 +323,7 @@ def test_disabling_does_not_leave_the_work_to_the_forward() -> None:
     assert not any(layer.merged for layer in layers(model).values())
 
 
+@pytest.mark.skipif(not RECENT, reason="PEFT 0.17 cannot delete a C3A adapter")
 @pytest.mark.parametrize("kind", KINDS)
 def test_deleting(kind: str) -> None:
     model = adapted(kind)
@@ -390,6 +404,7 @@ def test_unloading(kind: str) -> None:
     assert torch.equal(logits(adapted(kind, base).unload()), y)
 
 
+@pytest.mark.skipif(not RECENT, reason="PEFT 0.17 does not say that it merges for good")
 def test_merging_for_good_copies_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def keep(*args: object) -> None:
         raise AssertionError("a weight that nobody will ask for was kept")
@@ -557,7 +572,8 @@ def test_copies(kind: str, copied: str) -> None:
         twin = copy.deepcopy(model) if copied == "deepcopy" else pickle.loads(pickle.dumps(model))
     twin.base_model.set_adapter(["second"])
     check(twin, ["second"])
-    twin.delete_adapter("default")
+    if RECENT:
+        twin.delete_adapter("default")
     twin.merge_adapter()
     check(model, ["default", "second"])
 
@@ -583,7 +599,7 @@ def test_the_same_seed_gives_the_same_kernels(init_weights: bool | str) -> None:
 def test_pefts_refusals_stay(changes: dict[str, Any]) -> None:
     errors = []
     for kind in ("peft", "patched"):
-        with pytest.raises((ValueError, TypeError)) as raised:
+        with pytest.raises(Exception) as raised:
             adapted(kind, **changes)
         errors.append((raised.type, str(raised.value)))
     assert errors[0] == errors[1]

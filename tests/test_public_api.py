@@ -57,9 +57,10 @@ def test_members_of_layer_manager_and_config():
         "merge merged reset_c3a_parameters set_adapter unmerge update_layer weight"
     )
     manager = (
-        "active_adapters adapters add_adapter delete_adapter disable_adapter get_nb_trainable_parameters layers "
-        "load_adapter merge_adapter merge_and_unload print_trainable_parameters rename_adapter save_pretrained "
-        "set_adapter set_backend state_dict summary unload unmerge_adapter using"
+        "active_adapters adapters add_adapter add_weighted_adapter delete_adapter disable_adapter "
+        "get_nb_trainable_parameters hotswap_adapter layers load_adapter merge_adapter merge_and_unload "
+        "print_trainable_parameters rename_adapter save_pretrained set_adapter set_backend state_dict summary unload "
+        "unmerge_adapter using"
     )
     config = "from_dict from_pretrained save_pretrained to_dict"
     for cls, names in (

@@ -4,7 +4,7 @@ Two subclasses do it. An object of PEFT's becomes one of them by an exchange of 
 holds of it (parameters, hooks, optimizers) changes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,7 +68,7 @@ class C3ALinear(layer.C3ALinear, peft_layer.C3ALinear):
         self._refresh()
 
     def merge(
-        self, safe_merge: bool = False, adapter_names: list[str] | None = None, *, keep_base: str | None = "cpu"
+        self, safe_merge: bool = False, adapter_names: Iterable[str] | None = None, *, keep_base: str | None = "cpu"
     ) -> None:
         """As PEFT's, but rounded once, and never by arithmetic on the storage of a quantized weight.
 
@@ -108,6 +108,9 @@ class C3ALinear(layer.C3ALinear, peft_layer.C3ALinear):
 class C3AModel(peft_model.C3AModel):
     """PEFT's tuner, whose layers are converted as it builds them, and which gives each row of a batch its adapter."""
 
+    backend = "auto"
+    """What layers that are built from now on get."""
+
     def _create_and_replace(
         self,
         c3a_config: Any,
@@ -120,10 +123,16 @@ class C3AModel(peft_model.C3AModel):
     ) -> None:
         _create_and_replace(self, c3a_config, adapter_name, target, target_name, parent, current_key, **kwargs)
         built = getattr(parent, target_name)
+        _convert_tuner(self)
         # Into what PEFT has merged already, only PEFT can reach: it does not keep the original, it subtracts.
         if type(built) is peft_layer.C3ALinear and not built.merged:
-            _convert_layer(built, current_key)
-        _convert_tuner(self)
+            _convert_layer(built, current_key, self.backend)
+
+    def _cast_adapter_dtype(self, *args: Any, **kwargs: Any) -> None:
+        super()._cast_adapter_dtype(*args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, C3ALinear):
+                module._refresh()  # an older PEFT casts `.data`, of which nobody hears
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
@@ -202,10 +211,10 @@ def convert(model: nn.Module, *, backend: str = "auto") -> None:
             "unmerge_adapter() first"
         )
     for name, module in layers:
-        _convert_layer(module, name)
-        module.backend = backend
+        _convert_layer(module, name, backend)
     for module in model.modules():
-        _convert_tuner(module)
+        if _convert_tuner(module):
+            module.backend = backend  # type: ignore[assignment]
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -215,13 +224,15 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _convert_layer(module: Any, name: str) -> None:
-    if type(module) is C3ALinear:
-        return
-    module.__class__ = C3ALinear
-    module._prepare("auto", name)
+def _convert_layer(module: Any, name: str, backend: str) -> None:
+    if type(module) is peft_layer.C3ALinear:
+        module.__class__ = C3ALinear
+        module._prepare(backend, name)
+    module.backend = backend
 
 
-def _convert_tuner(module: Any) -> None:
+def _convert_tuner(module: Any) -> bool:
+    """Convert a module that is PEFT's tuner; whether it is one of ours now."""
     if type(module) is peft_model.C3AModel:
         module.__class__ = C3AModel
+    return type(module) is C3AModel
