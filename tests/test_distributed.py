@@ -104,22 +104,31 @@ def losses_and_adapter(folder: Path) -> tuple[torch.Tensor, dict[str, torch.Tens
     )
 
 
-LAUNCHERS = {
-    "Trainer, accelerate launch": (("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"), ()),
-    "plain loop, torchrun, FSDP2": (TORCHRUN, ("--plain-loop",)),
-}
+WAYS: dict[str, tuple[str, ...]] = {"plain loop, FSDP2": ("--plain-loop",), "Trainer, DDP": ()}
 
 
-@pytest.mark.parametrize("way", LAUNCHERS)
-def test_the_example_in_two_processes_trains_as_in_one(tmp_path: Path, way: str) -> None:
+@pytest.fixture(scope="module")
+def in_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the example writes in each way; in one launch, because importing costs more than training."""
     for package in ("transformers", "accelerate"):
         pytest.importorskip(package)
-    launcher, options = LAUNCHERS[way]
-    if launcher is not TORCHRUN:
-        launcher = (*launcher, "--main_process_port", str(29500 + os.getpid() % 1000))
-    launch(*launcher, str(EXAMPLE), *SMALL, *options, "--batch", "2", "--output", str(tmp_path / "two"))
-    example(tmp_path / "one", *options, "--batch", "4")
-    one, two = losses_and_adapter(tmp_path / "one"), losses_and_adapter(tmp_path / "two")
+    folder = tmp_path_factory.mktemp("two")
+    runs = [[*SMALL, *options, "--batch", "2", "--output", str(folder / way)] for way, options in WAYS.items()]
+    script = folder / "both.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(EXAMPLE.parent)!r}); import train\n"
+        f"sys.exit(max(train.main(arguments) for arguments in {runs!r}))\n"
+    )
+    port = str(29500 + os.getpid() % 1000)
+    options = ("--multi_gpu", "--num_processes", "2", "--main_process_port", port)
+    launch("accelerate.commands.launch", *options, str(script))
+    return folder
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_example_in_two_processes_trains_as_in_one(tmp_path: Path, in_two_processes: Path, way: str) -> None:
+    example(tmp_path, *WAYS[way], "--batch", "4")
+    one, two = losses_and_adapter(tmp_path), losses_and_adapter(in_two_processes / way)
     assert len(one[0]) == 20
     torch.testing.assert_close(two[0], one[0], rtol=0, atol=BOUND)
     assert two[1].keys() == one[1].keys()

@@ -328,8 +328,11 @@ def test_every_kind_of_model_saves_loads_and_merges(tmp_path: Path, kind: str) -
         torch.testing.assert_close(again(**batch).logits, before, rtol=0, atol=1e-4 * size)
 
 
-@pytest.mark.parametrize("kind", ["decoder", "Conv1D", "encoder-decoder"])
-@pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [("decoder", {}), ("decoder", {"num_beams": 3}), ("Conv1D", {}), ("encoder-decoder", {})],
+    ids=["decoder", "decoder, beams", "Conv1D", "encoder-decoder"],
+)
 def test_generation_with_a_cache(kind: str, how: dict[str, Any]) -> None:
     build, config = MODELS[kind]
     model = adapted(config, build).eval()
