@@ -170,7 +170,8 @@ def plain_loop(model: Any, data: Windows, args: argparse.Namespace) -> list[floa
         model.gradient_checkpointing_enable()
     if n_processes > 1:
         # Adapters first, then sharding: the kernels are sharded with the layers that hold them.
-        torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
         mesh = torch.distributed.init_device_mesh(kind, (n_processes,))
         for module in list(model.modules()):
             if type(module).__name__ in model._no_split_modules:
@@ -206,12 +207,12 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
     return 0
 
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    sys.exit(main())
+    status = main()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    sys.exit(status)
