@@ -27,7 +27,7 @@ def param_groups(
         lr: learning rate of the C3A kernels.
         weight_decay: weight decay of the C3A kernels.
         head_lr: learning rate of every other trainable parameter.
-        head_weight_decay: weight decay of those that are matrices; biases and norms get none.
+        head_weight_decay: weight decay of these, but of biases and norms, which get none.
 
     Returns:
         Up to three groups, named `"c3a"`, `"heads"` and `"biases and norms"`, that hold every trainable parameter once.
@@ -40,38 +40,38 @@ def param_groups(
     for name, value in rates.items():
         if value < 0:
             raise ConfigError(f"{name} must not be negative, got {value}")
-    kernels = {
-        id(kernel)
+    kernels: list[nn.Parameter] = []
+    heads: list[nn.Parameter] = []
+    biases: list[nn.Parameter] = []
+    adapted = False
+    containers = {
+        container
         for module in model.modules()
         # PEFT's layers have the same attribute.
         if isinstance(container := getattr(module, "c3a_kernel", None), nn.ParameterDict)
-        for kernel in container.parameters()
     }
-    if not kernels:
+    seen: set[nn.Parameter] = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            adapted |= module in containers
+            if parameter in seen or not parameter.requires_grad:
+                continue
+            seen.add(parameter)
+            # Not by the number of dimensions: sharding libraries flatten what they shard.
+            is_bias = name == "bias" or type(module).__name__.endswith("Norm")
+            (kernels if module in containers else biases if is_bias else heads).append(parameter)
+    if not adapted:
         raise ConfigError(
             f"{type(model).__name__} has no C3A adapter: adapt it first, with c3a_triton.apply(model, config)"
         )
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    adapters = [parameter for parameter in trained if id(parameter) in kernels]
-    if not adapters:
+    if not kernels:
         raise AdapterStateError(
             "every C3A kernel is frozen: activate an adapter for training (model.c3a.set_adapter(name)), or load it "
             "with is_trainable=True"
         )
-    others = [parameter for parameter in trained if id(parameter) not in kernels]
     groups: list[dict[str, Any]] = [
-        {"name": "c3a", "params": adapters, "lr": lr, "weight_decay": weight_decay},
-        {
-            "name": "heads",
-            "params": [parameter for parameter in others if parameter.ndim > 1],
-            "lr": head_lr,
-            "weight_decay": head_weight_decay,
-        },
-        {
-            "name": "biases and norms",
-            "params": [parameter for parameter in others if parameter.ndim <= 1],
-            "lr": head_lr,
-            "weight_decay": 0.0,
-        },
+        {"name": "c3a", "params": kernels, "lr": lr, "weight_decay": weight_decay},
+        {"name": "heads", "params": heads, "lr": head_lr, "weight_decay": head_weight_decay},
+        {"name": "biases and norms", "params": biases, "lr": head_lr, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]

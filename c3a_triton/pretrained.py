@@ -10,7 +10,7 @@ from torch import nn
 
 from .config import CONFIG_NAME
 from .layer import C3ALinear
-from .targets import base_name
+from .targets import base_name, unwrapped_name
 
 __all__ = ["SavePretrained", "prepare", "release"]
 
@@ -67,7 +67,7 @@ class SavePretrained:
         """As the model's own method."""
         if left_out := self._left_out():
             state_dict = self.model.state_dict() if state_dict is None else state_dict
-            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in left_out}
+            state_dict = {name: tensor for name, tensor in state_dict.items() if unwrapped_name(name) not in left_out}
         if not (self.adapter_only and _is_resumed_or_complete(os.fspath(save_directory))):
             warnings.warn(
                 f"save_pretrained of a {type(self.model).__name__} with C3A adapters in place writes the layers under "
@@ -77,16 +77,20 @@ class SavePretrained:
             )
         # FSDP2 changes the model's class, so that it is asked for late.
         save: Any = type(self.model).save_pretrained  # type: ignore[attr-defined]
-        return save(self.model, save_directory, *args, state_dict=state_dict, **kwargs)
+        if state_dict is not None:
+            kwargs["state_dict"] = state_dict
+        return save(self.model, save_directory, *args, **kwargs)
 
     def _left_out(self) -> set[str]:
         """Names of parameters that are not to be saved."""
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         if self.adapter_only:
-            return {name for name, parameter in parameters.items() if not parameter.requires_grad}
-        # transformers drops one of two names of a tied weight only if it knows both, and it does not know these.
-        firsts = {name for name, _ in self.model.named_parameters()}
-        return {name for name in parameters if name not in firsts and base_name(name) != name}
+            names = {name for name, parameter in parameters.items() if not parameter.requires_grad}
+        else:
+            # transformers drops one of two names of a tied weight only if it knows both, and it does not know these.
+            firsts = {name for name, _ in self.model.named_parameters()}
+            names = {name for name in parameters if name not in firsts and base_name(name) != name}
+        return set(map(unwrapped_name, names))
 
 
 def _is_resumed_or_complete(directory: str) -> bool:
@@ -95,7 +99,7 @@ def _is_resumed_or_complete(directory: str) -> bool:
     return _CHECKPOINT_FOLDER.fullmatch(folder) is not None or os.path.exists(os.path.join(directory, CONFIG_NAME))
 
 
-def _before_training_forward(model: nn.Module, args: tuple[Any, ...]) -> None:
+def _before_training_forward(model: Any, args: tuple[Any, ...]) -> None:
     """Forward pre-hook: what can only be seen when training starts.
 
     A reentrant checkpoint passes no gradient on to parameters unless one of its inputs wants one, and with a frozen
@@ -105,8 +109,10 @@ def _before_training_forward(model: nn.Module, args: tuple[Any, ...]) -> None:
         return
     _warn_fused_loss(model)
     hooked = getattr(model, "_require_grads_hooks", None) or getattr(model, "_require_grads_hook", None)
-    if not hooked and any(map(_checkpoints_reentrantly, model.modules())):
-        model.enable_input_require_grads()  # type: ignore[operator]
+    if hooked or not hasattr(model, "enable_input_require_grads"):
+        return
+    if any(map(_checkpoints_reentrantly, model.modules())):
+        model.enable_input_require_grads()
 
 
 def _checkpoints_reentrantly(module: nn.Module) -> bool:
@@ -130,11 +136,11 @@ def _warn_quantized(model: Any) -> None:
 
 
 def _warn_fused_loss(model: Any) -> None:
-    library = getattr(model.forward, "__module__", "").partition(".")[0]
-    if library not in _FUSED_LOSSES:
-        return
-    head = model.get_output_embeddings()
-    if isinstance(head, C3ALinear):
+    # The class's own too: accelerate's hooks hide it.
+    modules = (str(getattr(forward, "__module__", None)) for forward in (model.forward, type(model).forward))
+    library = next((name for name in (module.partition(".")[0] for module in modules) if name in _FUSED_LOSSES), None)
+    head = getattr(model, "lm_head", None)
+    if library is not None and isinstance(head, C3ALinear):
         warnings.warn(
             f"{head.layer_name} is adapted, but the forward of {type(model).__name__} is that of {library}, whose "
             "fused loss reads the weight of this layer and does not call it: its adapter is neither applied in "

@@ -221,11 +221,11 @@ def _sharded(name: str, module: nn.Module) -> str | None:
     when it is initialised, and its weights are no DTensors.
     """
     base: Any = module.get_base_layer() if isinstance(module, C3ALinear) else module
-    weight = getattr(base, "weight", None)
-    if not (isinstance(weight, Tensor) and is_sharded(weight)):
+    weight: Any = base._parameters.get("weight")
+    if weight is None or not is_sharded(weight):
         return None
     return (
-        f"{name} is sharded already (its weight is a DTensor with {weight.placements}), so that an adapter "  # type: ignore[attr-defined]
+        f"{name} is sharded already (its weight is a DTensor with {weight.placements}), so that an adapter "
         "would not be reduced with the rest. For FSDP2 adapt the model first and call fully_shard afterwards. A "
         "tensor-parallel layer cannot be adapted: leave it out of the plan, or shard with FSDP2"
     )

@@ -1,16 +1,18 @@
-"""Fine-tune a language model on a text with C3A and transformers' Trainer, on one device or on several.
+"""Fine-tune a language model on a text with C3A, on one device or on several.
 
     python examples/train.py --model FOLDER --text FILE --output adapter
-    torchrun --nproc-per-node 2 examples/train.py ...                       # DDP
+    torchrun --nproc-per-node 2 examples/train.py ...                # transformers' Trainer, data parallel
+    accelerate launch --num_processes 2 examples/train.py ...        # the same
+    torchrun --nproc-per-node 2 examples/train.py --plain-loop ...   # a loop of torch's own, sharded by FSDP2
     accelerate launch --num_processes 2 --use_fsdp --fsdp_version 2 \\
-        --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP --fsdp_transformer_layer_cls_to_wrap LlamaDecoderLayer \\
-        --fsdp_state_dict_type SHARDED_STATE_DICT examples/train.py ...     # FSDP2
+        --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP examples/train.py ...   # the Trainer, sharded (GPUs only)
 
 Without arguments it adapts a tiny model with random weights to Python's documentation, byte by byte, on a CPU too. The
 adapter is saved in PEFT's form; `--resume` goes on from the last checkpoint in the output folder.
 """
 
 import argparse
+import json
 import os
 import sys
 import warnings
@@ -21,6 +23,7 @@ import corpus
 import torch
 import transformers
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 
 import c3a_triton
 from c3a_triton.integrations.transformers import SaveAdapterCallback
@@ -43,6 +46,8 @@ class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 class C3ATrainer(transformers.Trainer):
     """The Trainer with C3A's learning-rate groups, made when the model has its final (perhaps sharded) parameters."""
+
+    optimizer: Any
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW over `c3a_triton.param_groups`; `args.learning_rate` and `args.weight_decay` are the kernels'."""
@@ -88,16 +93,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--text", type=Path, metavar="FILE", help="a text file, or a folder of them")
     parser.add_argument("--output", type=Path, default=Path("out/train"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--block-size", default="auto", metavar="B", help='an integer, or "auto", the default')
-    parser.add_argument("--target-modules", nargs="+", default=["all-linear"], metavar="NAME", help="default: all-linear")
+    parser.add_argument(
+        "--target-modules", nargs="+", default=["all-linear"], metavar="NAME", help="default: all-linear"
+    )
     parser.add_argument("--steps", type=int, default=100, metavar="N", help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=4, metavar="N", help="per process; default: %(default)s")
     parser.add_argument("--length", type=int, default=128, metavar="T", help="tokens per example; default: %(default)s")
     parser.add_argument("--lr", type=float, default=1e-1, help="of the C3A kernels; default: %(default)s")
     parser.add_argument("--save-steps", type=int, metavar="N", help="checkpoints; default: only at the end")
+    parser.add_argument("--plain-loop", action="store_true", help="a loop of torch's own in place of the Trainer")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     parser.add_argument("--cpu", action="store_true", help="even where there is a GPU")
     args = parser.parse_args(argv)
+    if args.plain_loop and (args.resume or args.save_steps):
+        parser.error("--plain-loop writes no checkpoints: leave --resume and --save-steps out")
     if args.block_size != "auto":
         if not (args.block_size.isdecimal() and int(args.block_size)):
             parser.error(f'--block-size {args.block_size}: give a positive integer or "auto"')
@@ -106,7 +116,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Adapt, train, save."""
+    """Adapt and train; the adapter is saved in the output folder."""
     text = corpus.documentation() if args.text is None else b"\n".join(corpus.files_at(args.text).values())
     model, tokenizer = load(args.model)
     if tokenizer is None and model.config.vocab_size < corpus.BYTES:
@@ -116,6 +126,17 @@ def train(args: argparse.Namespace) -> None:
     transformers.set_seed(0)  # every process begins with the same adapter
     config = c3a_triton.C3AConfig(block_size=args.block_size, rank=rank, target_modules=targets, task_type="CAUSAL_LM")
     model = c3a_triton.apply(model, config)
+    data = Windows(corpus.tokens_of(text, tokenizer), args.length)
+    if int(os.environ.get("RANK", "0")) == 0:
+        model.c3a.print_trainable_parameters()
+    losses = (plain_loop if args.plain_loop else with_trainer)(model, data, args)
+    if int(os.environ.get("RANK", "0")) == 0:
+        (args.output / "losses.json").write_text(json.dumps(losses))
+        print(f"loss {losses[0]:.3f} to {losses[-1]:.3f}; the adapter is in {args.output}")
+
+
+def with_trainer(model: Any, data: Windows, args: argparse.Namespace) -> list[float]:
+    """Train with transformers' Trainer; returns each step's loss."""
     on_gpu = torch.cuda.is_available() and not args.cpu
     job = C3ATrainer(
         model,
@@ -132,15 +153,49 @@ def train(args: argparse.Namespace) -> None:
             ddp_find_unused_parameters=False,
             report_to=[],
         ),
-        train_dataset=Windows(corpus.tokens_of(text, tokenizer), args.length),
-        callbacks=[SaveAdapterCallback()],
+        train_dataset=data,
+        callbacks=[SaveAdapterCallback()],  # checkpoints without the base
     )
-    if job.is_world_process_zero():
-        model.c3a.print_trainable_parameters()
     job.train(resume_from_checkpoint=args.resume)
-    job.save_state()
-    if job.is_world_process_zero():
-        print(f"the adapter is in {args.output}")
+    return [entry["loss"] for entry in job.state.log_history if "loss" in entry]
+
+
+def plain_loop(model: Any, data: Windows, args: argparse.Namespace) -> list[float]:
+    """Train with a loop of torch's own, several processes by FSDP2; returns each step's loss."""
+    kind = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
+    rank, n_processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
+    model.to(device).train()
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if n_processes > 1:
+        # Adapters first, then sharding: the kernels are sharded with the layers that hold them.
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
+        mesh = torch.distributed.init_device_mesh(kind, (n_processes,))
+        for module in list(model.modules()):
+            if type(module).__name__ in model._no_split_modules:
+                fully_shard(module, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(c3a_triton.param_groups(model, lr=args.lr))
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=args.steps)
+    order = torch.Generator().manual_seed(0)
+    losses = []
+    for _ in range(args.steps):
+        # Each process draws the whole batch and takes its own rows.
+        chosen = torch.randint(len(data), (n_processes * args.batch,), generator=order)[rank::n_processes]
+        batch = data.windows[chosen].to(device)
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        loss = loss.detach()
+        if n_processes > 1:
+            torch.distributed.all_reduce(loss, torch.distributed.ReduceOp.SUM)
+        losses.append(loss.item() / n_processes)
+    model.c3a.save_pretrained(args.output)  # every process calls: the shards are put together
+    return losses
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -152,12 +207,12 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
     return 0
 
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    sys.exit(main())
+    status = main()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    sys.exit(status)

@@ -48,6 +48,7 @@ def test_signatures():
     assert parameters(c3a_triton.apply) == ["model", "cfg=None", "adapter_name='default'", "backend='auto'"]
     assert parameters(c3a_triton.load_adapter)[:3] == ["model", "directory", "adapter_name='default'"]
     assert parameters(c3a_triton.explain)[:2] == ["layer_or_shapes", "tokens=(1, 1024, 8192)"]
+    assert parameters(c3a_triton.param_groups)[:3] == ["model", "lr=0.1", "weight_decay=0.0"]
     assert parameters(c3a_triton.suggest_block_size) == ["in_features", "out_features", "rank=None", "max_params=None"]
 
 

@@ -262,6 +262,21 @@ def test_a_module_trained_whole_does_not_copy_the_model(monkeypatch: pytest.Monk
     model.c3a.add_adapter("head", C3AConfig(block_size=2, target_modules=["k_proj"], modules_to_save=["lm_head"]))
 
 
+def test_wrappers_are_not_in_the_names_of_files(tmp_path: Path) -> None:
+    """Blocks that are compiled or checkpointed by torch itself."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = adapted()
+    model.model.layers[0] = checkpoint_wrapper(model.model.layers[0])
+    model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+    model.c3a.save_pretrained(tmp_path)
+    assert_same(load_adapter(llama(), tmp_path).c3a.state_dict(), adapted().c3a.state_dict())
+    model.save_pretrained.adapter_only = True
+    model.save_pretrained(tmp_path / "checkpoint-1")
+    with safe_open(tmp_path / "checkpoint-1" / "model.safetensors", "pt") as file:
+        assert all("c3a_kernel" in key for key in file.keys())  # noqa: SIM118
+
+
 # Kinds of models
 
 MODELS: dict[str, tuple[Callable[[], Any], C3AConfig]] = {
@@ -328,8 +343,11 @@ def test_every_kind_of_model_saves_loads_and_merges(tmp_path: Path, kind: str) -
         torch.testing.assert_close(again(**batch).logits, before, rtol=0, atol=1e-4 * size)
 
 
-@pytest.mark.parametrize("kind", ["decoder", "Conv1D", "encoder-decoder"])
-@pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [("decoder", {}), ("decoder", {"num_beams": 3}), ("Conv1D", {}), ("encoder-decoder", {})],
+    ids=["decoder", "decoder, beams", "Conv1D", "encoder-decoder"],
+)
 def test_generation_with_a_cache(kind: str, how: dict[str, Any]) -> None:
     build, config = MODELS[kind]
     model = adapted(config, build).eval()

@@ -7,6 +7,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from c3a_triton.errors import ConfigError
+from c3a_triton.linear_like import is_sharded
 from c3a_triton.manager import AdapterManager
 from c3a_triton.pretrained import SavePretrained
 
@@ -46,16 +47,17 @@ class SaveAdapterCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         """Add the adapters to the checkpoint."""
-        _save(model.c3a, Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        _save(args, model, Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         """Save the adapters to the output folder."""
-        _save(model.c3a, Path(args.output_dir))
+        _save(args, model, Path(args.output_dir))
 
 
-def _save(manager: AdapterManager, directory: Path) -> None:
-    # Every process calls: where tensors are sharded, all of them are needed to gather them, and one writes.
-    for name in manager.adapters:
-        manager.save_pretrained(directory if name == "default" else directory / name, name)
+def _save(args: TrainingArguments, model: Any, directory: Path) -> None:
+    # Where tensors are sharded, every process is needed to put them together.
+    if args.should_save or any(map(is_sharded, model.parameters())):
+        for name in model.c3a.adapters:
+            model.c3a.save_pretrained(directory if name == "default" else directory / name, name)

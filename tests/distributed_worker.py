@@ -1,0 +1,181 @@
+"""What one of several processes does: train a model in every way of spreading it, and compare with doing it alone.
+
+Run by torchrun from `test_distributed.py`; the first process prints one JSON object per case.
+"""
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import c3a_triton
+from c3a_triton import C3AConfig
+
+STEPS, ROWS, WIDTH = 20, 4, 12
+CONFIG = C3AConfig(
+    block_size=4, target_modules=["up", "down"], modules_to_save=["head"], bias="c3a_only", init_weights="gaussian"
+)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Block(), Block())
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(x))
+
+
+def build(config: C3AConfig = CONFIG) -> Any:
+    torch.manual_seed(0)
+    return c3a_triton.apply(Model(), config)
+
+
+def train(model: nn.Module, rank: int = 0, n_processes: int = 1) -> Tensor:
+    """The losses of each step, over the whole batch, of which each process computes its rows."""
+    optimizer = torch.optim.AdamW(c3a_triton.param_groups(model, lr=3e-2, head_lr=1e-2))
+    generator = torch.Generator().manual_seed(1)
+    losses = []
+    for _ in range(STEPS):
+        x, target = torch.randn(ROWS, WIDTH, generator=generator), torch.randn(ROWS, 3, generator=generator)
+        loss = (model(x[rank::n_processes]) - target[rank::n_processes]).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = loss.detach()
+        if n_processes > 1:
+            dist.all_reduce(loss)
+        losses.append(loss / n_processes)
+    return torch.stack(losses)
+
+
+def sharded(model: Any, **options: Any) -> Any:
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def with_base_whole(model: Any) -> Any:
+    return sharded(model, ignored_params={p for p in model.parameters() if not p.requires_grad})
+
+
+def in_bfloat16(model: Any) -> Any:
+    return sharded(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+
+
+def fsdp1(model: Any) -> Any:
+    # The policy that README documents: whole blocks, and parameters as they are.
+    return FullyShardedDataParallel(
+        model, use_orig_params=True, auto_wrap_policy=ModuleWrapPolicy({Block}), device_id=torch.device("cpu")
+    )
+
+
+WAYS: dict[str, Callable[[Any], Any]] = {
+    "ddp": nn.parallel.DistributedDataParallel,
+    "fsdp2": sharded,
+    "fsdp2, base whole": with_base_whole,
+    "fsdp2, bfloat16": in_bfloat16,
+    "fsdp1": fsdp1,
+}
+
+
+def spread(way: str, folder: Path) -> dict[str, Any]:
+    """Train, save and load on one device; differences from training alone."""
+    alone = build()
+    expected = train(alone)
+    model = build()
+    start = {name: tensor.clone() for name, tensor in model.c3a.state_dict().items()}
+    wrapped = WAYS[way](model)
+    losses = train(wrapped, dist.get_rank(), dist.get_world_size())
+    if way == "fsdp1":
+        with FullyShardedDataParallel.summon_full_params(wrapped, writeback=False):
+            model.c3a.save_pretrained(folder)
+    else:
+        model.c3a.save_pretrained(folder)
+    dist.barrier()
+    torch.manual_seed(0)
+    loaded = c3a_triton.load_adapter(Model(), folder).c3a.state_dict()
+    found = alone.c3a.state_dict()
+    moved = min(float((found[name] - start[name]).abs().max()) for name in found)
+    return {
+        "loss": float((losses - expected).abs().max()),
+        "adapter": max(float((loaded[name] - found[name]).abs().max()) for name in found),
+        "same names": loaded.keys() == found.keys(),
+        "moved": moved,
+        "kernels sharded": "fsdp2" in way
+        and all("DTensor" in type(layer.c3a_kernel["default"]).__name__ for _, layer in model.c3a.layers()),
+    }
+
+
+def message(function: Callable[[], Any]) -> str:
+    try:
+        function()
+    except (ValueError, NotImplementedError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def refused(folder: Path) -> dict[str, str]:
+    """What is said about layers of which each process holds a part."""
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    only_up = C3AConfig(block_size=4, target_modules=["up"])
+    only_down = C3AConfig(block_size=4, target_modules=["down"])
+    x = torch.randn(ROWS, WIDTH)
+
+    def adapt_sharded(plan: dict[str, Any]) -> None:
+        c3a_triton.apply(parallelize_module(Model(), mesh, plan), only_up)
+
+    def load_sharded() -> None:
+        c3a_triton.load_adapter(sharded(Model()), folder)
+
+    def forward(config: C3AConfig, plan: dict[str, Any]) -> None:
+        parallelize_module(build(config), mesh, plan)(x)
+
+    up, down = {"blocks.0.up": ColwiseParallel()}, {"blocks.0.down": RowwiseParallel()}
+    both = {"blocks.0.up.base_layer": ColwiseParallel()}
+    return {
+        "adapt colwise": message(lambda: adapt_sharded(up)),
+        "adapt fsdp2": message(load_sharded),
+        "colwise base": message(lambda: forward(only_up, both)),
+        "rowwise base": message(lambda: forward(only_down, {**up, "blocks.0.down.base_layer": RowwiseParallel()})),
+        "beside the plan": message(lambda: forward(C3AConfig(block_size=4, target_modules=["1.up"]), {**up, **down})),
+    }
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    results: dict[str, Any] = {}
+    for way in WAYS:
+        try:
+            results[way] = spread(way, folder / way)
+        except Exception:
+            results[way] = traceback.format_exc()
+    results["refused"] = refused(folder / "fsdp2")
+    if dist.get_rank() == 0:
+        (folder / "results.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

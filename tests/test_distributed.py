@@ -1,0 +1,168 @@
+"""Two processes agree with one: DDP, FSDP2, FSDP1, and examples/train.py under its launchers. CPUs and gloo."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import c3a_triton
+
+if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+    pytest.skip("torch without gloo", allow_module_level=True)
+
+TESTS = Path(__file__).resolve().parent
+EXAMPLE = TESTS.parent / "examples" / "train.py"
+BOUND = 1e-5
+
+
+def launch(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        env=variables | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return done
+
+
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All cases of `distributed_worker.py`, in one launch."""
+    folder = tmp_path_factory.mktemp("spread")
+    launch(*TORCHRUN, str(TESTS / "distributed_worker.py"), str(folder))
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp2", "fsdp2, base whole", "fsdp1"])
+def test_two_processes_train_as_one_and_their_files_load_on_one(results: dict[str, Any], way: str) -> None:
+    """Kernels, biases and a module trained whole, after 20 steps of the same batches."""
+    found = results[way]
+    assert isinstance(found, dict), found
+    assert found["same names"]
+    assert found["moved"] > 1e-2
+    assert found["loss"] <= BOUND
+    assert found["adapter"] <= BOUND
+    assert found["kernels sharded"] == way.startswith("fsdp2")
+
+
+def test_mixed_precision_of_fsdp2(results: dict[str, Any]) -> None:
+    found = results["fsdp2, bfloat16"]
+    assert isinstance(found, dict), found
+    assert found["kernels sharded"]
+    assert BOUND < found["loss"] < 0.05
+    assert found["adapter"] < found["moved"]
+
+
+def test_what_cannot_be_spread_says_what_to_do(results: dict[str, Any]) -> None:
+    said = results["refused"]
+    assert said["adapt colwise"].startswith("ConfigError: blocks.0.up is sharded already")
+    assert "leave it out of the plan" in said["adapt colwise"]
+    assert said["adapt fsdp2"].startswith("CheckpointError")
+    assert "adapt the model first and call fully_shard afterwards" in said["adapt fsdp2"]
+    for case, name in (("colwise base", "blocks.0.up"), ("rowwise base", "blocks.0.down")):
+        assert said[case].startswith(f"ShapeError: {name}: x has the shape")
+        assert "tensor-parallel" in said[case]
+    assert said["beside the plan"] == "no error"
+
+
+# examples/train.py
+
+SMALL = ("--cpu", "--steps", "20", "--block-size", "8", "--length", "16", "--lr", "0.05", "--target-modules", "q_proj")
+
+
+def example(folder: Path, *arguments: str) -> None:
+    """The example in this process."""
+    sys.path.insert(0, str(EXAMPLE.parent))  # it imports its neighbours
+    try:
+        spec = importlib.util.spec_from_file_location("train_example", EXAMPLE)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        assert module.main([*SMALL, "--output", str(folder), *arguments]) == 0
+    finally:
+        sys.path.remove(str(EXAMPLE.parent))
+
+
+def losses_and_adapter(folder: Path) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return torch.tensor(json.loads((folder / "losses.json").read_text())), load_file(
+        folder / "adapter_model.safetensors"
+    )
+
+
+WAYS: dict[str, tuple[str, ...]] = {"plain loop, FSDP2": ("--plain-loop",), "Trainer, DDP": ()}
+
+
+@pytest.fixture(scope="module")
+def in_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the example writes in each way; in one launch, because importing costs more than training."""
+    for package in ("transformers", "accelerate"):
+        pytest.importorskip(package)
+    folder = tmp_path_factory.mktemp("two")
+    runs = [[*SMALL, *options, "--batch", "2", "--output", str(folder / way)] for way, options in WAYS.items()]
+    script = folder / "both.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(EXAMPLE.parent)!r}); import train\n"
+        f"sys.exit(max(train.main(arguments) for arguments in {runs!r}))\n"
+    )
+    port = str(29500 + os.getpid() % 1000)
+    options = ("--multi_gpu", "--num_processes", "2", "--main_process_port", port)
+    launch("accelerate.commands.launch", *options, str(script))
+    return folder
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_example_in_two_processes_trains_as_in_one(tmp_path: Path, in_two_processes: Path, way: str) -> None:
+    example(tmp_path, *WAYS[way], "--batch", "4")
+    one, two = losses_and_adapter(tmp_path), losses_and_adapter(in_two_processes / way)
+    assert len(one[0]) == 20
+    torch.testing.assert_close(two[0], one[0], rtol=0, atol=BOUND)
+    assert two[1].keys() == one[1].keys()
+    for name, tensor in one[1].items():
+        assert tensor.abs().max() > 0.1
+        torch.testing.assert_close(two[1][name], tensor, rtol=0, atol=BOUND)
+
+
+def test_the_example_resumes_and_takes_a_model_and_a_text(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from tiny_models import llama
+
+    llama(vocab_size=256).save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 40)
+    own = ("--model", str(tmp_path / "model"), "--text", str(tmp_path / "text.txt"), "--gradient-checkpointing")
+    example(tmp_path / "out", *own, "--steps", "4", "--save-steps", "2")
+    whole = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    (tmp_path / "out" / "checkpoint-4").rename(tmp_path / "gone")
+    example(tmp_path / "out", *own, "--steps", "4", "--save-steps", "2", "--resume")
+    again = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+    c3a_triton.load_adapter(llama(vocab_size=256), tmp_path / "out" / "checkpoint-4")
+
+
+def test_the_example_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    for arguments, expected in {
+        ("--block-size", "-3"): "positive integer",
+        ("--plain-loop", "--resume"): "writes no checkpoints",
+    }.items():
+        with pytest.raises(SystemExit):
+            example(tmp_path, *arguments)
+        assert expected in capsys.readouterr().err
+    with pytest.raises(AssertionError):
+        example(tmp_path, "--text", str(tmp_path / "nowhere"))
+    assert "no such file or folder" in capsys.readouterr().err
