@@ -201,7 +201,7 @@ def _tiled_product(
 
 
 def _by_block_size(kernels: Sequence[Tensor], rows: tuple[int, ...]) -> list[tuple[int, tuple[int, ...]]]:
-    """(b, address for each row) of every launch: rows of another launch have −1, rows without adapter 0 in the first."""
+    """(b, address for each row) of every launch: −1 for rows of another one, 0 for rows of none, in the first."""
     sizes = dict.fromkeys(kernels[adapter].shape[2] for adapter in rows if adapter >= 0)
     groups = []
     for place, b in enumerate(sizes):
@@ -279,7 +279,7 @@ def _check(x: Tensor, kernels: Sequence[Tensor], rows: Sequence[int], transpose:
         raise ShapeError(f"x has {x.shape[0]} tokens for {len(rows)} rows: each row must have the same number")
     if not -1 <= min(rows) <= max(rows) < len(kernels) or max(rows) < 0:
         raise ShapeError(
-            f"rows from {min(rows)} to {max(rows)} for {len(kernels)} adapters: an index, or −1 for none, and not −1 for all"
+            f"rows from {min(rows)} to {max(rows)} for {len(kernels)} adapters: give an index or −1, and not −1 alone"
         )
     widths = set()
     for w in kernels:

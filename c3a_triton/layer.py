@@ -24,6 +24,7 @@ from .linear_like import (
     weight_access,
 )
 from .ops import add_circulant_, c3a_linear, circulant_linear, circulant_matrix
+from .ops_rows import c3a_linear_rows
 
 __all__ = ["BASE_ROW", "C3ALinear", "check_adapter_name", "expand_rows"]
 
@@ -239,20 +240,45 @@ class C3ALinear(nn.Module):
         self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> Tensor:
         dtype = x.dtype
+        given = adapter_names is not None
+        names = adapter_names if given else self._row_adapters
+        if names is not None and not self._disable_adapters:
+            return self._forward_rows(expand_rows(names, x.shape[0], exact=given), x, *args, **kwargs).to(dtype)
         y = self.base_layer(x, *args, **kwargs)
         # With offloading or several devices the base layer's hook decides where it computes.
         x = x.to(y.device)
-        if adapter_names is not None and not self._disable_adapters:
-            y = self._add_rows(y, x, expand_rows(adapter_names, x.shape[0], exact=True))
-        elif self._row_adapters is not None and not self._disable_adapters:
-            y = self._add_rows(y, x, expand_rows(self._row_adapters, x.shape[0]))
-        else:
-            kernels = self._kernels
-            if kernels is None or any(kernel.device != x.device for kernel in kernels):
-                kernels = tuple(self._kernel_on(name, x.device) for name in self._applied_names())
-            for kernel in _sums_by_block_size(kernels):
-                y = y + circulant_linear(x, kernel, backend=self._exact_backend).to(y.dtype)
+        kernels = self._kernels
+        if kernels is None or any(kernel.device != x.device for kernel in kernels):
+            kernels = tuple(self._kernel_on(name, x.device) for name in self._applied_names())
+        for kernel in _sums_by_block_size(kernels):
+            y = y + circulant_linear(x, kernel, backend=self._exact_backend).to(y.dtype)
         return y.to(dtype)
+
+    def _forward_rows(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output plus, for each row, that of the adapter of its name, if this layer has it."""
+        if self.merged_adapters:
+            raise AdapterStateError(
+                f"{self._label}: rows cannot have adapters of their own while {self.merged_adapters} are merged; "
+                "unmerge them first"
+            )
+        present = [name for name in dict.fromkeys(names) if name in self.c3a_kernel]
+        if not present:
+            return self.base_layer(x, *args, **kwargs)
+        index = {name: i for i, name in enumerate(present)}
+        rows = [index.get(name, -1) for name in names]
+        base = self.base_layer
+        y = weight = bias = None
+        if not args and not kwargs and is_plain(base, x):
+            weight, bias = base.weight, base.bias
+        else:
+            y = base(x, *args, **kwargs)
+            x = x.to(y.device)
+        kernels = [self._kernel_on(name, x.device) for name in present]
+        try:
+            delta = c3a_linear_rows(x, weight, bias, kernels, rows, backend=self._exact_backend)  # type: ignore[arg-type]
+        except ShapeError as error:
+            raise ShapeError(f"{self._label}: {error}") from None
+        return delta if y is None else y + delta.to(y.dtype)
 
     @property
     def _exact_backend(self) -> str:
@@ -265,22 +291,6 @@ class C3ALinear(nn.Module):
                 "own. Choose another backend for this layer, such as 'auto'"
             )
         return self.backend
-
-    def _add_rows(self, y: Tensor, x: Tensor, names: list[str]) -> Tensor:
-        """y plus, for each row, the adapter of that name."""
-        if self.merged_adapters:
-            raise AdapterStateError(
-                f"{self._label}: rows cannot have adapters of their own while {self.merged_adapters} are merged; "
-                "unmerge them first"
-            )
-        for name in dict.fromkeys(names):
-            if name not in self.c3a_kernel:
-                continue
-            rows = torch.tensor([row for row, other in enumerate(names) if other == name], device=x.device)
-            kernel = self._kernel_on(name, x.device)
-            delta = circulant_linear(x.index_select(0, rows), kernel, backend=self._exact_backend)
-            y = y.index_add(0, rows, delta.to(y.dtype))
-        return y
 
     # PEFT's attributes
 
