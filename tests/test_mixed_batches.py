@@ -1,7 +1,11 @@
 """Batches whose rows have adapters of their own: kernels, ops, layers, models."""
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import oracle
 import pytest
@@ -388,3 +392,12 @@ def test_a_model_of_ones_own_compiles_and_takes_no_harm_from_the_hook() -> None:
     torch.testing.assert_close(compiled(x), model(x))
     with model.c3a.using(["default", "__base__", "default"]):
         torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_the_example(tmp_path: Path) -> None:
+    example = Path(__file__).resolve().parents[1] / "examples" / "serve_many.py"
+    arguments = "--adapters 3 --requests 5 --new-tokens 4 --hidden 64 --layers 1".split()
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, example, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "5 requests for 3 adapters and the base, 4 distinct texts" in done.stdout
