@@ -59,10 +59,9 @@ def expand_rows(names: Sequence[str], n_rows: int, *, exact: bool = False) -> li
     Raises:
         ShapeError: the numbers do not fit.
     """
-    repeats, rest = divmod(n_rows, len(names)) if names else (0, 1)
-    if rest or (exact and repeats != 1):
+    if not names or n_rows % len(names) or (exact and n_rows != len(names)):
         raise ShapeError(f"{len(names)} adapter names for a batch of {n_rows} rows: give one name per row")
-    return [name for name in names for _ in range(repeats)]
+    return [name for name in names for _ in range(n_rows // len(names))]
 
 
 @dataclass
