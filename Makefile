@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: test test-triton36 lint demo bench dist clean
+.PHONY: test test-triton36 lint demo bench hub dist clean
 
 test: $(VENV)/.installed
 	# A file stays in one worker, so that kernels are compiled once. One thread per worker: small tensors wait longer for
@@ -25,6 +25,10 @@ demo: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench.cpu
+
+# The operators for the hub's kernel loader (`kernels.get_local_kernel("out/hub")`), copied from the package.
+hub:
+	$(PYTHON) hub/assemble.py out/hub
 
 dist: $(VENV)/.installed
 	$(BIN)/python -m build

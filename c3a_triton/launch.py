@@ -114,7 +114,7 @@ def unavailable_reason(device: torch.device) -> str | None:
         BackendError: the kernels themselves are missing, which is a broken installation and not a property of the
             machine.
     """
-    if not _installed("c3a_triton.kernels"):
+    if not _installed(f"{__package__}.kernels"):
         raise BackendError(
             "c3a_triton.kernels is missing: c3a_triton is imported from a checkout that is not installed. "
             "Install it with `pip install -e .` in the repository root."

@@ -141,7 +141,8 @@ def _hankel_product(
             num_stages=3,
         )
     if not final:
-        launch._sum_partials(partials, out, scale, bias, accumulate=False)
+        add_up = launch._sum_of_partials((n_splits, n_tokens, out_features), bias is not None, accumulate=False)
+        add_up(partials_ptr=partials, bias_ptr=bias, out_ptr=out, scale=scale, stride_out_row=out_features)
     return out
 
 
@@ -201,7 +202,7 @@ def _tiled_product(
 
 
 def _by_block_size(kernels: Sequence[Tensor], rows: tuple[int, ...]) -> list[tuple[int, tuple[int, ...]]]:
-    """(b, address for each row) of every launch: rows of another launch have −1, rows without adapter 0 in the first."""
+    """(b, address for each row) of every launch: −1 for rows of another one, 0 for rows of none, in the first."""
     sizes = dict.fromkeys(kernels[adapter].shape[2] for adapter in rows if adapter >= 0)
     groups = []
     for place, b in enumerate(sizes):
@@ -273,17 +274,17 @@ def _aligned(w: Tensor) -> Tensor:
 
 def _check(x: Tensor, kernels: Sequence[Tensor], rows: Sequence[int], transpose: bool, bias: Tensor | None) -> int:
     """The product's width, if all operands fit."""
-    launch._check_rows("x", x)
+    launch._check_rows("x", launch._spec(x))
     launch._check_available(x.device)
     if not rows or x.shape[0] % len(rows):
         raise ShapeError(f"x has {x.shape[0]} tokens for {len(rows)} rows: each row must have the same number")
     if not -1 <= min(rows) <= max(rows) < len(kernels) or max(rows) < 0:
         raise ShapeError(
-            f"rows from {min(rows)} to {max(rows)} for {len(kernels)} adapters: an index, or −1 for none, and not −1 for all"
+            f"rows from {min(rows)} to {max(rows)} for {len(kernels)} adapters: give an index or −1, and not −1 alone"
         )
     widths = set()
     for w in kernels:
-        launch._check_w(w)
+        launch._check_w(launch._spec(w))
         if w.device != x.device:
             raise ShapeError(f"x is on {x.device}, w on {w.device}: they must be on the same device")
         m, n, b = w.shape

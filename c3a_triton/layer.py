@@ -26,6 +26,7 @@ from .linear_like import (
     weight_access,
 )
 from .ops import add_circulant_, c3a_linear, circulant_linear, circulant_matrix
+from .ops_rows import c3a_linear_rows
 from .quantized import hold_layout
 
 __all__ = ["BASE_ROW", "C3ALinear", "check_adapter_name", "expand_rows"]
@@ -61,10 +62,9 @@ def expand_rows(names: Sequence[str], n_rows: int, *, exact: bool = False) -> li
     Raises:
         ShapeError: the numbers do not fit.
     """
-    repeats, rest = divmod(n_rows, len(names)) if names else (0, 1)
-    if rest or (exact and repeats != 1):
+    if not names or n_rows % len(names) or (exact and n_rows != len(names)):
         raise ShapeError(f"{len(names)} adapter names for a batch of {n_rows} rows: give one name per row")
-    return [name for name in names for _ in range(repeats)]
+    return [name for name in names for _ in range(n_rows // len(names))]
 
 
 @dataclass
@@ -265,40 +265,88 @@ class C3ALinear(nn.Module):
     def _general_forward(
         self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> Tensor:
+        given = adapter_names is not None
+        names = adapter_names if given else self._row_adapters
+        if names is not None and not self._disable_adapters:
+            return self._forward_rows(expand_rows(names, x.shape[0], exact=given), x, *args, **kwargs)
         y = self.base_layer(x, *args, **kwargs)
         dtype = x.dtype if x.is_floating_point() else y.dtype
         # With offloading or several devices the base layer's hook decides where it computes.
         x = x.to(y.device)
-        if adapter_names is not None and not self._disable_adapters:
-            y = self._add_rows(y, x, expand_rows(adapter_names, x.shape[0], exact=True))
-        elif self._row_adapters is not None and not self._disable_adapters:
-            y = self._add_rows(y, x, expand_rows(self._row_adapters, x.shape[0]))
-        else:
-            kernels = self._kernels
-            if kernels is None or any(kernel.device != x.device for kernel in kernels):
-                kernels = tuple(self._kernel_on(name, x.device) for name in self._applied_names())
-            fits = (x.shape[-1:], y.shape[-1:]) == ((self.in_features,), (self.out_features,))
-            if kernels and self.kind == "linear" and not fits:
-                raise ShapeError(
-                    f"{self._label}: x has the shape {tuple(x.shape)} and the base layer gives {tuple(y.shape)}, where "
-                    f"in_features={self.in_features} and out_features={self.out_features}. A tensor-parallel base "
-                    "layer, of which each process computes a part, cannot be adapted: leave it out of the plan, or "
-                    "shard with FSDP2 (fully_shard), which puts weights together"
-                )
-            if kernels and x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
-                # The adapter's part alone would pass one on, a wrong one.
-                raise AdapterStateError(
-                    f"{self._label}: this {type(self.get_base_layer()).__name__} passes no gradient on to its input, "
-                    "as some quantized layers do not (torchao's with quantized activations): layers below it cannot be "
-                    "trained. Load the base model in another format, or adapt no layer below this one"
-                )
-            for kernel in _sums_by_block_size(kernels):
-                y = y + self._delta(x, kernel, self._exact_backend).to(y.dtype)
+        kernels = self._kernels
+        if kernels is None or any(kernel.device != x.device for kernel in kernels):
+            kernels = tuple(self._kernel_on(name, x.device) for name in self._applied_names())
+        if kernels:
+            self._check_base_output(x, y)
+        for kernel in _sums_by_block_size(kernels):
+            y = y + self._delta(x, kernel, self._exact_backend).to(y.dtype)
         return y.to(dtype)
+
+    def _check_base_output(self, x: Tensor, y: Tensor) -> None:
+        """Refuse a base layer whose output an adapter's part cannot be added to."""
+        fits = (x.shape[-1:], y.shape[-1:]) == ((self.in_features,), (self.out_features,))
+        if self.kind == "linear" and not fits:
+            raise ShapeError(
+                f"{self._label}: x has the shape {tuple(x.shape)} and the base layer gives {tuple(y.shape)}, where "
+                f"in_features={self.in_features} and out_features={self.out_features}. A tensor-parallel base "
+                "layer, of which each process computes a part, cannot be adapted: leave it out of the plan, or "
+                "shard with FSDP2 (fully_shard), which puts weights together"
+            )
+        if x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
+            # The adapter's part alone would pass one on, a wrong one.
+            raise AdapterStateError(
+                f"{self._label}: this {type(self.get_base_layer()).__name__} passes no gradient on to its input, "
+                "as some quantized layers do not (torchao's with quantized activations): layers below it cannot be "
+                "trained. Load the base model in another format, or adapt no layer below this one"
+            )
 
     def _delta(self, x: Tensor, kernel: Tensor, backend: str) -> Tensor:
         """What one adapter adds for x, on x's device."""
         return circulant_linear(x, kernel, backend=backend)
+
+    def _forward_rows(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output plus, for each row, that of the adapter of its name, if this layer has it."""
+        if self.merged_adapters:
+            raise AdapterStateError(
+                f"{self._label}: rows cannot have adapters of their own while {self.merged_adapters} are merged; "
+                "unmerge them first"
+            )
+        present = [name for name in dict.fromkeys(names) if name in self.c3a_kernel]
+        index = {name: i for i, name in enumerate(present)}
+        rows = [index.get(name, -1) for name in names]
+        base: Any = self.base_layer
+        if present and self.kind == "linear" and not args and not kwargs and is_plain(base, x):
+            return self._delta_rows(x, base.weight, base.bias, present, rows).to(x.dtype)
+        y = base(x, *args, **kwargs)
+        dtype = x.dtype if x.is_floating_point() else y.dtype
+        if present:
+            x = x.to(y.device)
+            self._check_base_output(x, y)
+            y = y + self._delta_rows(x, None, None, present, rows).to(y.dtype)
+        return y.to(dtype)
+
+    def _delta_rows(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, names: list[str], rows: list[int]
+    ) -> Tensor:
+        """What the adapters add for x, each row by that of its index into `names` (−1 for none), and x Wᵀ + bias."""
+        kernels = [self._kernel_on(name, x.device) for name in names]
+        if self.kind != "linear":
+            return self._delta_by_adapter(x, kernels, rows)
+        try:
+            return c3a_linear_rows(x, weight, bias, kernels, rows, backend=self._exact_backend)
+        except ShapeError as error:
+            raise ShapeError(f"{self._label}: {error}") from None
+
+    def _delta_by_adapter(self, x: Tensor, kernels: list[Tensor], rows: list[int]) -> Tensor:
+        """The adapters' part of `_delta_rows`, one adapter after another: of layers that have no kernels for rows."""
+        total: Tensor | None = None
+        for i, kernel in enumerate(kernels):
+            chosen = torch.tensor([row for row, index in enumerate(rows) if index == i], device=x.device)
+            part = self._delta(x.index_select(0, chosen), kernel, self._exact_backend)
+            total = part.new_zeros(x.shape[0], *part.shape[1:]) if total is None else total
+            total = total.index_add(0, chosen, part)
+        assert total is not None, "no adapter for any row"
+        return total
 
     @property
     def _exact_backend(self) -> str:
@@ -316,22 +364,6 @@ class C3ALinear(nn.Module):
                 "own. Choose another backend for this layer, such as 'auto'"
             )
         return self.backend
-
-    def _add_rows(self, y: Tensor, x: Tensor, names: list[str]) -> Tensor:
-        """y plus, for each row, the adapter of that name."""
-        if self.merged_adapters:
-            raise AdapterStateError(
-                f"{self._label}: rows cannot have adapters of their own while {self.merged_adapters} are merged; "
-                "unmerge them first"
-            )
-        for name in dict.fromkeys(names):
-            if name not in self.c3a_kernel:
-                continue
-            rows = torch.tensor([row for row, other in enumerate(names) if other == name], device=x.device)
-            kernel = self._kernel_on(name, x.device)
-            delta = self._delta(x.index_select(0, rows), kernel, self._exact_backend)
-            y = y.index_add(0, rows, delta.to(y.dtype))
-        return y
 
     # PEFT's attributes
 

@@ -32,6 +32,7 @@ from .linear_like import gathered, geometry, is_sharded, stored_tensor
 from .modules_to_save import ModulesToSave
 from .quantized import hold_layout, release_layout, torchao_config_of
 from .report import count_parameters, summary_table
+from .row_names import refuse_adapter_names
 from .targets import (
     Target,
     base_module_names,
@@ -407,7 +408,8 @@ class AdapterManager:
         """Within the context each row of a batch has the adapter of its name, whatever is active.
 
         Where a layer sees several consecutive rows for one of the batch (beams, flattened sequences), each gets its
-        name.
+        name. A backward pass that computes layers again (gradient checkpointing) belongs into the context too.
+        `model(..., adapter_names=...)` is the same for one call.
 
         Args:
             adapter_names: one name per row; `"__base__"` for the base model alone.
@@ -627,6 +629,7 @@ class AdapterManager:
         self._active.clear()
         if self.model.__dict__.get("c3a") is self:
             del self.model.c3a
+            refuse_adapter_names(self.model)
         pretrained.release(self.model)
         config = getattr(self.model, "config", None)
         tied_after = _embeddings_are_tied(self.model)

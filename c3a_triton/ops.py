@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from . import dispatch, fourier, launch, launch_fft, reference, spectra
+from ._ops import add_op_namespace_prefix
+from ._ops import ops as registered_ops
 from .errors import BackendError, ShapeError
 
 __all__ = ["add_circulant_", "c3a_linear", "circulant_linear", "circulant_matrix"]
@@ -379,21 +381,38 @@ def _weight_grad_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
     return ddy, dx, None, None, None, None
 
 
-_library = torch.library.Library("c3a_triton", "DEF")
-_library.define(
-    "linear(Tensor x, Tensor? weight, Tensor? bias, Tensor[] kernels, float scale, bool transpose, str backend)"
-    " -> Tensor"
+def register(
+    name: str,
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup: Callable[..., None],
+    backward: Callable[..., Any],
+) -> None:
+    """Register a custom op under this package's own namespace, for all devices."""
+    qualified = add_op_namespace_prefix(name)
+    torch.library.define(qualified, schema)
+    torch.library.impl(qualified, "CompositeExplicitAutograd", implementation)
+    torch.library.register_fake(qualified, fake)
+    torch.library.register_autograd(qualified, backward, setup_context=setup)
+
+
+register(
+    "linear",
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor[] kernels, float scale, bool transpose, str backend) -> Tensor",
+    _without_autocast(_linear),
+    _linear_fake,
+    _linear_setup,
+    _linear_op_backward,
 )
-_library.define(
-    "weight_grad(Tensor dy, Tensor x, int block_size, float scale, ScalarType dtype, str backend) -> Tensor"
+register(
+    "weight_grad",
+    "(Tensor dy, Tensor x, int block_size, float scale, ScalarType dtype, str backend) -> Tensor",
+    _weight_grad,
+    _weight_grad_fake,
+    _weight_grad_setup,
+    _weight_grad_backward,
 )
-for _name, _implementation, _fake, _setup, _backward in (
-    ("linear", _without_autocast(_linear), _linear_fake, _linear_setup, _linear_op_backward),
-    ("weight_grad", _weight_grad, _weight_grad_fake, _weight_grad_setup, _weight_grad_backward),
-):
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"c3a_triton::{_name}", _fake, lib=_library)
-    torch.library.register_autograd(f"c3a_triton::{_name}", _backward, setup_context=_setup, lib=_library)
 
 
 def _linear_call(
@@ -408,14 +427,14 @@ def _linear_call(
     """`c3a_triton::linear`, differentiable to any order, under a compiler, functorch or plain autograd."""
     if torch._C._are_functorch_transforms_active():
         return _FunctorchLinear.apply(x, weight, bias, scale, transpose, backend, *kernels)
-    return torch.ops.c3a_triton.linear(x, weight, bias, list(kernels), scale, transpose, backend)
+    return registered_ops.linear(x, weight, bias, list(kernels), scale, transpose, backend)
 
 
 def _weight_grad_call(dy: Tensor, x: Tensor, block_size: int, scale: float, dtype: torch.dtype, backend: str) -> Tensor:
     """`c3a_triton::weight_grad`, differentiable to any order, under a compiler, functorch or plain autograd."""
     if torch._C._are_functorch_transforms_active():
         return _FunctorchWeightGrad.apply(dy, x, block_size, scale, dtype, backend)
-    return torch.ops.c3a_triton.weight_grad(dy, x, block_size, scale, dtype, backend)
+    return registered_ops.weight_grad(dy, x, block_size, scale, dtype, backend)
 
 
 def _linear_backward_by_ops(
@@ -479,7 +498,7 @@ class _FunctorchLinear(torch.autograd.Function):
         backend: str,
         *kernels: Tensor,
     ) -> Tensor:
-        return torch.ops.c3a_triton.linear(x, weight, bias, list(kernels), scale, transpose, backend)
+        return registered_ops.linear(x, weight, bias, list(kernels), scale, transpose, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -529,7 +548,7 @@ class _FunctorchWeightGrad(torch.autograd.Function):
 
     @staticmethod
     def forward(dy: Tensor, x: Tensor, block_size: int, scale: float, dtype: torch.dtype, backend: str) -> Tensor:
-        return torch.ops.c3a_triton.weight_grad(dy, x, block_size, scale, dtype, backend)
+        return registered_ops.weight_grad(dy, x, block_size, scale, dtype, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

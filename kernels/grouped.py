@@ -118,7 +118,7 @@ def grouped_product_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """out[t, o] = scale · Σ_i x[t, i] · ΔW[o, i] (+ bias[o]) with the ΔW of t's row, a [BLOCK_T, BLOCK_O] tile a program.
+    """out[t, o] = scale · Σ_i x[t, i] · ΔW[o, i] (+ bias[o]) with the ΔW of t's row; a tile per program.
 
     Rows are put in an order in which those of one adapter follow each other, and their tokens are numbered by places in
     that order.

@@ -18,6 +18,7 @@ from c3a_triton.tiles import SHARED_MEMORY, decode_tile
 CARDS = ("sm_80", "sm_90", "sm_100")
 MMA = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
 PRODUCTS = ("decode_kernel", "table_product_kernel", "hankel_kernel", "diagonal_sums_kernel", "block_sums_kernel")
+GROUPED = ("grouped_hankel_kernel", "grouped_product_kernel")
 SPECTRAL = ("analysis_kernel", "mix_kernel", "synthesis_kernel", "outer_kernel")
 TWO_LEVEL = ("two_level_analysis_kernel", "two_level_synthesis_kernel")
 
@@ -44,7 +45,8 @@ def small(row: dict) -> bool:
     few = ("product bfloat16 40 4096 256", "weight_grad bfloat16 8192 3072 96")
     # The gradient of w has a matrix [2·out_blocks, 2·in_blocks] per slot.
     small_slots = row["kernel"] == "outer_kernel" and row["rows"] < 64
-    return row["kernel"] in ("hankel_kernel", "decode_kernel") or row["case"] in few or small_slots
+    one_warp = ("hankel_kernel", "decode_kernel", "grouped_hankel_kernel")
+    return row["kernel"] in one_warp or row["case"] in few or small_slots
 
 
 def one_step(row: dict) -> bool:
@@ -57,7 +59,7 @@ def one_step(row: dict) -> bool:
 def test_resources(compiled: dict[str, list[dict]], card: str) -> None:
     rows = compiled[card]
     others = {"table_kernel", "sum_partials_kernel", "expand_kernel", "fold_sums_kernel", "fold_spectrum_kernel"}
-    assert {row["kernel"] for row in rows} == {*others, *PRODUCTS, *SPECTRAL, *TWO_LEVEL}
+    assert {row["kernel"] for row in rows} == {*others, *PRODUCTS, *GROUPED, *SPECTRAL, *TWO_LEVEL}
     assert not [row for row in rows if row["stack"] or row["local"]], "registers are spilled"
     assert not [row for row in rows if row["shared"] > SHARED_MEMORY[card]], "more shared memory than the card has"
 
@@ -65,7 +67,7 @@ def test_resources(compiled: dict[str, list[dict]], card: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("card", CARDS)
 def test_main_loops(compiled: dict[str, list[dict]], card: str) -> None:
-    rows = [row for row in compiled[card] if row["kernel"] in (*PRODUCTS, *SPECTRAL, *TWO_LEVEL)]
+    rows = [row for row in compiled[card] if row["kernel"] in (*PRODUCTS, *GROUPED, *SPECTRAL, *TWO_LEVEL)]
     slow = [row for row in rows if not row["mma.sync" if small(row) else MMA[card]]]
     assert not slow, "products without tensor cores"
     # The Hankel matrix is gathered two bytes at a time: no asynchronous copy carries that, but it does carry w.
@@ -86,3 +88,12 @@ def test_decoding_reads_the_weight_sixteen_bytes_at_a_time(compiled: dict[str, l
         per_stage = 2 * tile.block_i * (tile.block_o + 16) / (32 * tile.num_warps)
         assert row["cp.async.cg"] * 16 >= tile.num_stages * per_stage, row
         assert row["shared"] <= min(SHARED_MEMORY.values()), row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", CARDS)
+def test_grouped_kernels_read_w_sixteen_bytes_at_a_time(compiled: dict[str, list[dict]], card: str) -> None:
+    """An address from a table says nothing about alignment unless the kernel does."""
+    rows = [row for row in compiled[card] if row["kernel"] == "grouped_hankel_kernel" and " 256" in row["case"]]
+    assert rows
+    assert all(row["cp.async.cg"] for row in rows), rows
