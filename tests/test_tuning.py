@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ def total(found, picked, name):
     return sum(getattr(group[i], name) for group, i in zip(found, picked, strict=True))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(problems())
 def test_the_solver_is_brute_force(problem):
     found, budget = problem
@@ -100,7 +101,7 @@ def test_the_solver_is_brute_force(problem):
         assert total(found, picked, "distance") == pytest.approx(nearest, abs=1e-5), objective
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(problems())
 def test_the_front_is_brute_force(problem):
     found, budget = problem
@@ -229,7 +230,7 @@ NAMES = st.lists(
 ).map(".".join)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.dictionaries(NAMES, st.sampled_from([4, 8, 16]), min_size=1, max_size=8))
 def test_any_sizes_of_any_names_have_a_pattern(sizes):
     block_size, pattern = tuned_settings.minimal_pattern(sizes)
@@ -323,6 +324,7 @@ def test_the_smallest_choice_over_the_budget_says_by_how_much():
         ({"like_lora_rank": 4}, "exactly one budget"),
         ({"budget": -1}, "positive"),
         ({"budget": "x"}, "500k"),
+        ({"budget": None, "like_lora_rank": 2.5}, "whole number"),
         ({"budget": None, "max_adapter_mb": math.inf}, "positive"),
         ({"objective": "speed"}, "latency, params, balanced"),
         ({"mode": "test"}, "train, infer"),
@@ -542,6 +544,14 @@ def test_progress_is_told():
     assert [done for done, _, _ in told] == list(range(len(told)))
     assert {total for _, total, _ in told} == {len(told) - 1}
     assert told[0][2] == "24→24 b=0 base"
+
+
+@pytest.mark.parametrize(("package", "call"), [("scipy", tune), ("matplotlib", lambda: tune().plot())])
+def test_a_missing_package_is_named_with_its_remedy(monkeypatch, package, call):
+    module = {"scipy": "scipy.optimize", "matplotlib": "matplotlib.figure"}[package]
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(c3a_triton.C3AError, match=rf"{package}: pip install 'c3a_triton\[tune\]'"):
+        call()
 
 
 # The report

@@ -14,7 +14,7 @@ from c3a_triton.commands.options import DTYPES, add_command, add_target_options,
 from c3a_triton.errors import C3AError, CheckpointError, ConfigError
 from c3a_triton.report import format_seconds, format_table
 
-from . import tuner
+from . import plots, tuner
 from .measurement import Progress
 from .solver import OBJECTIVES
 
@@ -99,6 +99,7 @@ def _run_autotune(args: argparse.Namespace) -> int:
         if Path(args.report).suffix.lower() not in (".html", ".htm"):
             raise CheckpointError(f"--report {args.report}: give a name that ends with .html; the PNG goes beside it")
         tuner.check_writable(Path(args.report), "--report")
+        plots.matplotlib_figure()
     with _shown() as progress:
         try:
             result = tuner.autotune(

@@ -48,8 +48,10 @@ class Budget:
         ((name, value),) = stated.items()
         if not (isinstance(value, (int, float)) and 0 < value < math.inf):
             raise ConfigError(f"{name} must be a positive number, got {value!r}")
+        if name != "max_adapter_mb" and value != int(value):
+            raise ConfigError(f"{name} must be a whole number, got {value!r}")
         if like_lora_rank is not None:
-            most = lora_params(groups, like_lora_rank)
+            most = lora_params(groups, int(like_lora_rank))
             return cls(most, f"as many parameters as LoRA of rank {like_lora_rank}: {most:,}", float(like_lora_rank))
         if max_adapter_mb is not None:
             most = max(0, int((max_adapter_mb * 1e6 - adapter_file_overhead(groups)) // 4))

@@ -10,7 +10,7 @@ from c3a_triton.errors import C3AError
 
 from .outcome import Outcome
 
-__all__ = ["front_svg", "heat_map_svg", "overview", "png"]
+__all__ = ["front_svg", "heat_map_svg", "matplotlib_figure", "overview", "png"]
 
 # Inches; letters of 8 points stay readable on a phone, where a picture of the page is about 360 pixels wide.
 _WIDTH, _FRONT_HEIGHT = 4.8, 4.2
@@ -47,11 +47,20 @@ def png(figure: Any) -> bytes:
     return stream.getvalue()
 
 
-def _figure(height: float) -> Any:
+def matplotlib_figure() -> Any:
+    """The module matplotlib.figure.
+
+    Raises:
+        C3AError: matplotlib is not installed.
+    """
     try:
-        return importlib.import_module("matplotlib.figure").Figure(figsize=(_WIDTH, height), layout="constrained")
+        return importlib.import_module("matplotlib.figure")
     except ImportError as error:
         raise C3AError("plots and reports need matplotlib: pip install 'c3a_triton[tune]'") from error
+
+
+def _figure(height: float) -> Any:
+    return matplotlib_figure().Figure(figsize=(_WIDTH, height), layout="constrained")
 
 
 def _svg(height: float, draw: Callable[[Any], None]) -> str:

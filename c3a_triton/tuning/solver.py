@@ -1,12 +1,13 @@
 """One block size for each group, the best under a budget: a multiple-choice knapsack, solved exactly by HiGHS."""
 
+import importlib
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from c3a_triton.errors import C3AError
 
-__all__ = ["LATENCY_TOLERANCE", "OBJECTIVES", "Choice", "pareto_front", "solve"]
+__all__ = ["LATENCY_TOLERANCE", "OBJECTIVES", "Choice", "pareto_front", "scipy_optimize", "solve"]
 
 OBJECTIVES = ("latency", "params", "balanced")
 # Choices whose times differ by no more than this share count as equally fast: less than measurements scatter.
@@ -72,6 +73,18 @@ def pareto_front(groups: Sequence[Sequence[Choice]], max_params: int, n_points: 
     return [list(picked) for picked in sorted(front, key=lambda picked: found[picked])]
 
 
+def scipy_optimize() -> Any:
+    """The module scipy.optimize.
+
+    Raises:
+        C3AError: scipy is not installed.
+    """
+    try:
+        return importlib.import_module("scipy.optimize")
+    except ImportError as error:
+        raise C3AError("choosing block sizes needs scipy: pip install 'c3a_triton[tune]'") from error
+
+
 class _Knapsack:
     """The selections within a budget as a 0/1 program with a variable for each choice."""
 
@@ -94,40 +107,31 @@ class _Knapsack:
 
     def best(self, costs: Sequence[float], *limits: tuple[Sequence[float], float, float]) -> list[int]:
         """The selection of least cost, within the budget and within `limits`: (values, least sum, largest sum)."""
-        try:
-            import numpy as np
-            from scipy.optimize import Bounds, LinearConstraint, milp
-        except ImportError as error:
-            raise C3AError("choosing block sizes needs scipy: pip install 'c3a_triton[tune]'") from error
-        one_each = np.zeros((len(self.slices), len(costs)))
-        for row, members in zip(one_each, self.slices, strict=True):
-            row[members] = 1
+        optimize = scipy_optimize()
+        one_each = [[float(i in members) for i in range(len(costs))] for members in self.slices]
         # The solver's tolerances are absolute. Sums of integers stay integers, in the largest unit that they have in
         # common; sums of times are brought to about one, and what alone is too much is left out.
-        rows: list[tuple[Any, Any, Any]] = [(one_each, np.ones(len(one_each)), np.ones(len(one_each)))]
-        allowed = np.ones(len(costs))
+        rows: list[tuple[list[list[float]], float, float]] = [(one_each, 1.0, 1.0)]
+        allowed = [1.0] * len(costs)
         for values, low, high in ((self.parameters, -math.inf, self.max_params), *limits):
             unit = math.gcd(*values) if values is self.parameters else high
-            allowed[np.array(values) > high] = 0
-            rows.append((np.array(values, dtype=float)[None] / unit, low / unit, high / unit))
-        spread = max(costs) - min(costs) or 1.0
-        scaled = (np.array(costs, dtype=float) - min(costs)) * (1e3 / spread)
+            allowed = [0.0 if value > high else most for value, most in zip(values, allowed, strict=True)]
+            rows.append(([[value / unit for value in values]], low / unit, high / unit))
+        lowest, spread = min(costs), max(costs) - min(costs) or 1.0
+        scaled = [(cost - lowest) * (1e3 / spread) for cost in costs]
         while True:
-            constraints = [LinearConstraint(*row) for row in rows]
-            options = {"mip_rel_gap": 0.0}
-            result = milp(
+            result = optimize.milp(
                 scaled,
-                integrality=np.ones(len(costs)),
-                bounds=Bounds(0, allowed),
-                constraints=constraints,
-                options=options,
+                integrality=[1] * len(costs),
+                bounds=optimize.Bounds(0.0, allowed),
+                constraints=[optimize.LinearConstraint(*row) for row in rows],
+                options={"mip_rel_gap": 0.0},
             )
             if result.x is None:
                 raise C3AError(f"scipy found no selection of block sizes: {result.message}")
-            picked = [int(np.argmax(result.x[list(members)])) for members in self.slices]
+            taken = [max(members, key=result.x.__getitem__) for members in self.slices]
+            picked = [i - members.start for i, members in zip(taken, self.slices, strict=True)]
             if self.total(self.parameters, picked) <= self.max_params:
                 return picked
             # Within the solver's tolerance but not within the budget: that one selection is ruled out.
-            cut = np.zeros((1, len(costs)))
-            cut[0, [members[i] for members, i in zip(self.slices, picked, strict=True)]] = 1
-            rows.append((cut, -math.inf, len(picked) - 1))
+            rows.append(([[float(i in taken) for i in range(len(costs))]], -math.inf, len(taken) - 1.0))

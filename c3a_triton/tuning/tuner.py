@@ -21,7 +21,7 @@ from .groups import Group, affordable_sizes, find_groups
 from .measurement import Progress, Timer, measured
 from .outcome import Budget, Outcome, choose_sizes
 from .settings import chosen_config
-from .solver import OBJECTIVES
+from .solver import OBJECTIVES, scipy_optimize
 from .tile_search import measure_tiles
 
 __all__ = ["MODES", "TuningResult", "autotune", "check_writable", "parse_count"]
@@ -172,6 +172,7 @@ def autotune(
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
         raise ConfigError(f"tokens must be a positive number, got {tokens!r}")
     place, to_measure = _place(device, measure)
+    scipy_optimize()  # which is needed last, and missed before anything is measured
     if tiles and not (to_measure and place.type == "cuda"):
         raise ConfigError("tiles can only be measured, and on a GPU: there is nothing to predict them by")
     max_params = parse_count(budget) if isinstance(budget, str) else budget
