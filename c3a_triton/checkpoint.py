@@ -24,7 +24,15 @@ from .config import CONFIG_NAME, C3AConfig, read_config_file, temporary_path, wr
 from .errors import CheckpointError
 from .patterns import peft_safe_pattern, peft_safe_targets
 
-__all__ = ["KERNEL_SUFFIX", "WEIGHTS_NAME", "AdapterFile", "config_state", "peft_config", "read_adapter", "write_adapter"]
+__all__ = [
+    "KERNEL_SUFFIX",
+    "WEIGHTS_NAME",
+    "AdapterFile",
+    "config_state",
+    "peft_config",
+    "read_adapter",
+    "write_adapter",
+]
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_WEIGHTS_NAME = "adapter_model.bin"

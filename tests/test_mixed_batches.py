@@ -396,7 +396,7 @@ def test_a_model_of_ones_own_compiles_and_takes_no_harm_from_the_hook() -> None:
 
 def test_the_example(tmp_path: Path) -> None:
     example = Path(__file__).resolve().parents[1] / "examples" / "serve_many.py"
-    arguments = "--adapters 3 --requests 5 --new-tokens 4 --hidden 64 --layers 1".split()
+    arguments = ["--adapters", "3", "--requests", "5", "--new-tokens", "4", "--hidden", "64", "--layers", "1"]
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, example, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
