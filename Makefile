@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: test test-triton36 lint demo bench hub dist clean
+.PHONY: test test-triton36 test-compat lint demo bench hub dist clean
 
 test: $(VENV)/.installed
 	# A file stays in one worker, so that kernels are compiled once. One thread per worker: small tensors wait longer for
@@ -14,6 +14,10 @@ test: $(VENV)/.installed
 # The kernels under the oldest supported Triton. Its interpreter needs numpy < 2.4; torch's own pin names another triton.
 test-triton36: .venv36/.installed
 	.venv36/bin/pytest -q tests/test_kernels.py tests/test_fft.py tests/test_ops.py tests/test_aot.py
+
+# The oldest supported libraries around torch, together.
+test-compat: .venv-compat/.installed
+	OMP_NUM_THREADS=1 .venv-compat/bin/pytest -q -n 2 --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -48,5 +52,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	.venv36/bin/pip install -q --no-deps -e .
 	touch $@
 
+.venv-compat/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-compat
+	.venv-compat/bin/pip install -q -c constraints.txt torch
+	.venv-compat/bin/pip install -q transformers==4.57.6 peft==0.17.0 accelerate 'numpy<2.4' einops safetensors regex \
+		scipy platformdirs shtab matplotlib rich hypothesis pytest pytest-xdist
+	.venv-compat/bin/pip install -q --no-deps triton==3.6.0
+	.venv-compat/bin/pip install -q --no-deps -e .
+	touch $@
+
 clean:
-	rm -rf .venv .venv36 build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv36 .venv-compat build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

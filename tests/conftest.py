@@ -13,6 +13,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
+# Everything is on this machine: nothing asks the hub, not even bitsandbytes, which looks there for a kernel.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 # Triton reads the switch when a kernel is defined, so it is set before anything imports triton.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
