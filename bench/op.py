@@ -16,7 +16,19 @@ from c3a_triton.benchmark import cases, layer, peers, timing
 
 from . import plots, report, runs
 
-__all__ = ["BANDWIDTH_KEY", "SUBJECT", "both_tables", "floor_bytes", "goals", "kernel_bytes", "main", "plan", "tables"]
+__all__ = [
+    "BANDWIDTH_KEY",
+    "SUBJECT",
+    "both_tables",
+    "floor_bytes",
+    "goals",
+    "kernel_bytes",
+    "main",
+    "plan",
+    "squares",
+    "tables",
+    "wide",
+]
 
 COPY_BYTES = 1 << 30  # of either side; less where the card is small
 BANDWIDTH_KEY = "copy bandwidth"
@@ -78,7 +90,7 @@ def _worth(case: layer.Case, method: str) -> int:
     first = method in FIRST_METHODS
     if isinstance(case, cases.DecoderCase):
         return 0 if method in ("base", "ours:auto") else 1
-    if case in _square() or case == _wide():
+    if case in squares() or case == wide():
         return 0 if first else 1
     return 1 if first and case.n_tokens in (1024, 8192) and case.b == 128 else 2
 
@@ -98,7 +110,7 @@ def tasks(setting: runs.Setting) -> Iterator[runs.Task]:
         worth = 0 if case.label == decoding[0].label and not method.startswith("peft") else 1
         yield runs.Task(f"decode {key}", worth, partial(_decode, case, method, setting.timer, device))
     if device.type == "cuda":
-        for case in layers[:1] if setting.tiny else _square():
+        for case in layers[:1] if setting.tiny else squares():
             for method in setting.methods:
                 if peers.is_c3a(method):
                     key = f"kernels {layer.key(case, method)}"
@@ -344,11 +356,13 @@ def _decode_table(records: runs.Records) -> list[str]:
 # The goals
 
 
-def _square() -> list[cases.LayerCase]:
+def squares() -> list[cases.LayerCase]:
+    """The square layers that the goals name."""
     return [cases.LayerCase(8192, 4096, 4096, b) for b in (64, 128, 256, 1024)]
 
 
-def _wide() -> cases.LayerCase:
+def wide() -> cases.LayerCase:
+    """The wide layer that the goals name."""
     return cases.LayerCase(8192, 4096, 14336, 128)
 
 
@@ -363,11 +377,11 @@ def goals(records: runs.Records) -> list[report.Goal]:
         report.at_most(
             f"forward + backward, T=8192, 4096→4096, b={case.b}: ours / base", 1.45, _over_base(records, case)
         )
-        for case in _square()
+        for case in squares()
     ]
-    for name, case in (("4096→14336, b=128", _wide()), ("seven linears of an 8B layer, b=128", cases.DECODERS[0])):
+    for name, case in (("4096→14336, b=128", wide()), ("seven linears of an 8B layer, b=128", cases.DECODERS[0])):
         found.append(report.at_most(f"the same, {name}", 1.28, _over_base(records, case)))
-    for case in _square():
+    for case in squares():
         value = _ratio(records, case, "peft_c3a", extra=True)
         found.append(report.at_least(f"extra time, 4096→4096, b={case.b}: PEFT C3A / ours", 8, value))
     compared = {

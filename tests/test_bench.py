@@ -37,6 +37,7 @@ from bench import (  # noqa: E402
     op,
     overhead,
     plots,
+    predicted,
     readme,
     report,
     runs,
@@ -929,3 +930,34 @@ def test_bench_runs_where_the_package_is_not_installed() -> None:
     assert found.returncode == 0, found.stderr
     if found.stdout.strip() == "installed":
         pytest.skip("the package is installed other than as editable")
+
+
+# What the cost model predicts of the goals
+
+
+def test_the_documented_predictions_are_those_of_the_cost_model() -> None:
+    assert predicted.table() in (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+
+
+def test_predictions_are_written_between_the_markers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = tmp_path / "performance.md"
+    document.write_text(f"above\n{predicted.BEGIN}\nold\n{predicted.END}\nbelow\n")
+    assert predicted.main(document) == 0
+    text = document.read_text()
+    assert text.startswith("above\n")
+    assert text.endswith("\nbelow\n")
+    assert predicted.table() in text
+    assert "old" not in text
+    document.write_text("no markers")
+    assert predicted.main(document) == 1
+    assert "lacks the markers" in capsys.readouterr().err
+    assert document.read_text() == "no markers"
+
+
+def test_layers_that_share_their_input_are_predicted_to_share_its_spectrum() -> None:
+    decoder = cases.DECODERS[0]
+    alone = sum(predicted._both(part, "ours:auto") for _, part in decoder.parts)
+    shared = predicted._both(decoder, "ours:auto")
+    # Two of q, k, v and one of gate and up: 4 bytes a value (x read, its spectrum written), forward and backward.
+    assert alone - shared == pytest.approx(3 * 2 * 4 * 8192 * 4096 / 4.2e12)
+    assert sum(predicted._both(part, "base") for _, part in decoder.parts) == predicted._both(decoder, "base")
