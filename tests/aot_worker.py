@@ -100,9 +100,7 @@ def fft(dtype: torch.dtype, n_tokens: int, width: int, b: int) -> None:
     launch_fft.fft_backward(x, x, w, scale=1 / width)
 
 
-def grouped(
-    dtype: torch.dtype, n_rows: int, tokens_per_row: int, in_features: int, out_features: int, b: int
-) -> None:
+def grouped(dtype: torch.dtype, n_rows: int, tokens_per_row: int, in_features: int, out_features: int, b: int) -> None:
     """A batch whose first row has no adapter and every other one its own: forward, and transposed with a bias."""
     n_tokens = n_rows * tokens_per_row
     kernels = [tensor(out_features // b, in_features // b, b) for _ in range(n_rows - 1)]
