@@ -95,14 +95,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--adapters", type=int, default=8, help="how many fine-tunes there are")
     parser.add_argument("--requests", type=int, default=16, help="rows of the batch")
     parser.add_argument("--new-tokens", type=int, default=16, help="tokens generated for each request")
-    parser.add_argument("--hidden", type=int, default=256, help="width of the base model, a multiple of 64")
+    parser.add_argument("--hidden", type=int, default=256, help="width of the base model, a multiple of 16")
     parser.add_argument("--layers", type=int, default=2, help="layers of the base model")
     args = parser.parse_args(argv)
 
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = base_model(args.hidden, args.layers)
-    adapters = with_adapters(model, args.adapters, block_size=64)
+    adapters = with_adapters(model, args.adapters, block_size=args.hidden // 4)
     model.to(device)
     names = [(*adapters, "__base__")[i % (args.adapters + 1)] for i in range(args.requests)]
     prompts = torch.randint(1, 512, (args.requests, PROMPT_TOKENS), device=device)

@@ -61,6 +61,16 @@ def test_many_rows_of_one_token_each(device: torch.device) -> None:
     oracle.assert_close(y, expected(x[:, None], kernels, rows)[:, 0], torch.float32)
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.usefixtures("nan_filled")
+def test_few_tokens_split_their_sums(device: torch.device, transpose: bool) -> None:
+    kernels, rows = make_kernels(320, 320, (80, 20), device), (1, -1, 0)
+    x, bias = torch.randn(3, 320, device=device), torch.randn(320, device=device)
+    y = launch_grouped.grouped_product(x, kernels, rows, scale=1 / 320, transpose=transpose, bias=bias)
+    ref = expected(x[:, None], kernels, rows, transpose)[:, 0] + bias.cpu().double()
+    oracle.assert_close(y, ref, torch.float32)
+
+
 def test_kernels_at_any_address(device: torch.device) -> None:
     # A view into a flat buffer begins where it likes, and a transposed one has its blocks elsewhere.
     flat = torch.randn(4 * 4 * 8 + 1, device=device)

@@ -599,10 +599,15 @@ def test_the_same_seed_gives_the_same_kernels(init_weights: bool | str) -> None:
 def test_pefts_refusals_stay(changes: dict[str, Any]) -> None:
     errors = []
     for kind in ("peft", "patched"):
-        with pytest.raises(Exception) as raised:
-            adapted(kind, **changes)
-        errors.append((raised.type, str(raised.value)))
-    assert errors[0] == errors[1]
+        model = adapted(kind)
+        for act in (
+            lambda: peft.get_peft_model(llama(), config(**changes)),
+            lambda model=model: model.add_adapter("second", config(**changes)),
+        ):
+            with pytest.raises(Exception) as raised:
+                act()
+            errors.append((raised.type, str(raised.value)))
+    assert errors[:2] == errors[2:]
 
 
 # What the layer computes on
@@ -729,6 +734,23 @@ def test_compiling_without_graph_breaks() -> None:
     torch.testing.assert_close(compiled(x), y)
 
 
+def test_switching_adapters_compiles_nothing_again() -> None:
+    model = adapted("patched", MLP(), target_modules="all-linear", block_size=6)
+    model.add_adapter("second", config(target_modules="all-linear", block_size=6))
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    # PEFT's own wrapper reads the active adapter's name in its forward, so that compiling it compiles for each name.
+    compiled, x = torch.compile(model.get_base_model(), backend=count, fullgraph=True), torch.randn(7, 12)
+    for name in ("default", "second", "default"):
+        model.set_adapter(name)
+        torch.testing.assert_close(compiled(x), model(x))
+    assert len(graphs) == 1
+
+
 # Rows with adapters of their own
 
 
@@ -759,7 +781,9 @@ def test_rows_with_heads_and_beams() -> None:
     torch.testing.assert_close(rows[::2], y[::2], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(rows[1:2], logits(llama_classifier(), IDS[1:2]), atol=1e-5, rtol=1e-4)
 
-    model = adapted("patched")
+    model = adapted("patched", modules_to_save=["lm_head"])
+    head = model.base_model.model.lm_head.modules_to_save["default"].weight
+    head.data = head.data.flip(0)
     options = {"num_beams": 2, "do_sample": False, "max_new_tokens": 4}
     expected = model.generate(input_ids=IDS[:1], **options)
     with model.disable_adapter():
