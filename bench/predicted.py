@@ -1,7 +1,8 @@
-"""What the cost model says of the goals for one layer, on an H200: `python -m bench.predicted` rewrites docs/performance.md.
+"""What the cost model says of the goals for one layer, on an H200: `python -m bench.predicted`.
 
-Nothing is measured. The same goals as in `bench.op`, from records in which predicted times stand where a GPU's would. Not
-modelled, and so not in the table: the steps of whole models, Python's time, and what share of a bandwidth kernels reach.
+It rewrites the table in docs/performance.md. Nothing is measured: the goals are those of `bench.op`, from records in
+which predicted times stand where a GPU's would. Not modelled, and so not in the table: the steps of whole models,
+Python's time, and what share of a bandwidth kernels reach.
 """
 
 import sys

@@ -709,6 +709,20 @@ def test_an_8_bit_base_is_merged_by_its_own_library() -> None:
     assert torch.equal(model(x), y)
 
 
+@pytest.mark.parametrize("way", ["applied", "patched"])
+def test_layers_of_a_4_bit_base_that_are_not_adapted_are_not_repacked_either(way: str) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    base = nn.Sequential(*(bnb.nn.Linear4bit(64, 64, bias=False) for _ in range(3))).requires_grad_(False).to("cpu")
+    for module in base:
+        module.support_avx512bf16_for_cpu = True  # as on a processor that has it
+    model = adapted(way, base, target_modules=["0"], block_size=16).eval()
+    with torch.no_grad():
+        model(torch.randn(4, 64))
+    model(torch.randn(4, 64)).sum().backward()
+    (layer,) = layers(model).values()
+    assert layer.c3a_kernel["default"].grad.norm() > 0
+
+
 def test_gradient_checkpointing() -> None:
     grads = []
     for reentrant in (None, False, True):

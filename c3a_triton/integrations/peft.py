@@ -18,6 +18,7 @@ from c3a_triton import layer
 from c3a_triton.dispatch import check_backend
 from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, ConfigError
 from c3a_triton.layer import BASE_ROW, expand_rows
+from c3a_triton.quantized import hold_layout, torchao_config_of
 
 __all__ = ["C3ALinear", "C3AModel", "convert", "patch_peft", "unpatch_peft"]
 
@@ -126,7 +127,7 @@ class C3AModel(peft_model.C3AModel):
         _convert_tuner(self)
         # Into what PEFT has merged already, only PEFT can reach: it does not keep the original, it subtracts.
         if type(built) is peft_layer.C3ALinear and not built.merged:
-            _convert_layer(built, current_key, self.backend)
+            _convert_layer(built, current_key, self.backend, self)
 
     def _cast_adapter_dtype(self, *args: Any, **kwargs: Any) -> None:
         super()._cast_adapter_dtype(*args, **kwargs)
@@ -210,8 +211,9 @@ def convert(model: nn.Module, *, backend: str = "auto") -> None:
             f"{merged[0]}: PEFT has merged adapters into its weight and does not keep the original; call "
             "unmerge_adapter() first"
         )
+    hold_layout(model)
     for name, module in layers:
-        _convert_layer(module, name, backend)
+        _convert_layer(module, name, backend, model)
     for module in model.modules():
         if _convert_tuner(module):
             module.backend = backend  # type: ignore[assignment]
@@ -224,15 +226,17 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _convert_layer(module: Any, name: str, backend: str) -> None:
+def _convert_layer(module: Any, name: str, backend: str, model: nn.Module) -> None:
     if type(module) is peft_layer.C3ALinear:
         module.__class__ = C3ALinear
         module._prepare(backend, name)
     module.backend = backend
+    module.quantization_config = torchao_config_of(model)
 
 
 def _convert_tuner(module: Any) -> bool:
     """Convert a module that is PEFT's tuner; whether it is one of ours now."""
     if type(module) is peft_model.C3AModel:
         module.__class__ = C3AModel
+        hold_layout(module)  # a layer that is not adapted must pass gradients on to those below it, too
     return type(module) is C3AModel
