@@ -105,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     adapters = with_adapters(model, args.adapters, block_size=args.hidden // 4)
     model.to(device)
     names = [(*adapters, "__base__")[i % (args.adapters + 1)] for i in range(args.requests)]
-    prompts = torch.randint(1, 512, (args.requests, PROMPT_TOKENS), device=device)
+    # All ask the same, so that texts differ by their adapters alone.
+    prompts = torch.randint(1, 512, (1, PROMPT_TOKENS), device=device).repeat(args.requests, 1)
 
     batch, batch_seconds = timed(together, model, prompts, names, args.new_tokens)
     single, single_seconds = timed(one_by_one, model, prompts, names, args.new_tokens)
