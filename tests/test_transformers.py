@@ -504,6 +504,15 @@ def test_groups_without_heads_of_peft_and_of_wrappers() -> None:
     assert len(param_groups(compiled)[0]["params"]) == 6
 
 
+def test_a_parameter_with_two_names_is_in_one_group() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    c3a_triton.apply(model, C3AConfig(block_size=2, target_modules=["0"]))
+    model[2].weight = model[1].weight.requires_grad_()
+    kernels, heads = param_groups(model)
+    assert [len(kernels["params"]), len(heads["params"])] == [1, 1]
+    assert heads["params"][0] is model[1].weight
+
+
 def test_groups_of_what_cannot_be_trained() -> None:
     with pytest.raises(ConfigError, match=r"LlamaForCausalLM has no C3A adapter.*apply"):
         param_groups(llama())
