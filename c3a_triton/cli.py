@@ -72,17 +72,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader has seen enough. Python would complain when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        return _failed(f"not enough memory: {error}")
     except (C3AError, OSError) as error:
         return _failed(str(error))
-    except Exception:
+    except Exception as error:
+        if _is_want_of_memory(error):
+            return _failed(f"not enough memory: {error}")
         traceback.print_exc()
         print(
             f"{PROG}: this is a mistake in c3a_triton, not yours. Please report it, with what `{PROG} doctor` prints",
             file=sys.stderr,
         )
         return 1
+
+
+def _is_want_of_memory(error: Exception) -> bool:
+    # On a CPU torch has no class for it.
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def _failed(message: str) -> int:

@@ -108,8 +108,8 @@ def merge_folder(
 ) -> MergedFolder:
     """Merge an adapter into a model's folder of safetensors, as `merge_and_unload` would merge it in memory.
 
-    Memory is needed for the adapter and for the largest tensor that it changes. The new folder has the model's files
-    under their names: weights, index, configuration, tokenizer. It appears when it is complete, under its name; a
+    Memory is needed for the adapter, the largest tensor that it changes and what the sum takes. The new folder has
+    the model's files under their names: weights, index, configuration, tokenizer. It appears when it is complete; a
     process that is killed leaves the former folder, or none.
 
     Args:

@@ -253,6 +253,18 @@ def test_inspect_an_adapter(run, folders):
     assert "4 layers, 384 parameters" in out
 
 
+def test_inspect_tells_layers_of_different_sizes_apart(run, tmp_path):
+    pattern = {"model.layers.0.*": 8}
+    config = C3AConfig(block_size=4, target_modules=["q_proj"], block_size_pattern=pattern)
+    c3a_triton.apply(tiny_models.llama(), config).c3a.save_pretrained(tmp_path)
+    _, out, _ = run("inspect", tmp_path, "--json")
+    groups = json.loads(out)["groups"]
+    assert [(group["layers"], group["block_size"], group["chosen_by"]) for group in groups] == [
+        (1, 8, "model.layers.0.*"),
+        (1, 4, "block_size"),
+    ]
+
+
 def test_inspect_an_edited_adapter(run, folders, tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes((folders / "adapter/adapter_model.safetensors").read_bytes())
     config = json.loads((folders / "adapter/adapter_config.json").read_text())
@@ -284,6 +296,21 @@ def test_inspect_broken_folders(run, tmp_path, files, message):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     assert message in failed(run, "inspect", tmp_path)
+
+
+def test_code_of_a_models_folder_is_not_run(run, tmp_path):
+    marker = tmp_path / "was-run"
+    (tmp_path / "configuration_evil.py").write_text(
+        f"""open({str(marker)!r}, "w")
+from transformers import LlamaConfig
+class EvilConfig(LlamaConfig):
+    model_type = "evil"
+"""
+    )
+    config = {"model_type": "evil", "auto_map": {"AutoConfig": "configuration_evil.EvilConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "cannot read the configuration" in failed(run, "inspect", tmp_path)
+    assert not marker.exists()
 
 
 def test_inspect_what_matches_nothing(run, folders):
@@ -412,6 +439,7 @@ def test_bench_refusals(run, folders, tmp_path):
     args = ["--in", "12", "--out", "24", "--block-size", "5", "--tokens", "8", "--device", "cpu"]
     assert "block_size=5 does not divide in_features=12 or out_features=24" in failed(run, "bench", *args)
     args = ["--block-size", "4", "--tokens", "8", "--device", "cpu"]
+    assert "not enough memory" in failed(run, "bench", "--in", 40_000_000, "--out", 40_000_000, *args)
     assert "there is no folder" in failed(run, "bench", tmp_path / "nowhere", *args)
     config = tiny_models.bert_classifier().config
     config.architectures = ["BertForSequenceClassification"]

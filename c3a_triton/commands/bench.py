@@ -38,8 +38,8 @@ def add(subparsers: Any) -> None:
         "measure one layer or one model against PEFT on this machine",
         "Measure one adapted layer (--in, --out), or a training step of a model with random weights (MODEL, of which\n"
         "only the configuration is read), against PEFT's C3A and LoRA and the frozen base. First a layer's results\n"
-        "are held against the dense definition, a model's against PEFT's. Medians of wall time, in turn; of a layer on\n"
-        "a GPU, of its events with a cold cache.",
+        "are held against the dense definition, a model's against PEFT's. Medians of wall time, in turn; of a layer\n"
+        "on a GPU, of its events with a cold cache.",
         _EXAMPLES,
     )
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a transformers folder, name or config.json")
