@@ -5,6 +5,7 @@ Figures in README are never typed: they stand between two markers, and this is w
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from . import ROOT, cpu, gpu, op, report
 
@@ -19,7 +20,8 @@ PEFT's LoRA and the frozen base: one layer, decoding, a model's training step, m
 
 def section() -> str:
     """The text between the markers: the CPU, then every GPU whose results are committed."""
-    gpus = [_gpu_section(path) for path in sorted(RESULTS.glob("*.json")) if path.name != "cpu.json"]
+    results = [report.read_json(path) for path in sorted(RESULTS.glob("*.json"))]
+    gpus = [_gpu_section(found) for found in results if found["environment"]["device"] == "cuda"]
     return "\n\n".join([_cpu_section(), *(gpus or [NOTHING_MEASURED])])
 
 
@@ -33,9 +35,8 @@ def _cpu_section() -> str:
     )
 
 
-def _gpu_section(path: Path) -> str:
+def _gpu_section(results: dict[str, Any]) -> str:
     """What `bench.gpu` measured: the goals, reached or not, then one layer."""
-    results = report.read_json(path)
     where, records = results["environment"], results["records"]
     versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "triton", "peft", "python"))
     goals = [goal for subject in gpu.SUBJECTS for goal in subject.goals(records.get(subject.name, {}))]
