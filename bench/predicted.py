@@ -29,7 +29,8 @@ METHODS = {"base": dispatch.BASE, "peft_lora": PEFT_LORA, "peft_c3a": PEFT_C3A, 
 def records() -> runs.Records:
     """Results of `bench.op` as a GPU would write them, with predicted times."""
     found: runs.Records = {}
-    layers = (*(case for case in cases.LAYERS if case.n_tokens >= 1024), *op.squares(), op.wide(), *cases.DECODERS)
+    large = (case for case in cases.LAYERS if case.n_tokens >= 1024)
+    layers: tuple[layer.Case, ...] = (*large, *op.squares(), op.wide(), *cases.DECODERS)
     for case in layers:
         for method in METHODS:
             times = {"both": {"median": _both(case, method)}}
