@@ -89,14 +89,7 @@ def table() -> str:
 
 def main(document: Path = DOCUMENT) -> int:
     """Rewrite the table in docs/performance.md; returns the exit status."""
-    text = document.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, marker, after = rest.partition(END)
-    if not marker:
-        print(f"{document} lacks the markers {BEGIN} and {END}", file=sys.stderr)
-        return 1
-    document.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}", encoding="utf-8")
-    return 0
+    return report.write_between(document, BEGIN, END, table())
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Figures in README are never typed: they stand between two markers, and this is w
 """
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from . import ROOT, cpu, gpu, op, report
@@ -50,15 +49,7 @@ def _gpu_section(results: dict[str, Any]) -> str:
 
 def main() -> int:
     """Rewrite the section in README.md; returns the exit status."""
-    path = Path(ROOT / "README.md")
-    text = path.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, marker, after = rest.partition(END)
-    if not marker:
-        print(f"{path} lacks the markers {BEGIN} and {END}", file=sys.stderr)
-        return 1
-    path.write_text(f"{before}{BEGIN}\n\n{section()}\n\n{END}{after}", encoding="utf-8")
-    return 0
+    return report.write_between(ROOT / "README.md", BEGIN, END, section())
 
 
 if __name__ == "__main__":

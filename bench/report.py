@@ -28,6 +28,7 @@ __all__ = [
     "format_table",
     "goals_table",
     "read_json",
+    "write_between",
     "write_json",
 ]
 
@@ -131,6 +132,18 @@ def _goal(case: str, goal: str, value: float | None, reached: bool, what: str, u
     if value is None:
         return Goal(case, goal)
     return Goal(case, goal, f"{value:.3g}{unit}" + (f" ({what})" if what else ""), reached)
+
+
+def write_between(path: Path, begin: str, end: str, text: str) -> int:
+    """Put `text` between two markers of a document; returns an exit status, 1 where they are missing."""
+    document = path.read_text(encoding="utf-8")
+    before, _, rest = document.partition(begin)
+    _, marker, after = rest.partition(end)
+    if not marker:
+        print(f"{path} lacks the markers {begin} and {end}", file=sys.stderr)
+        return 1
+    path.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
+    return 0
 
 
 def goals_table(goals: Sequence[Goal]) -> str:
