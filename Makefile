@@ -7,9 +7,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: test test-triton36 test-compat lint demo bench hub dist clean
 
 test: $(VENV)/.installed
-	# A file stays in one worker, so that kernels are compiled once. One thread per worker: small tensors wait longer for
-	# a second thread than it saves.
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
+	# A file stays in one worker, so that kernels are compiled once; files go by name, because the longest comes early so.
+	# One thread per worker: small tensors wait longer for a second thread than it saves.
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # The kernels under the oldest supported Triton. Its interpreter needs numpy < 2.4; torch's own pin names another triton.
 test-triton36: .venv36/.installed
@@ -17,7 +17,7 @@ test-triton36: .venv36/.installed
 
 # The oldest supported libraries around torch, together.
 test-compat: .venv-compat/.installed
-	OMP_NUM_THREADS=1 .venv-compat/bin/pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 .venv-compat/bin/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

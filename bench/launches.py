@@ -114,20 +114,21 @@ def step(method: str, case: cases.LayerCase = CASE) -> tuple[Count, Count]:
 
 
 def _per_token(method: str) -> list[str]:
-    """Bytes per token of both directions by both widths, in which they are linear: from counts at six sizes."""
+    """Bytes per token of both directions by both widths, in which they are linear: from counts at six sizes.
+
+    None is wider than `CASE`, so that tokens come in one chunk as there.
+    """
 
     def slopes(case: cases.LayerCase) -> Iterator[float]:
         half = case.n_tokens // 2
         for few, many in zip(step(method, replace(case, n_tokens=half)), step(method, case), strict=True):
             yield (many.n_bytes - few.n_bytes) / half
 
-    wide_in, wide_out = (
-        replace(CASE, in_features=2 * CASE.in_features),
-        replace(CASE, out_features=2 * CASE.out_features),
-    )
+    narrow = replace(CASE, in_features=CASE.in_features // 2, out_features=CASE.out_features // 2)
+    wide_in, wide_out = replace(narrow, in_features=CASE.in_features), replace(narrow, out_features=CASE.out_features)
     return [
-        f"{(more_in - start) / CASE.in_features:.3g}·in + {(more_out - start) / CASE.out_features:.3g}·out"
-        for start, more_in, more_out in zip(slopes(CASE), slopes(wide_in), slopes(wide_out), strict=True)
+        f"{(more_in - start) / narrow.in_features:.3g}·in + {(more_out - start) / narrow.out_features:.3g}·out"
+        for start, more_in, more_out in zip(slopes(narrow), slopes(wide_in), slopes(wide_out), strict=True)
     ]
 
 

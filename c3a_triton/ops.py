@@ -263,7 +263,7 @@ def _product_of_rows(
     y = None
     for w, members in summed:
         name = _choose(backend, rows, w)
-        shared = _shared(name, source, kernels[members[0]])
+        shared = _shared(source, kernels[members[0]]) if name == "fft" else {}
         y = _PRODUCTS[name](
             rows, w, scale=scale, transpose=transpose, bias=bias if y is None else None, out=y, **shared
         )
@@ -302,14 +302,14 @@ def _linear_backward(
         wanted = [i for i in members if needs_w[i]]
         if needs_x and wanted and name in _BACKWARDS:
             assert x_rows is not None
-            shared = _shared(name, x, kernels[members[0]])
+            shared = _shared(x, kernels[members[0]]) if name == "fft" else {}
             dx, dw = _BACKWARDS[name](rows, x_rows, w, scale=scale, out=dx, **shared)
         else:
             if needs_x:
                 dx = _PRODUCTS[name](rows, w, scale=scale, transpose=True, bias=None, out=dx)
             if wanted:
                 assert x_rows is not None
-                shared = _shared(name, x, kernels[members[0]])
+                shared = _shared(x, kernels[members[0]]) if name == "fft" else {}
                 dw = _WEIGHT_GRADS[name](rows, x_rows, w.shape[2], scale=scale, dtype=w.dtype, **shared)
         for i in wanted:
             dws[i] = dw if dw.dtype == kernels[i].dtype else dw.to(kernels[i].dtype)
@@ -643,9 +643,9 @@ _BACKWARDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 }
 
 
-def _shared(name: str, x: Tensor | None, w: Tensor) -> dict[str, Any]:
-    """The argument by which a backend that has spectra of x may share them with other calls."""
-    return {"source": spectra.Source(x, w)} if name == "fft" and x is not None else {}
+def _shared(x: Tensor | None, w: Tensor) -> dict[str, Any]:
+    """The argument by which `"fft"` may share the spectrum of x with other calls."""
+    return {} if x is None else {"source": spectra.Source(x, w)}
 
 
 def _choose(backend: str, rows: Tensor, w: Tensor, *, backward: bool = False) -> str:
