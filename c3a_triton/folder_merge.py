@@ -7,6 +7,7 @@ when it is complete.
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -365,22 +366,42 @@ def _equal(checkpoint: _Checkpoint, first: str, second: str) -> bool:
         return one.dtype == other.dtype and _read_tensor(file, one)[1] == _read_tensor(other_file, other)[1]
 
 
+def _renaming(structure: Any) -> Callable[[str], str | None]:
+    """A checkpoint's key → the name that transformers gives it, None where it makes something else of the tensor."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, rename_source_key
+    except ModuleNotFoundError:  # transformers 4: patterns of the model's class, the first found counts
+        patterns: dict[str, str] = structure._checkpoint_conversion_mapping
+
+        def by_pattern(key: str) -> str:
+            found = next((pattern for pattern in patterns if re.search(pattern, key)), None)
+            return key if found is None else re.sub(found, patterns[found], key)
+
+        return by_pattern
+
+    transforms = get_model_conversion_mapping(structure)
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    renamings = [transform for transform in transforms if not isinstance(transform, WeightConverter)]
+
+    def by_transforms(key: str) -> str | None:
+        name, converted = rename_source_key(key, renamings, converters)
+        return name if converted is None else None
+
+    return by_transforms
+
+
 def _keys_by_name(structure: Any, checkpoint: _Checkpoint, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """The model's names → keys of its checkpoint, as transformers relates them: renamed, with or without the prefix.
 
     Tensors that transformers computes from several of the checkpoint have no key.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
-
-    transforms = get_model_conversion_mapping(structure)
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    renamings = [transform for transform in transforms if not isinstance(transform, WeightConverter)]
+    renamed = _renaming(structure)
     prefix = f"{structure.base_model_prefix}."
     keys = {}
     for key in checkpoint.tensors:
-        name, converted = rename_source_key(key, renamings, converters)
-        if converted is not None:
+        name = renamed(key)
+        if name is None:
             continue
         candidates = (name.removeprefix(prefix), prefix + name, name)
         found = next((candidate for candidate in candidates if candidate in tensors), None)
