@@ -324,6 +324,33 @@ def test_disabling() -> None:
     assert trainable(model) == names
 
 
+def test_what_is_set_while_disabled_holds_afterwards() -> None:
+    model = adapted(two=ALL)
+    model.c3a.freeze_for_inference()
+    with model.c3a.disable_adapter():
+        model.c3a.set_adapter("default")
+    assert trainable(model) == trainable(adapted())
+    with model.c3a.disable_adapter():
+        model.c3a.set_adapter("two", inference_mode=True)
+    assert trainable(model) == []
+    with model.c3a.disable_adapter():
+        model.c3a.rename_adapter("two", "new")
+    assert trainable(model) == []
+
+
+def test_what_is_added_while_disabled_is_disabled() -> None:
+    model = adapted()
+    base = logits(dense(model))
+    model.c3a.delete_adapter("default")
+    with model.c3a.disable_adapter():
+        with model.c3a.disable_adapter():
+            model.c3a.add_adapter("more", ALL)
+        assert torch.equal(logits(model), base)
+    assert all("more" in layer.active_adapters and not layer.disable_adapters for _, layer in model.c3a.layers())
+    assert not torch.equal(logits(model), base)
+    assert len(trainable(model)) == len(list(model.c3a.layers()))
+
+
 def test_rows_of_a_batch() -> None:
     model = adapted(two=ALL)
     single = {"__base__": dense(model), "default": dense(model, "default"), "two": dense(model, "two")}

@@ -1,8 +1,8 @@
 """Random sequences of manager operations against a dense model of what each adapter is.
 
 `Sequences` drives an adapted model and, beside it, `Expected`: plain tensors and lists of names. After every operation
-the outputs, the adapters' values and the base weights have to agree. Whether an operation is allowed is predicted too: a
-legal one must not fail, an illegal one must raise this library's own error and leave everything as it was.
+the outputs, the adapters' values and the base weights have to agree. Whether an operation is allowed is predicted too:
+a legal one must not fail, an illegal one must raise this library's own error and leave everything as it was.
 """
 
 import contextlib
