@@ -70,7 +70,7 @@ def test_a_row_of_x_spoils_itself_alone(device, backend, dtype, value):
 @EVERY_DTYPE
 @NOT_FINITE
 def test_a_row_of_dy_spoils_itself_alone(device, backend, dtype, value):
-    """The kernel of dw that "direct" and "expand" take for small b sums blocks by a product, so all of dw may be NaN."""
+    """For small b the kernel of dw behind "direct" and "expand" sums blocks by a product: all of dw may be NaN."""
     x, dy, w = operands(device, dtype)
     _, clean_dx, clean_dw = run(x, dy, w, backend)
     dy[T - 1, 2] = value
