@@ -77,6 +77,7 @@ class AdapterManager:
         self._configs: dict[str, C3AConfig] = {}
         self._active: list[str] = []
         self._n_activations = 0
+        self._inference_mode = False  # whether the active ones were left frozen
         self._disabled = False
         # adapter name → layer name → what decided on the layer's block size
         self._chosen_by: dict[str, dict[str, str]] = {}
@@ -367,6 +368,7 @@ class AdapterManager:
             part.set_adapter(names, inference_mode)
         self._active = list(names)
         self._n_activations += 1
+        self._inference_mode = inference_mode
         for name, config in self._configs.items():
             for parameter in self._biases(name, config.bias).values():
                 parameter.requires_grad_(name in names and not inference_mode)
@@ -488,11 +490,14 @@ class AdapterManager:
         """
         for _, layer in self.layers():
             layer.freeze_for_inference(frozen)
+        self._inference_mode |= frozen
 
     # Removing and renaming
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If no active one is left, the first remaining by name becomes active, with a warning.
+
+        Other active ones stay trainable or frozen, as they are.
 
         Raises:
             AdapterNotFoundError: an unknown name.
@@ -502,13 +507,14 @@ class AdapterManager:
         if any(adapter_name in layer.merged_adapters for _, layer in self.layers()):
             raise AdapterStateError(f"adapter {adapter_name!r} is merged: unmerge it before deleting it")
         if adapter_name in self._active:
-            active = [name for name in self._active if name != adapter_name]
+            active, inference_mode = [name for name in self._active if name != adapter_name], self._inference_mode
             if not active and len(self._configs) > 1:
                 active = [min(name for name in self._configs if name != adapter_name)]
+                inference_mode = self._configs[active[0]].inference_mode
                 warnings.warn(
                     f"the active adapter {adapter_name!r} is deleted; {active[0]!r} is active now", stacklevel=2
                 )
-            self._activate(active, all(self._configs[name].inference_mode for name in active))
+            self._activate(active, inference_mode)
         for part in self._parts():
             part.delete_adapter(adapter_name)
         del self._configs[adapter_name], self._chosen_by[adapter_name]

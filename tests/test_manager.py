@@ -288,6 +288,18 @@ def test_deleting() -> None:
     assert len(trainable(model)) == 4
 
 
+def test_deleting_one_of_two_leaves_the_other_trained(tmp_path: Path) -> None:
+    adapted().c3a.save_pretrained(tmp_path)
+    model = adapted(two=QV)
+    model.c3a.load_adapter(tmp_path, "loaded")
+    model.c3a.set_adapter(["loaded", "two"])
+    model.c3a.delete_adapter("two")
+    assert len(trainable(model)) == len(list(model.c3a.layers()))
+    model.c3a.set_adapter(["loaded", "default"], inference_mode=True)
+    model.c3a.delete_adapter("loaded")
+    assert trainable(model) == []
+
+
 def test_renaming() -> None:
     model = adapted(llama_classifier(), C3AConfig(block_size=4, modules_to_save=["score"]), two=QV)
     parameters, before = [id(p) for p in model.parameters() if p.requires_grad], logits(model)

@@ -73,8 +73,10 @@ class Expected:
 
     base: dict[str, Tensor]
     dtype: torch.dtype = torch.float32
+    bound: float = BOUNDS[torch.float32]  # of the output: a merged weight keeps the rounding of an earlier dtype
     adapters: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # name → layer → w
-    frozen: set[str] = field(default_factory=set)  # loaded for inference and not set since
+    for_inference: set[str] = field(default_factory=set)  # loaded to be frozen until they are set
+    frozen: set[str] = field(default_factory=set)
     active: list[str] = field(default_factory=list)
     merged: dict[str, list[str]] = field(default_factory=dict)  # layer → names
     lost: set[str] = field(default_factory=set)  # layers whose original weight was not kept
@@ -173,6 +175,7 @@ class Sequences(RuleBasedStateMachine):
         self.expected.adapters[name] = kernels
         if frozen:
             self.expected.frozen.add(name)
+            self.expected.for_inference.add(name)
         if is_first:
             self.expected.active = [name]
 
@@ -181,6 +184,7 @@ class Sequences(RuleBasedStateMachine):
 
     def note_unmerged(self) -> None:
         self.expected.merged.clear()
+        self.expected.bound = BOUNDS[self.expected.dtype]
 
     # Operations
 
@@ -309,10 +313,14 @@ class Sequences(RuleBasedStateMachine):
         if allowed:
             del self.expected.adapters[name]
             self.expected.frozen.discard(name)
+            self.expected.for_inference.discard(name)
             was_active = name in self.expected.active
             self.expected.active = [other for other in self.expected.active if other != name]
             if was_active and not self.expected.active and self.expected.adapters:
-                self.expected.active = [min(self.expected.adapters)]
+                promoted = min(self.expected.adapters)
+                self.expected.active = [promoted]
+                self.expected.frozen.discard(promoted)
+                self.expected.frozen |= self.expected.for_inference & {promoted}
 
     @precondition(lambda self: self.is_adapted)
     @rule(old=NAMES, new=NAMES)
@@ -328,6 +336,7 @@ class Sequences(RuleBasedStateMachine):
 
             expected.adapters = {renamed(name): kernels for name, kernels in expected.adapters.items()}
             expected.frozen = {renamed(name) for name in expected.frozen}
+            expected.for_inference = {renamed(name) for name in expected.for_inference}
             expected.active = [renamed(name) for name in expected.active]
             expected.merged = {layer: [renamed(name) for name in names] for layer, names in expected.merged.items()}
 
@@ -391,6 +400,7 @@ class Sequences(RuleBasedStateMachine):
     def cast(self, dtype: torch.dtype) -> None:
         self.model.to(dtype)
         self.expected.dtype = dtype
+        self.expected.bound = max(BOUNDS[dtype], self.expected.bound if self.expected.merged else 0.0)
         self.expected.base = {name: tensor.to(dtype) for name, tensor in self.expected.base.items()}
         for kernels in self.expected.adapters.values():
             for layer, w in kernels.items():
@@ -456,7 +466,7 @@ class Sequences(RuleBasedStateMachine):
         assert not self.is_adapted
         assert [type(module) for module in self.model.modules()] == [type(module) for module in DENSE.modules()]
         assert "c3a" not in self.model.__dict__
-        self.expected = Expected(self.expected.base, self.expected.dtype)
+        self.expected = Expected(self.expected.base, self.expected.dtype, BOUNDS[self.expected.dtype])
 
     # What holds after every operation
 
@@ -467,7 +477,7 @@ class Sequences(RuleBasedStateMachine):
     def assert_close(self, out: Tensor, ref: Tensor) -> None:
         assert out.dtype == self.expected.dtype
         error = float((out.double() - ref).norm() / ref.norm())
-        assert error <= BOUNDS[self.expected.dtype], f"relative error {error:.3g}"
+        assert error <= self.expected.bound, f"relative error {error:.3g}"
 
     def assert_output(self, applied: list[str] | None = None, model: Any = None) -> None:
         self.assert_close(self.compute(model), self.expected.output(applied))
