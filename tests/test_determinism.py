@@ -61,10 +61,9 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_two_runs_give_the_same_bits(deterministic: None, backend: str) -> None:
+def test_two_runs_give_the_same_bits(deterministic: None) -> None:
     def run() -> tuple[list[float], dict[str, Tensor]]:
-        model = c3a_triton.apply(new_model(), CONFIG, backend=backend)
+        model = c3a_triton.apply(new_model(), CONFIG)
         return train(model, optimizer_of(model), 0, STEPS), kernels(model)
 
     (losses, adapter), (losses_again, adapter_again) = run(), run()

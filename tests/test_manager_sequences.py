@@ -539,7 +539,7 @@ def run_sequences(count: int, steps: int, *, repeatable: bool) -> None:
 
 
 def test_sequences_of_operations() -> None:
-    run_sequences(200, 15, repeatable=True)
+    run_sequences(200, 12, repeatable=True)
 
 
 @pytest.mark.nightly

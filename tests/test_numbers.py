@@ -17,6 +17,10 @@ from c3a_triton.layer import C3ALinear
 BACKEND_NAMES = [name for name in BACKENDS if name not in ("auto", "fold")]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NOT_FINITE = pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+# NaN in every dtype; an infinity takes the same way.
+NOT_FINITE_OF_DTYPE = pytest.mark.parametrize(
+    ("dtype", "value"), [*((dtype, torch.nan) for dtype in DTYPES), (torch.float16, torch.inf)], ids=str
+)
 EVERY_BACKEND = pytest.mark.parametrize("backend", BACKEND_NAMES)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 M, N, B, T = 2, 3, 8, 20
@@ -48,8 +52,7 @@ def split(out, spoilt):
 
 
 @EVERY_BACKEND
-@EVERY_DTYPE
-@NOT_FINITE
+@NOT_FINITE_OF_DTYPE
 def test_a_row_of_x_spoils_itself_alone(device, backend, dtype, value):
     x, dy, w = operands(device, dtype)
     clean_y, clean_dx, clean_dw = run(x, dy, w, backend)
@@ -67,8 +70,7 @@ def test_a_row_of_x_spoils_itself_alone(device, backend, dtype, value):
 
 
 @EVERY_BACKEND
-@EVERY_DTYPE
-@NOT_FINITE
+@NOT_FINITE_OF_DTYPE
 def test_a_row_of_dy_spoils_itself_alone(device, backend, dtype, value):
     """For small b the kernel of dw behind "direct" and "expand" sums blocks by a product: all of dw may be NaN."""
     x, dy, w = operands(device, dtype)
@@ -83,8 +85,7 @@ def test_a_row_of_dy_spoils_itself_alone(device, backend, dtype, value):
 
 
 @EVERY_BACKEND
-@EVERY_DTYPE
-@NOT_FINITE
+@NOT_FINITE_OF_DTYPE
 def test_w_spoils_its_row_and_column_of_blocks(device, backend, dtype, value):
     x, dy, w = operands(device, dtype)
     clean_y, clean_dx, _ = run(x, dy, w, backend)
@@ -119,6 +120,7 @@ def test_infinities_are_nan_to_fourier(device, backend):
 def test_a_layer_keeps_rows_apart(device, backend, value):
     base = nn.Linear(N * B, M * B).to(device)
     layer = C3ALinear(base, block_size=B, init_weights="gaussian", backend=backend)
+    layer.requires_grad_(False)
     x, dy, _ = operands(device, torch.float32)
 
     def both(x):
@@ -159,8 +161,8 @@ def test_float16_overflows_in_the_output_alone(device, backend, b):
 @EVERY_DTYPE
 def test_constant_activations_of_ten_thousand(device, backend, dtype):
     """All of one sign, so that a block's spectrum peaks at b · 1e4."""
-    b = 64
-    x, dy, w = torch.full((5, 2 * b), 1e4, dtype=dtype, device=device), None, torch.rand(1, 2, b, device=device) + 0.5
+    b = 16
+    x, w = torch.full((5, 2 * b), 1e4, dtype=dtype, device=device), torch.rand(1, 2, b, device=device) + 0.5
     dy = torch.full((5, b), 1e-4 if dtype == torch.float16 else 1e-8, dtype=dtype, device=device)
     y, dx, dw = run(x, dy, w, backend)
     oracle.assert_close(y, oracle.product(x, w), dtype)
