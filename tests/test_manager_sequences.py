@@ -22,7 +22,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -31,7 +38,7 @@ from c3a_triton.errors import C3AError
 from c3a_triton.layer import C3ALinear
 
 LAYERS = ("embed", "first", "conv1d", "conv2d", "last")
-NAMES = st.sampled_from(["a", "b", "c"])
+NAMES = st.sampled_from(["a", "a", "b", "b", "c"])
 TARGETS = st.sampled_from([LAYERS, ("first", "last"), ("conv1d", "conv2d"), ("embed", "last"), ("first",)])
 BOUNDS = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 IDS = torch.tensor([[1, 5, 9, 2], [3, 0, 8, 1], [4, 6, 2, 9]])
@@ -187,6 +194,15 @@ class Sequences(RuleBasedStateMachine):
         self.expected.bound = BOUNDS[self.expected.dtype]
 
     # Operations
+
+    @initialize(layers=TARGETS, merged=st.sampled_from([None, "a", "b"]))
+    def start(self, layers: tuple[str, ...], merged: str | None) -> None:
+        """Two adapters, one of them perhaps merged: from a bare model few sequences would come that far."""
+        self.add("a", LAYERS, 2, None)
+        self.add("b", layers, 4, None)
+        self.save("a", "x")
+        if merged is not None:
+            self.merge([merged], False, "cpu")
 
     @rule(
         name=NAMES,
