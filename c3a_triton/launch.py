@@ -45,6 +45,8 @@ SMALL_T = 16
 # Sums are split until about this many programs run: enough to fill any card, and the same on all of them, so that
 # results do not depend on the card's number of multiprocessors.
 _PROGRAMS = 264
+# Elements between rows: a tile of 256 rows, the next one included, stays within 32 bits.
+_MAX_ROW_STRIDE = 2**22
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -849,7 +851,10 @@ def _spec(tensor: Tensor) -> _Spec:
 
 
 def _with_contiguous_rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    # A kernel counts from row to row of a tile in 32 bits. Rows too far apart for that (one token out of each of many
+    # long sequences) are few enough to copy.
+    fits = x.stride(0) <= _MAX_ROW_STRIDE or x.shape[0] == 1
+    return x if fits and (x.stride(1) == 1 or x.shape[1] == 1) else x.contiguous()
 
 
 _HERE = nullcontext()

@@ -437,6 +437,7 @@ class C3ALinear(nn.Module):
         kernel = self._new_kernel(adapter_name, block_size, init_weights, config)
         self._install(adapter_name, kernel, trainable=config is None or not config.inference_mode)
 
+    @torch.inference_mode(False)  # a parameter that is made in inference mode can never be trained
     def _new_kernel(
         self,
         adapter_name: str,

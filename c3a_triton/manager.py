@@ -76,6 +76,9 @@ class AdapterManager:
         self.backend = backend
         self._configs: dict[str, C3AConfig] = {}
         self._active: list[str] = []
+        self._n_activations = 0
+        self._inference_mode = False  # whether the active ones were left frozen
+        self._disabled = False
         # adapter name → layer name → what decided on the layer's block size
         self._chosen_by: dict[str, dict[str, str]] = {}
 
@@ -286,6 +289,9 @@ class AdapterManager:
             wrapper.install(adapter_name, module_copy)
             if wrapper is not module:
                 self._replace(name, wrapper)
+        for part in self._parts() if self._disabled else ():
+            if not part.disable_adapters:
+                part.enable_adapters(False)
         self._configs[adapter_name] = config
         self._chosen_by[adapter_name] = {target.name: target.chosen_by for target in targets}
         if is_first:
@@ -361,6 +367,8 @@ class AdapterManager:
         for part in self._parts():
             part.set_adapter(names, inference_mode)
         self._active = list(names)
+        self._n_activations += 1
+        self._inference_mode = inference_mode
         for name, config in self._configs.items():
             for parameter in self._biases(name, config.bias).values():
                 parameter.requires_grad_(name in names and not inference_mode)
@@ -381,6 +389,8 @@ class AdapterManager:
     def disable_adapter(self) -> Iterator[None]:
         """Within the context the model computes its base alone. Merged adapters are unmerged, and stay so afterwards.
 
+        Adapters that are added, set or deleted meanwhile compute, and are trained, from the end of the context on.
+
         Raises:
             AdapterStateError: a merged layer cannot be unmerged.
         """
@@ -390,17 +400,25 @@ class AdapterManager:
                 f"the biases that {trained[0]!r} has trained stay as they are while adapters are disabled", stacklevel=3
             )
         self._unmerge_all()
-        parts, active = [part for part in self._parts() if not part.disable_adapters], self.active_adapters
-        flags = [(parameter, parameter.requires_grad) for part in parts for parameter in part.parameters()]
+        parts = [part for part in self._parts() if not part.disable_adapters]
+        others = [part for part in self._parts() if part.disable_adapters]
+        flags = _trained(parts)
+        was_disabled, n_activations = self._disabled, self._n_activations
         for part in parts:
             part.enable_adapters(False)
+        self._disabled = True
         try:
             yield
         finally:
+            self._disabled = was_disabled
+            if not was_disabled:
+                parts = [part for part in self._parts() if part not in others]  # new ones, too
+            if self._n_activations != n_activations:
+                flags = _trained(parts)
             for part in parts:
                 part.enable_adapters(True)
             # Enabling makes active adapters trainable, which they need not have been.
-            for parameter, flag in flags if self._active == active else ():
+            for parameter, flag in flags:
                 parameter.requires_grad_(flag)
 
     @contextmanager
@@ -472,11 +490,14 @@ class AdapterManager:
         """
         for _, layer in self.layers():
             layer.freeze_for_inference(frozen)
+        self._inference_mode |= frozen
 
     # Removing and renaming
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If no active one is left, the first remaining by name becomes active, with a warning.
+
+        Other active ones stay trainable or frozen, as they are.
 
         Raises:
             AdapterNotFoundError: an unknown name.
@@ -486,13 +507,14 @@ class AdapterManager:
         if any(adapter_name in layer.merged_adapters for _, layer in self.layers()):
             raise AdapterStateError(f"adapter {adapter_name!r} is merged: unmerge it before deleting it")
         if adapter_name in self._active:
-            active = [name for name in self._active if name != adapter_name]
+            active, inference_mode = [name for name in self._active if name != adapter_name], self._inference_mode
             if not active and len(self._configs) > 1:
                 active = [min(name for name in self._configs if name != adapter_name)]
+                inference_mode = self._configs[active[0]].inference_mode
                 warnings.warn(
                     f"the active adapter {adapter_name!r} is deleted; {active[0]!r} is active now", stacklevel=2
                 )
-            self._activate(active, all(self._configs[name].inference_mode for name in active))
+            self._activate(active, inference_mode)
         for part in self._parts():
             part.delete_adapter(adapter_name)
         del self._configs[adapter_name], self._chosen_by[adapter_name]
@@ -730,6 +752,11 @@ def _layer_class(base: nn.Module) -> type[C3ALinear]:
     sizes = geometry(base)
     kind = "linear" if sizes is None else sizes.kind
     return {"linear": C3ALinear, "conv2d": C3AConv2d, "embedding": C3AEmbedding}[kind]
+
+
+def _trained(parts: Iterable[nn.Module]) -> list[tuple[nn.Parameter, bool]]:
+    """Each parameter with whether it is trained."""
+    return [(parameter, parameter.requires_grad) for part in parts for parameter in part.parameters()]
 
 
 def _do_nothing(module: nn.Module, args: Any) -> None:

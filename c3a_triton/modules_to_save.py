@@ -48,6 +48,7 @@ class ModulesToSave(nn.Module):
         self._disabled = False
         self._row_adapters: tuple[str, ...] | None = None
 
+    @torch.inference_mode(False)  # as for kernels: the copy is to be trained
     def new_copy(self) -> nn.Module:
         """A copy of the original, not yet installed.
 

@@ -288,6 +288,18 @@ def test_deleting() -> None:
     assert len(trainable(model)) == 4
 
 
+def test_deleting_one_of_two_leaves_the_other_trained(tmp_path: Path) -> None:
+    adapted().c3a.save_pretrained(tmp_path)
+    model = adapted(two=QV)
+    model.c3a.load_adapter(tmp_path, "loaded")
+    model.c3a.set_adapter(["loaded", "two"])
+    model.c3a.delete_adapter("two")
+    assert len(trainable(model)) == len(list(model.c3a.layers()))
+    model.c3a.set_adapter(["loaded", "default"], inference_mode=True)
+    model.c3a.delete_adapter("loaded")
+    assert trainable(model) == []
+
+
 def test_renaming() -> None:
     model = adapted(llama_classifier(), C3AConfig(block_size=4, modules_to_save=["score"]), two=QV)
     parameters, before = [id(p) for p in model.parameters() if p.requires_grad], logits(model)
@@ -322,6 +334,33 @@ def test_disabling() -> None:
         _ = len(IDS) / len(trainable(model))
     assert torch.equal(logits(model), y)
     assert trainable(model) == names
+
+
+def test_what_is_set_while_disabled_holds_afterwards() -> None:
+    model = adapted(two=ALL)
+    model.c3a.freeze_for_inference()
+    with model.c3a.disable_adapter():
+        model.c3a.set_adapter("default")
+    assert trainable(model) == trainable(adapted())
+    with model.c3a.disable_adapter():
+        model.c3a.set_adapter("two", inference_mode=True)
+    assert trainable(model) == []
+    with model.c3a.disable_adapter():
+        model.c3a.rename_adapter("two", "new")
+    assert trainable(model) == []
+
+
+def test_what_is_added_while_disabled_is_disabled() -> None:
+    model = adapted()
+    base = logits(dense(model))
+    model.c3a.delete_adapter("default")
+    with model.c3a.disable_adapter():
+        with model.c3a.disable_adapter():
+            model.c3a.add_adapter("more", ALL)
+        assert torch.equal(logits(model), base)
+    assert all("more" in layer.active_adapters and not layer.disable_adapters for _, layer in model.c3a.layers())
+    assert not torch.equal(logits(model), base)
+    assert len(trainable(model)) == len(list(model.c3a.layers()))
 
 
 def test_rows_of_a_batch() -> None:
