@@ -229,7 +229,9 @@ class C3AConfig:
         self._check_layers()
         self._check_patterns()
         if not isinstance(self.init_weights, bool) and self.init_weights not in INIT_WEIGHTS:
-            raise ConfigError(f"init_weights must be True, False or one of {INIT_WEIGHTS}, got {shown(self.init_weights)}")
+            raise ConfigError(
+                f"init_weights must be True, False or one of {INIT_WEIGHTS}, got {shown(self.init_weights)}"
+            )
         if self.bias not in BIASES:
             raise ConfigError(f"bias must be one of {BIASES}, got {shown(self.bias)}")
         if not isinstance(self.inference_mode, bool):
@@ -302,7 +304,9 @@ class C3AConfig:
         """Compiles every pattern, after a look at what that will take."""
         layers_pattern = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
         forms = [(key, BLOCK_SIZE_KEY_FORM) for key in self.block_size_pattern]
-        forms += [(targets, "{}") for targets in (self.target_modules, self.exclude_modules) if isinstance(targets, str)]
+        forms += [
+            (targets, "{}") for targets in (self.target_modules, self.exclude_modules) if isinstance(targets, str)
+        ]
         forms += [(name, MODULES_TO_SAVE_FORM) for name in self.modules_to_save or ()]
         forms += [(pattern, LAYERS_PATTERN_FORM) for pattern in layers_pattern or ()]
         _check_sizes([pattern for pattern, _ in forms])
