@@ -112,8 +112,8 @@ def merge_folder(
 
     Memory is needed for the adapter, the largest tensor that it changes and what the sum takes. The new folder has
     the model's files under their names: weights, index, configuration, tokenizer. It appears when it is complete; a
-    process that is killed leaves the former folder, or none; one that is killed in the moment in which the new folder
-    takes the former one's place leaves that under the name `.<output>.former`, from which the next merge brings it back.
+    process that is killed leaves the former folder, or none; killed in the moment in which the new folder takes the
+    former one's place, it leaves that as `.<output>.former`, from which the next merge brings it back.
 
     Args:
         model: a transformers folder with weights in safetensors.

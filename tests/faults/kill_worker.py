@@ -2,9 +2,9 @@
 
     python kill_worker.py FOLDER KILLS
 
-A child is forked for each kill, so that imports are paid for once. It dies by SIGKILL: before the k-th step that it takes
-in the file system (an audit hook counts them), for every k, and at KILLS random moments. After each, every file has to
-be the former or the new one, whole. Prints what was seen as JSON; any broken promise is an exception.
+A child is forked for each kill, so that imports are paid for once. It dies by SIGKILL: before the k-th step that it
+takes in the file system (an audit hook counts them), for every k, and at KILLS random moments. After each, every file
+has to be the former or the new one, whole. Prints what was seen as JSON; any broken promise is an exception.
 """
 
 import json
@@ -36,7 +36,7 @@ STEPS = ("open", "os.", "shutil.")
 
 
 def child(work: Callable[[], None], *, step: int | None = None, after: float | None = None) -> bool:
-    """Do the work in a child that dies before its step-th step, or after some seconds; whether it died before its end."""
+    """Do the work in a child that dies before its step-th step, or after some seconds; whether it did."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -111,6 +111,14 @@ def stored(path: Path) -> object:
         return {key: file.get_tensor(key).tolist() for key in file.keys()}, file.metadata()  # noqa: SIM118
 
 
+def refusal(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except CheckpointError as error:
+        return str(error)
+    raise AssertionError("what is mixed or in the way was not reported")
+
+
 def saves(folder: Path, kills: int) -> Counter[str]:
     """An adapter over one of another configuration, over one of the same, and into an empty folder."""
     seen: Counter[str] = Counter()
@@ -145,19 +153,15 @@ def saves(folder: Path, kills: int) -> Counter[str]:
             whole = [pair for pair in wanted if pair == (config, weights)]
             # Where only the values differ, configuration and weights of either save are a whole adapter.
             same = wanted[0][0] == wanted[1][0]
-            if whole and weights is not None or same:
+            if (whole and weights is not None) or same:
                 read_adapter(target)
                 state = "new" if weights == wanted[1][1] else "former"
             elif weights is None and config is None:
                 state = "nothing"
             else:
-                try:
-                    read_adapter(target)
-                except CheckpointError as error:
-                    assert WEIGHTS_NAME in str(error), error
-                    assert weights is None or CONFIG_NAME in str(error), error
-                else:
-                    raise AssertionError("a pair of two saves was read")
+                message = refusal(lambda: read_adapter(target))
+                assert WEIGHTS_NAME in message, message
+                assert weights is None or CONFIG_NAME in message, message
                 state = "mixed, reported"
             seen[state] += 1
             seen["killed"] += killed
@@ -200,12 +204,7 @@ def merges(folder: Path, kills: int, steps: int | None) -> Counter[str]:
             if aside.exists():
                 assert found == new, "the former folder is there twice"
                 state = "new, the former not yet removed"
-                try:
-                    work()
-                except CheckpointError as error:
-                    assert aside.name in str(error), error
-                else:
-                    raise AssertionError("what was there before is not reported")
+                assert aside.name in refusal(work)
                 shutil.rmtree(aside)
         else:
             assert content(aside) == former, "the former folder is lost"

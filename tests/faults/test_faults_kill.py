@@ -1,4 +1,4 @@
-"""A process that is killed while it writes: each file is the former or the new one, whole, and a mixed pair is reported.
+"""A process that is killed while it writes: each file is the former or the new one, whole; a mixed pair is reported.
 
 `NIGHTLY=1` kills at a hundred random moments, beside every step in the file system; otherwise at a few.
 """
