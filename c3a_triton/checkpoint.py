@@ -324,6 +324,8 @@ def _read_weights(directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, s
                 "it is read. If you trust it, load it with PEFT and save it with safe_serialization=True"
             )
         raise CheckpointError(f"{directory} has no {WEIGHTS_NAME}")
+    if not path.is_file():
+        raise CheckpointError(f"cannot read {path}: it is not a regular file")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118

@@ -157,7 +157,7 @@ MODELS: dict[str, Row] = {
 }
 
 VERBS: dict[str, Row] = {
-    "set an unknown one": (verb("set_adapter", "nope"), AdapterNotFoundError, "no adapter 'nope'; there are: 'default'"),
+    "set an unknown one": (verb("set_adapter", "nope"), AdapterNotFoundError, "no adapter 'nope'; there are: 'def"),
     "set one of two": (verb("set_adapter", ["default", "nope"]), AdapterNotFoundError, "no adapter 'nope'"),
     "delete an unknown one": (verb("delete_adapter", "nope"), AdapterNotFoundError, "no adapter 'nope'"),
     "rename an unknown one": (verb("rename_adapter", "nope", "x"), AdapterNotFoundError, "no adapter 'nope'"),
