@@ -63,7 +63,9 @@ def read_weights(content: bytes, folder: Path) -> None:
 
 def read_header(content: bytes, folder: Path) -> None:
     """The header of `adapter_model.safetensors`, its length put right and the tensors' bytes supplied."""
-    read_weights(len(content).to_bytes(8, "little") + content + bytes(256), folder)
+    weights = (CORPUS / "weights.bin").read_bytes()
+    values = weights[8 + int.from_bytes(weights[:8], "little") :]
+    read_weights(len(content).to_bytes(8, "little") + content + values, folder)
 
 
 def read_table(content: bytes, folder: Path) -> None:
