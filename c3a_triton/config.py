@@ -158,7 +158,6 @@ def compile_pattern(pattern: str, form: str = "{}") -> "regex.Pattern[str]":
     It has to be one for `re`: `regex` has more to offer, which PEFT would not read, and some of which (recursion) can
     fill the memory before any time limit is reached.
     """
-    _check_sizes([pattern])
     check_re_syntax(pattern)
     try:
         return regex.compile(form.replace("{}", pattern))

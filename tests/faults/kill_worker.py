@@ -103,7 +103,7 @@ def moments(
     draw = random.Random(0)
     for _ in range(kills):
         prepare()
-        yield child(work, after=draw.uniform(0, 1.1 * max(times)))
+        yield child(work, after=draw.uniform(0, 1.1 * sorted(times)[1]))
 
 
 def stored(path: Path) -> object:

@@ -250,7 +250,7 @@ def message_of(call: Callable[[], object]) -> str | None:
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EIO])
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_disk_that_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, existing: bool) -> None:
-    """Each system call of a save fails in turn: what is there is the former adapter or the new one, and nothing else."""
+    """Each system call of a save fails in turn: what is there is the former adapter or the new one, no other file."""
     target, former, new = tmp_path / "adapter", adapted(), adapted(seed=2, block_size=3)
     before, failed = described(new), 0
     for name in ("fsync", "replace", "mkdir"):
