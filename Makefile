@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: test test-triton36 test-compat lint demo bench hub dist clean
+.PHONY: test test-triton36 test-compat nightly lint demo bench hub dist clean
 
 test: $(VENV)/.installed
 	# A file stays in one worker, so that kernels are compiled once; files go by name, because the longest comes early so.
@@ -18,6 +18,14 @@ test-triton36: .venv36/.installed
 # The oldest supported libraries around torch, together.
 test-compat: .venv-compat/.installed
 	OMP_NUM_THREADS=1 .venv-compat/bin/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+# What takes too long for every change: kills at a hundred moments each, every byte of a file flipped, ten minutes of
+# fuzzing, under atheris where it installs (it has no wheels for every Python and machine).
+FUZZ_SECONDS ?= 600
+nightly: $(VENV)/.installed
+	NIGHTLY=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -s tests/faults
+	$(BIN)/pip install -q atheris || true
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/fuzz.py --seconds $(FUZZ_SECONDS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -1,7 +1,8 @@
 """Adapters on disk: `adapter_config.json` and `adapter_model.safetensors`, in PEFT's form, each replaced whole.
 
-The weights file also carries, as text that PEFT ignores, the configuration as the user wrote it, and the hash of the
-`adapter_config.json` that it belongs to, so that a file of one save beside a file of another is noticed.
+The weights file also carries, as text that PEFT ignores, the configuration as the user wrote it; the hash of the
+`adapter_config.json` that it belongs to, so that a file of one save beside a file of another is noticed; and a digest
+of its own content, because safetensors has none: a bit that flips in a file is an error, not another adapter.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .config import CONFIG_NAME, C3AConfig, read_config_file, temporary_path, write_temporary
+from .config import CONFIG_NAME, MAX_CONFIG_BYTES, C3AConfig, read_config_file, temporary_path, write_temporary
 from .errors import CheckpointError
 from .patterns import peft_safe_pattern, peft_safe_targets
 
@@ -46,6 +47,7 @@ FORMAT_KEY = "c3a_triton_format"
 CONFIG_HASH_KEY = "adapter_config_sha256"
 SAVED_CONFIG_KEY = "adapter_config"
 USER_CONFIG_KEY = "c3a_triton_config"
+DIGEST_KEY = "c3a_triton_sha256"
 
 # Fields that say where an adapter comes from, not what it is: a configuration file that differs from the saved one in
 # these alone still belongs to its weights.
@@ -113,11 +115,13 @@ def write_adapter(
         SAVED_CONFIG_KEY: content.decode(),
         USER_CONFIG_KEY: json.dumps(config.to_dict()),
     }
+    stored = _writable(tensors)
+    metadata[DIGEST_KEY] = _digest(stored, metadata)
     config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
     new_weights = temporary_path(weights_path)
     new_config = write_temporary(config_path, content)
     try:
-        save_file(_writable(tensors), new_weights, metadata=metadata)
+        save_file(stored, new_weights, metadata=metadata)
         # The library makes files that only their owner can read; the weights are as readable as the configuration.
         new_weights.chmod(new_config.stat().st_mode & 0o777)
         _flush_to_disk(new_weights)
@@ -146,6 +150,11 @@ def read_adapter(directory: str | os.PathLike[str]) -> AdapterFile:
     stored, metadata = _read_weights(directory)
     config = _config_of_user(config, content, metadata, directory)
     path = directory / WEIGHTS_NAME
+    if metadata.get(FORMAT_KEY) == FORMAT_VERSION and metadata[DIGEST_KEY] != _digest(stored, metadata):
+        raise CheckpointError(
+            f"{path} is damaged: its content is not what was saved (the digest differs). Take a copy that is whole. If "
+            f"another program changed it on purpose, let that program leave out the metadata beside the tensors"
+        )
 
     foreign = [key for key in stored if not key.startswith(PREFIX) or f"{KERNEL_SUFFIX}." in key]
     if foreign:
@@ -241,6 +250,18 @@ def _writable(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return writable
 
 
+def _digest(stored: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of what a weights file says: its notes, and every tensor's name, dtype, shape and bytes."""
+    digest = hashlib.sha256()
+    for key in sorted(metadata.keys() - {DIGEST_KEY}):
+        digest.update(json.dumps([key, metadata[key]]).encode())
+    for key in sorted(stored):
+        tensor = stored[key].cpu().contiguous()
+        digest.update(json.dumps([key, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def _flush_to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDWR)
     try:
@@ -303,6 +324,8 @@ def _read_weights(directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, s
                 "it is read. If you trust it, load it with PEFT and save it with safe_serialization=True"
             )
         raise CheckpointError(f"{directory} has no {WEIGHTS_NAME}")
+    if not path.is_file():
+        raise CheckpointError(f"cannot read {path}: it is not a regular file")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -325,10 +348,12 @@ def _config_of_user(config: C3AConfig, content: bytes, metadata: Mapping[str, st
             stacklevel=3,
         )
         return config
+    if len(metadata.get(USER_CONFIG_KEY, "") + metadata.get(SAVED_CONFIG_KEY, "")) > 2 * MAX_CONFIG_BYTES:
+        raise CheckpointError(f"{path}: the notes of c3a_triton in it are larger than any adapter's configuration")
     try:
         user_config = C3AConfig.from_dict(json.loads(metadata[USER_CONFIG_KEY]))
         saved_config = C3AConfig.from_dict(json.loads(metadata[SAVED_CONFIG_KEY]))
-        config_hash = metadata[CONFIG_HASH_KEY]
+        config_hash, _ = metadata[CONFIG_HASH_KEY], metadata[DIGEST_KEY]
     except (KeyError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: the notes of c3a_triton in it are damaged: {error!r}") from error
     if hashlib.sha256(content).hexdigest() == config_hash:

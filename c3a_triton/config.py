@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import reprlib
 import uuid
 import warnings
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ __all__ = [
     "DEFAULT_RANK",
     "DEFAULT_TARGET_MODULES",
     "LAYERS_PATTERN_FORM",
+    "MAX_PATTERNS",
     "MODULES_TO_SAVE_FORM",
     "C3AConfig",
     "check_block_size",
@@ -30,6 +32,7 @@ __all__ = [
     "compile_pattern",
     "read_config_file",
     "replace_file",
+    "shown",
     "suggest_block_size",
     "temporary_path",
     "valid_block_sizes",
@@ -40,6 +43,11 @@ CONFIG_NAME = "adapter_config.json"
 PEFT_TYPE = "C3A"
 # A configuration is a few kilobytes; one that lists every module of a large model is a few megabytes.
 MAX_CONFIG_BYTES = 16 * 2**20
+# Patterns come from strangers' files, and compiling one has no time limit. Together they may have so many characters,
+# counted repetitions multiplied out, as `regex` does (about fifteen seconds and 300 MB at most), and be so many.
+MAX_PATTERN_CHARACTERS = 2**20
+MAX_PATTERNS = 4096
+MAX_NAMES = 65536
 
 # What `suggest_block_size` assumes when it is given neither a rank nor a number of parameters: at 4096 × 4096 features
 # it leads to the default block size of 256.
@@ -85,8 +93,50 @@ DEFAULT_TARGET_MODULES: dict[str, list[str] | str] = {
 } | {"gemma4": r".*language_model\..*\.(q_proj|v_proj)"}
 
 
+# A counted repetition's first number, and what stands before it where that is one character or one set of them.
+_COUNTED = re.compile(r"([\w.\]])?\{(\d+)")
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxdict = 20
+
+
+def shown(value: object) -> str:
+    """A value's repr for a message, cut where it is long: a stranger's may have megabytes."""
+    return _SHORT.repr(value)
+
+
 def _is_positive_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _multiplied_out(pattern: str) -> int:
+    """At least the characters of a pattern whose counted repetitions are written out: groups as if all were nested."""
+    size, largest = len(pattern), 1
+    for character, digits in _COUNTED.findall(pattern):
+        count = max(int(digits[:9]), 1)
+        if character:
+            largest = max(largest, count)
+        else:
+            size = min(size * count, 2 * MAX_PATTERN_CHARACTERS)
+    return size * largest
+
+
+def _check_sizes(patterns: list[str]) -> None:
+    """Refuses patterns whose compilation would take too long or too much memory."""
+    if len(patterns) > MAX_PATTERNS:
+        raise ConfigError(
+            f"block_size_pattern, modules_to_save and layers_pattern have {len(patterns)} patterns, more than "
+            f"{MAX_PATTERNS}: write fewer, which match more names each"
+        )
+    total = 0
+    for pattern in patterns:
+        total += _multiplied_out(pattern)
+        if total > MAX_PATTERN_CHARACTERS:
+            raise ConfigError(
+                f"the patterns up to {shown(pattern)} have more than {MAX_PATTERN_CHARACTERS} characters, counted "
+                "repetitions multiplied out: write them shorter, without {n} after a group"
+            )
 
 
 def check_re_syntax(pattern: str) -> None:
@@ -97,11 +147,11 @@ def check_re_syntax(pattern: str) -> None:
             # Python 3.10 still takes what later versions refuse.
             warnings.simplefilter("error", DeprecationWarning)
             re.compile(pattern)
-    except (re.error, RecursionError, OverflowError, DeprecationWarning) as error:
-        raise ConfigError(f"{pattern!r} is not a valid regular expression: {error}") from error
+    except (re.error, ValueError, RecursionError, OverflowError, DeprecationWarning) as error:
+        raise ConfigError(f"{shown(pattern)} is not a valid regular expression: {error}") from error
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4 * MAX_PATTERNS)
 def compile_pattern(pattern: str, form: str = "{}") -> "regex.Pattern[str]":
     """Compiles a user's regular expression, completed by `form`; a bad one is a `ConfigError` that names it.
 
@@ -111,8 +161,8 @@ def compile_pattern(pattern: str, form: str = "{}") -> "regex.Pattern[str]":
     check_re_syntax(pattern)
     try:
         return regex.compile(form.replace("{}", pattern))
-    except (regex.error, RecursionError, OverflowError) as error:
-        raise ConfigError(f"{pattern!r} is not a valid regular expression: {error}") from error
+    except (regex.error, ValueError, RecursionError, OverflowError, MemoryError) as error:
+        raise ConfigError(f"{shown(pattern)} is not a valid regular expression: {error}") from error
 
 
 def _name_list(value: Any, what: str) -> list[str]:
@@ -120,7 +170,9 @@ def _name_list(value: Any, what: str) -> list[str]:
     if not isinstance(value, (list, tuple, set, frozenset)) or not all(
         isinstance(name, str) and name for name in value
     ):
-        raise ConfigError(f"{what} must be a list of non-empty names, got {value!r}")
+        raise ConfigError(f"{what} must be a list of non-empty names, got {shown(value)}")
+    if len(value) > MAX_NAMES:
+        raise ConfigError(f"{what} has {len(value)} names, more than {MAX_NAMES}: write a regular expression")
     return sorted(value) if isinstance(value, (set, frozenset)) else list(dict.fromkeys(value))
 
 
@@ -174,27 +226,30 @@ class C3AConfig:
         self._check_block_sizes()
         self._check_modules()
         self._check_layers()
+        self._check_patterns()
         if not isinstance(self.init_weights, bool) and self.init_weights not in INIT_WEIGHTS:
-            raise ConfigError(f"init_weights must be True, False or one of {INIT_WEIGHTS}, got {self.init_weights!r}")
+            raise ConfigError(
+                f"init_weights must be True, False or one of {INIT_WEIGHTS}, got {shown(self.init_weights)}"
+            )
         if self.bias not in BIASES:
-            raise ConfigError(f"bias must be one of {BIASES}, got {self.bias!r}")
+            raise ConfigError(f"bias must be one of {BIASES}, got {shown(self.bias)}")
         if not isinstance(self.inference_mode, bool):
-            raise ConfigError(f"inference_mode must be True or False, got {self.inference_mode!r}")
+            raise ConfigError(f"inference_mode must be True or False, got {shown(self.inference_mode)}")
         self.task_type = getattr(self.task_type, "value", self.task_type)
         for name in ("task_type", "base_model_name_or_path", "revision", "peft_version"):
             value = getattr(self, name)
             if isinstance(value, os.PathLike):
                 setattr(self, name, os.fspath(value))
             elif not (value is None or isinstance(value, str)):
-                raise ConfigError(f"{name} must be a string or None, got {value!r}")
+                raise ConfigError(f"{name} must be a string or None, got {shown(value)}")
         if not (self.auto_mapping is None or isinstance(self.auto_mapping, Mapping)):
-            raise ConfigError(f"auto_mapping must be a dict or None, got {self.auto_mapping!r}")
+            raise ConfigError(f"auto_mapping must be a dict or None, got {shown(self.auto_mapping)}")
 
     def _check_block_sizes(self) -> None:
         if self.block_size != "auto" and not _is_positive_int(self.block_size):
-            raise ConfigError(f'block_size must be a positive integer or "auto", got {self.block_size!r}')
+            raise ConfigError(f'block_size must be a positive integer or "auto", got {shown(self.block_size)}')
         if self.rank is not None and not _is_positive_int(self.rank):
-            raise ConfigError(f"rank must be a positive integer or None, got {self.rank!r}")
+            raise ConfigError(f"rank must be a positive integer or None, got {shown(self.rank)}")
         if self.rank is not None and self.block_size != "auto":
             raise ConfigError(
                 f"rank={self.rank} has no meaning beside block_size={self.block_size}: "
@@ -202,40 +257,34 @@ class C3AConfig:
             )
         pattern = {} if self.block_size_pattern is None else self.block_size_pattern
         if not isinstance(pattern, Mapping):
-            raise ConfigError(f"block_size_pattern must be a dict of patterns and block sizes, got {pattern!r}")
+            raise ConfigError(f"block_size_pattern must be a dict of patterns and block sizes, got {shown(pattern)}")
         for key, size in pattern.items():
             if not isinstance(key, str) or not key:
-                raise ConfigError(f"block_size_pattern: a key must be a non-empty regular expression, got {key!r}")
+                raise ConfigError(f"block_size_pattern: a key must be a non-empty regular expression, got {shown(key)}")
             if not _is_positive_int(size):
-                raise ConfigError(f"block_size_pattern[{key!r}] must be a positive integer, got {size!r}")
-            compile_pattern(key, BLOCK_SIZE_KEY_FORM)
+                raise ConfigError(f"block_size_pattern[{shown(key)}] must be a positive integer, got {shown(size)}")
         self.block_size_pattern = dict(pattern)
 
     def _check_modules(self) -> None:
         if isinstance(self.target_modules, str):
             if self.target_modules.lower() == "all-linear":
                 self.target_modules = "all-linear"
-            compile_pattern(self.target_modules)
         elif self.target_modules is not None:
             self.target_modules = _name_list(self.target_modules, "target_modules")
         if self.target_modules in ("", []):
             raise ConfigError('target_modules is empty: name modules, give a regular expression, "all-linear" or None')
-        if isinstance(self.exclude_modules, str):
-            compile_pattern(self.exclude_modules)
-        elif self.exclude_modules is not None:
+        if self.exclude_modules is not None and not isinstance(self.exclude_modules, str):
             self.exclude_modules = _name_list(self.exclude_modules, "exclude_modules")
         if self.modules_to_save is not None:
             modules_to_save = [self.modules_to_save] if isinstance(self.modules_to_save, str) else self.modules_to_save
             self.modules_to_save = _name_list(modules_to_save, "modules_to_save")
-            for name in self.modules_to_save:
-                compile_pattern(name, MODULES_TO_SAVE_FORM)
 
     def _check_layers(self) -> None:
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     raise ConfigError(
-                        f"{name} works only with a list of target_modules, not with {self.target_modules!r}: "
+                        f"{name} works only with a list of target_modules, not with {shown(self.target_modules)}: "
                         "put the layers into the regular expression"
                     )
         layers = self.layers_to_transform
@@ -245,13 +294,23 @@ class C3AConfig:
             isinstance(index, int) and not isinstance(index, bool)
             for index in (layers if isinstance(layers, list) else [layers])
         ):
-            raise ConfigError(f"layers_to_transform must be a layer index or a list of them, got {layers!r}")
+            raise ConfigError(f"layers_to_transform must be a layer index or a list of them, got {shown(layers)}")
         self.layers_to_transform = layers
-        if self.layers_pattern is not None:
-            if not isinstance(self.layers_pattern, str):
-                self.layers_pattern = _name_list(self.layers_pattern, "layers_pattern")
-            for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern:
-                compile_pattern(pattern, LAYERS_PATTERN_FORM)
+        if self.layers_pattern is not None and not isinstance(self.layers_pattern, str):
+            self.layers_pattern = _name_list(self.layers_pattern, "layers_pattern")
+
+    def _check_patterns(self) -> None:
+        """Compiles every pattern, after a look at what that will take."""
+        layers_pattern = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
+        forms = [(key, BLOCK_SIZE_KEY_FORM) for key in self.block_size_pattern]
+        forms += [
+            (targets, "{}") for targets in (self.target_modules, self.exclude_modules) if isinstance(targets, str)
+        ]
+        forms += [(name, MODULES_TO_SAVE_FORM) for name in self.modules_to_save or ()]
+        forms += [(pattern, LAYERS_PATTERN_FORM) for pattern in layers_pattern or ()]
+        _check_sizes([pattern for pattern, _ in forms])
+        for pattern, form in forms:
+            compile_pattern(pattern, form)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain values, in the form of PEFT's `adapter_config.json`.
@@ -281,12 +340,13 @@ class C3AConfig:
         peft_type = getattr(peft_type, "value", peft_type)
         if peft_type != PEFT_TYPE:
             raise ConfigError(
-                f"this is the configuration of a {peft_type!r} adapter; only {PEFT_TYPE!r} can be used here"
+                f"this is the configuration of a {shown(peft_type)} adapter; only {PEFT_TYPE!r} can be used here"
             )
         known = {item.name for item in fields(cls)}
         unknown = sorted(str(name) for name in values if name not in known and name != "peft_type")
         if unknown:
-            warnings.warn(f"C3AConfig does not know these fields and ignores them: {', '.join(unknown)}", stacklevel=2)
+            names = ", ".join(unknown[:20]) + (f" and {len(unknown) - 20} more" if len(unknown) > 20 else "")
+            warnings.warn(f"C3AConfig does not know these fields and ignores them: {names}", stacklevel=2)
         return cls(**{name: value for name, value in values.items() if name in known})
 
     @classmethod
@@ -362,6 +422,9 @@ def read_config_file(directory: str | os.PathLike[str]) -> tuple[dict[str, Any],
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any], bytes]:
+    # What is no file (a pipe, say) may block for ever.
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"cannot read {path}: it is not a regular file")
     try:
         with path.open("rb") as file:
             content = file.read(MAX_CONFIG_BYTES + 1)
@@ -452,7 +515,7 @@ def suggest_block_size(
     sizes = valid_block_sizes(in_features, out_features)
     for name, value in (("rank", rank), ("max_params", max_params)):
         if value is not None and not _is_positive_int(value):
-            raise ConfigError(f"{name} must be a positive integer or None, got {value!r}")
+            raise ConfigError(f"{name} must be a positive integer or None, got {shown(value)}")
     area = in_features * out_features
     if max_params is not None:
         if area // sizes[-1] > max_params:

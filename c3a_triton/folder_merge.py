@@ -5,6 +5,8 @@ tensor keeps its name, dtype and shape. Everything happens in a temporary folder
 when it is complete.
 """
 
+import contextlib
+import glob
 import json
 import os
 import re
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 
 from .checkpoint import KERNEL_SUFFIX, AdapterFile, read_adapter
 from .config import CONFIG_NAME, temporary_path
-from .errors import AdapterStateError, CheckpointError, ConfigError
+from .errors import AdapterStateError, C3AError, CheckpointError, ConfigError
 from .linear_like import is_transposed
 from .ops import add_circulant_
 from .report import format_bytes
@@ -111,7 +113,8 @@ def merge_folder(
 
     Memory is needed for the adapter, the largest tensor that it changes and what the sum takes. The new folder has
     the model's files under their names: weights, index, configuration, tokenizer. It appears when it is complete; a
-    process that is killed leaves the former folder, or none.
+    process that is killed leaves the former folder, or none; killed in the moment in which the new folder takes the
+    former one's place, it leaves that as `.<output>.former`, from which the next merge brings it back.
 
     Args:
         model: a transformers folder with weights in safetensors.
@@ -129,6 +132,7 @@ def merge_folder(
         AdapterStateError: a merged weight would not be finite.
     """
     model, adapter, output = Path(model).resolve(), Path(adapter).resolve(), Path(output).resolve()
+    _recover(output)
     _check_output(output, (model, adapter), force)
     structure = load_structure(model)
     _refuse_quantized(model)
@@ -153,6 +157,10 @@ def merge_folder(
             verify(temporary)
         _flush(temporary)
         _put_in_place(temporary, output)
+    except C3AError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {output}: {error}. Nothing was changed") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     n_bytes = sum(path.stat().st_size for path in output.glob("*.safetensors"))
@@ -186,6 +194,18 @@ def _check_output(output: Path, sources: tuple[Path, ...], force: bool) -> None:
 def _former(output: Path) -> Path:
     """Where a folder is for the moment in which another one takes its place."""
     return output.with_name(f".{output.name}.former")
+
+
+def _recover(output: Path) -> None:
+    """Give a folder its name back, which a merge that was killed while it replaced it has taken from it."""
+    former = _former(output)
+    if former.is_dir() and not output.exists():
+        try:
+            os.rename(former, output)
+        except OSError as error:
+            raise CheckpointError(
+                f"{former} is what was {output} before a merge that was killed, and cannot be renamed: {error}"
+            ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -240,7 +260,7 @@ def _read_checkpoint(folder: Path) -> _Checkpoint:
     shards = tuple(dict.fromkeys(weight_map.values()))
     tensors: dict[str, _Stored] = {}
     for shard in shards:
-        if Path(shard).name != shard:
+        if Path(shard).name != shard or shard == ".." or not shard.isprintable():
             raise CheckpointError(f"{folder / INDEX_NAME} names {shard!r}, which is not a file of this folder")
         tensors |= _read_header(folder / shard)
     if wrong := [key for key, shard in weight_map.items() if key not in tensors or tensors[key].shard != shard]:
@@ -256,14 +276,16 @@ def _read_header(path: Path) -> dict[str, _Stored]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             entries = json.loads(file.read(length))
-    except (OSError, SafetensorError) as error:
+        entries.pop("__metadata__", None)
+        start = 8 + length
+        return {
+            key: _Stored(
+                path.name, entry["dtype"], tuple(entry["shape"]), *(start + at for at in entry["data_offsets"])
+            )
+            for key, entry in entries.items()
+        }
+    except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}, it may be damaged or incomplete: {error}") from error
-    entries.pop("__metadata__", None)
-    start = 8 + length
-    return {
-        key: _Stored(path.name, entry["dtype"], tuple(entry["shape"]), *(start + at for at in entry["data_offsets"]))
-        for key, entry in entries.items()
-    }
 
 
 def _read_tensor(file: Any, stored: _Stored) -> tuple[Tensor, bytearray]:
@@ -515,7 +537,7 @@ def _put_in_place(temporary: Path, output: Path) -> None:
         os.rename(temporary, output)  # an empty folder gives way
         return
     # Two names cannot be exchanged in one step. A process that is killed between these two leaves the former folder
-    # under a name that nothing here removes.
+    # under a name from which the next merge brings it back.
     former = _former(output)
     os.rename(output, former)
     try:
@@ -528,7 +550,9 @@ def _put_in_place(temporary: Path, output: Path) -> None:
 
 def _remove_abandoned(output: Path) -> None:
     """Remove what killed merges into this folder have left; one of a model's size must not fill the disk."""
-    for folder in output.parent.glob(f".{output.name}.*.tmp"):
-        times = [path.stat().st_mtime for path in [folder, *folder.rglob("*")]]
-        if folder.is_dir() and time.time() - max(times) > _ABANDONED_AFTER_S:
-            shutil.rmtree(folder, ignore_errors=True)
+    for folder in output.parent.glob(f".{glob.escape(output.name)}.*.tmp"):
+        # Another merge may remove or rename its own folder meanwhile: then it is not abandoned.
+        with contextlib.suppress(FileNotFoundError):
+            times = [path.stat().st_mtime for path in [folder, *folder.rglob("*")]]
+            if folder.is_dir() and time.time() - max(times) > _ABANDONED_AFTER_S:
+                shutil.rmtree(folder, ignore_errors=True)

@@ -1,7 +1,8 @@
 """Which modules a configuration means, and with which block size: strings in, decisions out.
 
 Patterns may come from a stranger's file. They are matched by the `regex` package, which follows `re` here and can be
-stopped: all slow matches of one pattern together get `TIME_LIMIT_S` of processor time.
+stopped: all slow matches of one pattern together get `TIME_LIMIT_S` of processor time, and all matches for one
+configuration `TOTAL_TIME_LIMIT_S`.
 """
 
 import re
@@ -16,15 +17,18 @@ import regex
 from .config import (
     BLOCK_SIZE_KEY_FORM,
     LAYERS_PATTERN_FORM,
+    MAX_PATTERNS,
     MODULES_TO_SAVE_FORM,
     C3AConfig,
     check_re_syntax,
     compile_pattern,
+    shown,
 )
 from .errors import ConfigError
 
 __all__ = [
     "TIME_LIMIT_S",
+    "TOTAL_TIME_LIMIT_S",
     "block_size_for",
     "match_target",
     "peft_block_size_for",
@@ -35,6 +39,7 @@ __all__ = [
 ]
 
 TIME_LIMIT_S = 1.0
+TOTAL_TIME_LIMIT_S = 30.0
 # Module names are short: a match that takes longer than this counts against the pattern's limit.
 _SLOW_MATCH_S = 0.005
 
@@ -77,14 +82,45 @@ class _Matcher:
                     self._seconds_left -= seconds
                 return found
         raise ConfigError(
-            f"the pattern {self.pattern!r} takes too long to match module names (more than {TIME_LIMIT_S} s, "
+            f"the pattern {shown(self.pattern)} takes too long to match module names (more than {TIME_LIMIT_S} s, "
             f"at {name!r}): write it without nested repetitions"
         )
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4 * MAX_PATTERNS)
 def _matcher(pattern: str, form: str = "{}") -> _Matcher:
     return _Matcher(pattern, form)
+
+
+class _Matching:
+    """Matches for one configuration, whose many patterns may each be quick enough and together take too long."""
+
+    def __init__(self) -> None:
+        self._seconds_left = TOTAL_TIME_LIMIT_S
+
+    def match(self, pattern: str, form: str, name: str) -> "regex.Match[str] | None":
+        """As `re.match`: from the start of the name."""
+        return self._timed(_matcher(pattern, form).match, name)
+
+    def fullmatch(self, pattern: str, form: str, name: str) -> "regex.Match[str] | None":
+        """As `re.fullmatch`: the whole name."""
+        return self._timed(_matcher(pattern, form).fullmatch, name)
+
+    def _timed(self, match: Callable[[str], "regex.Match[str] | None"], name: str) -> "regex.Match[str] | None":
+        start = time.thread_time()
+        found = match(name)
+        self._seconds_left -= time.thread_time() - start
+        if self._seconds_left < 0:
+            raise ConfigError(
+                f"the patterns of this configuration take more than {TOTAL_TIME_LIMIT_S} s to match module names "
+                f"(at {name!r}): write fewer and simpler ones"
+            )
+        return found
+
+
+def _matching(config: C3AConfig) -> _Matching:
+    """The matching of this very object: no field of it, so that neither copies by `replace` nor files have it."""
+    return vars(config).setdefault("_matching", _Matching())
 
 
 def _endings(name: str) -> set[str]:
@@ -121,33 +157,36 @@ def target_rule(config: C3AConfig) -> Callable[[str], bool]:
     excluded = config.exclude_modules or []
     target_set = frozenset([] if isinstance(targets, str) else targets)
     excluded_set = frozenset([] if isinstance(excluded, str) else excluded)
+    layers = config.layers_to_transform
+    layer_set = frozenset([layers] if isinstance(layers, int) else layers or ())
+    matching = _matching(config)
 
     def is_target(name: str) -> bool:
         endings = _endings(name)
         if not name or not excluded_set.isdisjoint(endings):
             return False
-        if isinstance(excluded, str) and _matcher(excluded).fullmatch(name):
+        if isinstance(excluded, str) and matching.fullmatch(excluded, "{}", name):
             return False
-        if any(_matcher(module, MODULES_TO_SAVE_FORM).match(name) for module in config.modules_to_save or ()):
+        if any(matching.match(module, MODULES_TO_SAVE_FORM, name) for module in config.modules_to_save or ()):
             return False
         if isinstance(targets, str):
-            return _matcher(targets).fullmatch(name) is not None
-        return name in target_set or (not target_set.isdisjoint(endings) and _is_in_layers(config, name))
+            return matching.fullmatch(targets, "{}", name) is not None
+        return name in target_set or (not target_set.isdisjoint(endings) and _is_in_layers(config, layer_set, name))
 
     return is_target
 
 
-def _is_in_layers(config: C3AConfig, name: str) -> bool:
-    layers = config.layers_to_transform
-    if layers is None or layers == []:
+def _is_in_layers(config: C3AConfig, layers: frozenset[int], name: str) -> bool:
+    if not layers:
         return True
+    matching = _matching(config)
     if config.layers_pattern:
         patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
-        matches = (_matcher(pattern, LAYERS_PATTERN_FORM).match(name) for pattern in patterns)
+        matches = (matching.match(pattern, LAYERS_PATTERN_FORM, name) for pattern in patterns)
         found = next((match for match in matches if match is not None), None)
     else:
-        found = _matcher(_ANY_LAYER).match(name)
-    return found is not None and int(found["idx"]) in ([layers] if isinstance(layers, int) else layers)
+        found = matching.match(_ANY_LAYER, "{}", name)
+    return found is not None and int(found["idx"]) in layers
 
 
 def block_size_for(config: C3AConfig, name: str) -> tuple[int | str, str | None]:
@@ -158,8 +197,9 @@ def block_size_for(config: C3AConfig, name: str) -> tuple[int | str, str | None]
     Raises:
         ConfigError: a pattern takes too long.
     """
+    matching = _matching(config)
     for key, size in config.block_size_pattern.items():
-        if _matcher(key, BLOCK_SIZE_KEY_FORM).fullmatch(name):
+        if matching.fullmatch(key, BLOCK_SIZE_KEY_FORM, name):
             return size, key
     return config.block_size, None
 
@@ -173,10 +213,11 @@ def unmatched_keys(config: C3AConfig, names: Iterable[str]) -> list[str]:
         ConfigError: a pattern takes too long.
     """
     names = list(names)
+    matching = _matching(config)
     return [
         key
         for key in config.block_size_pattern
-        if not any(_matcher(key, BLOCK_SIZE_KEY_FORM).fullmatch(name) for name in names)
+        if not any(matching.fullmatch(key, BLOCK_SIZE_KEY_FORM, name) for name in names)
     ]
 
 

@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from .checkpoint import KERNEL_SUFFIX, AdapterFile
-from .config import DEFAULT_TARGET_MODULES, C3AConfig, check_block_size, suggest_block_size
+from .config import DEFAULT_TARGET_MODULES, C3AConfig, check_block_size, shown, suggest_block_size
 from .errors import CheckpointError, ConfigError
 from .layer import C3ALinear
 from .linear_like import Geometry, geometry, is_linear, is_sharded
 from .modules_to_save import ModulesToSave
-from .patterns import block_size_for, match_target, unmatched_keys
+from .patterns import block_size_for, match_target, target_rule, unmatched_keys
 
 __all__ = [
     "Target",
@@ -88,8 +88,14 @@ def unwrapped_name(name: str) -> str:
     return _WRAPPERS.sub("", name)
 
 
+# What is longer is no module's name, and takes long to compare with them.
+_LONGEST_NAME = 1000
+
+
 def near_names(name: str, known: Iterable[str]) -> str:
     """A sentence that suggests names like this one, or nothing."""
+    if len(name) > _LONGEST_NAME:
+        return ""
     known = list(known)
     last_parts = {other.rpartition(".")[2] for other in known}
     close = difflib.get_close_matches(name, last_parts, n=3) or difflib.get_close_matches(name, known, n=3)
@@ -123,7 +129,8 @@ def _matches(model: nn.Module, config: C3AConfig, modules: list[tuple[str, nn.Mo
         return _all_linear(model, config, modules)
     if config.target_modules is None:
         config = replace(config, target_modules=_default_targets(model))
-    found = [(name, module) for name, module in modules if match_target(config, name)]
+    is_target = target_rule(config)
+    found = [(name, module) for name, module in modules if is_target(name)]
     for name, _ in found:
         if _is_bypassed(model, name):
             raise ConfigError(
@@ -158,12 +165,12 @@ def _default_targets(model: nn.Module) -> list[str] | str:
 def _all_linear(
     model: nn.Module, config: C3AConfig, modules: list[tuple[str, nn.Module]]
 ) -> list[tuple[str, nn.Module]]:
-    allowed = replace(config, target_modules=".*")
+    is_allowed = target_rule(replace(config, target_modules=".*"))
     heads = _output_heads(model, config)
     found = []
     for name, module in modules:
         wanted = module.kind == "linear" if isinstance(module, C3ALinear) else is_linear(module)
-        if not wanted or any(module is head for head in heads) or not match_target(allowed, name):
+        if not wanted or any(module is head for head in heads) or not is_allowed(name):
             continue
         if _is_bypassed(model, name):
             warnings.warn(
@@ -233,14 +240,14 @@ def _sharded(name: str, module: nn.Module) -> str | None:
 
 def _nothing_found(config: C3AConfig, names: list[str]) -> str:
     targets = config.target_modules
-    message = f"target_modules={targets!r} matches no module"
+    message = f"target_modules={shown(targets)} matches no module"
     unrestricted = replace(config, exclude_modules=None, modules_to_save=None, layers_to_transform=None)
     if targets not in (None, "all-linear") and any(match_target(unrestricted, name) for name in names):
         return message + (
             f" that is left by exclude_modules={config.exclude_modules!r}, modules_to_save={config.modules_to_save!r} "
             f"and layers_to_transform={config.layers_to_transform!r}"
         )
-    hints = [near_names(target, names) for target in targets] if isinstance(targets, list) else []
+    hints = [near_names(target, names) for target in targets[:5]] if isinstance(targets, list) else []
     return message + "." + "".join(dict.fromkeys(hints))
 
 
@@ -255,8 +262,8 @@ def _warn_about(model: nn.Module, config: C3AConfig, targets: list[Target], name
             entry for entry in config.target_modules if not any(f".{name}".endswith(f".{entry}") for name in adapted)
         ]
         if idle:
-            hints = "".join(near_names(entry, names) for entry in idle)
-            warnings.warn(f"target_modules: {', '.join(map(repr, idle))} select no module.{hints}", stacklevel=2)
+            hints = "".join(near_names(entry, names) for entry in idle[:5])
+            warnings.warn(f"target_modules: {', '.join(map(shown, idle[:20]))} select no module.{hints}", stacklevel=2)
     if config.exclude_modules:
         everything = C3AConfig(target_modules=".*", exclude_modules=config.exclude_modules)
         if all(match_target(everything, name) for name in names):
@@ -321,8 +328,8 @@ def find_modules_to_save(model: nn.Module, config: C3AConfig) -> list[tuple[str,
         if any(name.endswith(entry) for entry in entries) and not (found and name.startswith(found[-1][0] + ".")):
             found.append((name, module))
     if idle := [entry for entry in entries if not any(name.endswith(entry) for name, _ in modules)]:
-        hints = "".join(near_names(entry, [name for name, _ in modules]) for entry in idle)
-        warnings.warn(f"modules_to_save: {', '.join(map(repr, idle))} match no module.{hints}", stacklevel=2)
+        hints = "".join(near_names(entry, [name for name, _ in modules]) for entry in idle[:5])
+        warnings.warn(f"modules_to_save: {', '.join(map(shown, idle[:20]))} match no module.{hints}", stacklevel=2)
     warn_tied(model, [name for name, _ in found], "modules_to_save gives it a copy of its own")
     return found
 
@@ -343,7 +350,8 @@ def find_file_targets(model: nn.Module, file: AdapterFile) -> list[Target]:
     """
     modules = {name: module for name, module in base_modules(model) if name}
     problems = [
-        f"the model has no {name}.{near_names(name, modules)}" for name in file.block_sizes if name not in modules
+        f"the model has no {name}.{near_names(name, modules) if number < 5 else ''}"
+        for number, name in enumerate(sorted(file.block_sizes.keys() - modules.keys()))
     ]
     targets = []
     for name, module in modules.items():
@@ -365,10 +373,11 @@ def find_file_targets(model: nn.Module, file: AdapterFile) -> list[Target]:
         else:
             targets.append(Target(name, module, b, chosen_by_file(file, name)))
     if file.config.target_modules not in (None, "all-linear"):
+        is_target = target_rule(file.config)
         problems += [
             f"its configuration targets {name}, for which it has no kernel"
             for name, module in modules.items()
-            if name not in file.block_sizes and _geometry(module) and match_target(file.config, name)
+            if name not in file.block_sizes and _geometry(module) and is_target(name)
         ]
     _raise_problems(file, problems)
     return targets

@@ -151,6 +151,10 @@ def _locked(file: Path) -> Iterator[None]:
         return
     with file.with_suffix(".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        # Whoever writes one holds the lock: a temporary file that is here now was left by a process that was killed.
+        for abandoned in file.parent.glob(f".{file.name}.*.tmp"):
+            with contextlib.suppress(OSError):
+                abandoned.unlink()
         yield
 
 
@@ -174,7 +178,7 @@ def _read(file: Path) -> Table:
         values = json.loads(content)
         times = dict(map(_parsed_times, values["times"]))
         tiles = dict(map(_parsed_tile, values["tiles"]))
-    except (KeyError, TypeError, RecursionError) as error:
+    except (KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
     return Table(times, tiles)
 
