@@ -24,6 +24,7 @@ test-compat: .venv-compat/.installed
 FUZZ_SECONDS ?= 600
 nightly: $(VENV)/.installed
 	NIGHTLY=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -s tests/faults
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m nightly
 	$(BIN)/pip install -q atheris || true
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/fuzz.py --seconds $(FUZZ_SECONDS)
 
