@@ -258,7 +258,7 @@ def _digest(stored: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> 
     for key in sorted(stored):
         tensor = stored[key].cpu().contiguous()
         digest.update(json.dumps([key, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
