@@ -42,7 +42,7 @@ KERNEL_SUFFIX = ".c3a_kernel"
 PREFIX = "base_model.model."
 
 # The texts in the weights file's metadata, besides PEFT's "format".
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 FORMAT_KEY = "c3a_triton_format"
 CONFIG_HASH_KEY = "adapter_config_sha256"
 SAVED_CONFIG_KEY = "adapter_config"

@@ -469,7 +469,7 @@ def test_damaged_notes_are_refused(tmp_path, notes, message):
 def test_notes_of_another_version_are_ignored_with_a_warning(tmp_path):
     save(tmp_path, dataclasses.replace(CONFIG, exclude_modules=["head"]))
     with safe_open(tmp_path / WEIGHTS_NAME, "pt") as file:
-        metadata = file.metadata() | {"c3a_triton_format": "2"}
+        metadata = file.metadata() | {"c3a_triton_format": "9"}
     rewrite(tmp_path, {}, metadata)
     with pytest.warns(UserWarning, match="another version of c3a_triton"):
         config = read_adapter(tmp_path).config
