@@ -597,16 +597,19 @@ def test_the_same_seed_gives_the_same_kernels(init_weights: bool | str) -> None:
     ids=str,
 )
 def test_pefts_refusals_stay(changes: dict[str, Any]) -> None:
-    errors = []
+    errors: list[tuple[type, str] | None] = []
     for kind in ("peft", "patched"):
         model = adapted(kind)
         for act in (
             lambda: peft.get_peft_model(llama(), config(**changes)),
-            lambda model=model: model.add_adapter("second", config(**changes)),
+            lambda model=model: model.add_adapter("second", config(**changes)),  # PEFT 0.17 takes what matches nothing
         ):
-            with pytest.raises(Exception) as raised:
+            try:
                 act()
-            errors.append((raised.type, str(raised.value)))
+                errors.append(None)
+            except Exception as error:
+                errors.append((type(error), str(error)))
+    assert errors[0] is not None
     assert errors[:2] == errors[2:]
 
 

@@ -54,6 +54,12 @@ class Examples(torch.utils.data.Dataset):
         return transformers.default_data_collator([self[index] for index in range(len(self))])
 
 
+@pytest.fixture(autouse=True)
+def _own_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 4 leaves a Trainer's mixed precision in the environment, to all Trainers that come after."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+
+
 def trainer(model: nn.Module, folder: Path, *, steps: int = 4, callbacks: Any = (), **options: Any) -> Trainer:
     options = {"per_device_train_batch_size": 2, "learning_rate": 1e-1, "save_steps": 2} | options
     quiet = {"report_to": [], "disable_tqdm": True, "logging_strategy": "no", "use_cpu": True}
