@@ -256,7 +256,8 @@ def _digest(stored: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> 
     for key in sorted(metadata.keys() - {DIGEST_KEY}):
         digest.update(json.dumps([key, metadata[key]]).encode())
     for key in sorted(stored):
-        tensor = stored[key].cpu().contiguous()
+        # A copy: numpy takes hold of the memory it is shown, and FSDP could not resize a parameter's any more.
+        tensor = stored[key].detach().to("cpu", copy=True).contiguous()
         digest.update(json.dumps([key, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

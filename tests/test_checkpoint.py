@@ -466,6 +466,13 @@ def test_damaged_notes_are_refused(tmp_path, notes, message):
         read_adapter(tmp_path)
 
 
+def test_saving_leaves_the_memory_of_what_is_saved_alone(tmp_path):
+    """FSDP resizes a parameter's storage, and storage that numpy has seen cannot be resized."""
+    tensors, sizes = kernels_for(Small(), CONFIG)
+    write_adapter(tmp_path, CONFIG, tensors, block_sizes=sizes, module_names=module_names(Small()))
+    assert all(tensor.untyped_storage().resizable() for tensor in tensors.values())
+
+
 def test_notes_of_another_version_are_ignored_with_a_warning(tmp_path):
     save(tmp_path, dataclasses.replace(CONFIG, exclude_modules=["head"]))
     with safe_open(tmp_path / WEIGHTS_NAME, "pt") as file:
