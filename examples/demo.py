@@ -95,7 +95,15 @@ def load_tokenizer(folder: Path) -> Any | None:
     return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def prepare(base: Path, text: corpus.Text, steps: int, size: Size, device: torch.device, progress: Progress) -> Job:
+def prepare(
+    base: Path,
+    text: corpus.Text,
+    steps: int,
+    size: Size,
+    device: torch.device,
+    progress: Progress,
+    lr_scale: float,
+) -> Job:
     """Draw the batches, and measure the base on held-out text."""
     tokenizer = load_tokenizer(base)
     model: Any = load_model(base, device)
@@ -114,6 +122,7 @@ def prepare(base: Path, text: corpus.Text, steps: int, size: Size, device: torch
         evaluations=size.evaluations,
         device=device,
         progress=progress,
+        lr_scale=lr_scale,
     )
 
 
@@ -162,7 +171,7 @@ def run_demo(args: argparse.Namespace, console: Console) -> int:
             train_base(base, size, device, progress)
         else:
             base, block_size = args.model, args.block_size or "auto"
-        job = prepare(base, text, args.steps or size.steps, size, device, progress)
+        job = prepare(base, text, args.steps or size.steps, size, device, progress, args.lr_scale)
         block_size = block_size if block_size == "auto" else int(block_size)
 
         folders = [out / "c3a_triton", out / "peft_c3a", out / "peft_lora"]

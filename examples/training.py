@@ -115,6 +115,7 @@ class Job:
     evaluations: int
     device: torch.device
     progress: Progress
+    lr_scale: float = 1.0  # factor on every adapter's learning rate
 
     def train(self, method: str, model: nn.Module, learning_rate: float) -> Run:
         """Train the adapter that `model` carries and take down its figures."""
@@ -127,7 +128,8 @@ class Job:
                 curve.append((step, bits_per_byte(model, self.windows, self.bytes_per_token)))
 
         advance = task_on(self.progress, method, len(self.batches))
-        losses, seconds = train(model, self.batches, learning_rate, self.device, advance, evaluate)
+        rate = learning_rate * self.lr_scale
+        losses, seconds = train(model, self.batches, rate, self.device, advance, evaluate)
         return Run(
             method=method,
             trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -671,7 +671,7 @@ def test_launches_are_stubbed_and_come_back() -> None:
     [
         ("ours:direct", 32, 29, 33),
         ("ours:expand", 32, 25, 29),
-        ("ours:fold", 32, 25, 41),
+        ("ours:fold", 32, 25, 40),
         ("ours:direct", 1, 31, 32),
     ],
 )

@@ -31,7 +31,8 @@ def _run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_short_run(tmp_path: Path) -> None:
-    done = _run(tmp_path, "--short")
+    # Small steps: so few of them lower the loss only so, whatever the text of this Python's library.
+    done = _run(tmp_path, "--short", "--lr-scale", "0.1")
     assert done.returncode == 0, done.stdout + done.stderr
     out = tmp_path / "out" / "demo"
 
@@ -54,9 +55,7 @@ def test_short_run(tmp_path: Path) -> None:
     assert len({run["before"] for run in runs}) == 1
     for run in runs:
         assert run["training_curve"][0] == pytest.approx(ours["training_curve"][0], rel=0.05)  # the same first batch
-        # A few steps on whatever library this Python has: they change the loss, not always for the better.
-        assert run["after"] == run["curve"][-1][1] != run["before"]
-        assert run["after"] < 1.02 * run["before"]
+        assert run["after"] == run["curve"][-1][1] < run["before"]
         assert run["seconds_per_step"] > 0
 
     # The files.
