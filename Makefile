@@ -56,7 +56,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 .venv36/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv36
 	.venv36/bin/pip install -q -c constraints.txt torch
-	.venv36/bin/pip install -q 'numpy<2.4' einops safetensors regex hypothesis pytest
+	.venv36/bin/pip install -q 'numpy<2.4' safetensors regex hypothesis pytest
 	.venv36/bin/pip install -q --no-deps triton==3.6.0
 	.venv36/bin/pip install -q --no-deps -e .
 	touch $@
@@ -64,7 +64,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 .venv-compat/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-compat
 	.venv-compat/bin/pip install -q -c constraints.txt torch
-	.venv-compat/bin/pip install -q transformers==4.57.6 peft==0.17.0 accelerate 'numpy<2.4' einops safetensors regex \
+	.venv-compat/bin/pip install -q transformers==4.57.6 peft==0.17.0 accelerate 'numpy<2.4' safetensors regex \
 		scipy platformdirs shtab matplotlib rich hypothesis pytest pytest-xdist
 	.venv-compat/bin/pip install -q --no-deps triton==3.6.0
 	.venv-compat/bin/pip install -q --no-deps -e .

@@ -37,6 +37,8 @@ BASE_ROW = "__base__"
 KEEP_BASE = ("cpu", "device", None)
 _DEFAULT_BLOCK_SIZE = 256
 _COMPUTED_DTYPES = (torch.float32, torch.float64)
+# The one node of base and adapters widens 16-bit kernels itself.
+_FUSED_DTYPES = (*_COMPUTED_DTYPES, torch.bfloat16, torch.float16)
 _RESERVED_NAMES = frozenset(dir(nn.ParameterDict())) | frozenset(dir(nn.ModuleDict()))
 
 
@@ -218,7 +220,7 @@ class C3ALinear(nn.Module):
         names = self._applied_names()
         found = [self.c3a_kernel._parameters.get(name) for name in names]
         kernels = tuple(kernel for kernel in found if kernel is not None)
-        usable = len(kernels) == len(names) and all(w.dtype in _COMPUTED_DTYPES and not w.is_meta for w in kernels)
+        usable = len(kernels) == len(names) and all(w.dtype in _FUSED_DTYPES and not w.is_meta for w in kernels)
         self._kernels = kernels if usable else None
 
     def _stored_kernels(self) -> list[Tensor]:
@@ -274,7 +276,7 @@ class C3ALinear(nn.Module):
         # With offloading or several devices the base layer's hook decides where it computes.
         x = x.to(y.device)
         kernels = self._kernels
-        if kernels is None or any(kernel.device != x.device for kernel in kernels):
+        if kernels is None or any(w.device != x.device or w.dtype not in _COMPUTED_DTYPES for w in kernels):
             kernels = tuple(self._kernel_on(name, x.device) for name in self._applied_names())
         if kernels:
             self._check_base_output(x, y)
@@ -360,7 +362,7 @@ class C3ALinear(nn.Module):
             raise BackendError(
                 f"{self._label}: backend 'fold' adds the adapters to the weight of a plain nn.Linear. Here they are "
                 "computed beside the base layer: it is of another kind, hooked, offloaded or called with more than x, "
-                "the adapters are neither float32 nor float64 or on another device, or each row of the batch has its "
+                "the adapters are on another device or of 8 bits, or each row of the batch has its "
                 "own. Choose another backend for this layer, such as 'auto'"
             )
         return self.backend

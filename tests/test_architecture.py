@@ -161,7 +161,7 @@ def test_kernels_are_triton_only(name):
 
 def test_import_is_light():
     """`import c3a_triton` takes none of the optional packages along, nor Triton."""
-    heavy = ("triton", "transformers", "peft", "einops", "accelerate", "matplotlib", "numpy.testing")
+    heavy = ("triton", "transformers", "peft", "accelerate", "matplotlib", "numpy.testing")
     code = f"""
 import sys, torch
 before = set(sys.modules)

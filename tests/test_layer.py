@@ -148,8 +148,18 @@ def test_a_layer_cast_to_16_bits_still_computes() -> None:
     assert layer.c3a_kernel["default"].dtype == torch.bfloat16
     y = layer(x.bfloat16())
     oracle.assert_close(y, expected, torch.bfloat16, bound=1e-2)
+    assert "C3ALinear" in type(y.grad_fn).__name__  # one node, as with float32 kernels
     y.float().sum().backward()
     assert layer.c3a_kernel["default"].grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_16_bit_kernels_are_summed_in_float32(base: str) -> None:
+    layer, x = make(BASES[base](), a=3, b=3), torch.randn(4, 12)
+    for name, value in (("a", 1.0), ("b", 2.0**-9)):  # the sum has one bit more than bfloat16
+        layer.c3a_kernel[name].data = torch.full_like(layer.c3a_kernel[name], value, dtype=torch.bfloat16)
+    layer.set_adapter(["a", "b"])
+    oracle.assert_close(layer(x), base_output(layer, x) + delta(layer, x, "a", "b"), torch.float32)
 
 
 def test_rows_with_adapters_of_their_own() -> None:
