@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import c3a_triton
+from c3a_triton.embedding import C3AEmbedding
 
 STEPS = 200
 pytestmark = pytest.mark.filterwarnings("ignore:PEFT adapts linear layers alone")
@@ -86,6 +87,26 @@ def test_two_runs_of_the_kernels_give_the_same_bits(deterministic: None, device:
         return [layer.c3a_kernel["default"].detach(), layer(x).detach()]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+def test_threads_that_share_an_embedding_give_the_same_bits(deterministic: None) -> None:
+    """The one op whose sums otherwise depend on which thread comes first."""
+    torch.manual_seed(0)
+    layer = C3AEmbedding(nn.Embedding(64, 64), block_size=16)
+    ids, dy = torch.randint(0, 64, (8, 4096)), torch.randn(8, 4096, 64)
+
+    def gradient() -> Tensor:
+        layer.zero_grad()
+        layer(ids).backward(dy)
+        return layer.c3a_kernel["default"].grad.clone()
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        first = gradient()
+        assert all(torch.equal(gradient(), first) for _ in range(5))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_resumed_run_gives_the_bits_of_one_that_did_not_stop(deterministic: None, tmp_path: Path) -> None:
