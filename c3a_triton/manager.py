@@ -545,6 +545,10 @@ class AdapterManager:
     ) -> None:
         """Merge adapters into the base weights, which are kept for `unmerge_adapter`. Other active ones stay applied.
 
+        What can be told beforehand is checked in every layer before any is changed. Where a layer fails nevertheless
+        (memory runs out, a weight cannot be quantized again), those before it stay merged and the others apply their
+        adapters: the model computes the same, `unmerge_adapter` takes it back, and another call goes on.
+
         Args:
             adapter_names: which; None means the active ones.
             safe_merge: refuse results that are not finite, before any layer is changed.
@@ -559,9 +563,9 @@ class AdapterManager:
             raise ConfigError(f"keep_base must be one of {KEEP_BASE}, got {keep_base!r}")
         names = self._active if adapter_names is None else self._known(adapter_names)
         merged = sorted({name for _, layer in self.layers() for name in layer.merged_adapters})
-        if merged and not set(names) - set(merged):
+        if merged and not any(layer.unmerged(names) for _, layer in self.layers()):
             warnings.warn(f"{merged} are merged already, nothing to do", stacklevel=2)
-        elif merged:
+        elif merged and set(names) - set(merged):
             warnings.warn(f"{merged} are merged already; merging the others too", stacklevel=2)
         self._merge(names, safe_merge, keep_base, progressbar=False)
 

@@ -513,6 +513,38 @@ def test_what_cannot_be_registered(layer_class: Any, functions: dict[str, Any], 
     assert Int8Linear not in quantized._registry
 
 
+def test_a_weight_that_cannot_be_quantized_again_leaves_a_model_that_computes_the_same() -> None:
+    def requantize(layer: Any, weight: Tensor) -> Int8Linear:
+        if failing is layer:
+            raise MemoryError("no room")
+        return Int8Linear(weight)
+
+    register_linear_like(
+        Int8Linear,
+        widths=lambda layer: (layer.n_in, layer.n_out),
+        dequantize=Int8Linear.dequantize,
+        requantize=requantize,
+    )
+    model = c3a_triton.apply(
+        nn.Sequential(nn.Linear(IN, IN), Int8Linear(torch.randn(OUT, IN))),
+        C3AConfig(block_size=8, target_modules="all-linear", init_weights="gaussian"),
+    )
+    x, original, failing = torch.randn(5, IN), model[0].weight.clone(), model[1].base_layer
+    y = model(x)
+    with pytest.raises(AdapterStateError, match="^1: .*no room"):
+        model.c3a.merge_adapter()
+    assert (model[0].merged, model[1].merged) == (True, False)
+    torch.testing.assert_close(model(x), y)
+    failing = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # not that everything is merged already
+        model.c3a.merge_adapter()
+    assert model[1].merged
+    model.c3a.unmerge_adapter()
+    assert torch.equal(model[0].weight, original)
+    assert torch.equal(model(x), y)
+
+
 def test_dequantizing_to_something_else_is_refused() -> None:
     register_linear_like(
         NamedInt8Linear, dequantize=lambda layer: layer.dequantize().T, requantize=lambda layer, weight: layer
