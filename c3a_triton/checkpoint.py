@@ -21,7 +21,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .config import CONFIG_NAME, MAX_CONFIG_BYTES, C3AConfig, read_config_file, temporary_path, write_temporary
+from .config import (
+    CONFIG_NAME,
+    MAX_CONFIG_BYTES,
+    C3AConfig,
+    flush_to_disk,
+    read_config_file,
+    temporary_path,
+    write_temporary,
+)
 from .errors import CheckpointError
 from .patterns import peft_safe_pattern, peft_safe_targets
 
@@ -85,7 +93,8 @@ def write_adapter(
     """Writes an adapter into a folder (created where it is missing), in the form of PEFT.
 
     Each file is complete on disk before it takes the former one's place, the configuration first. When a step fails,
-    the adapter that was there is there still; when the process is killed between the two, `read_adapter` notices.
+    the adapter that was there is there still (but for the last, waiting for the folder itself to reach the disk: then
+    the new one is); when the process is killed between the two, `read_adapter` notices.
 
     `adapter_config.json` names targets and block sizes so that PEFT arrives at exactly these layers and sizes. It keeps
     the user's patterns where PEFT understands them so, and has full module names where it does not.
@@ -124,7 +133,7 @@ def write_adapter(
         save_file(stored, new_weights, metadata=metadata)
         # The library makes files that only their owner can read; the weights are as readable as the configuration.
         new_weights.chmod(new_config.stat().st_mode & 0o777)
-        _flush_to_disk(new_weights)
+        flush_to_disk(new_weights)
         _replace_both(new_config, config_path, new_weights, weights_path)
     except (OSError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
@@ -263,14 +272,6 @@ def _digest(stored: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> 
     return digest.hexdigest()
 
 
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _replace_both(new_config: Path, config_path: Path, new_weights: Path, weights_path: Path) -> None:
     """Puts both files in place, the weights last; when that fails, the former configuration is put back."""
     former = config_path.read_bytes() if config_path.exists() else None
@@ -286,13 +287,7 @@ def _replace_both(new_config: Path, config_path: Path, new_weights: Path, weight
                 f"back: {second_error}. The two are of different saves now"
             ) from error
         raise
-    if os.name == "posix":
-        # The names are on disk only when the folder is.
-        descriptor = os.open(config_path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    flush_to_disk(config_path.parent)  # the names are on disk only when the folder is
 
 
 def _put_back(former: bytes | None, path: Path) -> None:

@@ -1,5 +1,6 @@
 """The configuration of one adapter: PEFT's field names, checked when it is built, in PEFT's JSON on disk."""
 
+import errno
 import json
 import math
 import os
@@ -30,6 +31,7 @@ __all__ = [
     "check_block_size",
     "check_re_syntax",
     "compile_pattern",
+    "flush_to_disk",
     "read_config_file",
     "replace_file",
     "shown",
@@ -441,6 +443,28 @@ def _read_json(path: Path) -> tuple[dict[str, Any], bytes]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} must hold a JSON object, found {type(values).__name__}")
     return values, content
+
+
+def flush_to_disk(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on disk.
+
+    Some file systems, such as mounted object stores, know no such request for folders, and Windows none at all: there
+    the names are not waited for.
+
+    Raises:
+        OSError: the system reports a failure.
+    """
+    is_folder = path.is_dir()
+    if is_folder and os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not is_folder or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def temporary_path(path: Path) -> Path:

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .checkpoint import KERNEL_SUFFIX, AdapterFile, read_adapter
-from .config import CONFIG_NAME, temporary_path
+from .config import CONFIG_NAME, flush_to_disk, temporary_path
 from .errors import AdapterStateError, C3AError, CheckpointError, ConfigError
 from .linear_like import is_transposed
 from .ops import add_circulant_
@@ -525,11 +525,7 @@ def _copy_other_files(model: Path, folder: Path, plan: _Plan) -> None:
 def _flush(folder: Path) -> None:
     """Wait until everything in the folder is on disk: its name is to promise that."""
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        flush_to_disk(path)
 
 
 def _put_in_place(temporary: Path, output: Path) -> None:

@@ -5,9 +5,11 @@ import errno
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
+import stat
 import sys
 import time
 import warnings
@@ -287,6 +289,25 @@ def test_a_disk_that_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, co
                 assert all(torch.equal(tensors[key], value) for key, value in wanted.items())
     assert failed >= 5
     assert described(new) == before
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_that_cannot_flush_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """As mounted object stores: that a file cannot be flushed is an error still."""
+    model, flush = adapted(), os.fsync
+
+    def refuses(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) or files_too:
+            raise OSError(code, os.strerror(code))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuses)
+    files_too = False
+    model.c3a.save_pretrained(tmp_path)
+    assert read_adapter(tmp_path).tensors.keys() == model.c3a.state_dict().keys()
+    files_too = True
+    with pytest.raises(CheckpointError, match=re.escape(os.strerror(code))):
+        model.c3a.save_pretrained(tmp_path)
 
 
 def in_a_child(work: Callable[[], object], result: Path) -> object:
