@@ -414,7 +414,10 @@ def read_config_file(directory: str | os.PathLike[str]) -> tuple[dict[str, Any],
     directory = Path(directory)
     path = directory / CONFIG_NAME
     if not directory.exists():
-        raise CheckpointError(f"there is no folder {directory}; an adapter on a hub has to be downloaded first")
+        raise CheckpointError(
+            f"there is no folder {directory}. If that names an adapter on the hub, download it first: "
+            f"huggingface_hub.snapshot_download({str(directory)!r}) returns a folder"
+        )
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is a file; give the folder that holds {CONFIG_NAME}")
     try:

@@ -152,7 +152,11 @@ MODELS: dict[str, Row] = {
         AdapterStateError,
         r"set_backend\('torch'\)",
     ),
-    "no folder": (lambda model: c3a_triton.load_adapter(model, "nowhere", "new"), CheckpointError, "no folder nowhere"),
+    "no folder": (
+        lambda model: c3a_triton.load_adapter(model, "nowhere", "new"),
+        CheckpointError,
+        "no folder nowhere.*snapshot_download",
+    ),
     "loading a taken name": (verb("load_adapter", "nowhere"), AdapterStateError, "'default' already"),
 }
 
