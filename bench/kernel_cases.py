@@ -264,7 +264,8 @@ CASES = _alternating(
         ((1, 3, 5, 16), _F16, "transpose"),
         ((7, 2, 3, 24), _BF16, "out bias"),
         ((2, 1, 40, 16), _F32, "out bias"),
-        ((2, 1, 20, 33), _BF16, "unaligned transpose"),
+        ((2, 1, 20, 33), _BF16, "unaligned bias out"),
+        ((3, 2, 3, 5), _F32, "unaligned bias out"),
         # Many tokens, blocks large enough for a table of shifted rows.
         ((33, 3, 2, 24), _F32, "bias"),
         ((17, 2, 3, 72), _BF16, ""),
@@ -288,7 +289,7 @@ CASES = _alternating(
         ((3, 1, 2, 192), _BF16, "transpose unaligned"),
         ((2, 1, 1, 512), _F32, "bias"),
         ((1, 1, 2, 512), _BF16, "out"),
-        ((2, 1, 1, 512), _F16, "transpose unaligned"),
+        ((2, 1, 1, 512), _F16, "unaligned transpose bias out"),
         ((150, 3, 2, 7), _F32, "chunks bias"),
     ),
     _cases(
@@ -309,7 +310,6 @@ CASES = _alternating(
         ((19, 3, 4, 5), _F32, ""),
         ((33, 2, 3, 31), _F16, "unaligned"),
         ((9, 3, 2, 34), _BF16, "apart"),
-        ((2, 1, 1, 512), _BF16, ""),
         ((150, 2, 3, 6), _F32, "chunks"),
     ),
     _cases(
@@ -319,8 +319,11 @@ CASES = _alternating(
         ((9, 3, 1, 64), _F16, "unaligned bias"),
         ((16, 4, 3, 15), _BF16, "apart"),
         ((2, 2, 1, 97), _BF16, "unaligned"),
-        ((5, 1, 40, 16), _BF16, "bias"),
+        ((5, 1, 40, 16), _F16, "bias"),
         ((3, 3, 40, 1), _F16, "bias"),
+        # The step of the sum divides it.
+        ((6, 2, 16, 16), _BF16, ""),
+        ((2, 3, 32, 4), _F16, "bias"),
     ),
     _cases(
         "expand",
@@ -339,13 +342,13 @@ CASES = _alternating(
         "grouped",
         # Few tokens; 40 blocks split the sum.
         ((4, 6, 4, 3), _F32, "bias"),
-        ((8, 4, 2, 8), _F16, "transpose"),
+        ((8, 4, 2, 8), _F16, "unaligned transpose bias"),
         ((4, 2, 4, 33), _BF16, "unaligned"),
         ((4, 2, 80, 8), _F32, "bias"),
         # Many tokens.
         ((80, 6, 4, 3), _F32, "transpose"),
         ((68, 2, 4, 16), _BF16, "bias"),
-        ((132, 4, 2, 33), _F16, "unaligned apart"),
+        ((132, 4, 2, 33), _F16, "unaligned apart bias"),
     ),
     _cases(
         "layer",
@@ -361,6 +364,7 @@ CASES = _alternating(
         ((7, 2, 5, 3), _BF16, ""),
         ((600, 1, 2, 4), _F32, "unaligned"),
         ((5, 2, 1, 100), _F16, ""),
+        ((2, 1, 1, 512), _BF16, ""),
     ),
     _cases("rows", ((3, 3, 2, 8), _F32, ""), ((9, 2, 3, 7), _BF16, "")),
 )
