@@ -6,7 +6,7 @@ job, but for racecheck's hazards, which may be false alarms about asynchronous c
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -61,7 +61,12 @@ def subjects(out: Path, *, limit: float, workers: int, cases: str = "") -> tuple
     )
 
 
-def _subject(name: str, about: str, tasks: Any, tables: Any) -> runs.Subject:
+def _subject(
+    name: str,
+    about: str,
+    tasks: Callable[[runs.Setting], Iterator[runs.Task]],
+    tables: Callable[[runs.Records], list[str]],
+) -> runs.Subject:
     return runs.Subject(name, about, tasks, tables, goals=lambda records: [], plot=lambda records, path: None)
 
 
@@ -100,9 +105,12 @@ def _guards(run: _Run, device: torch.device, record: runs.Record) -> None:
         record |= {"status": "wrong", "message": "; ".join(f"{key}: {why}" for key, why in failed.items())}
     elif missing:
         words = " / ".join(line for index in range(run.workers) for line in _words(folder / f"{index}.log")[-1:])
-        record |= {"status": "incomplete", "message": f"{len(missing)} cases did not run; last words: {words}"}
+        status = "incomplete" if found else "error"
+        record |= {"status": status, "message": f"{len(missing)} cases did not run; last words: {words}"}
     elif not record["overrun_found"]:
         record |= {"status": "wrong", "message": "a planted write out of bounds was not noticed"}
+    elif not run.cases and (unseen := kernel_cases.KERNELS.difference(record["kernels"])):
+        record |= {"status": "wrong", "message": f"no case launched {', '.join(sorted(unseen))}"}
 
 
 def _failed(cases: dict[str, runs.Record]) -> dict[str, str]:

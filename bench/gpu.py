@@ -28,7 +28,7 @@ SUBJECTS = (op.SUBJECT, model.SUBJECT, merge.SUBJECT, memory.SUBJECT, overhead.S
 PARTS = ("tests", *checks.NAMES, *(subject.name for subject in SUBJECTS))
 
 # What a run is worth without the rest comes first: the numbers of every path, then what a user sees.
-FIRST_TESTS = ("test_kernels.py", "test_ops.py", "test_layer.py", "test_manager.py", "test_peft.py")
+FIRST_TESTS = ("test_kernels.py", "test_guards.py", "test_ops.py", "test_layer.py", "test_manager.py", "test_peft.py")
 TESTS_SHARE = 0.45  # of the budget, at most; a fresh machine compiles every kernel it tests
 CHECK_SHARE = 0.1  # of each check of memory, of which there are three
 CHECK_SHARE_ALONE = 0.32

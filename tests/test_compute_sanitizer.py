@@ -252,11 +252,13 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., l
     return put
 
 
-def _record(tmp_path: Path, tool: str, *, limit: float = 60, cases: str = "^expand") -> runs.Record:
+def _record(
+    tmp_path: Path, tool: str, *, limit: float = 60, cases: str = "^expand", device: torch.device = CPU
+) -> runs.Record:
     _, subject = checks.subjects(tmp_path / "out", limit=limit, workers=1, cases=cases)
-    setting = runs.Setting(CPU, timing.CpuTimer(repeats=1), (), tiny=True)
+    setting = runs.Setting(device, timing.CpuTimer(repeats=1), (), tiny=True)
     (task,) = [task for task in subject.tasks(setting) if task.key == tool]
-    record = runs.attempt(task, CPU)
+    record = runs.attempt(task, device)
     lines = "\n".join(subject.tables({tool: record}))
     assert re.search(rf"\| {tool} +\| {record['verdict']} +\|", lines)
     assert all(" / ".join(found) in lines for found in record.get("reports", []))
@@ -293,12 +295,14 @@ def test_what_it_does_is_recorded(
         assert words[behaviour] in record["message"] if behaviour in words else True
 
 
-def test_it_watches_the_real_program_in_exact_allocations(tmp_path: Path, stand_in: Callable[..., list[Path]]) -> None:
+def test_it_watches_the_real_program_in_exact_allocations(
+    tmp_path: Path, stand_in: Callable[..., list[Path]], device: torch.device
+) -> None:
     stand_in("runs")
-    record = _record(tmp_path, "memcheck", limit=120, cases="^expand .*float32")
+    record = _record(tmp_path, "memcheck", limit=120, cases="^expand .*float32", device=device)
     assert (record["verdict"], record["cases"], record["failed"]) == ("passed", 1, {})
     ((arguments, caching, interpreted),) = map(json.loads, (tmp_path / "record").read_text().splitlines())
-    assert (caching, interpreted) == ("1", True)
+    assert (caching, interpreted) == ("1", device.type == "cpu")
     assert arguments[arguments.index("--padding") + 1] == "512"
     assert {"--bare", "--overrun", "bench.sanitize"} <= set(arguments)
     # On a GPU nothing runs in the interpreter.
@@ -328,12 +332,14 @@ def test_none_is_recorded_as_not_found(tmp_path: Path, stand_in: Callable[..., l
 # Between guards
 
 
-def _guards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, *, limit: float = 60) -> runs.Record:
+def _guards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, *, limit: float = 60, cases: str = "^expand"
+) -> runs.Record:
     """The record of two processes that are this program instead of `bench.sanitize`."""
     path = tmp_path / "program.py"
     path.write_text(textwrap.dedent(program))
     monkeypatch.setattr(processes, "python", lambda module: [sys.executable, str(path), module])
-    subject, _ = checks.subjects(tmp_path / "out", limit=limit, workers=2, cases="^expand")
+    subject, _ = checks.subjects(tmp_path / "out", limit=limit, workers=2, cases=cases)
     setting = runs.Setting(CPU, timing.CpuTimer(repeats=1), (), tiny=True)
     (task,) = subject.tasks(setting)
     record = runs.attempt(task, CPU)
@@ -388,6 +394,13 @@ def test_failures_between_guards_fail_the_job(tmp_path: Path, monkeypatch: pytes
     assert "planted" in record["message"]
 
 
+def test_a_kernel_that_no_case_launches_fails_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = [case.key for case in kernel_cases.CASES]
+    record = _guards(tmp_path, monkeypatch, _worker().replace(repr(KEYS), repr(keys)), cases="")
+    assert record["status"] == "wrong"
+    assert record["message"].startswith("no case launched analysis_kernel, ")
+
+
 def test_behind_a_case_that_kills_its_process_another_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dying = f'results["running"] = key; save(); os.abort() if key == {KEYS[0]!r} else None; {RIGHT}'
     record = _guards(tmp_path, monkeypatch, _worker(dying + '; results["running"] = None'))
@@ -399,7 +412,7 @@ def test_a_table_that_does_not_run_or_takes_too_long_is_incomplete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = _guards(tmp_path, monkeypatch, "import sys\nsys.exit('no such card')")
-    assert record["status"] == "incomplete"
+    assert record["status"] == "error"
     assert "4 cases did not run" in record["message"]
     assert "no such card" in record["message"]
     slow = f"import time; save(); time.sleep(600) if key == {KEYS[2]!r} else None; {RIGHT}"
@@ -411,7 +424,7 @@ def test_a_table_that_does_not_run_or_takes_too_long_is_incomplete(
 
 
 def test_the_job_checks_resumes_and_tells(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_in: Callable[..., list[Path]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_in: Callable[..., list[Path]], device: torch.device
 ) -> None:
     (path,) = stand_in("errors")
     monkeypatch.setattr(runs.faulthandler, "dump_traceback_later", lambda *args, **kwargs: None)
@@ -423,7 +436,7 @@ def test_the_job_checks_resumes_and_tells(
         return subjects(out, limit=limit, workers=workers, cases="^expand .*float32")
 
     monkeypatch.setattr(checks, "subjects", some)
-    job = ["--device", "cpu", "--tiny", "--only", "guards", "--only", "sanitizer", "--workers", "0"]
+    job = ["--device", device.type, "--tiny", "--only", "guards", "--only", "sanitizer", "--workers", "0"]
     job += ["--out", str(tmp_path / "out")]
     assert gpu.main(job) == 3  # memcheck's errors, not racecheck's
     records = report.read_json(tmp_path / "out" / "results.json")["records"]
