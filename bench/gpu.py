@@ -110,7 +110,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     runs.add_options(parser)
     parser.add_argument("--only", choices=PARTS, action="append", help="only these parts of the job")
-    parser.add_argument("--workers", type=int, help="processes that compile at the same time (default: up to 6)")
+    parser.add_argument(
+        "--workers", type=int, help="test processes; the guarded cases take twice as many (default: up to 6)"
+    )
     return parser.parse_args(argv)
 
 
@@ -128,7 +130,8 @@ def main(argv: list[str] | None = None) -> int:
     parts = args.only or PARTS
     workers = _workers() if args.workers is None else args.workers
     share = CHECK_SHARE_ALONE if set(parts) <= set(checks.NAMES) else CHECK_SHARE
-    checked = checks.subjects(args.out, limit=share * args.budget_s, workers=max(1, workers))
+    # Most of their time is compilation.
+    checked = checks.subjects(args.out, limit=share * args.budget_s, workers=max(1, 2 * workers))
     subjects = [subject for subject in (*checked, *SUBJECTS) if subject.name in parts]
     try:
         if "tests" in parts and results.tests is None:

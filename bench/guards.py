@@ -97,7 +97,9 @@ class Memory:
         filled = torch.full((n_bytes,), _FILLING, dtype=torch.uint8, device=device)
         buffer = _Buffer(f"{what} {list(shape)} {dtype}", filled, start, dtype, shape, stride)
         self._buffers.append(buffer)
-        return buffer.tensor(filled, dtype)
+        tensor = buffer.tensor(filled, dtype)
+        # Another NaN than the filling: a CPU hands its bits on to what is computed from it and written outside.
+        return tensor.fill_(torch.nan) if dtype.is_floating_point else tensor
 
     def like(self, tensor: Tensor, what: str) -> Tensor:
         """`empty` of a tensor's shape, dtype, device and strides."""

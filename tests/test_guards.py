@@ -125,6 +125,14 @@ def test_one_value_written_outside_is_found(device: torch.device, at: int, place
     assert f"outside of out [4, 3] torch.float16, the first {place}" in found
 
 
+def test_a_workspace_nobody_has_written_shows_where_it_is_copied_to(device: torch.device) -> None:
+    memory = guards.Memory()
+    workspace = memory.empty((8,), torch.float32, device, "workspace")
+    out = memory.empty((8,), torch.float32, device, "out")
+    torch.as_strided(out, (8,), (1,), out.storage_offset() + 8).copy_(workspace * 2.0)
+    assert len(memory.damage()) == 1
+
+
 def test_only_what_the_package_allocates_is_guarded(device: torch.device) -> None:
     functions = [torch.empty, torch.empty_like, torch.Tensor.contiguous, torch.Tensor.clone, torch.Tensor.to]
     memory = guards.Memory()
