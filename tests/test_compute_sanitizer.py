@@ -323,6 +323,13 @@ def test_another_copy_is_tried_where_one_refuses(tmp_path: Path, stand_in: Calla
     assert "instrumented" in " ".join(record["refusals"][str(refusing)])
 
 
+def test_what_an_earlier_run_left_counts_for_nothing(tmp_path: Path, stand_in: Callable[..., list[Path]]) -> None:
+    stand_in("passes")
+    assert _record(tmp_path, "racecheck")["verdict"] == "passed"
+    stand_in("lies")
+    assert _record(tmp_path, "racecheck")["verdict"] == "refused"
+
+
 def test_none_is_recorded_as_not_found(tmp_path: Path, stand_in: Callable[..., list[Path]]) -> None:
     stand_in()
     record = _record(tmp_path, "memcheck")
