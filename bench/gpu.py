@@ -1,18 +1,18 @@
 """The GPU job: `python -m bench.gpu --out DIR [--resume]`, from the repository root, in under ten minutes.
 
-First every test, natively on the GPU; then all benchmarks, the measurements that are worth most first. It needs torch,
+First every test, natively on the GPU; then every kernel at small and odd sizes, between guards and, where it is found
+and allowed, under compute-sanitizer; then all benchmarks, the measurements that are worth most first. It needs torch,
 triton and this repository; PEFT's rows, the models, the tests and the plots appear where PEFT, transformers, pytest and
 matplotlib are installed. On smaller cards, what does not fit is recorded as such; `--layers N` makes the models
 smaller. `DIR/results.json` is rewritten after every measurement, so a run that is cut short loses nothing and
-`--resume` goes on from there; `DIR/summary.md` is written last and ends with the goals.
+`--resume` goes on from there; `DIR/summary.md` is written last and ends with the goals. The checks of memory take three
+times as long where they are alone: `--only guards --only sanitizer`.
 """
 
 import argparse
 import faulthandler
 import importlib.util
 import os
-import signal
-import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
@@ -20,15 +20,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import ROOT, memory, merge, model, op, overhead, runs
+from . import ROOT, checks, memory, merge, model, op, overhead, processes, runs
 
 __all__ = ["SUBJECTS", "main", "run_tests"]
 
 SUBJECTS = (op.SUBJECT, model.SUBJECT, merge.SUBJECT, memory.SUBJECT, overhead.SUBJECT)  # in the order of the goals
+PARTS = ("tests", *checks.NAMES, *(subject.name for subject in SUBJECTS))
 
 # What a run is worth without the rest comes first: the numbers of every path, then what a user sees.
-FIRST_TESTS = ("test_kernels.py", "test_ops.py", "test_layer.py", "test_manager.py", "test_peft.py")
+FIRST_TESTS = ("test_kernels.py", "test_guards.py", "test_ops.py", "test_layer.py", "test_manager.py", "test_peft.py")
 TESTS_SHARE = 0.45  # of the budget, at most; a fresh machine compiles every kernel it tests
+CHECK_SHARE = 0.1  # of each check of memory, of which there are three
+CHECK_SHARE_ALONE = 0.32
 
 
 # The tests
@@ -54,38 +57,16 @@ def run_tests(out: Path, paths: Sequence[Path], *, limit: float, workers: int = 
     command = [sys.executable, "-c", start_pytest, "-v", "-p", "no:cacheprovider", f"--junitxml={xml}"]
     command += ["-n", str(workers)] if workers else []
     command += [str(path) for path in paths]
-    # On a GPU nothing runs in the interpreter.
-    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    start = time.perf_counter()
-    with (out / "tests.log").open("w") as log:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            interrupted = not _wait(process, limit)
-            if interrupted:
-                process.send_signal(signal.SIGINT)  # pytest then still writes its report
-                _wait(process, 20)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # with its workers, which are in its session
-                process.wait()
-    result: dict[str, Any] = {"seconds": time.perf_counter() - start, "exit_code": process.returncode}
+    # On a GPU nothing runs in the interpreter. Interrupted, pytest still writes its report.
+    ended = processes.run(command, log=out / "tests.log", limit=limit, env=processes.natively())
+    result: dict[str, Any] = {"seconds": ended.seconds, "exit_code": ended.exit_code}
     if xml.exists():
         result |= _read_junit(xml)
-    if interrupted:
+    if ended.interrupted:
         return {"status": f"interrupted after {limit:.0f} s"} | result
-    if process.returncode == 0:
+    if ended.exit_code == 0:
         return {"status": "passed"} | result
-    return {"status": "failed" if process.returncode == 1 else f"pytest stopped with {process.returncode}"} | result
-
-
-def _wait(process: subprocess.Popen[Any], seconds: float) -> bool:
-    try:
-        process.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
+    return {"status": "failed" if ended.exit_code == 1 else f"pytest stopped with {ended.exit_code}"} | result
 
 
 def _read_junit(path: Path) -> dict[str, Any]:
@@ -128,15 +109,14 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     runs.add_options(parser)
-    names = [subject.name for subject in SUBJECTS]
-    parser.add_argument("--only", choices=("tests", *names), action="append", help="only these parts of the job")
-    parser.add_argument("--workers", type=int, help="test processes (default: up to 6 where pytest-xdist is installed)")
+    parser.add_argument("--only", choices=PARTS, action="append", help="only these parts of the job")
+    parser.add_argument(
+        "--workers", type=int, help="test processes; the guarded cases take twice as many (default: up to 6)"
+    )
     return parser.parse_args(argv)
 
 
 def _workers() -> int:
-    if importlib.util.find_spec("xdist") is None:
-        return 0
     return max(1, min(6, (os.cpu_count() or 2) // 2))
 
 
@@ -147,8 +127,12 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(job, int):
         return job
     results = job.results
-    parts = args.only or ["tests", *(subject.name for subject in SUBJECTS)]
-    subjects = [subject for subject in SUBJECTS if subject.name in parts]
+    parts = args.only or PARTS
+    workers = _workers() if args.workers is None else args.workers
+    share = CHECK_SHARE_ALONE if set(parts) <= set(checks.NAMES) else CHECK_SHARE
+    # Most of their time is compilation.
+    checked = checks.subjects(args.out, limit=share * args.budget_s, workers=max(1, 2 * workers))
+    subjects = [subject for subject in (*checked, *SUBJECTS) if subject.name in parts]
     try:
         if "tests" in parts and results.tests is None:
             print("tests ...", flush=True)
@@ -156,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
                 args.out,
                 _test_paths(),
                 limit=min(TESTS_SHARE * args.budget_s, job.deadline - time.monotonic()),
-                workers=_workers() if args.workers is None else args.workers,
+                workers=workers if importlib.util.find_spec("xdist") is not None else 0,
             )
             results.save()
             print("\n".join(_tests_lines(results.tests)), flush=True)

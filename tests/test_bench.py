@@ -10,25 +10,14 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType, ModuleType, SimpleNamespace
+from types import FrameType, SimpleNamespace
 
 import pytest
 import torch
+from bench_package import ROOT
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def _load_bench() -> ModuleType:
-    """The package `bench` without the repository root on the path."""
-    spec = importlib.util.spec_from_file_location("bench", ROOT / "bench" / "__init__.py")
-    package = sys.modules["bench"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(package)
-    return package
-
-
-_load_bench()
-from bench import (  # noqa: E402
+from bench import (
     gpu,
     launches,
     memory,
@@ -42,7 +31,7 @@ from bench import (  # noqa: E402
     report,
     runs,
 )
-from c3a_triton.benchmark import cases, gate, layer, models, peers, timing  # noqa: E402
+from c3a_triton.benchmark import cases, gate, layer, models, peers, timing
 
 CPU = torch.device("cpu")
 CASE = cases.LayerCase(5, 12, 20, 4, "float32")

@@ -1,0 +1,437 @@
+"""Every Triton kernel at small and odd sizes, in all dtypes: a table, and how one of its cases is checked.
+
+Sizes are small because tools that watch every access are slow, and odd because it is at the ends of tiles that masks go
+wrong. The cases of different operators alternate, so that a run that is cut short has seen every kernel.
+"""
+
+import importlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from itertools import chain, zip_longest
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from c3a_triton import launch, launch_fft, launch_grouped, ops, ops_rows, reference, tiles
+from c3a_triton.benchmark import gate
+
+from . import ROOT, guards
+
+__all__ = ["CASES", "KERNELS", "Case", "check", "launches"]
+
+SCALE = 0.37
+# The largest of many rounding errors is a few times their root mean square.
+WORST = 8
+_F32, _F16, _BF16 = "float32", "float16", "bfloat16"
+
+# A result of a case: what it is, its value, the truth in float64.
+_Result = tuple[str, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a launcher or an operator."""
+
+    operator: str
+    n_tokens: int
+    m: int
+    n: int
+    b: int
+    dtype: str = _F32
+    options: frozenset[str] = field(default=frozenset())
+    """Some of: transpose, bias, out; unaligned (all operands begin an element past an aligned address); apart (rows of
+    2-D operands are); chunks (tokens in several); a layout or a backend that the operator has."""
+
+    @property
+    def key(self) -> str:
+        """Its name in results."""
+        sizes = f"T={self.n_tokens} w={self.m}×{self.n}×{self.b} {self.dtype}"
+        return " ".join((self.operator, sizes, *sorted(self.options)))
+
+
+class _Operands:
+    """Makes the tensors of a case, from seeded values, in guarded memory."""
+
+    def __init__(self, case: Case, memory: guards.Memory, device: torch.device) -> None:
+        self.case = case
+        self._memory = memory
+        self._device = device
+        self._random = torch.Generator().manual_seed(0)
+        self.dtype: torch.dtype = getattr(torch, case.dtype)
+
+    def __contains__(self, option: str) -> bool:
+        return option in self.case.options
+
+    def normal(
+        self, name: str, *shape: int, dtype: torch.dtype | None = None, stride: Sequence[int] | None = None
+    ) -> Tensor:
+        """Random normal values; drawn on the CPU, so that they are the same on every device."""
+        values = torch.randn(*shape, generator=self._random)
+        if stride is None and len(shape) == 2 and "apart" in self:
+            stride = (shape[1] + 3, 1)
+        dtype = self.dtype if dtype is None else dtype
+        skip = int("unaligned" in self)
+        return self._memory.empty(shape, dtype, self._device, name, stride=stride, skip=skip).copy_(values)
+
+    def w(self, m: int | None = None, n: int | None = None, b: int | None = None) -> Tensor:
+        case = self.case
+        return self.normal("w", m or case.m, n or case.n, b or case.b, dtype=torch.float32)
+
+    def x(self) -> Tensor:
+        return self.normal("x", self.case.n_tokens, self.case.n * self.case.b)
+
+    def dy(self) -> Tensor:
+        return self.normal("dy", self.case.n_tokens, self.case.m * self.case.b)
+
+    def weight(self) -> Tensor:
+        rows, columns = self.case.m * self.case.b, self.case.n * self.case.b
+        return self.normal("weight", rows, columns, stride=(1, rows) if "transposed" in self else None)
+
+    def bias(self, features: int, option: str = "bias") -> Tensor | None:
+        return self.normal("bias", features) if option in self else None
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float64)
+
+
+def _dense(w: Tensor, scale: float = SCALE) -> Tensor:
+    return reference.circulant_matrix(_exact(w), scale)
+
+
+def _weight_grad(dy: Tensor, x: Tensor, b: int, scale: float = SCALE) -> Tensor:
+    return reference.weight_grad(_exact(dy), _exact(x), b, scale=scale, dtype=torch.float64)
+
+
+# The operators
+
+
+def _product(given: _Operands, product: Callable[..., Tensor]) -> Iterator[_Result]:
+    transpose = "transpose" in given
+    x, w = given.dy() if transpose else given.x(), given.w()
+    dense = _dense(w) if transpose else _dense(w).T
+    bias = given.bias(dense.shape[1])
+    out = given.normal("out", x.shape[0], dense.shape[1]) if "out" in given else None
+    truth = _exact(x) @ dense
+    for summand in (bias, out):
+        truth = truth if summand is None else truth + _exact(summand)
+    yield "y", product(x, w, scale=SCALE, transpose=transpose, bias=bias, out=out), truth
+
+
+def _direct(given: _Operands) -> Iterator[_Result]:
+    return _product(given, launch.direct_product)
+
+
+def _fft(given: _Operands) -> Iterator[_Result]:
+    with _in_chunks() if "chunks" in given else nullcontext():
+        yield from _product(given, launch_fft.fft_product)
+
+
+def _fft_backward(given: _Operands) -> Iterator[_Result]:
+    x, dy, w = given.x(), given.dy(), given.w()
+    with _in_chunks() if "chunks" in given else nullcontext():
+        dx, dw = launch_fft.fft_backward(dy, x, w, scale=SCALE)
+    yield "dx", dx, _exact(dy) @ _dense(w)
+    yield "dw", dw, _weight_grad(dy, x, given.case.b)
+
+
+def _fft_weight_grad(given: _Operands) -> Iterator[_Result]:
+    x, dy, b = given.x(), given.dy(), given.case.b
+    yield "dw", launch_fft.fft_weight_grad(dy, x, b, scale=SCALE), _weight_grad(dy, x, b)
+
+
+@contextmanager
+def _in_chunks() -> Iterator[None]:
+    """Spectra of 128 tokens at a time, as those of many tokens are computed."""
+    plans = (launch_fft._product_plan, launch_fft._gradient_plan)
+    with mock.patch.object(launch_fft, "SCRATCH_BYTES", dict.fromkeys(tiles.GENERATIONS, 1)):
+        for plan in plans:
+            plan.cache_clear()
+        yield
+    for plan in plans:
+        plan.cache_clear()
+
+
+def _direct_weight_grad(given: _Operands) -> Iterator[_Result]:
+    x, dy, b = given.x(), given.dy(), given.case.b
+    yield "dw", launch.weight_grad(dy, x, b, scale=SCALE), _weight_grad(dy, x, b)
+
+
+def _expand(given: _Operands) -> Iterator[_Result]:
+    w, transpose = given.w(), "transpose" in given
+    matrix = launch.expand_weight(w, scale=SCALE, dtype=given.dtype, transpose=transpose)
+    yield "ΔW", matrix, _dense(w).T if transpose else _dense(w)
+
+
+def _add(given: _Operands) -> Iterator[_Result]:
+    weight, w = given.weight(), given.w()
+    truth = _exact(weight) + _dense(w)
+    yield "W + ΔW", launch.folded_weight(weight, w, scale=SCALE), truth
+    launch.add_expanded_(weight, w, scale=SCALE)
+    yield "W += ΔW", weight, truth
+
+
+def _decode(given: _Operands) -> Iterator[_Result]:
+    x, weight, w, bias = given.x(), given.weight(), given.w(), given.bias(given.case.m * given.case.b)
+    truth = _exact(x) @ (_exact(weight) + _dense(w)).T
+    yield (
+        "y",
+        launch.decode_linear(x, weight, w, bias, scale=SCALE),
+        truth if bias is None else truth + _exact(bias),
+    )
+
+
+def _grouped(given: _Operands) -> Iterator[_Result]:
+    """Rows of three adapters, one of them with blocks twice as large, and of none."""
+    case, rows = given.case, (2, -1, 0, 1)
+    kernels = [given.w(), given.w(case.m // 2, case.n // 2, 2 * case.b), given.w()]
+    transpose = "transpose" in given
+    features = (case.m, case.n) if transpose else (case.n, case.m)
+    x = given.normal("x", case.n_tokens, features[0] * case.b)
+    bias = given.bias(features[1] * case.b)
+    truth = _of_rows(x, kernels, rows, transpose)
+    result = launch_grouped.grouped_product(x, kernels, rows, scale=SCALE, transpose=transpose, bias=bias)
+    yield "y", result, truth if bias is None else truth + _exact(bias)
+
+
+def _of_rows(x: Tensor, kernels: Sequence[Tensor], rows: Sequence[int], transpose: bool = False) -> Tensor:
+    parts = []
+    for part, adapter in zip(_exact(x).chunk(len(rows)), rows, strict=True):
+        dense = _dense(kernels[adapter]) * (adapter >= 0)
+        parts.append(part @ (dense if transpose else dense.T))
+    return torch.cat(parts)
+
+
+def _layer(given: _Operands) -> Iterator[_Result]:
+    """A layer and its gradients, through autograd and through the custom op that compiled code calls."""
+    (backend,) = given.case.options & {"direct", "fft", "expand", "fold"}
+    x, dy, w, weight, bias = given.x(), given.dy(), given.w(), given.weight(), given.bias(given.case.m * given.case.b)
+    truth = gate.Truth.of(_exact(weight), _exact(w), _exact(x), _exact(dy))
+    y_truth = truth.y if bias is None else truth.y + _exact(bias)
+    leaves = x.requires_grad_(), w.requires_grad_()
+    y = ops.c3a_linear(x, weight, bias, (w,), backend=backend)
+    dx, dw = torch.autograd.grad(y, leaves, dy)
+    by_op = ops.registered_ops.linear(x, weight, bias, [w], 1 / x.shape[1], False, backend)
+    dw_by_op = ops.registered_ops.weight_grad(dy, x, w.shape[2], 1 / x.shape[1], torch.float32, backend)
+    yield from (("y", y, y_truth), ("dx", dx, truth.dx), ("dw", dw, truth.dw))
+    yield from (("y of the op", by_op, y_truth), ("dw of the op", dw_by_op, truth.dw))
+
+
+def _rows(given: _Operands) -> Iterator[_Result]:
+    case, rows = given.case, (1, 0, -1, 1)
+    x = given.normal("x", len(rows), case.n_tokens, case.n * case.b)
+    weight, kernels = given.weight(), [given.w(), given.w()]
+    flat = x.view(-1, x.shape[2])
+    truth = _exact(flat) @ _exact(weight).T + _of_rows(flat, kernels, rows) / SCALE / x.shape[2]
+    y = ops_rows.c3a_linear_rows(x, weight, None, kernels, rows, backend="direct")
+    yield "y", y, truth.view(y.shape)
+
+
+_OPERATORS: dict[str, Callable[[_Operands], Iterator[_Result]]] = {
+    "direct": _direct,
+    "weight_grad": _direct_weight_grad,
+    "fft": _fft,
+    "fft_backward": _fft_backward,
+    "fft_weight_grad": _fft_weight_grad,
+    "expand": _expand,
+    "add": _add,
+    "decode": _decode,
+    "grouped": _grouped,
+    "layer": _layer,
+    "rows": _rows,
+}
+
+# The table: (tokens, m, n, b), dtype, options
+
+
+def _cases(operator: str, *rows: tuple[tuple[int, int, int, int], str, str]) -> list[Case]:
+    return [Case(operator, *sizes, dtype, frozenset(options.split())) for sizes, dtype, options in rows]
+
+
+def _alternating(*operators: list[Case]) -> tuple[Case, ...]:
+    return tuple(case for case in chain.from_iterable(zip_longest(*operators)) if case is not None)
+
+
+CASES = _alternating(
+    _cases(
+        "direct",
+        # A few tokens: no table. 40 blocks split the sum.
+        ((3, 5, 3, 7), _F32, "bias"),
+        ((1, 3, 5, 16), _F16, "transpose"),
+        ((7, 2, 3, 24), _BF16, "out bias"),
+        ((2, 1, 40, 16), _F32, "out bias"),
+        ((2, 1, 20, 33), _BF16, "unaligned bias out"),
+        ((3, 2, 3, 5), _F32, "unaligned bias out"),
+        # Many tokens, blocks large enough for a table of shifted rows.
+        ((33, 3, 2, 24), _F32, "bias"),
+        ((17, 2, 3, 72), _BF16, ""),
+        ((70, 3, 2, 40), _F16, "transpose out"),
+        ((19, 3, 2, 72), _F32, "unaligned transpose bias out"),
+        ((21, 2, 2, 40), _BF16, "apart out"),
+        # Small or odd blocks: a dense matrix.
+        ((130, 5, 3, 7), _F32, "apart"),
+        ((17, 33, 20, 1), _F16, "bias"),
+        ((18, 5, 9, 3), _BF16, "transpose out"),
+        ((20, 5, 3, 5), _F16, "unaligned"),
+    ),
+    _cases(
+        "fft",
+        ((3, 20, 33, 1), _F32, "bias"),
+        ((40, 5, 3, 2), _F16, "transpose"),
+        ((19, 5, 3, 7), _BF16, "out"),
+        ((33, 2, 3, 31), _F32, "unaligned transpose bias out"),
+        ((17, 3, 2, 34), _BF16, "bias"),
+        ((5, 1, 2, 96), _F16, "apart"),
+        ((3, 1, 2, 192), _BF16, "transpose unaligned"),
+        ((2, 1, 1, 512), _F32, "bias"),
+        ((1, 1, 2, 512), _BF16, "out"),
+        ((2, 1, 1, 512), _F16, "unaligned transpose bias out"),
+        ((150, 3, 2, 7), _F32, "chunks bias"),
+    ),
+    _cases(
+        "weight_grad",
+        ((9, 5, 3, 7), _F32, ""),
+        ((17, 2, 3, 24), _BF16, "unaligned"),
+        ((33, 2, 1, 64), _F16, "apart"),
+        ((600, 1, 2, 16), _F32, ""),
+        ((9, 2, 1, 97), _F32, "unaligned"),
+        ((35, 1, 2, 96), _BF16, ""),
+        ((5, 2, 1, 72), _F16, "apart"),
+        ((300, 1, 1, 66), _F32, ""),
+        ((3, 1, 2, 256), _BF16, "unaligned"),
+        ((1, 9, 5, 3), _F16, ""),
+    ),
+    _cases(
+        "fft_backward",
+        ((19, 3, 4, 5), _F32, ""),
+        ((33, 2, 3, 31), _F16, "unaligned"),
+        ((9, 3, 2, 34), _BF16, "apart"),
+        ((150, 2, 3, 6), _F32, "chunks"),
+    ),
+    _cases(
+        "decode",
+        ((1, 3, 2, 16), _BF16, "bias"),
+        ((4, 2, 5, 3), _F16, ""),
+        ((9, 3, 1, 64), _F16, "unaligned bias"),
+        ((16, 4, 3, 15), _BF16, "apart"),
+        ((2, 2, 1, 97), _BF16, "unaligned"),
+        ((5, 1, 40, 16), _F16, "bias"),
+        ((3, 3, 40, 1), _F16, "bias"),
+        # The step of the sum divides it.
+        ((6, 2, 16, 16), _BF16, ""),
+        ((2, 3, 32, 4), _F16, "bias"),
+    ),
+    _cases(
+        "expand",
+        ((0, 5, 3, 7), _F32, ""),
+        ((0, 2, 3, 97), _BF16, "unaligned"),
+        ((0, 3, 5, 16), _F16, "transpose"),
+        ((0, 33, 20, 1), _BF16, "transpose"),
+    ),
+    _cases(
+        "add",
+        ((0, 5, 3, 7), _BF16, ""),
+        ((0, 2, 3, 97), _F16, "transposed"),
+        ((0, 2, 3, 40), _F32, "unaligned apart"),
+    ),
+    _cases(
+        "grouped",
+        # Few tokens; 40 blocks split the sum.
+        ((4, 6, 4, 3), _F32, "bias"),
+        ((8, 4, 2, 8), _F16, "unaligned transpose bias"),
+        ((4, 2, 4, 33), _BF16, "unaligned"),
+        ((4, 2, 80, 8), _F32, "bias"),
+        # Many tokens.
+        ((80, 6, 4, 3), _F32, "transpose"),
+        ((68, 2, 4, 16), _BF16, "bias"),
+        ((132, 4, 2, 33), _F16, "unaligned apart bias"),
+    ),
+    _cases(
+        "layer",
+        ((5, 3, 2, 8), _F32, "direct bias"),
+        ((18, 3, 2, 7), _BF16, "fft bias"),
+        ((20, 2, 3, 24), _F16, "direct"),
+        ((3, 2, 3, 16), _BF16, "direct bias unaligned"),
+        ((9, 3, 2, 5), _F32, "expand"),
+        ((7, 2, 3, 12), _F16, "fold"),
+    ),
+    _cases(
+        "fft_weight_grad",
+        ((7, 2, 5, 3), _BF16, ""),
+        ((600, 1, 2, 4), _F32, "unaligned"),
+        ((5, 2, 1, 100), _F16, ""),
+        ((2, 1, 1, 512), _BF16, ""),
+    ),
+    _cases("rows", ((3, 3, 2, 8), _F32, ""), ((9, 2, 3, 7), _BF16, "")),
+)
+
+# Every kernel that there is, by its name; what else is compiled is part of them.
+KERNELS = frozenset(
+    name
+    for path in (ROOT / "kernels").glob("*.py")
+    for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(encoding="utf-8"), re.MULTILINE)
+)
+
+
+# Checking
+
+
+def check(case: Case, device: torch.device, *, guard: int = guards.GUARD) -> None:
+    """Compute a case in guarded memory, and hold its results against the dense float64 definition.
+
+    Args:
+        case: one of `CASES`.
+        device: a GPU, or the CPU under Triton's interpreter.
+        guard: bytes around each tensor; 0 for tools that watch allocations themselves.
+
+    Raises:
+        GateError: a result is wrong or not finite, or something was written outside of a tensor.
+    """
+    memory = guards.Memory(guard)
+    with guards.guarded(memory) if guard else nullcontext():
+        results = list(_OPERATORS[case.operator](_Operands(case, memory, device)))
+    damage = memory.damage()
+    if damage:
+        raise gate.GateError("; ".join(damage))
+    for name, value, truth in results:
+        _compare(name, value, truth, getattr(torch, case.dtype))
+
+
+def _compare(name: str, value: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
+    value = _exact(value)
+    if value.shape != truth.shape:
+        raise gate.GateError(f"{name} has the shape {tuple(value.shape)}, expected {tuple(truth.shape)}")
+    if not torch.isfinite(value).all():
+        raise gate.GateError(f"{name} has {int((~torch.isfinite(value)).sum())} values that are not finite")
+    gate.check(name, value, truth, dtype)
+    # One wrong element among many right ones hides in the norm.
+    size = torch.maximum(truth.abs(), truth.square().mean().sqrt())
+    worst = float(((value - truth).abs() / size).max())
+    if not worst <= WORST * gate.TOLERANCES[dtype]:
+        raise gate.GateError(f"{name} is wrong at one element: error {worst:.2g}")
+
+
+@contextmanager
+def launches() -> Iterator[list[str]]:
+    """The names of the kernels launched meanwhile, in order."""
+    names: list[str] = []
+
+    def noting(run: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+            names.append(kernel.__name__)
+            return run(kernel, *args, **kwargs)
+
+        return noted
+
+    with ExitStack() as stack:
+        for module, name in (("jit", "JITFunction"), ("interpreter", "InterpretedFunction")):
+            kernel_class = getattr(importlib.import_module(f"triton.runtime.{module}"), name)
+            stack.enter_context(mock.patch.object(kernel_class, "run", noting(kernel_class.run)))
+        # Plans made before hold launches that would not be noted.
+        launch.clear_plans()
+        stack.callback(launch.clear_plans)
+        yield names
