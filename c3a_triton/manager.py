@@ -239,15 +239,19 @@ class AdapterManager:
 
         Raises:
             AdapterNotFoundError: an unknown name.
-            AdapterStateError: the adapter is merged, or a kernel is offloaded.
+            AdapterStateError: the adapter is merged, or a kernel is offloaded or sharded.
             CheckpointError: the folder cannot be read, or has other tensors than the adapter. Nothing has changed.
         """
         self._known(adapter_name)
         if any(adapter_name in layer.merged_adapters for _, layer in self.layers()):
             raise AdapterStateError(f"adapter {adapter_name!r} is merged: unmerge it before its values are replaced")
         for name, layer in self.layers():
-            if adapter_name in layer.c3a_kernel and layer.c3a_kernel[adapter_name].is_meta:
+            if adapter_name not in layer.c3a_kernel:
+                continue
+            if layer.c3a_kernel[adapter_name].is_meta:
                 raise AdapterStateError(f"{name} is offloaded: delete the adapter and load the other one in its place")
+            if is_sharded(layer.c3a_kernel[adapter_name]):
+                raise AdapterStateError(f"{name} is sharded: load the adapter into the model before it is sharded")
         for old, new in same_tensors(self.state_dict(adapter_name), read_adapter(directory)):
             old.copy_(new)
 
@@ -687,10 +691,10 @@ class AdapterManager:
         }
         for name, module in self._saved_modules():
             if adapter_name in module.modules_to_save:
-                values = module.modules_to_save[adapter_name].state_dict()
+                values = module.modules_to_save[adapter_name].state_dict(keep_vars=True)
                 tensors |= {f"{name}.{key}": value for key, value in values.items()}
         tensors |= self._biases(adapter_name, self._configs[adapter_name].bias)
-        return {name: gathered(tensor.detach()) for name, tensor in tensors.items()}
+        return {name: gathered(tensor).detach() for name, tensor in tensors.items()}
 
     def save_pretrained(self, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
         """Save an adapter to a folder, as PEFT does and reads it. PEFT reads adapters of linear layers alone.

@@ -13,7 +13,7 @@ from .checkpoint import KERNEL_SUFFIX, AdapterFile
 from .config import DEFAULT_TARGET_MODULES, C3AConfig, check_block_size, shown, suggest_block_size
 from .errors import CheckpointError, ConfigError
 from .layer import C3ALinear
-from .linear_like import Geometry, geometry, is_linear, is_sharded
+from .linear_like import Geometry, geometry, is_linear, is_partitioned, is_sharded
 from .modules_to_save import ModulesToSave
 from .patterns import block_size_for, match_target, target_rule, unmatched_keys
 
@@ -225,11 +225,11 @@ def _sharded(name: str, module: nn.Module) -> str | None:
     """What is wrong with adapting a layer of which this process holds a part, or None.
 
     A kernel that is added afterwards would be neither sharded nor reduced. DeepSpeed's ZeRO-3 takes new parameters in
-    when it is initialised, and its weights are no DTensors.
+    when it is initialised, so its weights are as good as whole.
     """
     base: Any = module.get_base_layer() if isinstance(module, C3ALinear) else module
     weight: Any = base._parameters.get("weight")
-    if weight is None or not is_sharded(weight):
+    if weight is None or not is_sharded(weight) or is_partitioned(weight):
         return None
     return (
         f"{name} is sharded already (its weight is a DTensor with {weight.placements}), so that an adapter "
