@@ -7,6 +7,7 @@ output width, quantized layers among them, which only its own forward can comput
 `nn.Embedding`, whose weights are matrices too, in an order of their own.
 """
 
+import importlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -159,13 +160,18 @@ def stored_tensor(module: nn.Module, name: str) -> Tensor:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether each process holds a part of a tensor: torch's DTensor, whose module is not imported for that, or ZeRO-3."""
+    """Whether each process holds a part of a tensor: a DTensor, whose module is not imported for that, or ZeRO-3's."""
     return hasattr(tensor, "full_tensor") or is_partitioned(tensor)
 
 
 def is_partitioned(tensor: Tensor) -> bool:
     """Whether a tensor is a parameter in the care of DeepSpeed's ZeRO-3, which leaves it empty between uses."""
     return hasattr(tensor, "ds_id")
+
+
+def _zero() -> Any:
+    # Whoever has one of its parameters has DeepSpeed.
+    return importlib.import_module("deepspeed").zero
 
 
 @contextmanager
@@ -175,9 +181,7 @@ def whole(parameters: Iterable[Tensor]) -> Iterator[None]:
     if not parts:
         yield
         return
-    from deepspeed import zero
-
-    with zero.GatheredParameters(parts):
+    with _zero().GatheredParameters(parts):
         yield
 
 
@@ -196,9 +200,7 @@ def gather_with(module: nn.Module, parameters: Iterable[Tensor]) -> None:
     """
     for parameter in parameters:
         if is_partitioned(parameter) and not parameter.numel():
-            from deepspeed import zero
-
-            zero.register_external_parameter(module, parameter)
+            _zero().register_external_parameter(module, parameter)
             parameter.all_gather()  # type: ignore[attr-defined]
 
 
