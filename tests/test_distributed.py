@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import c3a_triton
+from c3a_triton.errors import ShapeError
 
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
     pytest.skip("torch without gloo", allow_module_level=True)
@@ -116,6 +118,24 @@ def test_what_is_in_parts_is_refused_outside_the_model(zero3_results: dict[str, 
         assert "deepspeed.zero.GatheredParameters" in said[case]
     assert said["merge"].startswith("AdapterStateError: blocks.0.up: nothing can be merged")
     assert said["hot swap"].startswith("AdapterStateError: blocks.0.up is sharded")
+
+
+def test_a_layer_lets_zero3_gather_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the layer asks of DeepSpeed, here of a stand-in: its kernels are emptied as ZeRO-3 leaves them."""
+    layer = c3a_triton.C3ALinear(torch.nn.Linear(8, 8), block_size=4)
+    layer.base_layer.register_forward_hook(lambda *args: None)  # as ZeRO-3 has hooks on every module
+    x, kernel = torch.randn(3, 8), layer.c3a_kernel["default"]
+    y, values = layer(x), kernel.data.clone()
+    registered = []
+    zero = SimpleNamespace(register_external_parameter=lambda module, parameter: registered.append((module, parameter)))
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=zero))
+    kernel.ds_id, kernel.all_gather = 0, lambda: setattr(kernel, "data", values)
+    kernel.data = torch.empty(0)
+    with pytest.raises(ShapeError, match=r"shape \(0,\).*deepspeed\.zero\.GatheredParameters"):
+        layer.get_delta_weight("default")
+    for _ in range(2):
+        torch.testing.assert_close(layer(x), y)
+    assert [(module is layer, parameter is kernel) for module, parameter in registered] == [(True, True)]
 
 
 # examples/train.py

@@ -918,6 +918,24 @@ def test_a_language_models_wrapper_compiles_once() -> None:
     torch.testing.assert_close(logits(compiled), logits(model))
 
 
+def test_what_the_wrapper_calls_is_compiled_in_place() -> None:
+    """Without anything replaced in the wrapper."""
+    model = adapted("applied", MLP(), target_modules="all-linear", block_size=6)
+    integration.unpatch_peft()
+    model.add_adapter("second", config(target_modules="all-linear", block_size=6))
+    x, expected = torch.randn(5, 12), {}
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        expected[name] = model(x)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    model.get_base_model().compile(backend=counter, fullgraph=True)
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        torch.testing.assert_close(model(x), expected[name])
+    assert counter.frame_count == 1
+
+
 def test_compiling_other_methods_models_while_patched() -> None:
     integration.patch_peft()
     lora = peft.LoraConfig(r=2, target_modules=["first"], init_lora_weights=False)
