@@ -38,6 +38,7 @@ from .targets import (
     base_module_names,
     base_modules,
     check_file_values,
+    embeddings_of,
     find_file_targets,
     find_modules_to_save,
     find_targets,
@@ -768,12 +769,9 @@ def _do_nothing(module: nn.Module, args: Any) -> None:
 
 
 def _embeddings_are_tied(model: nn.Module) -> bool | None:
-    """None for a model without output embeddings, whose config may ask for tying all the same."""
-    try:
-        embeddings = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return None
-    if embeddings[1] is None:
+    """None for a model without input or output embeddings, whose config may ask for tying all the same."""
+    embeddings = embeddings_of(model)
+    if None in embeddings:
         return None
     weights = [getattr(module, "weight", None) for module in embeddings]
     return weights[0] is not None and weights[0] is weights[1]

@@ -24,6 +24,7 @@ __all__ = [
     "base_name",
     "check_file_values",
     "chosen_by_file",
+    "embeddings_of",
     "find_file_targets",
     "find_modules_to_save",
     "find_targets",
@@ -457,16 +458,29 @@ def same_tensors(present: Mapping[str, Tensor], file: AdapterFile) -> list[tuple
     return [(tensor, values[name]) for name, tensor in present.items()]
 
 
-def _embedding_weights(model: nn.Module) -> list[Tensor]:
-    weights = []
-    for get in ("get_input_embeddings", "get_output_embeddings"):
+def embeddings_of(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """What transformers' models call their input and output embeddings; None for a part that a model does not have.
+
+    An error within a method of somebody's own model is theirs to see.
+    """
+    found: list[nn.Module | None] = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        method: Any = getattr(model, name, None)
         try:
-            module = getattr(model, get)()
-        except (AttributeError, NotImplementedError):
-            continue
-        if isinstance(weight := getattr(module, "weight", None), Tensor):
-            weights.append(weight)
-    return weights
+            found.append(None if method is None else method())
+        except NotImplementedError:
+            found.append(None)
+        except AttributeError:
+            # transformers' own raise it for backbones without such a part, and transformers passes it over.
+            if not getattr(method, "__module__", "").startswith("transformers."):
+                raise
+            found.append(None)
+    return found[0], found[1]
+
+
+def _embedding_weights(model: nn.Module) -> list[Tensor]:
+    weights = [getattr(module, "weight", None) for module in embeddings_of(model)]
+    return [weight for weight in weights if isinstance(weight, Tensor)]
 
 
 def _raise_problems(file: AdapterFile, problems: list[str]) -> None:
