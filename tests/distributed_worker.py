@@ -232,11 +232,10 @@ def of_adapter(model: Any) -> dict[str, Tensor]:
     """An adapter's tensors; every process calls."""
     if hasattr(model, "c3a"):
         return {name: tensor.clone() for name, tensor in model.c3a.state_dict().items()}
+    import deepspeed
     import peft
 
-    from c3a_triton.linear_like import whole
-
-    with whole(model.parameters()):
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
         return {name: tensor.clone() for name, tensor in peft.get_peft_model_state_dict(model).items()}
 
 

@@ -252,8 +252,6 @@ def _hotswap_adapter_from_state_dict(
     with torch.no_grad():
         for name, module in layers.items():
             module.c3a_kernel[adapter_name].copy_(state_dict[name])
-            if isinstance(module, C3ALinear):
-                module._refresh()
 
 
 # What is replaced of PEFT
