@@ -18,6 +18,7 @@ from .linear_like import (
     WeightAccess,
     fingerprint,
     first_tensor,
+    gather_with,
     geometry,
     is_plain,
     kernel_device,
@@ -267,6 +268,7 @@ class C3ALinear(nn.Module):
     def _general_forward(
         self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> Tensor:
+        gather_with(self, self._stored_kernels())
         given = adapter_names is not None
         names = adapter_names if given else self._row_adapters
         if names is not None and not self._disable_adapters:

@@ -38,6 +38,7 @@ from .targets import (
     base_module_names,
     base_modules,
     check_file_values,
+    embeddings_of,
     find_file_targets,
     find_modules_to_save,
     find_targets,
@@ -239,15 +240,19 @@ class AdapterManager:
 
         Raises:
             AdapterNotFoundError: an unknown name.
-            AdapterStateError: the adapter is merged, or a kernel is offloaded.
+            AdapterStateError: the adapter is merged, or a kernel is offloaded or sharded.
             CheckpointError: the folder cannot be read, or has other tensors than the adapter. Nothing has changed.
         """
         self._known(adapter_name)
         if any(adapter_name in layer.merged_adapters for _, layer in self.layers()):
             raise AdapterStateError(f"adapter {adapter_name!r} is merged: unmerge it before its values are replaced")
         for name, layer in self.layers():
-            if adapter_name in layer.c3a_kernel and layer.c3a_kernel[adapter_name].is_meta:
+            if adapter_name not in layer.c3a_kernel:
+                continue
+            if layer.c3a_kernel[adapter_name].is_meta:
                 raise AdapterStateError(f"{name} is offloaded: delete the adapter and load the other one in its place")
+            if is_sharded(layer.c3a_kernel[adapter_name]):
+                raise AdapterStateError(f"{name} is sharded: load the adapter into the model before it is sharded")
         for old, new in same_tensors(self.state_dict(adapter_name), read_adapter(directory)):
             old.copy_(new)
 
@@ -691,10 +696,10 @@ class AdapterManager:
         }
         for name, module in self._saved_modules():
             if adapter_name in module.modules_to_save:
-                values = module.modules_to_save[adapter_name].state_dict()
+                values = module.modules_to_save[adapter_name].state_dict(keep_vars=True)
                 tensors |= {f"{name}.{key}": value for key, value in values.items()}
         tensors |= self._biases(adapter_name, self._configs[adapter_name].bias)
-        return {name: gathered(tensor.detach()) for name, tensor in tensors.items()}
+        return {name: gathered(tensor).detach() for name, tensor in tensors.items()}
 
     def save_pretrained(self, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
         """Save an adapter to a folder, as PEFT does and reads it. PEFT reads adapters of linear layers alone.
@@ -768,12 +773,9 @@ def _do_nothing(module: nn.Module, args: Any) -> None:
 
 
 def _embeddings_are_tied(model: nn.Module) -> bool | None:
-    """None for a model without output embeddings, whose config may ask for tying all the same."""
-    try:
-        embeddings = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return None
-    if embeddings[1] is None:
+    """None for a model without input or output embeddings, whose config may ask for tying all the same."""
+    embeddings = embeddings_of(model)
+    if None in embeddings:
         return None
     weights = [getattr(module, "weight", None) for module in embeddings]
     return weights[0] is not None and weights[0] is weights[1]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .errors import AdapterStateError, ConfigError
 from .layer import BASE_ROW, C3ALinear, expand_rows
+from .linear_like import whole
 
 __all__ = ["ModulesToSave"]
 
@@ -61,7 +62,8 @@ class ModulesToSave(nn.Module):
                 f"modules_to_save: {self.layer_name} is offloaded and cannot be trained; give it a device of its own "
                 "in the device map"
             )
-        return copy.deepcopy(self.original_module)
+        with whole(self.original_module.parameters()):
+            return copy.deepcopy(self.original_module)
 
     def install(self, adapter_name: str, module: nn.Module) -> None:
         """Take a copy as this adapter's, frozen until it is set."""

@@ -700,7 +700,10 @@ def _autocast(x: Tensor) -> Tensor:
 
 def _check_kernel(w: Tensor) -> None:
     if w.dim() != 3:
-        raise ShapeError(f"w has the shape {tuple(w.shape)}: it must be (out_blocks, in_blocks, block_size)")
+        message = f"w has the shape {tuple(w.shape)}: it must be (out_blocks, in_blocks, block_size)"
+        if hasattr(w, "ds_id"):
+            message += ". DeepSpeed's ZeRO-3 keeps it in parts: put it together with deepspeed.zero.GatheredParameters"
+        raise ShapeError(message)
     if not w.is_floating_point():
         raise ShapeError(f"w is {w.dtype}: it must be a floating dtype, float32 as a rule")
 

@@ -13,7 +13,7 @@ from .checkpoint import KERNEL_SUFFIX, AdapterFile
 from .config import DEFAULT_TARGET_MODULES, C3AConfig, check_block_size, shown, suggest_block_size
 from .errors import CheckpointError, ConfigError
 from .layer import C3ALinear
-from .linear_like import Geometry, geometry, is_linear, is_sharded
+from .linear_like import Geometry, geometry, is_linear, is_partitioned, is_sharded
 from .modules_to_save import ModulesToSave
 from .patterns import block_size_for, match_target, target_rule, unmatched_keys
 
@@ -24,6 +24,7 @@ __all__ = [
     "base_name",
     "check_file_values",
     "chosen_by_file",
+    "embeddings_of",
     "find_file_targets",
     "find_modules_to_save",
     "find_targets",
@@ -225,11 +226,11 @@ def _sharded(name: str, module: nn.Module) -> str | None:
     """What is wrong with adapting a layer of which this process holds a part, or None.
 
     A kernel that is added afterwards would be neither sharded nor reduced. DeepSpeed's ZeRO-3 takes new parameters in
-    when it is initialised, and its weights are no DTensors.
+    when it is initialised, so its weights are as good as whole.
     """
     base: Any = module.get_base_layer() if isinstance(module, C3ALinear) else module
     weight: Any = base._parameters.get("weight")
-    if weight is None or not is_sharded(weight):
+    if weight is None or not is_sharded(weight) or is_partitioned(weight):
         return None
     return (
         f"{name} is sharded already (its weight is a DTensor with {weight.placements}), so that an adapter "
@@ -457,16 +458,29 @@ def same_tensors(present: Mapping[str, Tensor], file: AdapterFile) -> list[tuple
     return [(tensor, values[name]) for name, tensor in present.items()]
 
 
-def _embedding_weights(model: nn.Module) -> list[Tensor]:
-    weights = []
-    for get in ("get_input_embeddings", "get_output_embeddings"):
+def embeddings_of(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """What transformers' models call their input and output embeddings; None for a part that a model does not have.
+
+    An error within a method of somebody's own model is theirs to see.
+    """
+    found: list[nn.Module | None] = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        method: Any = getattr(model, name, None)
         try:
-            module = getattr(model, get)()
-        except (AttributeError, NotImplementedError):
-            continue
-        if isinstance(weight := getattr(module, "weight", None), Tensor):
-            weights.append(weight)
-    return weights
+            found.append(None if method is None else method())
+        except NotImplementedError:
+            found.append(None)
+        except AttributeError:
+            # transformers' own raise it for backbones without such a part, and transformers passes it over.
+            if not getattr(method, "__module__", "").startswith("transformers."):
+                raise
+            found.append(None)
+    return found[0], found[1]
+
+
+def _embedding_weights(model: nn.Module) -> list[Tensor]:
+    weights = [getattr(module, "weight", None) for module in embeddings_of(model)]
+    return [weight for weight in weights if isinstance(weight, Tensor)]
 
 
 def _raise_problems(file: AdapterFile, problems: list[str]) -> None:

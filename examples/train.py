@@ -6,6 +6,8 @@
     torchrun --nproc-per-node 2 examples/train.py --plain-loop ...   # a loop of torch's own, sharded by FSDP2
     accelerate launch --num_processes 2 --use_fsdp --fsdp_version 2 \\
         --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP examples/train.py ...   # the Trainer, sharded (GPUs only)
+    accelerate launch --num_processes 2 --use_deepspeed --zero_stage 3 \\
+        --zero3_save_16bit_model true examples/train.py ...          # the Trainer, sharded by DeepSpeed
 
 Without arguments it adapts a tiny model with random weights to Python's documentation, byte by byte, on a CPU too. The
 adapter is saved in PEFT's form; `--resume` goes on from the last checkpoint in the output folder.

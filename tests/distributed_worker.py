@@ -1,6 +1,6 @@
 """What one of several processes does: train a model in every way of spreading it, and compare with doing it alone.
 
-Run by torchrun from `test_distributed.py`; the first process prints one JSON object per case.
+Run by torchrun from `test_distributed.py`; the first process writes one JSON object with all cases.
 """
 
 import json
@@ -50,18 +50,33 @@ def build(config: C3AConfig = CONFIG) -> Any:
     return c3a_triton.apply(Model(), config)
 
 
-def train(model: nn.Module, rank: int = 0, n_processes: int = 1) -> Tensor:
+Update = Callable[[Tensor], None]
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(c3a_triton.param_groups(model, lr=3e-2, head_lr=1e-2))
+
+
+def by_torch(model: nn.Module) -> Update:
+    optimizer = optimizer_of(model)
+
+    def update(loss: Tensor) -> None:
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return update
+
+
+def train(model: nn.Module, update: Update, rank: int = 0, n_processes: int = 1) -> Tensor:
     """The losses of each step, over the whole batch, of which each process computes its rows."""
-    optimizer = torch.optim.AdamW(c3a_triton.param_groups(model, lr=3e-2, head_lr=1e-2))
     generator = torch.Generator().manual_seed(1)
     losses = []
     for _ in range(STEPS):
         x, target = torch.randn(ROWS, WIDTH, generator=generator), torch.randn(ROWS, 3, generator=generator)
         loss = (model(x[rank::n_processes]) - target[rank::n_processes]).square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        loss = loss.detach()
+        update(loss)
+        loss = loss.detach().clone()
         if n_processes > 1:
             dist.all_reduce(loss)
         losses.append(loss / n_processes)
@@ -99,32 +114,42 @@ WAYS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+def differences(
+    losses: tuple[Tensor, Tensor], found: dict[str, Tensor], expected: dict[str, Tensor], start: dict[str, Tensor]
+) -> dict[str, Any]:
+    """What of losses and trained tensors differs from training alone, and how far training moved them."""
+    same_names = found.keys() == expected.keys() == start.keys()
+    return {
+        "loss": float((losses[0] - losses[1]).abs().max()),
+        "adapter": max(float((found[name] - expected[name]).abs().max()) for name in expected) if same_names else None,
+        "same names": same_names,
+        "moved": min(float((expected[name] - start[name]).abs().max()) for name in expected),
+    }
+
+
 def spread(way: str, folder: Path) -> dict[str, Any]:
     """Train, save and load on one device; differences from training alone."""
     alone = build()
-    expected = train(alone)
+    expected = train(alone, by_torch(alone))
     model = build()
     start = {name: tensor.clone() for name, tensor in model.c3a.state_dict().items()}
     wrapped = WAYS[way](model)
-    losses = train(wrapped, dist.get_rank(), dist.get_world_size())
+    losses = train(wrapped, by_torch(wrapped), dist.get_rank(), dist.get_world_size())
     if way == "fsdp1":
         with FullyShardedDataParallel.summon_full_params(wrapped, writeback=False):
             model.c3a.save_pretrained(folder)
     else:
         model.c3a.save_pretrained(folder)
     dist.barrier()
-    torch.manual_seed(0)
-    loaded = c3a_triton.load_adapter(Model(), folder).c3a.state_dict()
-    found = alone.c3a.state_dict()
-    moved = min(float((found[name] - start[name]).abs().max()) for name in found)
-    return {
-        "loss": float((losses - expected).abs().max()),
-        "adapter": max(float((loaded[name] - found[name]).abs().max()) for name in found),
-        "same names": loaded.keys() == found.keys(),
-        "moved": moved,
+    return differences((losses, expected), reloaded(folder), alone.c3a.state_dict(), start) | {
         "kernels sharded": "fsdp2" in way
         and all("DTensor" in type(layer.c3a_kernel["default"]).__name__ for _, layer in model.c3a.layers()),
     }
+
+
+def reloaded(folder: Path) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return c3a_triton.load_adapter(Model(), folder).c3a.state_dict()
 
 
 def message(function: Callable[[], Any]) -> str:
@@ -162,20 +187,111 @@ def refused(folder: Path) -> dict[str, str]:
     }
 
 
-def main(folder: Path) -> None:
+# DeepSpeed's ZeRO-3
+
+
+def zero_config(**changes: Any) -> dict[str, Any]:
+    """Nothing is kept whole, however small, and nothing clipped, as DeepSpeed does unless told otherwise."""
+    return {
+        "train_micro_batch_size_per_gpu": ROWS // 2,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+    } | changes
+
+
+def build_from_parts() -> Any:
+    """The adapter put into a model that was built in parts, as transformers builds it where ZeRO-3 is configured."""
+    import deepspeed
+
+    torch.manual_seed(0)
+    with deepspeed.zero.Init(config_dict_or_path=zero_config()):
+        model = Model()
+    return c3a_triton.apply(model, CONFIG)
+
+
+def build_by_peft() -> Any:
+    import peft
+
+    torch.manual_seed(0)
+    config = peft.C3AConfig(
+        block_size=4, target_modules=["up", "down"], modules_to_save=["head"], init_weights="gaussian"
+    )
+    return c3a_triton.apply(peft.get_peft_model(Model(), config))
+
+
+ZERO_WAYS: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any]]] = {
+    "apply": (build, build, {}),
+    "apply, small ones whole": (build, build, {"zero_optimization": {"stage": 3}}),
+    "a base in parts": (build, build_from_parts, {}),
+    "PEFT": (build_by_peft, build_by_peft, {}),
+}
+
+
+def of_adapter(model: Any) -> dict[str, Tensor]:
+    """An adapter's tensors; every process calls."""
+    if hasattr(model, "c3a"):
+        return {name: tensor.clone() for name, tensor in model.c3a.state_dict().items()}
+    import deepspeed
+    import peft
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        return {name: tensor.clone() for name, tensor in peft.get_peft_model_state_dict(model).items()}
+
+
+def zero3(way: str, folder: Path) -> dict[str, Any]:
+    """As `spread`."""
+    import deepspeed
+
+    build_alone, build_model, changes = ZERO_WAYS[way]
+    alone = build_alone()
+    start = of_adapter(alone)
+    expected = train(alone, by_torch(alone))
+    model = build_model()
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=zero_config(**changes))
+    empty = all(parameter.numel() == 0 for parameter in model.parameters())
+
+    def update(loss: Tensor) -> None:
+        engine.backward(loss)
+        engine.step()
+
+    losses = train(engine, update, dist.get_rank(), dist.get_world_size())
+    found = of_adapter(model)
+    if hasattr(model, "c3a"):
+        model.c3a.save_pretrained(folder)
+        found = reloaded(folder)
+    return differences((losses, expected), found, of_adapter(alone), start) | {
+        "in parts": empty,
+        "refused": {} if way != "apply" else refused_in_parts(model, folder),
+    }
+
+
+def refused_in_parts(model: Any, folder: Path) -> dict[str, str]:
+    (_, layer), *_ = model.c3a.layers()
+    return {
+        "delta": message(lambda: layer.get_delta_weight("default")),
+        "function": message(lambda: c3a_triton.circulant_linear(torch.randn(2, WIDTH), layer.c3a_kernel["default"])),
+        "merge": message(model.c3a.merge_adapter),
+        "hot swap": message(lambda: model.c3a.hotswap_adapter(folder)),
+    }
+
+
+def main(folder: Path, cases: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    run = {"torch": (WAYS, spread), "zero3": (ZERO_WAYS, zero3)}[cases]
     results: dict[str, Any] = {}
-    for way in WAYS:
+    for way in run[0]:
         try:
-            results[way] = spread(way, folder / way)
+            results[way] = run[1](way, folder / way)
         except Exception:
             results[way] = traceback.format_exc()
-    results["refused"] = refused(folder / "fsdp2")
+    if cases == "torch":
+        results["refused"] = refused(folder / "fsdp2")
     if dist.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,4 +1,4 @@
-"""Two processes agree with one: DDP, FSDP2, FSDP1, and examples/train.py under its launchers. CPUs and gloo."""
+"""Two processes agree with one: DDP, FSDP, ZeRO-3, and examples/train.py under its launchers. CPUs and gloo."""
 
 import importlib.util
 import json
@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import c3a_triton
+from c3a_triton.errors import ShapeError
 
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
     pytest.skip("torch without gloo", allow_module_level=True)
@@ -22,11 +24,14 @@ EXAMPLE = TESTS.parent / "examples" / "train.py"
 BOUND = 1e-5
 
 
-def launch(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def launch(module: str, *arguments: str, deepspeed: bool = False) -> subprocess.CompletedProcess[str]:
     variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    variables |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # Where accelerate is told of CPUs it passes DeepSpeed over.
+    variables |= {"DS_ACCELERATOR": "cpu"} if deepspeed else {"ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],
-        env=variables | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""},
+        env=variables,
         capture_output=True,
         text=True,
         check=False,
@@ -43,7 +48,7 @@ TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All cases of `distributed_worker.py`, in one launch."""
     folder = tmp_path_factory.mktemp("spread")
-    launch(*TORCHRUN, str(TESTS / "distributed_worker.py"), str(folder))
+    launch(*TORCHRUN, str(TESTS / "distributed_worker.py"), str(folder), "torch")
     return json.loads((folder / "results.json").read_text())
 
 
@@ -77,6 +82,60 @@ def test_what_cannot_be_spread_says_what_to_do(results: dict[str, Any]) -> None:
         assert said[case].startswith(f"ShapeError: {name}: x has the shape")
         assert "tensor-parallel" in said[case]
     assert said["beside the plan"] == "no error"
+
+
+# DeepSpeed's ZeRO-3
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed (it has no wheels)"
+)
+
+
+@pytest.fixture(scope="module")
+def zero3_results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("zero")
+    launch(*TORCHRUN, str(TESTS / "distributed_worker.py"), str(folder), "zero3", deepspeed=True)
+    return json.loads((folder / "results.json").read_text())
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("way", ["apply", "apply, small ones whole", "a base in parts", "PEFT"])
+def test_two_processes_of_zero3_train_as_one(zero3_results: dict[str, Any], way: str) -> None:
+    found = zero3_results[way]
+    assert isinstance(found, dict), found
+    assert found["in parts"]
+    assert found["same names"]
+    assert found["moved"] > 1e-2
+    assert found["loss"] <= BOUND
+    assert found["adapter"] <= BOUND
+
+
+@needs_deepspeed
+def test_what_is_in_parts_is_refused_outside_the_model(zero3_results: dict[str, Any]) -> None:
+    said = zero3_results["apply"]["refused"]
+    for case in ("delta", "function"):
+        assert said[case].startswith("ShapeError: w has the shape (0,)")
+        assert "deepspeed.zero.GatheredParameters" in said[case]
+    assert said["merge"].startswith("AdapterStateError: blocks.0.up: nothing can be merged")
+    assert said["hot swap"].startswith("AdapterStateError: blocks.0.up is sharded")
+
+
+def test_a_layer_lets_zero3_gather_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the layer asks of DeepSpeed, here of a stand-in: its kernels are emptied as ZeRO-3 leaves them."""
+    layer = c3a_triton.C3ALinear(torch.nn.Linear(8, 8), block_size=4)
+    layer.base_layer.register_forward_hook(lambda *args: None)  # as ZeRO-3 has hooks on every module
+    x, kernel = torch.randn(3, 8), layer.c3a_kernel["default"]
+    y, values = layer(x), kernel.data.clone()
+    registered = []
+    zero = SimpleNamespace(register_external_parameter=lambda module, parameter: registered.append((module, parameter)))
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=zero))
+    kernel.ds_id, kernel.all_gather = 0, lambda: setattr(kernel, "data", values)
+    kernel.data = torch.empty(0)
+    with pytest.raises(ShapeError, match=r"shape \(0,\).*deepspeed\.zero\.GatheredParameters"):
+        layer.get_delta_weight("default")
+    for _ in range(2):
+        torch.testing.assert_close(layer(x), y)
+    assert [(module is layer, parameter is kernel) for module, parameter in registered] == [(True, True)]
 
 
 # examples/train.py
@@ -135,6 +194,24 @@ def test_the_example_in_two_processes_trains_as_in_one(tmp_path: Path, in_two_pr
     for name, tensor in one[1].items():
         assert tensor.abs().max() > 0.1
         torch.testing.assert_close(two[1][name], tensor, rtol=0, atol=BOUND)
+
+
+@needs_deepspeed
+def test_the_example_under_zero3(tmp_path: Path) -> None:
+    for package in ("transformers", "accelerate"):
+        pytest.importorskip(package)
+    example(tmp_path / "one", "--batch", "4")
+    options = ("--use_deepspeed", "--zero_stage", "3", "--zero3_save_16bit_model", "true", "--num_processes", "2")
+    port = ("--main_process_port", str(29500 + os.getpid() % 1000))
+    script = (str(EXAMPLE), *SMALL, "--batch", "2", "--output", str(tmp_path / "two"))
+    launch("accelerate.commands.launch", *options, *port, *script, deepspeed=True)
+    assert list((tmp_path / "two" / "checkpoint-20").glob("global_step20/zero_*")), "not ZeRO-3's checkpoint"
+    one, two = losses_and_adapter(tmp_path / "one"), losses_and_adapter(tmp_path / "two")
+    torch.testing.assert_close(two[0], one[0], rtol=0, atol=BOUND)
+    assert two[1].keys() == one[1].keys()
+    for name, tensor in one[1].items():
+        # Where a gradient is about zero Adam divides rounding errors by each other.
+        torch.testing.assert_close(two[1][name], tensor, rtol=0, atol=1e-4)
 
 
 def test_the_example_resumes_and_takes_a_model_and_a_text(tmp_path: Path) -> None:

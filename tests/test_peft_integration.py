@@ -20,6 +20,7 @@ import pytest
 import torch
 from tiny_models import IDS, MLP, llama, llama_classifier, logits
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import c3a_triton
 from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, BackendError, ConfigError
@@ -138,13 +139,16 @@ def test_pefts_input_gradient_is_not_what_is_compared_with() -> None:
 
 
 def test_patching_is_idempotent_and_ends() -> None:
-    own = peft.C3AModel._create_and_replace
+    places = [(peft.C3AModel, "_create_and_replace"), (peft.PeftModel, "active_peft_config")]
+    places += [(hotswap, "hotswap_adapter_from_state_dict"), (hotswap, "CONFIG_KEYS_TO_CHECK")]
+    own = [vars(owner)[name] for owner, name in places]
     for _ in range(2):
         assert integration.patch_peft() is None
+    assert not any(vars(owner)[name] is value for (owner, name), value in zip(places, own, strict=True))
     assert {type(layer) for layer in layers(adapted("patched")).values()} == {integration.C3ALinear}
     for _ in range(2):
         assert integration.unpatch_peft() is None
-    assert peft.C3AModel._create_and_replace is own
+    assert all(vars(owner)[name] is value for (owner, name), value in zip(places, own, strict=True))
     assert {type(layer) for layer in layers(adapted("peft")).values()} == {PeftsLayer}
 
 
@@ -458,23 +462,141 @@ def test_loading_a_further_adapter(kind: str, low_cpu_mem_usage: bool, tmp_path:
         check(model, ["default", "loaded"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_swapping_the_values_of_an_adapter(kind: str, tmp_path: Path) -> None:
-    other = adapted("peft")
-    for parameter in other.parameters():
+def of_other_values(folder: Path, **changes: object) -> Path:
+    """A folder with an adapter like `adapted`'s, of other values."""
+    model = adapted("peft", **changes)
+    for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data.mul_(-2)
-    other.save_pretrained(tmp_path)
+            parameter.data.normal_()
+    model.save_pretrained(folder)
+    return folder
+
+
+def loaded(folder: Path) -> Any:
+    return under("peft", lambda: peft.PeftModel.from_pretrained(llama(), folder))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loading_under_a_name_that_is_taken(kind: str, tmp_path: Path) -> None:
+    of_other_values(tmp_path)
     model = adapted(kind)
-    # PEFT's hotswap knows LoRA only; loading under a name that is there replaces its values in place.
-    with pytest.raises(ValueError, match="Hotswapping only supports"):
-        hotswap.hotswap_adapter(model, str(tmp_path), "default", torch_device="cpu")
     parameters = {name: (parameter, parameter.data_ptr()) for name, parameter in model.named_parameters()}
     y = logits(model)
     model.load_adapter(tmp_path, "default")
     assert all((p, p.data_ptr()) == parameters[name] for name, p in model.named_parameters())
     assert (logits(model) - y).norm() > 0.1 * y.norm()
-    torch.testing.assert_close(logits(model), logits(other), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(logits(model), logits(loaded(tmp_path)), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_hot_swapping(kind: str, tmp_path: Path) -> None:
+    of_other_values(tmp_path)
+    model = adapted(kind)
+    state, y = snapshot(model), logits(model)
+    parameters = {name: (parameter, parameter.data_ptr()) for name, parameter in model.named_parameters()}
+    hotswap.hotswap_adapter(model, str(tmp_path), "default", torch_device="cpu")
+    torch.testing.assert_close(logits(model), logits(loaded(tmp_path)), atol=1e-5, rtol=1e-4)
+    assert (logits(model) - y).norm() > 0.1 * y.norm()
+    assert snapshot(model) == state
+    assert all((p, p.data_ptr()) == parameters[name] for name, p in model.named_parameters())
+    check(model, ["default"])
+
+
+def test_hot_swapping_a_compiled_model_compiles_nothing_again(tmp_path: Path) -> None:
+    base, changes = MLP(), {"target_modules": "all-linear", "block_size": 6}
+    other, model = adapted("peft", copy.deepcopy(base), **changes), adapted("patched", base, **changes)
+    for layer in layers(other).values():
+        layer.c3a_kernel["default"].data.normal_()
+    other.save_pretrained(tmp_path)
+    torch._dynamo.reset()
+    compiled, x = torch.compile(model, backend="eager", fullgraph=True), torch.randn(5, 12)
+    compiled(x).sum().backward()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        hotswap.hotswap_adapter(compiled, str(tmp_path), "default", torch_device="cpu")
+        torch.testing.assert_close(compiled(x), other(x))
+
+
+def test_hot_swapping_an_adapter_that_is_not_active_or_frozen(tmp_path: Path) -> None:
+    model = adapted("patched")
+    model.add_adapter("second", config())
+    of_other_values(tmp_path)
+    y = logits(model)
+    hotswap.hotswap_adapter(model, str(tmp_path), "second", torch_device="cpu")
+    assert torch.equal(logits(model), y)
+    model.set_adapter("second")
+    for layer in layers(model).values():
+        layer.freeze_for_inference()  # what is kept of its parameters must not outlive them
+    torch.testing.assert_close(logits(model), logits(loaded(tmp_path)), atol=1e-5, rtol=1e-4)
+    of_other_values(tmp_path)
+    hotswap.hotswap_adapter(model, str(tmp_path), "second", torch_device="cpu")
+    torch.testing.assert_close(logits(model), logits(loaded(tmp_path)), atol=1e-5, rtol=1e-4)
+
+
+def test_hot_swapping_pefts_own_layers_and_lora(tmp_path: Path) -> None:
+    model = adapted("peft")
+    with pytest.raises(ValueError, match="Hotswapping only supports"):
+        hotswap.hotswap_adapter(model, str(of_other_values(tmp_path)), "default", torch_device="cpu")
+    integration.patch_peft()
+    hotswap.hotswap_adapter(model, str(tmp_path), "default", torch_device="cpu")
+    torch.testing.assert_close(logits(model), logits(loaded(tmp_path)), atol=1e-5, rtol=1e-4)
+    lora = [
+        peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
+        for _ in range(2)
+    ]
+    lora[0].base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight.data.mul_(3)
+    lora[0].save_pretrained(tmp_path / "lora")
+    hotswap.hotswap_adapter(lora[1], str(tmp_path / "lora"), "default", torch_device="cpu")
+    torch.testing.assert_close(logits(lora[1]), logits(lora[0]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"block_size": 6}, r"q_proj\.c3a_kernel\.default has shape \[4, 4, 6\], in the model \[6, 6, 4\]"),
+        ({"target_modules": TARGETS[:2]}, r"it has no .*down_proj\.c3a_kernel\.default"),
+        ({"target_modules": [*TARGETS, "k_proj"]}, r"no kernel takes .*k_proj\.c3a_kernel\.default"),
+        ({"modules_to_save": ["lm_head"]}, "incompatible: for modules_to_save"),
+        ({"bias": "c3a_only"}, "incompatible: for bias"),
+    ],
+    ids=str,
+)
+def test_what_hot_swapping_refuses(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    folder, model = of_other_values(tmp_path, **changes), adapted("patched")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=said):
+        hotswap.hotswap_adapter(model, str(folder), "default", torch_device="cpu")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_states_in_which_hot_swapping_refuses(tmp_path: Path) -> None:
+    like, other = of_other_values(tmp_path / "like", modules_to_save=["lm_head"]), of_other_values(tmp_path / "other")
+    with_head, plain = adapted("patched", modules_to_save=["lm_head"]), adapted("patched")
+    merged = adapted("patched")
+    merged.merge_adapter()
+    for model, folder, name, said in (
+        (with_head, like, "default", r"no kernel takes .*lm_head.*load_adapter"),
+        (plain, other, "third", "no adapter 'third'"),
+        (merged, other, "default", r"q_proj.*merged.*unmerge_adapter"),
+    ):
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises((AdapterStateError, AdapterNotFoundError), match=said):
+            hotswap.hotswap_adapter(model, str(folder), name, torch_device="cpu")
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    merged.unmerge_adapter()
+    hotswap.hotswap_adapter(merged, str(other), "default", torch_device="cpu")
+    torch.testing.assert_close(logits(merged), logits(loaded(other)), atol=1e-5, rtol=1e-4)
+
+
+def test_what_modules_to_save_keep_from_hot_swapping_is_loaded_in_place(tmp_path: Path) -> None:
+    """As the error says: under the name that is taken."""
+    folder, model = (
+        of_other_values(tmp_path, modules_to_save=["lm_head"]),
+        adapted("patched", modules_to_save=["lm_head"]),
+    )
+    parameters = list(model.parameters())
+    model.load_adapter(folder, "default")
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    torch.testing.assert_close(logits(model), logits(loaded(folder)), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -752,21 +874,75 @@ def test_compiling_without_graph_breaks() -> None:
     torch.testing.assert_close(compiled(x), y)
 
 
-def test_switching_adapters_compiles_nothing_again() -> None:
-    model = adapted("patched", MLP(), target_modules="all-linear", block_size=6)
-    model.add_adapter("second", config(target_modules="all-linear", block_size=6))
-    graphs = []
+@pytest.mark.parametrize("kind", OURS)
+def test_switching_adapters_compiles_nothing_again(kind: str) -> None:
+    """Of the model as PEFT hands it out, whose forward looks the active adapter's configuration up by its name."""
+    model = adapted(kind, MLP(), target_modules="all-linear", block_size=6)
+    other = config(target_modules="all-linear", block_size=6)
+    model.add_adapter("second", other)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
 
-    def count(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
-        graphs.append(graph)
-        return graph.forward
-
-    # PEFT's own wrapper reads the active adapter's name in its forward, so that compiling it compiles for each name.
-    compiled, x = torch.compile(model.get_base_model(), backend=count, fullgraph=True), torch.randn(7, 12)
-    for name in ("default", "second", "default"):
+    def run(name: str, n_tokens: int = 5) -> None:
         model.set_adapter(name)
+        assert model.active_peft_config is model.peft_config[name]
+        x = torch.randn(n_tokens, 12)
         torch.testing.assert_close(compiled(x), model(x))
-    assert len(graphs) == 1
+
+    run("default")
+    assert counter.frame_count == 1
+    with torch.compiler.set_stance("fail_on_recompile"):
+        run("second")
+        model.add_adapter("third", other)
+        run("third")
+        run("default")
+    run("second", 7)  # the length becomes a symbol
+    with torch.compiler.set_stance("fail_on_recompile"):
+        run("third", 11)
+        run("default", 9)
+    with model.disable_adapter():
+        run("default")
+    assert counter.frame_count == 3
+
+
+def test_a_language_models_wrapper_compiles_once() -> None:
+    model = adapted("patched", llama(num_hidden_layers=1), task_type="CAUSAL_LM")
+    model.add_adapter("second", config(task_type="CAUSAL_LM"))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    y = logits(compiled)
+    model.set_adapter("second")
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert (logits(compiled) - y).norm() > 0.01 * y.norm()
+    torch.testing.assert_close(logits(compiled), logits(model))
+
+
+def test_what_the_wrapper_calls_is_compiled_in_place() -> None:
+    """Without anything replaced in the wrapper."""
+    model = adapted("applied", MLP(), target_modules="all-linear", block_size=6)
+    integration.unpatch_peft()
+    model.add_adapter("second", config(target_modules="all-linear", block_size=6))
+    x, expected = torch.randn(5, 12), {}
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        expected[name] = model(x)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    model.get_base_model().compile(backend=counter, fullgraph=True)
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        torch.testing.assert_close(model(x), expected[name])
+    assert counter.frame_count == 1
+
+
+def test_compiling_other_methods_models_while_patched() -> None:
+    integration.patch_peft()
+    lora = peft.LoraConfig(r=2, target_modules=["first"], init_lora_weights=False)
+    model, x = peft.get_peft_model(MLP(), lora).eval(), torch.randn(5, 12)
+    assert model.active_peft_config is lora
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, backend="eager")(x), model(x))
 
 
 # Rows with adapters of their own

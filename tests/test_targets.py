@@ -14,6 +14,7 @@ from c3a_triton.modules_to_save import ModulesToSave
 from c3a_triton.targets import (
     base_module_names,
     base_modules,
+    embeddings_of,
     find_modules_to_save,
     find_targets,
     with_task_heads,
@@ -172,6 +173,23 @@ def test_heads_that_a_task_trains() -> None:
     config = C3AConfig(task_type="SEQ_CLS", modules_to_save=["score", "norm"])
     assert with_task_heads(llama_classifier(), config).modules_to_save == ["score", "norm"]
     assert with_task_heads(llama(), C3AConfig(task_type="CAUSAL_LM")).modules_to_save is None
+
+
+def test_embeddings_that_a_model_has_or_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    assert embeddings_of(model) == (model.model.embed_tokens, model.lm_head)
+    assert embeddings_of(model.model) == (model.model.embed_tokens, None)
+    assert embeddings_of(MLP()) == (None, None)
+
+    class Own(MLP):
+        def get_input_embeddings(self) -> nn.Module:
+            return self.frist
+
+    with pytest.raises(AttributeError, match="frist"):
+        embeddings_of(Own())
+    # As transformers' own do, of backbones without such a part.
+    monkeypatch.setattr(Own.get_input_embeddings, "__module__", "transformers.models.own")
+    assert embeddings_of(Own()) == (None, None)
 
 
 def test_nothing_is_changed() -> None:

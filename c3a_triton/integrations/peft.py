@@ -1,23 +1,29 @@
 """PEFT's C3A, computed by this library: PEFT's classes, parameters and files, with another forward and merge.
 
 Two subclasses do it. An object of PEFT's becomes one of them by an exchange of its class, so that nothing that anyone
-holds of it (parameters, hooks, optimizers) changes.
+holds of it (parameters, hooks, optimizers) changes. A few names of PEFT's own are replaced too, whose code knows LoRA
+alone or ties a compiled graph to an adapter's name (`_BESIDE`).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+from peft import PeftModel, PeftType
 from peft.tuners.c3a import layer as peft_layer
 from peft.tuners.c3a import model as peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import hotswap
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from c3a_triton import layer
 from c3a_triton.dispatch import check_backend
 from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, ConfigError
 from c3a_triton.layer import BASE_ROW, expand_rows
+from c3a_triton.linear_like import is_sharded
 from c3a_triton.quantized import hold_layout, torchao_config_of
 
 __all__ = ["C3ALinear", "C3AModel", "convert", "patch_peft", "unpatch_peft"]
@@ -173,24 +179,138 @@ def _check_rows(adapter_names: Sequence[str], layers: Sequence[C3ALinear], train
         raise AdapterStateError("adapter_names is for inference, as in PEFT: call the model's eval() first")
 
 
+# What compiled code reads of PEFT's wrapper
+
+
+class _SharedByAllAdapters:
+    """What the configurations of all adapters of a C3A model have in common."""
+
+    peft_type = PeftType.C3A
+    is_prompt_learning = is_adaption_prompt = False
+
+
+def _active_peft_config(model: Any) -> Any:
+    """As PEFT's. Code that is being compiled sees what no adapter's name decides, or its graph would be that name's."""
+    if torch.compiler.is_compiling() and isinstance(model.base_model, C3AModel):
+        return _SharedByAllAdapters
+    return _ACTIVE_CONFIG.old.fget(model)
+
+
+def _has_active_enabled_adapter(model: Any) -> bool:
+    """As PEFT's, which looks the active adapter's configuration up to learn that it is none of prompt learning."""
+    if torch.compiler.is_compiling() and isinstance(model.base_model, C3AModel):
+        return not model._adapters_disabled
+    return _HAS_ACTIVE.old.fget(model)
+
+
+# Hot swapping
+
+
+def _hotswap_adapter_from_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    adapter_name: str,
+    config: Any,
+    parameter_prefix: str = "lora_",
+) -> None:
+    """As PEFT's, and for C3A: an adapter's kernels get these values, in place.
+
+    Raises:
+        AdapterNotFoundError: no layer has an adapter of that name.
+        AdapterStateError: it is merged, its kernels are elsewhere, or the values are not for exactly these kernels.
+            Nothing has changed.
+    """
+    if config.peft_type != PeftType.C3A:
+        _HOTSWAP.old(model, state_dict, adapter_name, config, parameter_prefix)
+        return
+    layers = {
+        f"{name}.c3a_kernel.{adapter_name}": module
+        for name, module in getattr(model, "_orig_mod", model).named_modules()
+        if isinstance(module, peft_layer.C3ALinear) and adapter_name in module.c3a_kernel
+    }
+    if not layers:
+        raise AdapterNotFoundError(f"there is no adapter {adapter_name!r} whose values could be replaced")
+    for name, module in layers.items():
+        kernel = module.c3a_kernel[adapter_name]
+        if adapter_name in module.merged_adapters:
+            raise AdapterStateError(f"{name} is merged: call unmerge_adapter() before its values are replaced")
+        if kernel.is_meta or is_sharded(kernel):
+            raise AdapterStateError(f"{name} is offloaded or sharded: load the adapter before the model is")
+    problems = [f"it has no {name}" for name in layers if name not in state_dict]
+    problems += [f"no kernel takes {name}" for name in state_dict if name not in layers]
+    problems += [
+        f"{name} has shape {list(state_dict[name].shape)}, in the model {list(shape)}"
+        for name, module in layers.items()
+        if name in state_dict and state_dict[name].shape != (shape := module.c3a_kernel[adapter_name].shape)
+    ]
+    if problems:
+        more = f" (and {len(problems) - 5} more like these)" if len(problems) > 5 else ""
+        raise AdapterStateError(
+            f"{adapter_name!r} cannot be swapped for this adapter: {'; '.join(problems[:5])}{more}. Load it under a "
+            "name of its own (load_adapter), or, where only biases or modules_to_save are in the way, under this one"
+        )
+    with torch.no_grad():
+        for name, module in layers.items():
+            module.c3a_kernel[adapter_name].copy_(state_dict[name])
+
+
+# What is replaced of PEFT
+
+
+@dataclass
+class _Replacement:
+    """A name of PEFT's, what PEFT has there, and what this library puts there."""
+
+    owner: Any
+    name: str
+    new: Any
+
+    def __post_init__(self) -> None:
+        self.old = vars(self.owner).get(self.name)  # PEFT 0.17 has no `has_active_enabled_adapter`
+
+    def put(self) -> None:
+        if self.old is not None:
+            setattr(self.owner, self.name, self.new)
+
+    def put_back(self) -> None:
+        if self.old is not None:
+            setattr(self.owner, self.name, self.old)
+
+
+_BUILDING = _Replacement(peft_model.C3AModel, "_create_and_replace", C3AModel._create_and_replace)
+_ACTIVE_CONFIG = _Replacement(PeftModel, "active_peft_config", property(_active_peft_config))
+_HAS_ACTIVE = _Replacement(PeftModel, "has_active_enabled_adapter", property(_has_active_enabled_adapter))
+_HOTSWAP = _Replacement(hotswap, "hotswap_adapter_from_state_dict", _hotswap_adapter_from_state_dict)
+# Both decide what else a file may hold, of which only kernels can be swapped.
+_CHECKED = hotswap.CONFIG_KEYS_TO_CHECK | {PeftType.C3A: ["bias", "modules_to_save"]}
+_BESIDE = (_ACTIVE_CONFIG, _HAS_ACTIVE, _HOTSWAP, _Replacement(hotswap, "CONFIG_KEYS_TO_CHECK", _CHECKED))
+
+
 def patch_peft() -> None:
     """Let every C3A layer that PEFT builds from now on compute through this library, in whatever way it is built.
 
     Layers that exist already change when they get another adapter; `c3a_triton.apply(model)` changes all of a model's.
-    A second call changes nothing.
+    PEFT's `hotswap_adapter` takes C3A from then on, and `torch.compile(peft_model)` compiles once for all adapters of
+    the same shapes. A second call changes nothing.
     """
-    peft_model.C3AModel._create_and_replace = C3AModel._create_and_replace
+    for replacement in (_BUILDING, *_BESIDE):
+        replacement.put()
 
 
 def unpatch_peft() -> None:
-    """End `patch_peft`: new models are PEFT's own again. Those that were built or converted stay as they are."""
-    peft_model.C3AModel._create_and_replace = _create_and_replace
+    """End `patch_peft`, and what `convert` replaced of PEFT: new models are PEFT's own again.
+
+    Those that were built or converted stay as they are.
+    """
+    for replacement in (_BUILDING, *_BESIDE):
+        replacement.put_back()
 
 
 def convert(model: nn.Module, *, backend: str = "auto") -> None:
     """Let the C3A layers that PEFT has built in a model compute through this library, and those that it adds to it.
 
-    Parameters, keys and PEFT's verbs stay. A second call sets the backend.
+    Parameters, keys and PEFT's verbs stay. A second call sets the backend. As after `patch_peft`, `hotswap_adapter`
+    takes C3A and `torch.compile(model)` compiles once for all adapters; other models are built as before.
 
     Args:
         model: a `PeftModel`, or a model into which PEFT has put adapters.
@@ -212,6 +332,8 @@ def convert(model: nn.Module, *, backend: str = "auto") -> None:
             "unmerge_adapter() first"
         )
     hold_layout(model)
+    for replacement in _BESIDE:
+        replacement.put()
     for name, module in layers:
         _convert_layer(module, name, backend, model)
     for module in model.modules():
