@@ -295,7 +295,10 @@ MODELS: dict[str, tuple[Callable[[], Any], C3AConfig]] = {
     "encoder-decoder": (t5, C3AConfig(block_size=4, target_modules=["q", "v", "wo"], init_weights="gaussian")),
     "vision": (
         vit,
-        C3AConfig(block_size=4, target_modules=["q_proj", "fc1"], modules_to_save=["classifier"]),
+        # By transformers 5's names and by 4's.
+        C3AConfig(
+            block_size=4, target_modules=r".*\.(q_proj|query|fc1|intermediate\.dense)", modules_to_save=["classifier"]
+        ),
     ),
 }
 
