@@ -26,4 +26,8 @@ def package_versions(packages: Iterable[str]) -> dict[str, str | None]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
+    if versions.get("torch"):
+        import torch
+
+        versions["torch"] = torch.__version__  # with the build ("+cu130"), which the metadata of some wheels lacks
     return versions
