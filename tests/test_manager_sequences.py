@@ -108,6 +108,7 @@ class Expected:
     active: list[str] = field(default_factory=list)
     merged: dict[str, list[str]] = field(default_factory=dict)  # layer → names
     lost: set[str] = field(default_factory=set)  # layers whose original weight was not kept
+    backend: str = "auto"
     folded: set[str] = field(default_factory=set)  # layers whose backend is "fold"
     disabled: int = 0  # contexts within each other
 
@@ -299,11 +300,12 @@ class Sequence:
 
     # Operations
 
-    def start(self, layers: list[tuple[str, ...]], whole: list[bool]) -> None:
-        """Two adapters, one of them saved: from a bare model few sequences would come that far."""
-        self.add("a", layers[0], 2, None, "none", whole[0])
-        self.add("b", layers[1], 4, None, "none", whole[1])
+    def start(self, layers: list[tuple[str, ...]], block_sizes: list[int], whole: list[bool], bias: str) -> None:
+        """Two adapters, one of them saved and trained on: from a bare model few sequences would come that far."""
+        self.add("a", layers[0], block_sizes[0], None, bias, whole[0])
+        self.add("b", layers[1], block_sizes[1], None, "none", whole[1])
         self.save("a", "x")
+        self.train("a")
         self.set_backend(self.backends[0])
 
     @operation(
@@ -411,7 +413,7 @@ class Sequence:
         if allowed:
             self.note_unmerged()
 
-    @operation(4)
+    @operation(3)
     def disable(self) -> None:
         """Enter a context in which adapters are disabled; other operations follow within it."""
         allowed = self.is_unmergeable()
@@ -423,7 +425,7 @@ class Sequence:
             self.contexts.append(context)
             self.expected.disabled += 1
 
-    @operation(9, when=lambda sequence: sequence.expected.disabled > 0, raising=one_of(False, True))
+    @operation(10, when=lambda sequence: sequence.expected.disabled > 0, raising=one_of(False, True))
     def enable(self, raising: bool) -> None:
         """Leave the context, perhaps by an exception."""
         if not self.contexts:  # played without the step that entered it
@@ -569,6 +571,7 @@ class Sequence:
         with self.attempt(backend != "nonsense"):
             self.model.c3a.set_backend(backend)
         if backend != "nonsense":
+            self.expected.backend = backend
             self.expected.folded.clear()
 
     @operation(2)
@@ -667,6 +670,8 @@ class Sequence:
         for layer, module in manager.layers():
             assert module.merged_adapters == expected.merged.get(layer, [])
             assert module.c3a_kernel.keys() <= expected.adapters.keys()
+            if module.has_backends:
+                assert module.backend == ("fold" if layer in expected.folded else expected.backend)
         for module in (self.model.get_submodule(layer) for layer in (*LAYERS, "norm")):
             assert getattr(module, "disable_adapters", bool(expected.disabled)) == bool(expected.disabled)
 
@@ -751,7 +756,12 @@ def run_sequences(seeds: range, n_steps: int, backends: tuple[str, ...] = BACKEN
     met: Counter[str] = Counter()
     for seed in seeds:
         draw = random.Random(seed)
-        start = {"layers": draw.choices(TARGETS, k=2), "whole": draw.choices([False, False, True], k=2)}
+        start = {
+            "layers": draw.choices(TARGETS, k=2),
+            "block_sizes": draw.choices([2, 2, 4], k=2),
+            "whole": draw.choices([False, False, True], k=2),
+            "bias": draw.choice(["none", "none", "all", "c3a_only"]),
+        }
         steps: list[Step] = [("start", start)]
         try:
             with new_sequence(backends) as sequence:
@@ -768,7 +778,7 @@ def run_sequences(seeds: range, n_steps: int, backends: tuple[str, ...] = BACKEN
 
 
 def test_sequences_of_operations() -> None:
-    met = run_sequences(range(200), 20)
+    met = run_sequences(range(200), 25)
     assert met["allowed"] > 0.7 * met["operations"], met
     assert met["merged"] > 0.25 * met["operations"], met
     assert met["disabled"] > 0.05 * met["operations"], met
@@ -784,4 +794,4 @@ def test_sequences_under_triton(backend: str) -> None:
 @pytest.mark.parametrize("part", range(4))  # for `pytest -n`
 def test_many_sequences_of_operations(part: int) -> None:
     seed = random.SystemRandom().randrange(2**31)
-    print(run_sequences(range(seed, seed + 1250), 20))
+    print(run_sequences(range(seed, seed + 1250), 25))
