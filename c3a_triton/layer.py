@@ -347,8 +347,11 @@ class C3ALinear(nn.Module):
         for i, kernel in enumerate(kernels):
             chosen = torch.tensor([row for row, index in enumerate(rows) if index == i], device=x.device)
             part = self._delta(x.index_select(0, chosen), kernel, self._exact_backend)
-            total = part.new_zeros(x.shape[0], *part.shape[1:]) if total is None else total
-            total = total.index_add(0, chosen, part)
+            if total is None:
+                total = part.new_zeros(x.shape[0], *part.shape[1:])
+            # An adapter that was added after a cast to float64 is in float32 beside the others.
+            dtype = torch.promote_types(total.dtype, part.dtype)
+            total = total.to(dtype).index_add(0, chosen, part.to(dtype))
         assert total is not None, "no adapter for any row"
         return total
 

@@ -1,5 +1,6 @@
 """`AdapterManager`: the adapters of one model, from injection to removal. It is what `model.c3a` refers to."""
 
+import functools
 import os
 import sys
 import warnings
@@ -222,7 +223,9 @@ class AdapterManager:
                     "none of another. Let them be active together, which sums them (set_adapter), or merge them"
                 )
             used = [weight for name, weight in zip(names, weights, strict=True) if name in kernels]
-            tensors[layer_name + KERNEL_SUFFIX] = combine([kernel.detach() for kernel in kernels.values()], used)
+            # After a cast of the model older kernels have another dtype than those added since: the widest computes.
+            dtype = functools.reduce(torch.promote_types, (kernel.dtype for kernel in kernels.values()), torch.float32)
+            tensors[layer_name + KERNEL_SUFFIX] = combine([w.detach().to(dtype) for w in kernels.values()], used)
             targets.append(Target(layer_name, layer, sizes[next(iter(sizes))], combination_type))
         block_sizes = {target.name: target.block_size for target in targets}
         config = peft_config(self._configs[names[0]], block_sizes, base_module_names(self.model))
@@ -491,11 +494,20 @@ class AdapterManager:
         not frozen before it is called again.
 
         Args:
-            frozen: freeze all adapters, whose kernels then want no gradient; or let go of what is kept.
+            frozen: freeze all adapters, whose kernels, modules and biases then want no gradient until `set_adapter`; or
+                let go of what is kept.
         """
         for _, layer in self.layers():
             layer.freeze_for_inference(frozen)
-        self._inference_mode |= frozen
+        if not frozen:
+            return
+        for _, module in self._saved_modules():
+            module.requires_grad_(False)
+        for name, config in self._configs.items():
+            for parameter in self._biases(name, config.bias).values():
+                parameter.requires_grad_(False)
+        self._inference_mode = True
+        self._n_activations += 1  # within `disable_adapter`, what was trained before is not to be trained after it
 
     # Removing and renaming
 

@@ -363,6 +363,54 @@ def test_what_is_added_while_disabled_is_disabled() -> None:
     assert len(trainable(model)) == len(list(model.c3a.layers()))
 
 
+def test_freezing_for_inference_freezes_all_that_adapters_train() -> None:
+    bert = C3AConfig(block_size=4, target_modules=["query"], modules_to_save=["classifier"], bias="all")
+    model = adapted(bert_classifier(), bert, two=C3AConfig(block_size=4, target_modules=["query"]))
+    model.c3a.set_adapter(["default", "two"])
+    names = trainable(model)
+    assert {name.rpartition(".")[2] for name in names} == {"default", "two", "weight", "bias"}
+    model.c3a.freeze_for_inference(False)
+    assert trainable(model) == names
+    with model.c3a.disable_adapter():
+        model.c3a.freeze_for_inference()
+    assert trainable(model) == []
+    model.c3a.delete_adapter("two")
+    assert trainable(model) == []
+
+
+@pytest.mark.parametrize("names", [["default", "later", "default"], ["later", "default", "later"]], ids="-".join)
+def test_adapters_added_after_a_cast_share_a_batch_and_are_combined(names: list[str]) -> None:
+    config = C3AConfig(block_size=4, target_modules=["embed_tokens", "q_proj"], init_weights="gaussian")
+    model = adapted(llama(), config).double()
+    model.c3a.add_adapter("later", config)
+    assert {w.dtype for _, layer in model.c3a.layers() for w in layer.c3a_kernel.values()} == {
+        torch.float32,
+        torch.float64,
+    }
+    alone = {}
+    for name in ("default", "later"):
+        model.c3a.set_adapter(name)
+        alone[name] = logits(model)
+    ids = IDS[:1].expand(3, -1)
+    with model.c3a.using(names):
+        rows = logits(model, ids)
+    for row, name in enumerate(names):
+        torch.testing.assert_close(rows[row], alone[name][0])
+    model.c3a.add_weighted_adapter(names[:2], [1.0, 1.0], "sum")
+    model.c3a.set_adapter(["default", "later"])
+    both = logits(model)
+    model.c3a.set_adapter("sum")
+    torch.testing.assert_close(logits(model), both, rtol=1e-5, atol=1e-5)
+
+
+def test_a_combination_is_summed_in_float32() -> None:
+    model = adapted(two=QV).bfloat16()
+    model.c3a.add_weighted_adapter(["default", "two"], [0.5, -2.0], "sum")
+    for _, layer in model.c3a.layers():
+        a, b, total = (layer.c3a_kernel[name].detach().float() for name in ("default", "two", "sum"))
+        torch.testing.assert_close(total, 0.5 * a - 2.0 * b)
+
+
 def test_rows_of_a_batch() -> None:
     model = adapted(two=ALL)
     single = {"__base__": dense(model), "default": dense(model, "default"), "two": dense(model, "two")}
