@@ -75,7 +75,7 @@ def check_memory(steps: int) -> None:
     alive, resident = tensors_alive(), resident_bytes()
     grown = python_bytes(lambda: [step(i) for i in range(steps)] and None)
     assert grown < 50_000
-    assert tensors_alive() == alive
+    assert tensors_alive() <= alive  # what other tests left may go
     assert resident_bytes() - resident < 10 << 20
 
 
@@ -128,7 +128,7 @@ def test_a_thousand_adapters_come_and_go() -> None:
     alive, objects = tensors_alive(), len(gc.get_objects())
     for i in range(100, 1000):
         cycle(i)
-    assert tensors_alive() == alive
+    assert tensors_alive() <= alive  # what other tests left may go
     assert len(gc.get_objects()) - objects < 100 + 2 * 900  # the weak references of this test
     assert len(gone) == 2000
     assert not any(reference() is not None for reference in gone)
@@ -154,7 +154,7 @@ def test_models_that_were_adapted_are_freed() -> None:
         references = live()
         gc.collect()
         assert not any(reference() is not None for reference in references)
-    assert tensors_alive() == alive
+    assert tensors_alive() <= alive  # what other tests left may go
 
 
 # The loss curve
