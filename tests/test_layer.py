@@ -153,6 +153,14 @@ def test_a_layer_cast_to_16_bits_still_computes() -> None:
     assert layer.c3a_kernel["default"].grad.dtype == torch.bfloat16
 
 
+def test_fold_computes_as_merged_with_kernels_in_16_bits() -> None:
+    layer, x = make().to(torch.bfloat16), torch.randn(16, 12).bfloat16()
+    layer.backend = "fold"
+    y = layer(x)
+    layer.merge()
+    assert torch.equal(layer(x), y)
+
+
 @pytest.mark.parametrize("base", BASES)
 def test_16_bit_kernels_are_summed_in_float32(base: str) -> None:
     layer, x = make(BASES[base](), a=3, b=3), torch.randn(4, 12)
