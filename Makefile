@@ -19,12 +19,12 @@ test-triton36: .venv36/.installed
 test-compat: .venv-compat/.installed
 	OMP_NUM_THREADS=1 .venv-compat/bin/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-# What takes too long for every change: kills at a hundred moments each, every byte of a file flipped, 5,000 sequences of
-# operations, 20,000 steps, ten minutes of fuzzing, under atheris where it installs (it has no wheels for every Python
-# and machine).
+# What takes too long for every change: kills at a hundred moments each, every byte of a file flipped, all cases compiled
+# for all cards, 5,000 sequences of operations, 20,000 steps, ten minutes of fuzzing, under atheris where it installs (it
+# has no wheels for every Python and machine).
 FUZZ_SECONDS ?= 600
 nightly: $(VENV)/.installed
-	NIGHTLY=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -s tests/faults
+	NIGHTLY=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -s tests/faults tests/test_aot.py
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m nightly
 	$(BIN)/pip install -q atheris || true
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/fuzz.py --seconds $(FUZZ_SECONDS)
