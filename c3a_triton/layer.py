@@ -268,11 +268,11 @@ class C3ALinear(nn.Module):
     def _general_forward(
         self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> Tensor:
+        gather_with(self, self._stored_kernels())
         given = adapter_names is not None
         names = adapter_names if given else self._row_adapters
         if names is not None and not self._disable_adapters:
             return self._forward_rows(expand_rows(names, x.shape[0], exact=given), x, *args, **kwargs)
-        gather_with(self, self._stored_kernels() if self._kernels is None else self._kernels)
         y = self.base_layer(x, *args, **kwargs)
         dtype = x.dtype if x.is_floating_point() else y.dtype
         # With offloading or several devices the base layer's hook decides where it computes.
@@ -316,7 +316,6 @@ class C3ALinear(nn.Module):
                 "unmerge them first"
             )
         present = [name for name in dict.fromkeys(names) if name in self.c3a_kernel]
-        gather_with(self, [self.c3a_kernel[name] for name in present])
         index = {name: i for i, name in enumerate(present)}
         rows = [index.get(name, -1) for name in names]
         base: Any = self.base_layer
