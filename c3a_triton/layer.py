@@ -268,6 +268,7 @@ class C3ALinear(nn.Module):
     def _general_forward(
         self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> Tensor:
+        # All of them, whichever this call applies: DeepSpeed expects each call to fetch the same parameters.
         gather_with(self, self._stored_kernels())
         given = adapter_names is not None
         names = adapter_names if given else self._row_adapters
