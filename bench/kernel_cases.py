@@ -4,13 +4,11 @@ Sizes are small because tools that watch every access are slow, and odd because 
 wrong. The cases of different operators alternate, so that a run that is cut short has seen every kernel.
 """
 
-import importlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain, zip_longest
-from typing import Any
 from unittest import mock
 
 import torch
@@ -21,7 +19,7 @@ from c3a_triton.benchmark import gate
 
 from . import ROOT, guards
 
-__all__ = ["CASES", "KERNELS", "Case", "check", "launches"]
+__all__ = ["CASES", "KERNELS", "Case", "check"]
 
 SCALE = 0.37
 # The largest of many rounding errors is a few times their root mean square.
@@ -413,25 +411,3 @@ def _compare(name: str, value: Tensor, truth: Tensor, dtype: torch.dtype) -> Non
     worst = float(((value - truth).abs() / size).max())
     if not worst <= WORST * gate.TOLERANCES[dtype]:
         raise gate.GateError(f"{name} is wrong at one element: error {worst:.2g}")
-
-
-@contextmanager
-def launches() -> Iterator[list[str]]:
-    """The names of the kernels launched meanwhile, in order."""
-    names: list[str] = []
-
-    def noting(run: Callable[..., Any]) -> Callable[..., Any]:
-        def noted(kernel: Any, *args: Any, **kwargs: Any) -> Any:
-            names.append(kernel.__name__)
-            return run(kernel, *args, **kwargs)
-
-        return noted
-
-    with ExitStack() as stack:
-        for module, name in (("jit", "JITFunction"), ("interpreter", "InterpretedFunction")):
-            kernel_class = getattr(importlib.import_module(f"triton.runtime.{module}"), name)
-            stack.enter_context(mock.patch.object(kernel_class, "run", noting(kernel_class.run)))
-        # Plans made before hold launches that would not be noted.
-        launch.clear_plans()
-        stack.callback(launch.clear_plans)
-        yield names

@@ -8,12 +8,11 @@ larger than they are.
 """
 
 import cProfile
-import importlib
 import os
 import pstats
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 from c3a_triton import dispatch, launch, ops
 from c3a_triton.benchmark import cases, layer, peers, timing
 
-from . import plots, report, runs
+from . import launch_hooks, plots, report, runs
 
 __all__ = ["SUBJECT", "goals", "main", "stubbed_launches", "tables", "tasks"]
 
@@ -60,17 +59,17 @@ def stubbed_launches(launched: Callable[..., None] = _nothing) -> Iterator[None]
         ImportError: Triton is not installed.
     """
 
-    with ExitStack() as stack:
-        for module, name in (("jit", "JITFunction"), ("interpreter", "InterpretedFunction")):
-            kernel_class = getattr(importlib.import_module(f"triton.runtime.{module}"), name)
-            stack.enter_context(mock.patch.object(kernel_class, "run", launched))
-        stack.enter_context(mock.patch.object(launch, "unavailable_reason", _no_reason))
-        stack.enter_context(mock.patch.object(ops, "_triton_expands", _expands))
+    with (
+        launch_hooks.caught(lambda run: launched),
+        mock.patch.object(launch, "unavailable_reason", _no_reason),
+        mock.patch.object(ops, "_triton_expands", _expands),
+    ):
         # What was decided for these sizes before and what is decided now are not the same.
-        for forget in (dispatch._choose.cache_clear, launch.clear_plans):
-            forget()
-            stack.callback(forget)
-        yield
+        dispatch._choose.cache_clear()
+        try:
+            yield
+        finally:
+            dispatch._choose.cache_clear()
 
 
 def _no_reason(device: torch.device) -> None:

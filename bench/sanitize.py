@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import guards, kernel_cases, report, runs
+from . import guards, kernel_cases, launch_hooks, report, runs
 
 __all__ = ["PLANTED", "main", "shard"]
 
@@ -37,7 +37,7 @@ def _opened(path: Path) -> dict[str, Any]:
 def _run(args: argparse.Namespace, device: torch.device) -> int:
     results = _opened(args.out)
     guard = 0 if args.bare else guards.GUARD
-    with kernel_cases.launches() as launched:
+    with launch_hooks.noted() as launched:
         index, count = args.shard
         for case in shard(index, count, args.cases):
             if case.key in results["cases"]:

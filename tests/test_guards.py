@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import guards, kernel_cases, overhead, report, runs, sanitize
+from bench import guards, kernel_cases, launch_hooks, overhead, report, runs, sanitize
 from c3a_triton import launch, ops
 from c3a_triton.benchmark import gate
 
@@ -89,7 +89,7 @@ def test_a_run_that_is_cut_short_has_seen_every_operator() -> None:
 def test_launches_are_noted_and_made(device: torch.device) -> None:
     x, w = torch.randn(3, 12, device=device), torch.randn(2, 3, 4, device=device)
     before = launch.direct_product(x, w, scale=1.0)  # a plan from here on
-    with kernel_cases.launches() as names:
+    with launch_hooks.noted() as names:
         assert torch.equal(launch.direct_product(x, w, scale=1.0), before)
     assert names == ["hankel_kernel"]
     launch.direct_product(x, w, scale=1.0)
