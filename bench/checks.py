@@ -2,13 +2,19 @@
 
 Both are recorded as they turn out, with what the tools say in their own words. What fails is reported and fails the
 job, but for racecheck's hazards, which may be false alarms about asynchronous copies: those are for a reader.
+
+    python -m bench.checks --out DIR        all of it: the guards, memcheck and racecheck of every case
 """
 
+import argparse
+import faulthandler
 import os
+import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,48 +23,44 @@ import torch
 
 from . import compute_sanitizer, kernel_cases, processes, report, runs, sanitize
 
-__all__ = ["NAMES", "subjects", "verdict"]
+__all__ = ["guarded", "main", "one_each", "sanitized", "verdict"]
 
-NAMES = ("guards", "sanitizer")
 LINES = 8  # of a report that are kept
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What all checks of a job share."""
+def guarded(cases: str = "") -> runs.Subject:
+    """Every kernel case whose key matches the regular expression, between guards, in `Setting.workers` processes."""
 
-    out: Path  # folder for logs
-    limit: float  # seconds for each
-    workers: int  # processes that compile at the same time
-    cases: str  # regular expression for the keys of cases
+    def tasks(setting: runs.Setting) -> Iterator[runs.Task]:
+        yield runs.Task("guards", 0, partial(_guards, setting, cases))
 
-    def command(self, device: torch.device, results: Path, *more: str) -> list[str]:
-        options = ["--out", str(results.resolve()), "--device", str(device), "--cases", self.cases, *more]
-        return [*processes.python("bench.sanitize"), *options]
+    return _subject("guards", "Every kernel at small and odd sizes, between guards", tasks, _guards_table)
 
 
-def subjects(out: Path, *, limit: float, workers: int, cases: str = "") -> tuple[runs.Subject, ...]:
-    """The checks as parts of a job.
+def sanitized(tools: Sequence[str] = compute_sanitizer.TOOLS, cases: str | Callable[[], str] = "") -> runs.Subject:
+    """The same cases under compute-sanitizer's tools, which share the time that is left."""
 
-    Args:
-        out: folder for their logs.
-        limit: seconds that each of them may take: the guards, memcheck, racecheck.
-        workers: processes among which the guarded cases are divided, because most of the time is compilation.
-        cases: only cases whose key matches this regular expression.
-    """
-    run = _Run(out, limit, workers, cases)
+    def tasks(setting: runs.Setting) -> Iterator[runs.Task]:
+        chosen = cases if isinstance(cases, str) else cases()
+        for i, tool in enumerate(tools):
+            yield runs.Task(tool, 0, partial(_sanitize, setting, tool, chosen, 1 / (len(tools) - i)))
 
-    def guarded(setting: runs.Setting) -> Iterator[runs.Task]:
-        yield runs.Task("guards", 0, partial(_guards, run, setting.device), limit)
+    return _subject("sanitizer", "Kernels under compute-sanitizer", tasks, _sanitizer_table)
 
-    def sanitized(setting: runs.Setting) -> Iterator[runs.Task]:
-        for tool in compute_sanitizer.TOOLS:
-            yield runs.Task(tool, 0, partial(_sanitize, run, tool, setting.device), limit)
 
-    return (
-        _subject(NAMES[0], "Every kernel at small and odd sizes, between guards", guarded, _guards_table),
-        _subject(NAMES[1], "Every kernel under compute-sanitizer", sanitized, _sanitizer_table),
-    )
+def one_each() -> str:
+    """A regular expression for few of the cases that together launch every kernel."""
+    left, chosen = set(kernel_cases.KERNELS), []
+    for case, launched in kernel_cases.launched():
+        if left & launched:
+            left -= launched
+            chosen.append(re.escape(case.key))
+    return f"^(?:{'|'.join(chosen)})$"
+
+
+def _command(device: torch.device, results: Path, cases: str, *more: str) -> list[str]:
+    options = ["--out", str(results.resolve()), "--device", str(device), "--cases", cases, *more]
+    return [*processes.python("bench.sanitize"), *options]
 
 
 def _subject(
@@ -82,18 +84,16 @@ def _words(path: Path) -> list[str]:
 # Between guards
 
 
-def _guards(run: _Run, device: torch.device, record: runs.Record) -> None:
-    folder = run.out / NAMES[0]
+def _guards(setting: runs.Setting, cases: str, record: runs.Record) -> None:
+    folder = setting.scratch / "guards"
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.iterdir():
         old.unlink()
-    deadline = time.monotonic() + run.limit
-    shard = partial(_shard, run, device, folder, deadline)
-    with ThreadPoolExecutor(run.workers) as pool:
-        parts = list(pool.map(shard, range(run.workers)))
+    with ThreadPoolExecutor(setting.workers) as pool:
+        parts = list(pool.map(partial(_shard, setting, cases, folder), range(setting.workers)))
     found: dict[str, runs.Record] = {key: case for part in parts for key, case in part["cases"].items()}
     failed = _failed(found)
-    missing = [case.key for case in sanitize.shard(0, 1, run.cases) if case.key not in found]
+    missing = [case.key for case in sanitize.shard(0, 1, cases) if case.key not in found]
     record |= {
         "cases": len(found),
         "failed": failed,
@@ -104,12 +104,12 @@ def _guards(run: _Run, device: torch.device, record: runs.Record) -> None:
     if failed:
         record |= {"status": "wrong", "message": "; ".join(f"{key}: {why}" for key, why in failed.items())}
     elif missing:
-        words = " / ".join(line for index in range(run.workers) for line in _words(folder / f"{index}.log")[-1:])
+        words = " / ".join(line for index in range(setting.workers) for line in _words(folder / f"{index}.log")[-1:])
         status = "incomplete" if found else "error"
         record |= {"status": status, "message": f"{len(missing)} cases did not run; last words: {words}"}
     elif not record["overrun_found"]:
         record |= {"status": "wrong", "message": "a planted write out of bounds was not noticed"}
-    elif not run.cases and (unseen := kernel_cases.KERNELS.difference(record["kernels"])):
+    elif not cases and (unseen := kernel_cases.KERNELS.difference(record["kernels"])):
         record |= {"status": "wrong", "message": f"no case launched {', '.join(sorted(unseen))}"}
 
 
@@ -117,14 +117,14 @@ def _failed(cases: dict[str, runs.Record]) -> dict[str, str]:
     return {key: f"{case['status']}: {case['message']}" for key, case in cases.items() if case["status"] != "ok"}
 
 
-def _shard(run: _Run, device: torch.device, folder: Path, deadline: float, index: int) -> dict[str, Any]:
+def _shard(setting: runs.Setting, cases: str, folder: Path, index: int) -> dict[str, Any]:
     """The results of one part of the cases; where its process dies, another goes on behind the case that did it."""
     path = folder / f"{index}.json"
-    command = run.command(device, path, "--shard", f"{index}/{run.workers}")
+    command = _command(setting.device, path, cases, "--shard", f"{index}/{setting.workers}")
     results: dict[str, Any] = {"cases": {}, "kernels": [], "running": None, "done": False}
     reached, before = 0, -1
-    while not results["done"] and reached > before and (left := deadline - time.monotonic()) > 0:
-        processes.run(command, log=folder / f"{index}.log", limit=left, env=_environment(device), grace=1)
+    while not results["done"] and reached > before and (left := setting.seconds_left()) > 0:
+        processes.run(command, log=folder / f"{index}.log", limit=left, env=_environment(setting.device), grace=1)
         results = report.read_json(path) if path.exists() else results
         reached, before = len(results["cases"]) + (results["running"] is not None), reached
     return results
@@ -148,17 +148,17 @@ def _guards_table(records: runs.Records) -> list[str]:
 # Under compute-sanitizer
 
 
-def _sanitize(run: _Run, tool: str, device: torch.device, record: runs.Record) -> None:
-    folder = run.out / NAMES[1]
+def _sanitize(setting: runs.Setting, tool: str, cases: str, share: float, record: runs.Record) -> None:
+    folder = setting.scratch / "sanitizer"
     folder.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + run.limit
+    deadline = time.monotonic() + share * setting.seconds_left()
     record |= {"verdict": "not found", "words": [], "refusals": {}}
     for path in compute_sanitizer.candidates():
         left = deadline - time.monotonic()
         if left <= 0:
             break
         record |= {"path": str(path), "version": compute_sanitizer.version(path)}
-        record |= _under(path, run, tool, device, folder, left)
+        record |= _under(path, tool, setting.device, cases, folder, left)
         if record["verdict"] != "refused":
             break
         record["refusals"][str(path)] = record["words"]
@@ -167,11 +167,11 @@ def _sanitize(run: _Run, tool: str, device: torch.device, record: runs.Record) -
         record |= {"status": status, "message": " / ".join([record["verdict"], *record["words"]])}
 
 
-def _under(path: Path, run: _Run, tool: str, device: torch.device, folder: Path, limit: float) -> dict[str, Any]:
+def _under(path: Path, tool: str, device: torch.device, cases: str, folder: Path, limit: float) -> dict[str, Any]:
     results, log, output = (folder / f"{tool}.{kind}" for kind in ("json", "txt", "log"))
     for old in (results, log):
         old.unlink(missing_ok=True)
-    program = run.command(device, results, "--bare", *(["--overrun"] if tool == "memcheck" else []))
+    program = _command(device, results, cases, "--bare", *(["--overrun"] if tool == "memcheck" else []))
     command = compute_sanitizer.command(path, tool, log.resolve(), program)
     # Else one allocation holds many tensors, and what lies between them is allowed.
     environment = _environment(device, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
@@ -180,15 +180,15 @@ def _under(path: Path, run: _Run, tool: str, device: torch.device, folder: Path,
     except OSError as error:
         return {"verdict": "refused", "words": [str(error)]}
     found = compute_sanitizer.read_log(log.read_text(errors="replace") if log.exists() else "")
-    cases: dict[str, Any] = report.read_json(results) if results.exists() else {"cases": {}, "done": False}
-    said, words = verdict(tool, found, cases, ended, _words(output))
+    done: dict[str, Any] = report.read_json(results) if results.exists() else {"cases": {}, "done": False}
+    said, words = verdict(tool, found, done, ended, _words(output))
     return {
         "verdict": said,
         "words": words[:LINES],
         "exit_code": ended.exit_code,
         "seconds": ended.seconds,
-        "cases": len(cases["cases"]),
-        "failed": _failed(cases["cases"]),
+        "cases": len(done["cases"]),
+        "failed": _failed(done["cases"]),
         "errors": found.count if found.count is None else found.count - len(found.about([sanitize.PLANTED])),
         "kernels": sorted({name for name in kernel_cases.KERNELS if found.about([name])}),
         "reports": [block[:LINES] for block in found.about(kernel_cases.KERNELS)[:5]],
@@ -248,3 +248,29 @@ def _sanitizer_table(records: runs.Records) -> list[str]:
         for found in record.get("reports", []):
             lines += ["", f"- {tool}: {' / '.join(found)}"]
     return lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run all checks on every case; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.checks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    runs.add_options(parser)
+    args = parser.parse_args(argv)
+    job = runs.open_job("python -m bench.checks", args, on_cpu=False)
+    if isinstance(job, int):
+        return job
+    job.setting = replace(job.setting, scratch=args.out, workers=os.cpu_count() or 1)
+    share = job.setting.seconds_left() / 3  # of the guards; the tools divide what is left
+    subjects = [guarded(args.cases or ""), sanitized(cases=args.cases or "")]
+    args.cases = None  # the checks are not to be chosen by them, too
+    try:
+        for subject, seconds in zip(subjects, (share, 2 * share), strict=True):
+            runs.measure(job.until(time.monotonic() + seconds), [subject])
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    return runs.write(job, subjects, ["# Checks of memory", "", *runs.where(job.results)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

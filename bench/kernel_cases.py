@@ -6,7 +6,7 @@ wrong. The cases of different operators alternate, so that a run that is cut sho
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import chain, zip_longest
 from unittest import mock
@@ -17,9 +17,9 @@ from torch import Tensor
 from c3a_triton import launch, launch_fft, launch_grouped, ops, ops_rows, reference, tiles
 from c3a_triton.benchmark import gate
 
-from . import ROOT, guards
+from . import ROOT, guards, overhead
 
-__all__ = ["CASES", "KERNELS", "Case", "check"]
+__all__ = ["CASES", "KERNELS", "Case", "check", "launched"]
 
 SCALE = 0.37
 # The largest of many rounding errors is a few times their root mean square.
@@ -411,3 +411,14 @@ def _compare(name: str, value: Tensor, truth: Tensor, dtype: torch.dtype) -> Non
     worst = float(((value - truth).abs() / size).max())
     if not worst <= WORST * gate.TOLERANCES[dtype]:
         raise gate.GateError(f"{name} is wrong at one element: error {worst:.2g}")
+
+
+def launched() -> Iterator[tuple[Case, frozenset[str]]]:
+    """Every case and the kernels that it launches; nothing is computed."""
+    names: set[str] = set()
+    with overhead.stubbed_launches(lambda kernel, **arguments: names.add(kernel.__name__)):
+        for case in CASES:
+            names.clear()
+            with suppress(gate.GateError):
+                check(case, torch.device("cpu"))
+            yield case, frozenset(names)

@@ -38,7 +38,11 @@ def _gpu_section(results: dict[str, Any]) -> str:
     """What `bench.gpu` measured: the goals, reached or not, then one layer."""
     where, records = results["environment"], results["records"]
     versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "triton", "peft", "python"))
-    goals = [goal for subject in gpu.SUBJECTS for goal in subject.goals(records.get(subject.name, {}))]
+    goals = [
+        goal
+        for subject in (part.subject for parts in gpu.JOBS.values() for part in parts)
+        for goal in subject.goals(records.get(subject.name, {}))
+    ]
     text = (
         f"{where['gpu']['name']}, driver {where['gpu'].get('driver_version', 'unknown')} ({versions}; commit "
         f"{where['commit']}), medians of one run. Reproduce with `python -m bench.gpu --out DIR`.\n\n"

@@ -1,5 +1,6 @@
 """Where a measurement was made, and how its results are written down."""
 
+import datetime
 import json
 import os
 import platform
@@ -69,9 +70,17 @@ def _gpu(device: torch.device) -> dict[str, Any]:
     return gpu
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Device, driver, versions, commit, CPU and command of this process, for a results file."""
+def environment(device: torch.device, commit: str | None = None, *, tiny: bool = False) -> dict[str, Any]:
+    """Device, driver, versions, commit, date, CPU and command of this process, for a results file.
+
+    Args:
+        device: where it computes.
+        commit: what to say where git does not know.
+        tiny: whether sizes only try the code, so that times say nothing.
+    """
     return {
+        "date": datetime.date.today().isoformat(),
+        "tiny": tiny,
         "device": device.type,
         "gpu": _gpu(device) if device.type == "cuda" else None,
         "cpu": cpu_name(),
@@ -79,7 +88,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "versions": package_versions(PACKAGES),
-        "commit": _commit(),
+        "commit": _commit() or commit,
         "command": f"python -m bench.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}".strip(),
     }
 

@@ -1,21 +1,24 @@
 """A job's measurements: one after another by worth, each recorded as soon as it is made, resumable.
 
 What every benchmark shares: its options, its results on disk, what becomes of a failure, the end of the time.
-`DIR/results.json` is rewritten after every measurement, so a run that is cut short loses nothing and `--resume` goes on
-from there; `DIR/summary.md` and one plot per subject are written last.
+The results are rewritten after every measurement, so a run that is cut short loses nothing and `--resume` goes on from
+there; the summary and one plot per subject are written last.
 """
 
 import argparse
 import faulthandler
 import importlib.util
+import math
 import os
 import re
 import shlex
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +42,12 @@ __all__ = [
     "add_options",
     "attempt",
     "command",
+    "failed",
     "measure",
     "open_job",
     "problems",
     "start_again",
+    "summary",
     "where",
     "write",
 ]
@@ -51,7 +56,7 @@ Record = dict[str, Any]  # `status`, `message` where that is not "ok", and what 
 Records = dict[str, Record]
 
 QUICK_WORTH = 0
-OUT_OF_TIME = "not measured (the budget was spent"
+OUT_OF_TIME = "not measured (the time was up; go on with --resume)"
 OPTIONAL_PACKAGES = ("triton", "peft", "transformers")  # whose rows appear where they are installed
 
 
@@ -68,6 +73,13 @@ class Setting:
     methods: tuple[str, ...]  # see `peers.methods`
     tiny: bool = False  # sizes that only try the code
     n_layers: int | None = None  # of a model; None for all it has
+    deadline: float = math.inf  # by time.monotonic, for what takes as long as it is given
+    scratch: Path = Path(tempfile.gettempdir()) / "c3a_triton-bench"  # folder for logs of processes
+    workers: int = 1  # processes that may run side by side
+
+    def seconds_left(self) -> float:
+        """Until the deadline."""
+        return self.deadline - time.monotonic()
 
     @property
     def with_peft(self) -> bool:
@@ -104,17 +116,19 @@ class Results:
 
     path: Path
     environment: dict[str, Any]
-    tests: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     records: dict[str, Records] = field(default_factory=dict)  # by subject
+    spent: dict[str, float] = field(default_factory=dict)  # seconds, by subject
 
     @classmethod
     def open(cls, path: Path, environment: dict[str, Any], *, resume: bool) -> "Results":
         """New results, or with `resume` those in `path`.
 
+        Results of another device, commit or set of versions are not mixed with new ones: they stay beside them, under
+        `path`'s name with a number.
+
         Raises:
             FileExistsError: there are results already, and `resume` is False.
-            ValueError: those in `path` are of another device, commit or set of versions.
         """
         if not path.exists():
             return cls(path, environment)
@@ -126,12 +140,16 @@ class Results:
             if key == "gpu" and before is not None and now is not None:
                 before, now = before["name"], now["name"]  # clocks differ from minute to minute
             if before != now:
-                raise ValueError(f"{path} was measured with {key} {before}, this is {now}: choose another --out")
-        return cls(path, found["environment"], found["tests"], found["notes"], found["records"])
+                aside = next(other for i in count(1) if not (other := path.with_stem(f"{path.stem}-{i}")).exists())
+                path.rename(aside)
+                note = f"{aside.name} was measured with {key} {before}, this is {now}: begun anew"
+                print(note, flush=True)
+                return cls(path, environment, [note])
+        return cls(path, found["environment"], found["notes"], found["records"], found["spent"])
 
     def save(self) -> None:
         """Write everything."""
-        content = {"environment": self.environment, "tests": self.tests, "notes": self.notes, "records": self.records}
+        content = {"environment": self.environment, "notes": self.notes, "spent": self.spent, "records": self.records}
         report.write_json(self.path, content)
 
 
@@ -174,12 +192,20 @@ def attempt(task: Task, device: torch.device) -> Record:
 
 @dataclass
 class Job:
-    """One run of the program: its options, its results, and when it has to end."""
+    """One run of the program: its options and its results."""
 
     args: argparse.Namespace
     results: Results
     setting: Setting
-    deadline: float  # by time.monotonic
+
+    @property
+    def deadline(self) -> float:
+        """When it has to end, by time.monotonic."""
+        return self.setting.deadline
+
+    def until(self, deadline: float) -> "Job":
+        """The same job, of which a part has to end earlier."""
+        return replace(self, setting=replace(self.setting, deadline=min(deadline, self.deadline)))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -187,6 +213,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for results, tables and plots")
     parser.add_argument("--resume", action="store_true", help="go on from the results in DIR")
     parser.add_argument("--budget-s", type=float, default=570, help="seconds for everything (default: %(default)s)")
+    parser.add_argument("--commit", metavar="HASH", help="what is measured, where the checkout came without its .git")
     parser.add_argument("--quick", action="store_true", help="only what is worth most")
     parser.add_argument("--cases", metavar="REGEX", help="only measurements whose key matches, for example 'T=8192 '")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ... or cpu (default: %(default)s)")
@@ -194,8 +221,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, metavar="N", help="layers of the models, for smaller cards")
 
 
-def open_job(program: str, args: argparse.Namespace, *, on_cpu: bool) -> Job | int:
-    """The job that `args` ask for, or the exit status of a run that cannot be made; then the reason is printed."""
+def open_job(
+    program: str, args: argparse.Namespace, *, on_cpu: bool, name: str = "results", grace: float = 25
+) -> Job | int:
+    """The job that `args` ask for, or the exit status of a run that cannot be made; then the reason is printed.
+
+    Its results are `name`.json in `--out`. `grace`: seconds after the budget until the process ends, whatever it does.
+    """
     device = torch.device(args.device)
     if device.type == "cpu" and not (args.tiny or on_cpu):
         print(f"{program}: --device cpu only tries the code: give --tiny too", file=sys.stderr)
@@ -206,14 +238,15 @@ def open_job(program: str, args: argparse.Namespace, *, on_cpu: bool) -> Job | i
         return 1
     deadline = time.monotonic() + args.budget_s
     # A kernel that never ends cannot be interrupted; the results on disk survive this exit.
-    faulthandler.dump_traceback_later(max(args.budget_s, 0) + 25, exit=True)
+    faulthandler.dump_traceback_later(max(args.budget_s, 0) + grace, exit=True)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
     args.out.mkdir(parents=True, exist_ok=True)
     try:
-        results = Results.open(args.out / "results.json", report.environment(device), resume=args.resume)
-    except (FileExistsError, ValueError) as error:
+        environment = report.environment(device, args.commit, tiny=args.tiny)
+        results = Results.open(args.out / f"{name}.json", environment, resume=args.resume)
+    except FileExistsError as error:
         print(error, file=sys.stderr)
         return 2
     missing = peers.why_no_peft()
@@ -223,9 +256,9 @@ def open_job(program: str, args: argparse.Namespace, *, on_cpu: bool) -> Job | i
     backends = tuple(name for name in dispatch.BACKENDS if name not in ("auto", "reference"))
     methods = peers.methods(("auto", *backends), with_peft=missing is None)
     timer = timing.CudaTimer(device) if device.type == "cuda" else timing.CpuTimer()
-    setting = Setting(device, timer, methods, tiny=args.tiny, n_layers=args.layers)
+    setting = Setting(device, timer, methods, args.tiny, args.layers, deadline)
     results.save()
-    return Job(args, results, setting, deadline)
+    return Job(args, results, setting)
 
 
 def _chosen(job: Job, subjects: Sequence[Subject]) -> list[tuple[Subject, Task]]:
@@ -243,13 +276,13 @@ def measure(job: Job, subjects: Sequence[Subject]) -> None:
     Raises:
         DeviceLostError: the process cannot go on; a new one can, with `--resume`.
     """
-    left_out: list[str] = []
+    left_out: dict[str, list[str]] = {subject.name: [] for subject in subjects}
     for subject, task in _chosen(job, subjects):
         records = job.results.records.setdefault(subject.name, {})
         if task.key in records:
             continue
-        if time.monotonic() + task.seconds > job.deadline:
-            left_out.append(f"{subject.name}: {task.key}")
+        if task.seconds > job.setting.seconds_left():
+            left_out[subject.name].append(task.key)
             continue
         start = time.monotonic()
         try:
@@ -262,17 +295,19 @@ def measure(job: Job, subjects: Sequence[Subject]) -> None:
         job.results.save()
         said = record["status"] if record["status"] == "ok" else f"{record['status']}: {record['message']}"
         print(f"{subject.name}: {task.key}: {said} ({time.monotonic() - start:.1f} s)", flush=True)
-    job.results.notes = [found for found in job.results.notes if not found.startswith(OUT_OF_TIME)]
-    if left_out:
-        more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
-        job.results.notes.append(f"{OUT_OF_TIME}; go on with --resume): {'; '.join(left_out[:3])}{more}")
-        print(job.results.notes[-1], flush=True)
+    for name, keys in left_out.items():
+        said = f"{name}: {OUT_OF_TIME}: "
+        job.results.notes[:] = [note for note in job.results.notes if not note.startswith(said)]
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            job.results.notes.append(f"{said}{'; '.join(keys[:3])}{more}")
+            print(job.results.notes[-1], flush=True)
 
 
-def start_again(module: str, reason: str, argv: list[str] | None, seconds_left: float) -> int:
+def start_again(module: str, reason: str, argv: Sequence[str] | None, seconds_left: float) -> int:
     """Replace this process, whose GPU context is dead, by one that goes on after the case that killed it."""
     print(f"the GPU context died in {reason}", flush=True)
-    arguments = [*(sys.argv[1:] if argv is None else argv), "--resume", f"--budget-s={max(seconds_left, 30):.0f}"]
+    arguments = [*(sys.argv[1:] if argv is None else argv), "--resume", f"--budget-s={max(seconds_left, 10):.0f}"]
     arguments = [sys.executable, "-m", module, *arguments]
     print("starting again:", shlex.join(arguments), flush=True)
     os.chdir(ROOT)
@@ -286,7 +321,7 @@ def where(results: Results) -> list[str]:
     """Lines that say what was measured on what."""
     found = results.environment
     gpu = found["gpu"] or {"name": f"no GPU; {found['cpu']}"}
-    lines = [f"- {key}: {value}" for key, value in gpu.items()]
+    lines = [f"- {key}: {value}" for key, value in {**gpu, "date": found["date"]}.items()]
     lines += [f"- {name}: {version}" for name, version in found["versions"].items() if version is not None]
     lines += [f"- commit: {found['commit']}"]
     return lines + [f"- {note}" for note in results.notes]
@@ -307,34 +342,52 @@ def problems(records: Records) -> list[str]:
     return lines
 
 
+def summary(results: Results, subjects: Sequence[Subject], head: Sequence[str]) -> str:
+    """What was measured, in markdown: a section per subject, and last the goals."""
+    lines = list(head)
+    for subject in subjects:
+        records = results.records.get(subject.name, {})
+        if records:
+            lines += ["", f"## {subject.about}", *subject.tables(records), *problems(records)]
+    goals = [goal for subject in subjects for goal in subject.goals(results.records.get(subject.name, {}))]
+    if results.environment["tiny"]:
+        lines += [
+            "",
+            "Tiny sizes, to try the code: none of these figures says how fast anything is, and no goal is theirs.",
+        ]
+    elif goals:
+        lines += ["", "## Goals", "", report.goals_table(goals)]
+    return "\n".join(lines) + "\n"
+
+
+def failed(results: Results, subjects: Sequence[Subject]) -> bool:
+    """Whether something of ours computed wrongly or failed; a peer that cannot compute a case is a finding instead."""
+    return any(
+        found["status"] in ("wrong", "error")
+        for subject in subjects
+        for key, found in results.records.get(subject.name, {}).items()
+        if "peft" not in key
+    )
+
+
 def write(job: Job, subjects: Sequence[Subject], head: Sequence[str]) -> int:
     """Print and write the summary and the plots.
 
     Returns:
         The exit status: 3 where something of ours computed wrongly or failed, otherwise 0.
     """
-    lines = list(head)
-    plots = importlib.util.find_spec("matplotlib") is not None
-    bad = False
-    for subject in subjects:
-        records = job.results.records.get(subject.name, {})
-        if not records:
-            continue
-        lines += ["", f"## {subject.about}", *subject.tables(records), *problems(records)]
-        # A peer that cannot compute a case is a finding, not a failure of this job.
-        bad |= any(found["status"] in ("wrong", "error") for key, found in records.items() if "peft" not in key)
-        if plots:
-            subject.plot(records, job.args.out / f"{subject.name}.png")
-    goals = [goal for subject in subjects for goal in subject.goals(job.results.records.get(subject.name, {}))]
-    if goals:
-        lines += ["", "## Goals, set for an H200", "", report.goals_table(goals)]
-    text = "\n".join(lines) + "\n"
-    (job.args.out / "summary.md").write_text(text, encoding="utf-8")
+    text = summary(job.results, subjects, head)
+    path = job.args.out / "summary.md"
+    path.write_text(text, encoding="utf-8")
     job.results.save()
-    print("\n" + text + f"\nwritten: {job.results.path}, {job.args.out / 'summary.md'}")
-    if not plots:
+    print(f"\n{text}\nwritten: {job.results.path}, {path}")
+    if importlib.util.find_spec("matplotlib") is None:
         print("no plots: matplotlib is not installed")
-    return 3 if bad else 0
+    else:
+        for subject in subjects:
+            if records := job.results.records.get(subject.name):
+                subject.plot(records, job.args.out / f"{subject.name}.png")
+    return 3 if failed(job.results, subjects) else 0
 
 
 def command(subject: Subject, argv: list[str] | None = None) -> int:
@@ -350,7 +403,7 @@ def command(subject: Subject, argv: list[str] | None = None) -> int:
     try:
         measure(job, [subject])
     except DeviceLostError as error:
-        return start_again(module, str(error), argv, job.deadline - time.monotonic())
+        return start_again(module, str(error), argv, job.setting.seconds_left())
     finally:
         faulthandler.cancel_dump_traceback_later()
     return write(job, [subject], [f"# {subject.about}", "", *where(job.results)])
