@@ -1,6 +1,7 @@
 """The benchmarks' own code: known clocks, failures that must be recorded, a GPU job that must run at first contact."""
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import os
@@ -23,6 +24,7 @@ from bench import (
     memory,
     merge,
     model,
+    native_tests,
     op,
     overhead,
     plots,
@@ -451,7 +453,7 @@ def test_goals_of_the_model_merging_memory_and_overhead() -> None:
 
 
 def _job(out: Path, *more: str) -> int:
-    return gpu.main(["--device", "cpu", "--tiny", "--only", "op", "--out", str(out), *more])
+    return op.main(["--device", "cpu", "--tiny", "--out", str(out), *more])
 
 
 @pytest.mark.usefixtures("small")
@@ -484,15 +486,20 @@ def test_job_writes_as_it_goes_and_resumes(tmp_path: Path, monkeypatch: pytest.M
         else:
             assert record["time"]["median"] > 0, key
     text = (tmp_path / "summary.md").read_text(encoding="utf-8")
-    tables, _, goals = text.partition("## Goals, ")
-    assert "not measured" not in tables
-    assert "ours:auto" in tables
-    assert goals.count("not measured") == len(op.goals({}))  # tiny layers are nobody's goal
+    assert "not measured" not in text
+    assert "ours:auto" in text
+    assert "Goals" not in text  # tiny layers are nobody's goal
+    assert "none of these figures says how fast anything is" in text
     assert results["environment"]["versions"]["torch"] == torch.__version__
 
+    # Figures of two commits do not mix, and none is lost.
     monkeypatch.setitem(results["environment"], "commit", "another")
     report.write_json(tmp_path / "results.json", results)
-    assert _job(tmp_path, "--resume") == 2  # figures of two commits do not mix
+    assert _job(tmp_path, "--resume", "--quick") == 0
+    assert report.read_json(tmp_path / "results-1.json") == results
+    found = report.read_json(tmp_path / "results.json")
+    assert len(found["records"]["op"]) < len(records)
+    assert "results-1.json was measured with commit another" in found["notes"][0]
 
 
 @pytest.mark.usefixtures("small")
@@ -511,10 +518,13 @@ def test_job_leaves_out_what_does_not_fit_in_the_time_left(monkeypatch: pytest.M
     tasks = [runs.Task(key, 0, lambda record: clock.spend(3.0), seconds) for key, seconds in sizes.items()]
     subject = runs.Subject("some", "Some", lambda setting: iter(tasks), lambda r: [], lambda r: [], lambda r, p: None)
     args = argparse.Namespace(cases=None, quick=False)
-    job = runs.Job(args, runs.Results(tmp_path / "results.json", {}), _setting(), deadline=20.0)
+    job = runs.Job(args, runs.Results(tmp_path / "results.json", {}), dataclasses.replace(_setting(), deadline=20.0))
     runs.measure(job, [subject])
     assert list(job.results.records["some"]) == ["a", "c"]
-    assert "some: b" in job.results.notes[0]
+    assert job.results.notes == [f"some: {runs.OUT_OF_TIME}: b"]
+    another = dataclasses.replace(subject, name="another")
+    runs.measure(job.until(7.0), [another])
+    assert job.results.notes == [f"some: {runs.OUT_OF_TIME}: b", f"another: {runs.OUT_OF_TIME}: a; b; c"]
 
 
 @pytest.mark.usefixtures("small")
@@ -527,11 +537,10 @@ def test_job_out_of_time_names_what_is_missing(tmp_path: Path, monkeypatch: pyte
     results = report.read_json(tmp_path / "results.json")
     assert len(results["records"]["op"]) == 3  # the third began before the time was up
     text = (tmp_path / "summary.md").read_text(encoding="utf-8")
-    assert "the budget was spent" in text
-    assert "op: decode base T=1 12→20 float32" in text
+    assert f"op: {runs.OUT_OF_TIME}: decode base T=1 12→20 float32" in text
     assert _job(tmp_path, "--resume") == 0
     assert f"and {len(report.read_json(tmp_path / 'results.json')['records']['op']) - 6} more" in text
-    assert "the budget was spent" not in (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert runs.OUT_OF_TIME not in (tmp_path / "summary.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.usefixtures("small")
@@ -553,13 +562,15 @@ def test_job_starts_again_after_a_dead_context(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(runs.os, "execv", lambda path, command: started.append(command) or 0)
     monkeypatch.setattr(runs.os, "chdir", lambda path: None)
     _job(tmp_path)
-    assert started[0][1:3] == ["-m", "bench.gpu"]
+    assert started[0][1:3] == ["-m", "bench.op"]
     assert "--resume" in started[0]
     # The case that did it is not tried again.
     assert list(report.read_json(tmp_path / "results.json")["records"]["op"]) == [op.BANDWIDTH_KEY]
 
 
-@pytest.mark.parametrize("main", [gpu.main, op.main, model.main], ids=["gpu", "op", "model"])
+@pytest.mark.parametrize(
+    "main", [lambda options: gpu.main(["right", *options]), op.main, model.main], ids=["gpu", "op", "model"]
+)
 def test_job_says_that_it_needs_a_gpu(
     main: Callable[[list[str]], int],
     tmp_path: Path,
@@ -573,39 +584,38 @@ def test_job_says_that_it_needs_a_gpu(
     assert "--tiny" in capsys.readouterr().err
 
 
+SUBJECTS = (op.SUBJECT, model.SUBJECT, merge.SUBJECT, memory.SUBJECT, overhead.SUBJECT)
+
+
 @needs_peft
 @pytest.mark.usefixtures("small")
-def test_every_subject_runs_and_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
+def test_every_subject_runs_and_plots(subject: runs.Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     monkeypatch.setattr(runs.dispatch, "BACKENDS", ("auto", "reference", "torch", "direct", "expand"))
-    names = [subject.name for subject in gpu.SUBJECTS]
     options = ["--device", "cpu", "--tiny", "--out", str(tmp_path), "--cases", "^(?!ours:(direct|expand))"]
-    assert gpu.main([*options, *(part for name in names for part in ("--only", name))]) == 0
-    results = report.read_json(tmp_path / "results.json")
-    assert set(results["records"]) == set(names)
-    bad = {key: r for records in results["records"].values() for key, r in records.items() if r["status"] != "ok"}
-    assert bad == {}
-    spent = results["records"]["overhead"]["T=32"]
-    assert spent["stubbed"] == ["ours:direct", "ours:expand"]
-    assert set(spent["profile"]["ours:direct"]) == {"forward", "backward"}
-    text = (tmp_path / "summary.md").read_text(encoding="utf-8")
-    assert text.rindex("## Goals, ") > text.rindex("### ")  # one summary table last
-    assert "not measured" not in text.partition("## Goals, ")[0]
+    assert runs.command(subject, options) == 0
+    records = report.read_json(tmp_path / "results.json")["records"][subject.name]
+    assert {key: record for key, record in records.items() if record["status"] != "ok"} == {}
+    if subject is overhead.SUBJECT:
+        assert records["T=32"]["stubbed"] == ["ours:direct", "ours:expand"]
+        assert set(records["T=32"]["profile"]["ours:direct"]) == {"forward", "backward"}
+    assert "not measured" not in (tmp_path / "summary.md").read_text(encoding="utf-8")
     if importlib.util.find_spec("matplotlib") is not None:
-        for name in names:
-            assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
+        assert (tmp_path / f"{subject.name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("small")
-def test_job_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("subject", [op.SUBJECT, memory.SUBJECT, merge.SUBJECT], ids=lambda subject: subject.name)
+def test_subjects_on_the_gpu(subject: runs.Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(runs.faulthandler, "dump_traceback_later", lambda *args, **kwargs: None)
-    assert gpu.main(["--tiny", "--only", "op", "--only", "memory", "--only", "merge", "--out", str(tmp_path)]) == 0
+    assert runs.command(subject, ["--tiny", "--out", str(tmp_path)]) == 0
     results = report.read_json(tmp_path / "results.json")
     assert results["environment"]["gpu"]["name"] == torch.cuda.get_device_name()
-    ours = {key: r["status"] for records in results["records"].values() for key, r in records.items() if "ours" in key}
-    assert set(ours.values()) == {"ok"}, ours
+    ours = {key: record["status"] for key, record in results["records"][subject.name].items() if "ours" in key}
+    assert set(ours.values()) <= {"ok"}, ours
 
 
 # The models, Python's time, memory
@@ -824,11 +834,13 @@ def test_run_tests_counts(tmp_path: Path) -> None:
             """
         )
     )
-    found = gpu.run_tests(tmp_path, [tests], limit=120)
-    assert found["status"] == "failed"
+    found = native_tests.run_tests(tmp_path, [str(tests)], limit=120)
+    assert found["outcome"] == "failed"
     assert [found[name] for name in ("passed", "failed", "skipped")] == [1, 1, 1]
     # Before the file's name may stand folders, by where pytest takes its root to be.
-    assert [name.rpartition(".")[2] for name in found["failures"]] == ["test_some::test_bad"]
+    assert {name.rpartition(".")[2]: why for name, why in found["failures"].items()} == {
+        "test_some::test_bad": "assert False"
+    }
     assert found["reasons_to_skip"] == ["no such card"]
     assert "test_bad" in (tmp_path / "tests.log").read_text()
 
@@ -836,8 +848,8 @@ def test_run_tests_counts(tmp_path: Path) -> None:
 def test_run_tests_ends_in_time(tmp_path: Path) -> None:
     tests = tmp_path / "test_endless.py"
     tests.write_text("import time\n\ndef test_endless(): time.sleep(600)\n")
-    found = gpu.run_tests(tmp_path, [tests], limit=3)
-    assert found["status"] == "interrupted after 3 s"
+    found = native_tests.run_tests(tmp_path, [str(tests)], limit=3)
+    assert found["outcome"] == "interrupted after 3 s"
     assert found["seconds"] < 60
 
 

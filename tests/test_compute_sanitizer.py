@@ -14,7 +14,7 @@ import bench_package  # noqa: F401
 import pytest
 import torch
 
-from bench import checks, compute_sanitizer, gpu, kernel_cases, processes, report, runs, sanitize
+from bench import checks, compute_sanitizer, kernel_cases, processes, report, runs, sanitize
 from c3a_triton.benchmark import timing
 
 CPU = torch.device("cpu")
@@ -253,12 +253,17 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., l
     return put
 
 
+def _setting(tmp_path: Path, limit: float, device: torch.device = CPU, workers: int = 1) -> runs.Setting:
+    deadline = time.monotonic() + limit
+    return runs.Setting(device, timing.CpuTimer(repeats=1), (), True, None, deadline, tmp_path / "out", workers)
+
+
 def _record(
     tmp_path: Path, tool: str, *, limit: float = 60, cases: str = "^expand", device: torch.device = CPU
 ) -> runs.Record:
-    _, subject = checks.subjects(tmp_path / "out", limit=limit, workers=1, cases=cases)
-    setting = runs.Setting(device, timing.CpuTimer(repeats=1), (), tiny=True)
-    (task,) = [task for task in subject.tasks(setting) if task.key == tool]
+    subject = checks.sanitized((tool,), cases)
+    setting = _setting(tmp_path, limit, device)
+    (task,) = subject.tasks(setting)
     record = runs.attempt(task, device)
     lines = "\n".join(subject.tables({tool: record}))
     assert re.search(rf"\| {tool} +\| {record['verdict']} +\|", lines)
@@ -347,9 +352,8 @@ def _guards(
     path = tmp_path / "program.py"
     path.write_text(textwrap.dedent(program))
     monkeypatch.setattr(processes, "python", lambda module: [sys.executable, str(path), module])
-    subject, _ = checks.subjects(tmp_path / "out", limit=limit, workers=2, cases=cases)
-    setting = runs.Setting(CPU, timing.CpuTimer(repeats=1), (), tiny=True)
-    (task,) = subject.tasks(setting)
+    subject = checks.guarded(cases)
+    (task,) = subject.tasks(_setting(tmp_path, limit, workers=2))
     record = runs.attempt(task, CPU)
     assert "| " in "\n".join(subject.tables({"guards": record}))
     json.dumps(record)
@@ -431,45 +435,51 @@ def test_a_table_that_does_not_run_or_takes_too_long_is_incomplete(
 # The job
 
 
-def test_the_job_checks_resumes_and_tells(
+def test_all_checks_resume_and_tell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_in: Callable[..., list[Path]], device: torch.device
 ) -> None:
     (path,) = stand_in("errors")
     monkeypatch.setattr(runs.faulthandler, "dump_traceback_later", lambda *args, **kwargs: None)
-    subjects = checks.subjects
-    limits: list[float] = []
-
-    def some(out: Path, *, limit: float, workers: int) -> tuple[runs.Subject, ...]:
-        limits.append(limit)
-        return subjects(out, limit=limit, workers=workers, cases="^expand .*float32")
-
-    monkeypatch.setattr(checks, "subjects", some)
-    job = ["--device", device.type, "--tiny", "--only", "guards", "--only", "sanitizer", "--workers", "0"]
-    job += ["--out", str(tmp_path / "out")]
-    assert gpu.main(job) == 3  # memcheck's errors, not racecheck's
-    records = report.read_json(tmp_path / "out" / "results.json")["records"]
+    monkeypatch.setattr(checks.os, "cpu_count", lambda: 1)
+    out = tmp_path / "out"
+    command = ["--device", device.type, "--tiny", "--cases", "^expand .*float32", "--out", str(out)]
+    assert checks.main(command) == 3  # memcheck's errors, not racecheck's
+    records = report.read_json(out / "results.json")["records"]
     assert {key: record["status"] for part in records.values() for key, record in part.items()} == {
         "guards": "ok",
         "memcheck": "wrong",
         "racecheck": "ok",
     }
-    text = (tmp_path / "out" / "summary.md").read_text(encoding="utf-8")
+    text = (out / "summary.md").read_text(encoding="utf-8")
     assert "- racecheck: Error: Race reported between Write access at diagonal_sums_kernel" in text
     assert "wrong: errors / Invalid __global__ read" in text
     path.unlink()  # nothing is run again
-    assert gpu.main([*job, "--resume"]) == 3
-    assert report.read_json(tmp_path / "out" / "results.json")["records"] == records
-    assert limits == [pytest.approx(0.32 * 570)] * 2
+    assert checks.main([*command, "--resume"]) == 3
+    assert report.read_json(out / "results.json")["records"] == records
 
 
-def test_the_checks_take_a_small_share_of_the_whole_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    limits: list[float] = []
-    monkeypatch.setattr(checks, "subjects", lambda out, **more: (limits.append(more["limit"]), ())[1])
-    monkeypatch.setattr(runs.faulthandler, "dump_traceback_later", lambda *args, **kwargs: None)
-    monkeypatch.setattr(gpu, "run_tests", lambda *args, **kwargs: {"status": "passed"})
-    monkeypatch.setattr(gpu, "SUBJECTS", ())
-    assert gpu.main(["--device", "cpu", "--tiny", "--out", str(tmp_path)]) == 0
-    assert limits == [pytest.approx(57)]
+def test_each_tool_has_an_equal_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, limits = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(compute_sanitizer, "candidates", lambda: [Path("some")])
+    monkeypatch.setattr(compute_sanitizer, "version", lambda path: "0")
+
+    def under(path: Path, tool: str, device: torch.device, cases: str, folder: Path, limit: float) -> dict[str, object]:
+        limits.append(limit)
+        clock[0] += 30.0
+        return {"verdict": "passed", "words": []}
+
+    monkeypatch.setattr(checks, "_under", under)
+    for task in checks.sanitized().tasks(_setting(tmp_path, 90)):
+        task.measure({})
+    assert limits == [45.0, 60.0]  # of 90, then of the 60 that the first has left
+
+
+def test_few_cases_launch_every_kernel() -> None:
+    chosen = [case for case in kernel_cases.CASES if re.search(checks.one_each(), case.key)]
+    assert len(chosen) < len(kernel_cases.KERNELS)
+    launched = dict(kernel_cases.launched())
+    assert set().union(*(launched[case] for case in chosen)) == kernel_cases.KERNELS
 
 
 def test_an_interrupted_process_leaves_nothing_behind(tmp_path: Path) -> None:
