@@ -349,7 +349,13 @@ def _decode_table(records: runs.Records) -> list[str]:
         return report.format_seconds(seconds) + (f" ({seconds / base:.2f})" if base and method != "base" else "")
 
     rows = [[case.label, case.n_tokens, case.b, *(cell(case, method) for method in methods)] for case in decoding]
-    lines = ["", "### Decoding (on a GPU, in a CUDA graph)", "", "Time of one layer among others (over the frozen base's).", ""]
+    lines = [
+        "",
+        "### Decoding (on a GPU, in a CUDA graph)",
+        "",
+        "Time of one layer among others (over the frozen base's).",
+        "",
+    ]
     return [*lines, report.format_table(["layer", "T", "b", *methods], rows)]
 
 

@@ -10,6 +10,8 @@ import logging
 import os
 import platform
 import warnings
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -19,6 +21,8 @@ from .errors import BackendError
 __all__ = [
     "BACKENDS",
     "BASE",
+    "CEILINGS",
+    "Ceilings",
     "base_seconds",
     "cheapest",
     "check_backend",
@@ -42,14 +46,26 @@ BASE = "base"
 
 logger = logging.getLogger("c3a_triton")
 
-# Ceilings of the cost model, per second: an H200's measured copy bandwidth and cuBLAS rate, and estimates (not
-# measurements) of what a plain Triton GEMM and cuFFT's neighbours reach. Other cards have other ceilings but similar
-# ratios, and only ratios decide.
-BANDWIDTH = 4.2e12
-CUBLAS_FLOPS = {2: 650e12, 4: 40e12}  # by bytes per element: tensor cores in 16 bits, CUDA cores in float32
-TRITON_FLOPS = {2: 500e12, 4: 150e12}  # float32 runs as three TF32 products on tensor cores
-TF32_FLOPS = 300e12
-LAUNCH_SECONDS = 2.5e-6
+
+class Ceilings(NamedTuple):
+    """What a card can do, as the cost model sees it: bytes and FLOPs per second, seconds per launch."""
+
+    bandwidth: float
+    cublas_flops: Mapping[int, float]  # by bytes per element
+    triton_flops: Mapping[int, float]  # the same, of a plain GEMM in Triton
+    tf32_flops: float
+    launch_seconds: float
+
+
+# An H200's measured copy bandwidth and cuBLAS rate, and estimates (not measurements) of what a plain Triton GEMM and
+# cuFFT's neighbours reach. Other cards have other ceilings but similar ratios, and only ratios decide.
+CEILINGS = Ceilings(
+    bandwidth=4.2e12,
+    cublas_flops={2: 650e12, 4: 40e12},  # tensor cores in 16 bits, CUDA cores in float32
+    triton_flops={2: 500e12, 4: 150e12},  # float32 runs as three TF32 products on tensor cores
+    tf32_flops=300e12,
+    launch_seconds=2.5e-6,
+)
 
 
 def check_backend(backend: str, said_by: str = "backend=") -> None:
@@ -258,6 +274,7 @@ def predicted_seconds(
     dtype: torch.dtype,
     *,
     backward: bool = False,
+    ceilings: Ceilings = CEILINGS,
 ) -> float:
     """Predicted GPU time of one product x ΔWᵀ, or of both its gradients (dx and dw) with `backward`.
 
@@ -286,13 +303,13 @@ def predicted_seconds(
     dense_flops = 2 * n_tokens * dense_elements
     if backend == "direct":
         w_bytes = (4 if n_tokens <= launch.SMALL_T else 32) * dense_elements / b
-        product = max((tokens_bytes + w_bytes) / BANDWIDTH, dense_flops / TRITON_FLOPS[itemsize])
-        seconds = 2 * LAUNCH_SECONDS + product
+        product = max((tokens_bytes + w_bytes) / ceilings.bandwidth, dense_flops / ceilings.triton_flops[itemsize])
+        seconds = 2 * ceilings.launch_seconds + product
     elif backend == "expand":
-        gemm = max(tokens_bytes / BANDWIDTH, dense_flops / CUBLAS_FLOPS[itemsize])
-        seconds = 2 * LAUNCH_SECONDS + 2 * itemsize * dense_elements / BANDWIDTH + gemm
+        gemm = max(tokens_bytes / ceilings.bandwidth, dense_flops / ceilings.cublas_flops[itemsize])
+        seconds = 2 * ceilings.launch_seconds + 2 * itemsize * dense_elements / ceilings.bandwidth + gemm
     elif backend == "fold" and not backward:
-        seconds = LAUNCH_SECONDS + 2 * itemsize * dense_elements / BANDWIDTH
+        seconds = ceilings.launch_seconds + 2 * itemsize * dense_elements / ceilings.bandwidth
     elif backend == "fft":
         spectrum_itemsize = launch_fft.spectrum_itemsize(dtype, b)
         # w is read, its spectrum written as 2 × 2 blocks and read back.
@@ -307,29 +324,41 @@ def predicted_seconds(
         per_value = launch_fft.transform_flops(b)
         # 16-bit operands multiply in TF32 where their spectra are float32, and inside two-level transforms.
         two_level = per_value < 2 * b
-        mix_rate = TF32_FLOPS if spectrum_itemsize > itemsize else TRITON_FLOPS[itemsize]
-        transform_rate = TF32_FLOPS if two_level and itemsize == 2 else mix_rate
+        mix_rate = ceilings.tf32_flops if spectrum_itemsize > itemsize else ceilings.triton_flops[itemsize]
+        transform_rate = ceilings.tf32_flops if two_level and itemsize == 2 else mix_rate
         flops_seconds = products * 4 * n_tokens * dense_elements / b / mix_rate
         flops_seconds += per_value * n_tokens * transformed / transform_rate
-        seconds = launches * LAUNCH_SECONDS + max((n_tokens * token_bytes + w_bytes) / BANDWIDTH, flops_seconds)
+        seconds = launches * ceilings.launch_seconds + max(
+            (n_tokens * token_bytes + w_bytes) / ceilings.bandwidth, flops_seconds
+        )
     elif backend == "torch":
         launches, products, transformed = (
             (16, 2, 2 * in_features + out_features) if backward else (10, 1, in_features + out_features)
         )
         mix_flops = products * 8 * n_tokens * (b // 2 + 1) * dense_elements / b**2
-        seconds = launches * LAUNCH_SECONDS + 26 * n_tokens * transformed / BANDWIDTH + mix_flops / CUBLAS_FLOPS[4]
+        seconds = (
+            launches * ceilings.launch_seconds
+            + 26 * n_tokens * transformed / ceilings.bandwidth
+            + mix_flops / ceilings.cublas_flops[4]
+        )
     else:
         raise BackendError(f"the cost model knows no {'backward of ' if backward else ''}backend {backend!r}")
     if backward and backend in ("direct", "expand"):  # whose dw is a product of its own
         dw_bytes = tokens_bytes + 4 * dense_elements / b
-        seconds += 2 * LAUNCH_SECONDS + max(dw_bytes / BANDWIDTH, dense_flops / TRITON_FLOPS[itemsize])
+        seconds += 2 * ceilings.launch_seconds + max(
+            dw_bytes / ceilings.bandwidth, dense_flops / ceilings.triton_flops[itemsize]
+        )
     return seconds
 
 
-def base_seconds(n_tokens: int, in_features: int, out_features: int, dtype: torch.dtype) -> float:
+def base_seconds(
+    n_tokens: int, in_features: int, out_features: int, dtype: torch.dtype, *, ceilings: Ceilings = CEILINGS
+) -> float:
     """Predicted GPU time of the base layer's own product x Wᵀ in the same model; of the gradient of x too."""
     itemsize = dtype.itemsize
     weights_bytes = itemsize * in_features * out_features
     tokens_bytes = itemsize * n_tokens * (in_features + out_features)
     flops = 2 * n_tokens * in_features * out_features
-    return LAUNCH_SECONDS + max((weights_bytes + tokens_bytes) / BANDWIDTH, flops / CUBLAS_FLOPS[itemsize])
+    return ceilings.launch_seconds + max(
+        (weights_bytes + tokens_bytes) / ceilings.bandwidth, flops / ceilings.cublas_flops[itemsize]
+    )

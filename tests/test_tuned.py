@@ -290,7 +290,7 @@ def test_the_backward_of_fft_moves_what_its_kernels_move():
     n_tokens, n_in, n_out, b = 2**20, 3072, 1024, 64
     seconds = dispatch.predicted_seconds("fft", n_tokens, n_in, n_out, b, torch.bfloat16, backward=True)
     n_bytes = n_tokens * (12 * n_in + 8 * n_out)
-    assert seconds == pytest.approx(n_bytes / dispatch.BANDWIDTH, rel=0.02)
+    assert seconds == pytest.approx(n_bytes / dispatch.CEILINGS.bandwidth, rel=0.02)
 
 
 def test_fold_has_no_backward_in_the_model():

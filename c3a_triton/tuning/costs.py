@@ -69,7 +69,7 @@ def layer_cases(groups: Sequence[Group], sizes: Sequence[Iterable[int]], setting
     return cases
 
 
-def predicted_times(case: Case, setting: Setting) -> Times:
+def predicted_times(case: Case, setting: Setting, ceilings: dispatch.Ceilings = dispatch.CEILINGS) -> Times:
     """The cost model's prediction of a whole layer, base included, on a GPU. Nothing is measured.
 
     The gradients are those of x (of the base and of the adapter) and of the adapter's parameters. Peers are counted
@@ -82,29 +82,35 @@ def predicted_times(case: Case, setting: Setting) -> Times:
     """
     n_tokens, dtype = setting.n_tokens, setting.dtype
     n_in, n_out, b, name = case
-    base = dispatch.base_seconds(n_tokens, n_in, n_out, dtype)
+    base = dispatch.base_seconds(n_tokens, n_in, n_out, dtype, ceilings=ceilings)
     if name == dispatch.BASE:
         added = Times(0.0, 0.0)
     elif name == PEFT_LORA:
         flops: float = 2 * n_tokens * b * (n_in + n_out)
         added = Times(
-            _float32_seconds(6, n_tokens * (10 * n_in + 28 * n_out), flops),
-            _float32_seconds(9, n_tokens * (20 * n_in + 28 * n_out), 2 * flops),
+            _float32_seconds(ceilings, 6, n_tokens * (10 * n_in + 28 * n_out), flops),
+            _float32_seconds(ceilings, 9, n_tokens * (20 * n_in + 28 * n_out), 2 * flops),
         )
     elif name == PEFT_C3A:
         n_bytes = n_tokens * (142 * n_in + 126 * n_out) / 34
         flops = 8 * n_tokens * n_in * n_out / b
-        added = Times(_float32_seconds(13, 13 * n_bytes, flops), _float32_seconds(21, 21 * n_bytes, 2 * flops))
+        added = Times(
+            _float32_seconds(ceilings, 13, 13 * n_bytes, flops), _float32_seconds(ceilings, 21, 21 * n_bytes, 2 * flops)
+        )
     else:
         sizes = (n_tokens, n_in, n_out, b, dtype)
-        added = Times(*(dispatch.predicted_seconds(name, *sizes, backward=backward) for backward in (False, True)))
+        added = Times(
+            *(
+                dispatch.predicted_seconds(name, *sizes, backward=backward, ceilings=ceilings)
+                for backward in (False, True)
+            )
+        )
     assert added.backward is not None
     return Times(base + added.forward, base + added.backward)
 
 
-def _float32_seconds(launches: int, n_bytes: float, flops: float) -> float:
-    rate = flops / dispatch.CUBLAS_FLOPS[4]
-    return launches * dispatch.LAUNCH_SECONDS + max(n_bytes / dispatch.BANDWIDTH, rate)
+def _float32_seconds(ceilings: dispatch.Ceilings, launches: int, n_bytes: float, flops: float) -> float:
+    return launches * ceilings.launch_seconds + max(n_bytes / ceilings.bandwidth, flops / ceilings.cublas_flops[4])
 
 
 def _total(times: Times) -> float:
