@@ -4,28 +4,25 @@ Figures in README are never typed: they stand between two markers, and this is w
 """
 
 import sys
-from typing import Any
 
-from . import ROOT, cpu, gpu, op, report
+from . import ROOT, committed, cpu, op, report
 
 __all__ = ["main", "section"]
 
-RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- bench.readme: begin -->", "<!-- bench.readme: end -->"
-NOTHING_MEASURED = """No GPU figure is given, because none has been measured yet. `python -m bench.gpu --out DIR` on a
-machine with an NVIDIA GPU runs the tests natively and then measures, in under ten minutes and against PEFT's C3A,
-PEFT's LoRA and the frozen base: one layer, decoding, a model's training step, merging, memory and Python's time."""
+NOTHING_MEASURED = """No GPU figure is given, because none has been measured yet. [docs/gpu.md](docs/gpu.md) is for whoever
+has an NVIDIA GPU for fifteen minutes: two commands that test on it and measure against PEFT's C3A, PEFT's LoRA and the
+frozen base."""
 
 
 def section() -> str:
     """The text between the markers: the CPU, then every GPU whose results are committed."""
-    results = [report.read_json(path) for path in sorted(RESULTS.glob("*.json"))]
-    gpus = [_gpu_section(found) for found in results if found["environment"]["device"] == "cuda"]
+    gpus = [_gpu_section(card) for card in committed.cards(committed.RESULTS)]
     return "\n\n".join([_cpu_section(), *(gpus or [NOTHING_MEASURED])])
 
 
 def _cpu_section() -> str:
-    results = report.read_json(RESULTS / "cpu.json")
+    results = report.read_json(committed.RESULTS / "cpu.json")
     where = results["environment"]
     versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "peft", "python"))
     return (
@@ -34,21 +31,16 @@ def _cpu_section() -> str:
     )
 
 
-def _gpu_section(results: dict[str, Any]) -> str:
-    """What `bench.gpu` measured: the goals, reached or not, then one layer."""
-    where, records = results["environment"], results["records"]
-    versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "triton", "peft", "python"))
-    goals = [
-        goal
-        for subject in (part.subject for parts in gpu.JOBS.values() for part in parts)
-        for goal in subject.goals(records.get(subject.name, {}))
-    ]
-    text = (
-        f"{where['gpu']['name']}, driver {where['gpu'].get('driver_version', 'unknown')} ({versions}; commit "
-        f"{where['commit']}), medians of one run. Reproduce with `python -m bench.gpu --out DIR`.\n\n"
-        f"{report.goals_table(goals)}"
+def _gpu_section(card: committed.Card) -> str:
+    """One layer on a card, against its peers; the goals, reached or not, stand in docs/performance.md."""
+    lines = op.both_tables(card.records.get("op", {}))
+    goals = [goal for goal in op.goals(card.records.get("op", {})) if goal.reached is not None]
+    reached = sum(bool(goal.reached) for goal in goals)
+    return (
+        f"{card.title}, medians of one run; of {len(goals)} goals {reached} are reached "
+        f"([which, and what was predicted](docs/performance.md)). Reproduce with `python -m bench.gpu right --out DIR`.\n"
+        + "\n".join(lines)
     )
-    return text + "\n" + "\n".join(op.both_tables(records.get("op", {})))
 
 
 def main() -> int:
