@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: test test-triton36 test-compat nightly lint demo bench hub dist clean
+.PHONY: test test-triton36 test-compat test-gpu-software nightly lint demo bench hub dist clean
 
 test: $(VENV)/.installed
 	# A file stays in one worker, so that kernels are compiled once; files go by name, because the longest comes early so.
@@ -19,13 +19,23 @@ test-triton36: .venv36/.installed
 test-compat: .venv-compat/.installed
 	OMP_NUM_THREADS=1 .venv-compat/bin/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
+# What a rented GPU machine has installed, rehearsed without a GPU: the tests that touch one, with an H100's tiles and
+# choices of backends, in the interpreter; then all others without the interpreter, which is off there (one of them
+# compiles all kernels).
+PYTHON312 ?= python3.12
+SESSION = OMP_NUM_THREADS=1 .venv-gpu/bin/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+test-gpu-software: .venv-gpu/.installed
+	PYTHONPATH=$(CURDIR)/.venv-gpu/numpy-for-triton $(SESSION) --timeout 300 --card sm_90 -m 'native and not nightly'
+	TRITON_INTERPRET=0 $(SESSION) --timeout 1800 -m 'not native and not nightly'
+
 # What takes too long for every change: kills at a hundred moments each, every byte of a file flipped, all cases compiled
-# for all cards, 5,000 sequences of operations, 20,000 steps, ten minutes of fuzzing, under atheris where it installs (it
-# has no wheels for every Python and machine).
+# for all cards, 5,000 sequences of operations, 20,000 steps, the GPU machine's software, ten minutes of fuzzing, under
+# atheris where it installs (it has no wheels for every Python and machine).
 FUZZ_SECONDS ?= 600
 nightly: $(VENV)/.installed
 	NIGHTLY=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -s tests/faults tests/test_aot.py
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m nightly
+	$(MAKE) test-gpu-software
 	$(BIN)/pip install -q atheris || true
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/fuzz.py --seconds $(FUZZ_SECONDS)
 
@@ -71,5 +81,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	.venv-compat/bin/pip install -q --no-deps -e .
 	touch $@
 
+# torch brings its triton, 3.6.0. That one's interpreter needs numpy < 2.4, which lies beside the newer one.
+.venv-gpu/.installed: pyproject.toml
+	$(PYTHON312) -m venv .venv-gpu
+	.venv-gpu/bin/pip install -q torch==2.11.0 triton==3.6.0 transformers==5.17.0 accelerate==1.15.0 peft==0.21.2 \
+		numpy==2.5.2 setuptools==81.0.0 safetensors regex scipy matplotlib rich hypothesis \
+		pytest pytest-xdist pytest-timeout
+	.venv-gpu/bin/pip install -q --no-deps --target .venv-gpu/numpy-for-triton numpy==2.3.5
+	.venv-gpu/bin/pip install -q --no-deps -e .
+	touch $@
+
 clean:
-	rm -rf .venv .venv36 .venv-compat build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv36 .venv-compat .venv-gpu build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -146,7 +146,7 @@ def _choose(
             raise BackendError(f"{said_by}{backend!r} cannot run on {device}: {reason}. Use 'auto' or 'torch'.")
         return backend
     reason = why_not("direct", device, dtype)  # asked on a CPU too: a broken installation must not pass as a slow one
-    if device.type != "cuda":
+    if not _kernels_pay(device):
         _say_once(device.type, f"'auto' computes with 'torch' on {device.type}: Triton kernels need an NVIDIA GPU")
         return "torch"
     if reason is not None:
@@ -159,6 +159,11 @@ def _choose(
     if predicted not in measured:
         return predicted
     return min((name for name in AUTO_BACKENDS if name in measured), key=measured.__getitem__)
+
+
+def _kernels_pay(device: torch.device) -> bool:
+    """Whether `"auto"` considers Triton's kernels here: where they run elsewhere, it is in an interpreter."""
+    return device.type == "cuda"
 
 
 def cheapest(

@@ -16,18 +16,49 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 # Everything is on this machine: nothing asks the hub, not even bitsandbytes, which looks there for a kernel.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# Triton reads the switch when a kernel is defined, so it is set before anything imports triton.
+# Triton reads the switch when a kernel is defined, so it is set before anything imports triton. TRITON_INTERPRET=0 says
+# that no test may need it, as those that are not `native` do not.
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--card",
+        choices=("sm_80", "sm_86", "sm_90", "sm_100"),
+        help="without a GPU: take this card's tiles, and let 'auto' choose kernels as on a GPU",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    card = config.getoption("--card")
+    if card is None:
         return
+    if torch.cuda.is_available():
+        raise pytest.UsageError("--card is for machines without a GPU; on this one tests run on the card that is there")
+    from c3a_triton import dispatch, launch
+
+    def forget() -> None:
+        dispatch.refresh()
+        launch.clear_plans()
+
+    patch = pytest.MonkeyPatch()
+    for module, name, answer in ((launch, "_generation", card), (dispatch, "_kernels_pay", True)):
+        on_others = getattr(module, name)
+        patch.setattr(module, name, lambda device, a=answer, f=on_others: a if device.type == "cpu" else f(device))
+    forget()
+    config.add_cleanup(forget)
+    config.add_cleanup(patch.undo)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is heeded
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
     for item in items:
-        if "gpu" in item.keywords:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(skip)
+        if "gpu" in item.keywords or "device" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.native)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The table of small and odd cases between guards, and that neither can be fooled: bugs are planted in both."""
 
 import ast
+import os
 import re
 import threading
 from collections import defaultdict
@@ -229,8 +230,8 @@ def test_a_kernel_that_writes_past_its_tensor_is_caught(device: torch.device) ->
 def unmasked(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Takes the masks of all loads, or of all stores, from every kernel, where the interpreter runs them."""
     interpreter: ModuleType = pytest.importorskip("triton.runtime.interpreter")
-    if torch.cuda.is_available():
-        pytest.skip("the interpreter's masks are replaced: kernels are compiled here")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("the interpreter's masks are replaced: it does not run here")
 
     def without(kind: str) -> None:
         name = f"create_masked_{kind}"

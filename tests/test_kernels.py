@@ -483,16 +483,16 @@ def test_plans_are_of_one_device(launched: list[tuple[str, dict[str, Any]]]) -> 
         assert allocated == {device}
 
 
-def test_a_call_that_fails_fails_again() -> None:
-    x, w = torch.zeros(4, 24), torch.zeros(2, 3, 8)
+def test_a_call_that_fails_fails_again(device: torch.device) -> None:
+    x, w = torch.zeros(4, 24, device=device), torch.zeros(2, 3, 8, device=device)
     for _ in range(2):
         with pytest.raises(ShapeError, match="x has 24 features"):
             launch.direct_product(x, w, scale=1.0, transpose=True)
     launch.direct_product(x, w, scale=1.0)
     # The same shapes and dtypes: only the strides of what is written differ.
-    launch.direct_product(x, w, scale=1.0, out=torch.zeros(4, 16))
+    launch.direct_product(x, w, scale=1.0, out=torch.zeros(4, 16, device=device))
     with pytest.raises(ShapeError, match="rows must be contiguous"):
-        launch.direct_product(x, w, scale=1.0, out=torch.zeros(16, 4).t())
+        launch.direct_product(x, w, scale=1.0, out=torch.zeros(16, 4, device=device).t())
 
 
 def test_nothing_of_w_is_kept(device: torch.device) -> None:

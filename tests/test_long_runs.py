@@ -35,7 +35,8 @@ def steps_of(model: nn.Module) -> Callable[[int], float]:
 
     def step(number: int) -> float:
         x, wanted = batch(number)
-        loss = F.mse_loss(model(x), wanted)
+        y = model(x)
+        loss = F.mse_loss(y, wanted.to(y.dtype))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -45,6 +45,7 @@ IDS = torch.tensor([[1, 5, 9, 2], [3, 0, 8, 1], [4, 6, 2, 9]])
 NAMES = "abcde"
 SLOTS = ("x", "y")
 BACKENDS = ("auto", "torch", "reference")
+CPU = torch.device("cpu")
 
 
 class Net(nn.Module):
@@ -66,12 +67,12 @@ class Net(nn.Module):
 
 
 DENSE = Net().double()
-DENSE_PARAMETERS = dict(DENSE.named_parameters())  # given the values of one state after another
+DENSE_PARAMETERS = dict(DENSE.named_parameters())  # given the values of one state after another, on their device
 
 
 def dense_update(layer: str, w: Tensor) -> Tensor:
-    """ΔW in the shape of the layer's weight, float64."""
-    matrix = oracle.dense(w)
+    """ΔW in the shape of the layer's weight, float64, on w's device."""
+    matrix = oracle.dense(w).to(w.device)
     if layer == "conv1d":
         return matrix.T
     if layer == "conv2d":
@@ -146,7 +147,7 @@ class Expected:
         for name, parameter in DENSE_PARAMETERS.items():
             parameter.data = tensors[name]
         with torch.no_grad():
-            return DENSE(ids)
+            return DENSE(ids.to(tensors["norm.weight"].device))
 
 
 # How arguments are drawn
@@ -224,10 +225,11 @@ COPIES = {"deepcopy": copy.deepcopy, "pickle": through_pickle, "torch.save": thr
 class Sequence:
     """A model and what it has to be. Each method that is marked `operation` is a step."""
 
-    def __init__(self, folder: str, backends: tuple[str, ...]) -> None:
+    def __init__(self, folder: str, backends: tuple[str, ...], device: torch.device) -> None:
         torch.manual_seed(0)
         self.backends = backends
-        self.model: Any = Net().requires_grad_(True)
+        self.ids = IDS.to(device)
+        self.model: Any = Net().requires_grad_(True).to(device)
         self.expected = Expected({name: tensor.clone() for name, tensor in self.model.state_dict().items()})
         self.folder = Path(folder)
         self.saved: dict[str, tuple[Adapter, dict[str, Tensor]]] = {}  # slot → adapter, its file's tensors
@@ -624,7 +626,7 @@ class Sequence:
 
     def compute(self, model: Any = None) -> Tensor:
         with torch.no_grad():
-            return (self.model if model is None else model)(IDS)
+            return (self.model if model is None else model)(self.ids)
 
     def assert_close(self, out: Tensor, ref: Tensor) -> None:
         assert out.dtype == self.expected.dtype
@@ -707,26 +709,30 @@ Step = tuple[str, dict[str, Any]]
 
 
 @contextlib.contextmanager
-def new_sequence(backends: tuple[str, ...]) -> Iterator[Sequence]:
+def new_sequence(backends: tuple[str, ...], device: torch.device) -> Iterator[Sequence]:
     shared_memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
-    with tempfile.TemporaryDirectory(dir=shared_memory) as folder, warnings.catch_warnings():
+    with (
+        tempfile.TemporaryDirectory(dir=shared_memory) as folder,
+        warnings.catch_warnings(),
+        torch.backends.cudnn.flags(allow_tf32=False),  # of convolutions, which are allowed it otherwise
+    ):
         warnings.simplefilter("ignore")
-        yield Sequence(folder, backends)
+        yield Sequence(folder, backends, device)
 
 
-def play(steps: list[Step], backends: tuple[str, ...] = BACKENDS) -> None:
+def play(steps: list[Step], backends: tuple[str, ...] = BACKENDS, device: torch.device = CPU) -> None:
     """Run the steps of a failure again."""
-    with new_sequence(backends) as sequence:
+    with new_sequence(backends, device) as sequence:
         for step in steps:
             sequence.step(step)
 
 
-def shrunk(steps: list[Step], backends: tuple[str, ...]) -> list[Step]:
+def shrunk(steps: list[Step], backends: tuple[str, ...], device: torch.device) -> list[Step]:
     """The steps without those that their failure does without."""
 
     def failure(steps: list[Step]) -> tuple[Any, ...] | None:
         try:
-            play(steps, backends)
+            play(steps, backends, device)
         except (Exception, pytest.fail.Exception) as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
             return type(error), place.filename, place.lineno
@@ -740,7 +746,9 @@ def shrunk(steps: list[Step], backends: tuple[str, ...]) -> list[Step]:
     return steps
 
 
-def run_sequences(seeds: range, n_steps: int, backends: tuple[str, ...] = BACKENDS) -> Counter[str]:
+def run_sequences(
+    seeds: range, n_steps: int, backends: tuple[str, ...] = BACKENDS, device: torch.device = CPU
+) -> Counter[str]:
     """Play a sequence per seed; returns how many operations met what."""
     met: Counter[str] = Counter()
     for seed in seeds:
@@ -753,7 +761,7 @@ def run_sequences(seeds: range, n_steps: int, backends: tuple[str, ...] = BACKEN
         }
         steps: list[Step] = [("start", start)]
         try:
-            with new_sequence(backends) as sequence:
+            with new_sequence(backends, device) as sequence:
                 sequence.step(steps[0])
                 for _ in range(n_steps):
                     met.update(sequence.situations())
@@ -761,7 +769,7 @@ def run_sequences(seeds: range, n_steps: int, backends: tuple[str, ...] = BACKEN
                     sequence.step(steps[-1])
                     met.update(["operations", "refused" if sequence.was_refused else "allowed"])
         except (Exception, pytest.fail.Exception) as error:
-            program = "\n".join(f"  {step!r}," for step in shrunk(steps, backends))
+            program = "\n".join(f"  {step!r}," for step in shrunk(steps, backends, device))
             raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}, by these steps:\n{program}") from error
     return met
 
@@ -773,10 +781,9 @@ def test_sequences_of_operations() -> None:
     assert met["disabled"] > 0.05 * met["operations"], met
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="runs Triton's kernels in its interpreter, on the CPU")
 @pytest.mark.parametrize("backend", sorted(TRITON_BACKENDS))
-def test_sequences_under_triton(backend: str) -> None:
-    run_sequences(range(2), 8, (backend, "torch"))
+def test_sequences_under_triton(device: torch.device, backend: str) -> None:
+    run_sequences(range(2), 8, (backend, "torch"), device)
 
 
 @pytest.mark.nightly

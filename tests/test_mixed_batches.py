@@ -82,7 +82,8 @@ def test_kernels_at_any_address(device: torch.device) -> None:
 
 
 def test_no_tokens(device: torch.device) -> None:
-    y = launch_grouped.grouped_product(torch.empty(0, 8, device=device), [torch.ones(3, 2, 4)], [0, -1], scale=1.0)
+    x, w = torch.empty(0, 8, device=device), torch.ones(3, 2, 4, device=device)
+    y = launch_grouped.grouped_product(x, [w], [0, -1], scale=1.0)
     assert y.shape == (0, 12)
 
 
@@ -219,9 +220,9 @@ def adapted_layer(dtype: torch.dtype = torch.float32, **block_sizes: int) -> C3A
 
 def by_row(layer: C3ALinear, x: Tensor, names: list[str]) -> Tensor:
     """Each row by itself, in float64, with the adapter of its name."""
-    weight, bias = layer.weight.detach().double(), layer.bias.detach().double()
+    weight, bias = layer.weight.detach().cpu().double(), layer.bias.detach().cpu().double()
     rows = []
-    for row, name in zip(x.detach().double(), names, strict=True):
+    for row, name in zip(x.detach().cpu().double(), names, strict=True):
         rows.append(row @ weight.T + bias)
         if name in layer.c3a_kernel:
             rows[-1] += oracle.product(row, layer.c3a_kernel[name])
@@ -230,8 +231,8 @@ def by_row(layer: C3ALinear, x: Tensor, names: list[str]) -> Tensor:
 
 @pytest.mark.parametrize("backend", ["auto", "direct", "torch"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-def test_layer(backend: str, dtype: torch.dtype) -> None:
-    layer, x = adapted_layer(dtype, a=3, b=1, c=12, d=4), torch.randn(6, 2, 24).to(dtype)
+def test_layer(device: torch.device, backend: str, dtype: torch.dtype) -> None:
+    layer, x = adapted_layer(dtype, a=3, b=1, c=12, d=4).to(device), torch.randn(6, 2, 24).to(device, dtype)
     names = ["d", "__base__", "a", "c", "elsewhere", "a"]
     for kernel in layer.c3a_kernel.values():
         kernel.data.mul_(20)

@@ -198,13 +198,18 @@ def test_subnormal_float32_is_right_or_zero(device, backend, dtype):
 # Far away
 
 
-@EVERY_BACKEND
-def test_rows_far_apart_in_memory(backend, tmp_path, device):
-    """Row 2 is 2³¹ elements from row 0: one token out of each of many long sequences. 32 bits would point before it."""
+@pytest.fixture
+def far(tmp_path, device):
+    """2³² float16 values."""
     if device.type != "cpu":
-        far = torch.empty(2**32 + 64, dtype=torch.float16, device=device)
-    else:  # a sparse file: addresses without memory behind them
-        far = torch.from_file(str(tmp_path / "far"), shared=True, size=2**32 + 64, dtype=torch.float16)
+        return torch.empty(2**32 + 64, dtype=torch.float16, device=device)
+    # A sparse file: addresses without memory behind them.
+    return torch.from_file(str(tmp_path / "far"), shared=True, size=2**32 + 64, dtype=torch.float16)
+
+
+@EVERY_BACKEND
+def test_rows_far_apart_in_memory(backend, far, device):
+    """Row 2 is 2³¹ elements from row 0: one token out of each of many long sequences. 32 bits would point before it."""
     x = far.as_strided((3, N * B), (2**30 + 8, 1), 2**31)
     dy = far.as_strided((3, M * B), (2**30 + 8, 1), 2**31 - 64)
     values_x, values_dy, w = operands(device, torch.float16, 3)
@@ -238,13 +243,12 @@ def test_no_tile_has_more_rows_than_fit_32_bits():
     assert max(tile.block_t for tile in found) * launch._MAX_ROW_STRIDE < 2**31
 
 
-def test_the_fused_layer_takes_rows_far_apart(tmp_path):
-    far = torch.from_file(str(tmp_path / "far"), shared=True, size=2**32 + 64, dtype=torch.float16)
+def test_the_fused_layer_takes_rows_far_apart(far, device):
     x = far.as_strided((3, N * B), (2**30 + 8, 1), 2**31)
-    values, _, w = operands(torch.device("cpu"), torch.float16, 3)
+    values, _, w = operands(device, torch.float16, 3)
     x.copy_(values)
-    weight = torch.randn(M * B, N * B, dtype=torch.float16)
+    weight = torch.randn(M * B, N * B, device=device).half()
     for backend in ("direct", "expand"):
         y = c3a_linear(x, weight, None, [w], backend=backend)
-        exact = x.double() @ weight.double().T + oracle.product(x, w)
+        exact = oracle.product(x, weight[..., None], 1.0) + oracle.product(x, w)
         oracle.assert_close(y, exact, torch.float16)

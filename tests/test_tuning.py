@@ -179,7 +179,7 @@ def test_the_rank_of_a_budget_is_that_at_which_the_rule_uses_it_up():
 @pytest.mark.parametrize("megabytes", [0.012, 0.03])
 def test_the_file_is_no_larger_than_asked_for(tmp_path, megabytes):
     model = llama()
-    result = c3a_triton.autotune(model, max_adapter_mb=megabytes, target_modules="all-linear", objective="params")
+    result = tune(model, None, max_adapter_mb=megabytes, objective="params")
     c3a_triton.apply(model, result.config).c3a.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").stat().st_size <= megabytes * 1e6
 
@@ -249,7 +249,9 @@ def test_any_sizes_of_any_names_have_a_pattern(sizes):
 
 
 def tune(model=None, budget=3000, **options):
+    """By predicted times, also where there is a GPU to measure on, unless a device is named."""
     options.setdefault("target_modules", "all-linear")
+    options.setdefault("measure", "device" in options)
     return c3a_triton.autotune(on_meta(llama()) if model is None else model, budget, **options)
 
 
@@ -354,6 +356,7 @@ def test_a_gpu_that_is_asked_for_and_not_there_is_named():
     with pytest.raises(ConfigError, match="torch sees 0 GPUs"):
         tune(device="cuda")
     assert tune(device="cuda", measure=False).to_dict()["times"] == "predicted"
+    assert tune(measure=True).to_dict()["times"] == "predicted"
 
 
 def test_a_configuration_of_transformers_is_enough():
