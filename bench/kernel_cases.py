@@ -145,13 +145,10 @@ def _fft_weight_grad(given: _Operands) -> Iterator[_Result]:
 @contextmanager
 def _in_chunks() -> Iterator[None]:
     """Spectra of 128 tokens at a time, as those of many tokens are computed."""
-    plans = (launch_fft._product_plan, launch_fft._gradient_plan)
     with mock.patch.object(launch_fft, "SCRATCH_BYTES", dict.fromkeys(tiles.GENERATIONS, 1)):
-        for plan in plans:
-            plan.cache_clear()
+        launch.clear_plans()
         yield
-    for plan in plans:
-        plan.cache_clear()
+    launch.clear_plans()
 
 
 def _direct_weight_grad(given: _Operands) -> Iterator[_Result]:

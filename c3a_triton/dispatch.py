@@ -116,7 +116,7 @@ def choose(
     # Buckets of powers of two keep the cache small when the number of tokens varies from call to call.
     sizes = (tuned.token_bits(n_tokens), in_features, out_features, b)
     by_timing = not torch.are_deterministic_algorithms_enabled()
-    if by_timing is not _tiles_by_timing and device.type == "cuda":
+    if device.type == "cuda" and (by_timing is not _tiles_by_timing or device not in _with_tiles):
         _install_tiles(device, by_timing)
     return _choose(backend, said_by, device, dtype, *sizes, backward, by_timing)
 
@@ -186,17 +186,24 @@ def refresh() -> None:
     _table.cache_clear()
     _choose.cache_clear()
     _tiles_by_timing = None
+    _with_tiles.clear()
 
 
 # Whether the tiles in use are those of the tuned table, the committed ones, or (None) not decided yet.
 _tiles_by_timing: bool | None = None
+# The devices for which that was decided.
+_with_tiles: set[torch.device] = set()
 
 
 def _install_tiles(device: torch.device, by_timing: bool) -> None:
-    """Take the tuned table's tiles for this device, or with `by_timing` off none of them."""
+    """Take the tuned table's tiles for this device, or with `by_timing` off none of them.
+
+    One table serves the process: where devices have different ones, as cards of two models do, none is taken.
+    """
     global _tiles_by_timing
-    found = tiles_of(device) if by_timing else {}
-    if tiles.override(found):
+    _with_tiles.add(device)
+    found, *others = (tiles_of(one) if by_timing else {} for one in _with_tiles)
+    if tiles.override(found if all(other == found for other in others) else {}):
         launch.clear_plans()
     _tiles_by_timing = by_timing
 

@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -70,7 +70,17 @@ _Decode = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor, float], None]
 # run(matrix, w, base, scale)
 _Expansion = Callable[[Tensor, Tensor, Tensor | None, float], None]
 
-_planned = functools.lru_cache(maxsize=1024)
+_Plan = TypeVar("_Plan")
+# Plans kept, one for each set of sizes: where sequences vary, for each number of tokens.
+_PLANS = 1024
+_forget: list[Callable[[], None]] = []
+
+
+def _planned(plan: Callable[..., _Plan]) -> "functools._lru_cache_wrapper[_Plan]":
+    """Keep what a function of sizes, dtypes and devices returns, until `clear_plans`."""
+    kept = functools.lru_cache(maxsize=_PLANS)(plan)
+    _forget.append(kept.cache_clear)
+    return kept
 
 
 class _Kernels(NamedTuple):
@@ -292,17 +302,9 @@ def weight_grad(dy: Tensor, x: Tensor, block_size: int, *, scale: float) -> Tens
 
 
 def clear_plans() -> None:
-    """Forget every plan: for those who replace what plans are made from, as tests and benchmarks do."""
-    for plan in (
-        _product_shape,
-        _product_plan,
-        _decode_plan,
-        _expand_plan,
-        _sum_plan,
-        _weight_grad_plan,
-        _weight_grad_shape,
-    ):
-        plan.cache_clear()
+    """Forget every plan, those of `launch_fft` too: for those who replace what plans are made from, as tiles are."""
+    for forget in _forget:
+        forget()
 
 
 # Plans

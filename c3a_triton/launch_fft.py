@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from . import launch, spectra
-from .tiles import SCRATCH_BYTES, mix_tile, outer_tile, transform_tile
+from .tiles import SCRATCH_BYTES, mix_tile, outer_tile, transform_tile, two_level_tile
 
 __all__ = ["fft_backward", "fft_product", "fft_weight_grad", "spectrum_itemsize", "transform_flops"]
 
@@ -43,8 +43,6 @@ _PAD = 128
 _SMALLEST_16BIT = 32
 # Rows in one chunk, whatever the scratch: kernels count them in 32 bits.
 _MOST_ROWS = 2**29
-# Plans kept, one for each set of sizes: where sequences vary, for each number of tokens.
-_PLANS = 1024
 
 
 def fft_product(
@@ -394,7 +392,7 @@ class _GradientPlan(NamedTuple):
     synthesise_dw: _Launch
 
 
-@functools.lru_cache(maxsize=_PLANS)
+@launch._planned
 def _product_plan(
     device: torch.device,
     dtype: torch.dtype,
@@ -426,7 +424,7 @@ def _product_plan(
     return _ProductPlan(transform.basis.gain, blocks, whole, z if whole is None else None, y, chunks)
 
 
-@functools.lru_cache(maxsize=_PLANS)
+@launch._planned
 def _gradient_plan(
     device: torch.device,
     dtype: torch.dtype,
@@ -543,14 +541,6 @@ def _cut(n_tokens: int, step: int, blocks: int) -> list[_Tokens]:
     return [_Tokens(slice(i, i + step), min(step, n_tokens - i), 2 * i * blocks) for i in starts]
 
 
-def _two_level_tile(b: int, precision: str) -> tuple[int, int]:
-    """(rows of b values, warps) of one program: as many as registers hold, at most eight."""
-    if b > 1024:
-        return 2, 8
-    # Three products keep three times the operands.
-    return (8, b // 128) if precision == "tf32" else (4096 // b, 8)
-
-
 def _analysis(
     transform: _Transform,
     n_tokens: int,
@@ -611,10 +601,10 @@ def _transform_launch(
     one_level, two_levels = kernels
     p, q = transform.basis.factors
     if p > 1:
-        rows, num_warps = _two_level_tile(transform.b, transform.precision)
+        tile = two_level_tile(transform.card, transform.b, transform.precision)
         first, second, twiddle = transform.basis.matrices
         return functools.partial(
-            two_levels[launch._cdiv(n_rows, rows), 1, 1],
+            two_levels[launch._cdiv(n_rows, tile.block_t), 1, 1],
             **arguments,
             first_ptr=first,
             second_ptr=second,
@@ -623,8 +613,8 @@ def _transform_launch(
             P=p,
             Q=q,
             DOT=transform.precision,
-            BLOCK_R=rows,
-            num_warps=num_warps,
+            BLOCK_R=tile.block_t,
+            num_warps=tile.num_warps,
             enable_fp_fusion=True,
         )
     tile = transform_tile(transform.card, basis.itemsize, columns, inner)

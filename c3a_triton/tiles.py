@@ -1,14 +1,15 @@
 """Tiles of the Triton kernels: a committed table per card generation and shape family.
 
 Nothing here depends on timing, but measured tiles may be put in the place of committed ones (`override`); the dispatch
-does so with those of the tuned table. The committed entries are starting points taken from compiled code (registers,
-shared memory, tensor-core instructions; see docs/kernels.md), not from measurements on each card.
+does so with those of the tuned table. Which tiles the kernels of a lookup can take at all is part of the table
+(`bounds`, `candidates`). The committed entries are starting points taken from compiled code (registers, shared memory,
+tensor-core instructions; see docs/kernels.md), not from measurements on each card.
 """
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 __all__ = [
     "GENERATIONS",
@@ -16,6 +17,8 @@ __all__ = [
     "SHARED_MEMORY",
     "Lookup",
     "TileConfig",
+    "bounds",
+    "candidates",
     "decode_tile",
     "diagonal_tile",
     "generation",
@@ -27,6 +30,7 @@ __all__ = [
     "product_tile",
     "recorded",
     "transform_tile",
+    "two_level_tile",
     "weight_grad_tile",
 ]
 
@@ -133,12 +137,14 @@ def generation(capability: tuple[int, int]) -> str:
 Lookup = tuple[str, tuple[int | str, ...]]
 _measured: dict[Lookup, TileConfig] = {}
 _recorders: list[set[Lookup]] = []
+_committed: dict[str, Callable[..., TileConfig]] = {}
 
 
 def override(tiles: Mapping[Lookup, TileConfig]) -> bool:
     """Take these tiles in the place of committed ones, and no others; whether that changes anything.
 
-    Who has kept what the functions below return, as plans do, has to ask again.
+    Those outside of their `bounds` are not taken. Who has kept what the functions below return, as plans do, has to ask
+    again.
     """
     changes = _measured != tiles
     _measured.clear()
@@ -161,6 +167,8 @@ def _tunable(tokens_at: int | None = None) -> Callable[[Callable[..., TileConfig
     """A function of the table that `override` reaches; `tokens_at` is the position of its number of tokens."""
 
     def decorated(committed: Callable[..., TileConfig]) -> Callable[..., TileConfig]:
+        _committed[committed.__name__] = committed
+
         @functools.wraps(committed)
         def tile(*arguments: int | str) -> TileConfig:
             if not _measured and not _recorders:  # nearly every call
@@ -173,11 +181,90 @@ def _tunable(tokens_at: int | None = None) -> Callable[[Callable[..., TileConfig
             lookup = (committed.__name__, tuple(sizes))
             for asked in _recorders:
                 asked.add(lookup)
-            return _measured.get(lookup) or committed(*arguments)
+            measured = _measured.get(lookup)
+            return committed(*arguments) if measured is None or not _fits(lookup, measured) else measured
 
         return tile
 
     return decorated
+
+
+# What of a tile varies in a search, in this order.
+FIELDS = tuple(field.name for field in fields(TileConfig))
+# From where to where the extents of a function's tiles may lie, in powers of two, for its kernels to be right. Products
+# of matrices take no fewer than 16 values along each axis, and rows up to 256 are counted in 32 bits. Beyond that:
+_BOUNDS: dict[str, tuple[tuple[int, int], tuple[int, int], tuple[int, int]]] = {
+    # `inner_block` knows steps up to 128.
+    "product_tile": ((16, 256), (16, 256), (16, 128)),
+    # One side for both, which holds a whole block of up to 64.
+    "weight_grad_tile": ((16, 256), (64, 128), (64, 128)),
+    "diagonal_tile": ((16, 256), (32, 128), (32, 128)),
+    # Rows of spectra and both sides of a basis are padded to 128, and read and written up to there without a mask.
+    "transform_tile": ((16, 128), (16, 128), (16, 128)),
+    # Everything is masked, or repeats the last row.
+    "mix_tile": ((16, 256), (16, 256), (16, 128)),
+    "outer_tile": ((16, 256), (16, 256), (16, 256)),
+}
+# Functions whose block_o and block_i are the same.
+_SQUARE = ("weight_grad_tile", "diagonal_tile")
+_STEPS = {"num_warps": (2, 4, 8), "num_stages": (2, 3, 4, 5)}
+
+
+def bounds(lookup: Lookup) -> tuple[tuple[int, int], ...]:
+    """The least and the most of block_t, block_o and block_i with which the kernels of a lookup are right.
+
+    Every power of two between them is; where the table has one side for both, block_o and block_i must be equal.
+    """
+    name, sizes = lookup
+    if name == "decode_tile":
+        n_tokens, b = map(int, sizes)
+        # Blocks in pieces of 16 multiply one value of each piece of a step, and no fewer than 16.
+        return (n_tokens, n_tokens), (16, 64), (256 if b % 16 == 0 else 16, 512)
+    if name == "two_level_tile":
+        b = int(sizes[1])
+        # As many rows as registers can be thought to hold; 128, to which spectra are padded, is above that.
+        return (1, 16384 // b), (b, b), (b, b)
+    return _BOUNDS[name]
+
+
+def candidates(
+    lookup: Lookup, tile: TileConfig | None = None, varied: tuple[str, ...] = FIELDS
+) -> Iterator[TileConfig]:
+    """Tiles to try for a lookup, each of which computes the same up to rounding, if the card has room for it.
+
+    They differ from `tile` in one respect: an extent up to four times smaller or larger, the warps, or the stages.
+
+    Args:
+        lookup: a function of this table and its arguments.
+        tile: where to start from; by default the committed tile.
+        varied: the fields of a tile to vary. Where the table has one side for both, "block_o" is both.
+    """
+    name, sizes = lookup
+    tile = tile or _committed[name](*sizes)
+    extents = dict(zip(FIELDS, bounds(lookup), strict=False))
+    for field in varied:
+        size = getattr(tile, field)
+        if field in extents:
+            least, most = extents[field]
+            values = [value for value in (size // 4, size // 2, 2 * size, 4 * size) if least <= value <= most]
+        else:
+            values = [value for value in _STEPS[field] if value != size]
+        changes = [{field: value} for value in values]
+        if name in _SQUARE and field in ("block_o", "block_i"):
+            changes = [{"block_o": value, "block_i": value} for value in values if field == "block_o"]
+        if name == "two_level_tile" and field == "num_stages":
+            changes = []
+        yield from (replace(tile, **change) for change in changes)
+
+
+def _fits(lookup: Lookup, tile: TileConfig) -> bool:
+    """Whether a tile lies within its bounds: a tuned table may be another version's, or damaged."""
+    sizes = (tile.block_t, tile.block_o, tile.block_i)
+    within = all(
+        least <= size <= most and size & (size - 1) == 0
+        for size, (least, most) in zip(sizes, bounds(lookup), strict=True)
+    )
+    return within and (lookup[0] not in _SQUARE or tile.block_o == tile.block_i)
 
 
 @_tunable(tokens_at=2)
@@ -238,6 +325,22 @@ def weight_grad_tile(card: str, itemsize: int) -> TileConfig:
 def transform_tile(card: str, itemsize: int, columns: int, inner: int) -> TileConfig:
     """The tile of `analysis_kernel` and `synthesis_kernel`: rows of `inner` values to rows of `columns` values."""
     return _fitted((_TRANSFORM_32BIT if itemsize == 4 else _TRANSFORM_16BIT)[card], columns, inner)
+
+
+@_tunable()
+def two_level_tile(card: str, block_size: int, precision: str) -> TileConfig:
+    """The tile of the two-level transforms, the same on every card: block_t rows of one block each.
+
+    As many as registers hold, on at most eight warps. Blocks are taken whole, in a program without a loop: block_o and
+    block_i are the block size, and the stages mean nothing.
+    """
+    if block_size > 1024:
+        rows, num_warps = 2, 8
+    elif precision == "tf32":
+        rows, num_warps = 8, block_size // 128
+    else:  # three products keep three times the operands
+        rows, num_warps = 4096 // block_size, 8
+    return TileConfig(rows, block_size, block_size, num_warps, 1)
 
 
 @_tunable(tokens_at=2)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from c3a_triton import launch_fft, tiles
+from c3a_triton import launch, launch_fft, tiles
 from c3a_triton.errors import BackendError, ShapeError
 from c3a_triton.launch_fft import fft_backward, fft_product, fft_weight_grad
 
@@ -81,8 +81,8 @@ def test_huge_blocks(device: torch.device, dtype: torch.dtype, t: int, m: int, n
 
 
 def forget_plans() -> None:
-    for cached in (launch_fft._basis, launch_fft._product_plan, launch_fft._gradient_plan):
-        cached.cache_clear()
+    launch_fft._basis.cache_clear()
+    launch.clear_plans()
 
 
 @pytest.fixture
@@ -97,7 +97,6 @@ def fresh_plans() -> Iterator[None]:
 def two_level_from_256(fresh_plans: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two levels for b = 256 = 16 · 16: all that larger blocks do, on fewer slots."""
     monkeypatch.setattr(launch_fft, "_TWO_LEVEL", (256, *launch_fft._TWO_LEVEL))
-    monkeypatch.setattr(launch_fft, "_two_level_tile", lambda b, precision: (8, 4))
 
 
 def transform(device: torch.device, dtype: torch.dtype, b: int) -> launch_fft._Transform:
@@ -360,7 +359,7 @@ def test_tiles() -> None:
                 == 16
             )
     for b in launch_fft._TWO_LEVEL:
-        rows = {launch_fft._two_level_tile(b, precision)[0] for precision in ("tf32", "tf32x3")}
+        rows = {tiles.two_level_tile("sm_90", b, precision).block_t for precision in ("tf32", "tf32x3")}
         assert all(launch_fft._PAD % size == 0 for size in rows)
 
 

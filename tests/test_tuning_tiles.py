@@ -1,11 +1,16 @@
 """Measured tiles: what replaces a committed one, what a search keeps, and when none of it is used."""
 
+from contextlib import contextmanager
 from dataclasses import astuple, replace
+from unittest import mock
 
+import bench_package  # noqa: F401
 import pytest
 import torch
 
-from c3a_triton import ConfigError, autotune, circulant_linear, dispatch, launch, tiles, tuned
+from bench import kernel_cases, overhead
+from c3a_triton import ConfigError, autotune, circulant_linear, dispatch, launch, launch_fft, tiles, tuned
+from c3a_triton.benchmark import gate
 from c3a_triton.tiles import TileConfig
 from c3a_triton.tuning import tile_search
 from c3a_triton.tuning.costs import Case, Setting
@@ -77,23 +82,185 @@ def test_the_tuned_table_s_tiles_are_used_but_not_under_deterministic_algorithms
 
 
 @pytest.mark.parametrize("backend", ["direct", "fft"])
-def test_other_tiles_compute_the_same(backend, device):
-    """Whatever a search may try gives the same product, in the interpreter as on a GPU."""
-    x, w = torch.randn(40, 96, device=device), torch.randn(2, 3, 32, device=device)
-    launch.clear_plans()
-    with tiles.recorded() as asked:
-        expected = circulant_linear(x, w, backend=backend)
-    assert asked
-    for lookup in sorted(asked, key=str):
-        name, sizes = lookup
-        committed = getattr(tiles, name)(*sizes)
-        changed = {change(committed) for change in tile_search.variants(lookup, committed)} - {committed}
-        for tile in sorted(changed, key=astuple):
-            if tile.block_t == committed.block_t and device.type == "cpu":
-                continue  # warps and stages mean nothing to the interpreter
+def test_plans_that_are_cleared_ask_for_tiles_again_and_take_others(backend, device):
+    """In the forward and in the backward, so that a search measures what it means to measure."""
+    x = torch.randn(20, 24, device=device, requires_grad=True)
+    w = torch.randn(2, 3, 8, device=device, requires_grad=True)
+    family = "transform_tile" if backend == "fft" else "product_tile"
+
+    def forward():
+        return circulant_linear(x, w, backend=backend)
+
+    y = forward()
+    for call in (forward, lambda: torch.autograd.grad(y, (x, w), y, retain_graph=True)):
+        call()
+        with tiles.recorded() as asked:
+            call()
+        assert not asked  # plans are kept
+        launch.clear_plans()
+        with tiles.recorded() as asked:
+            call()
+        (lookup, *_) = sorted(lookup for lookup in asked if lookup[0] == family)
+        for field in ("block_t", "block_o"):
+            tile = next(tiles.candidates(lookup, varied=(field,)))
             tiles.override({lookup: tile})
             launch.clear_plans()
-            torch.testing.assert_close(circulant_linear(x, w, backend=backend), expected, rtol=1e-4, atol=1e-5)
+            with launch_arguments() as given:
+                call()
+            assert tile.block_t in {found.get("BLOCK_R", found.get("BLOCK_T")) for found in given}
+            assert tile.block_o in {found.get("BLOCK_C", found.get("BLOCK_O")) for found in given}
+        tiles.override({})
+        launch.clear_plans()
+
+
+@contextmanager
+def launch_arguments():
+    """The keyword arguments of launches made meanwhile."""
+    given = []
+
+    def noting(run):
+        return lambda kernel, *args, **kwargs: (given.append(kwargs), run(kernel, *args, **kwargs))[1]
+
+    kernel_class = type(launch._kernels().direct.table_kernel)
+    with mock.patch.object(kernel_class, "run", noting(kernel_class.run)):
+        yield given
+
+
+def test_cards_that_were_tuned_differently_take_committed_tiles(gpu, monkeypatch):
+    other = replace(tiles.product_tile("sm_90", 2, 8192), num_warps=2)
+    machines = {0: MACHINE, 1: MACHINE, 2: ("another", *MACHINE[1:])}
+    monkeypatch.setattr(dispatch, "_machine", lambda device: machines[device.index])
+    committed = tiles.product_tile("sm_90", 2, 8192)
+    tuned.add({}, {tuned.TileKey(*MACHINE, *LOOKUP): astuple(other)})
+    assert [choose(f"cuda:{i}") for i in (0, 1, 0, 2, 0, 1)] == [other] * 3 + [committed] * 3
+
+
+# Every candidate of every lookup, between guards
+
+
+def lookups(case, device):
+    launch.clear_plans()
+    with tiles.recorded() as asked:
+        kernel_cases.check(case, device)
+    return sorted(asked, key=str)
+
+
+def check_candidates(case, device, *, families=tuple(tiles._committed), extremes=False):
+    """Check a case with every candidate of what it asks for; with `extremes` the least and the most of each extent."""
+    for lookup in lookups(case, device):
+        name, sizes = lookup
+        if name not in families:
+            continue
+        committed = getattr(tiles, name)(*sizes)
+        too_large = pytest.importorskip("triton.runtime.errors").OutOfResources
+        # Warps and stages mean nothing to the interpreter.
+        for field in tiles.FIELDS if device.type == "cuda" else tiles.FIELDS[:3]:
+            found = sorted(tiles.candidates(lookup, varied=(field,)), key=astuple)
+            for tile in dict.fromkeys((found[0], found[-1])) if extremes and found else found:
+                tiles.override({lookup: tile})
+                assert getattr(tiles, name)(*sizes) == tile != committed
+                launch.clear_plans()
+                try:
+                    kernel_cases.check(case, device)
+                except gate.GateError as error:
+                    raise AssertionError(f"{lookup} {tile}: {error}") from error
+                except too_large:
+                    assert device.type == "cuda"  # refused before it ran
+        tiles.override({})
+        launch.clear_plans()
+
+
+def case(operator, *sizes, dtype="float32", options=""):
+    return kernel_cases.Case(operator, *sizes, dtype, frozenset(options.split()))
+
+
+# Together every function of the table, and each of its kernels. Results are right, and so is what lies around them.
+SMALL = (
+    ("product_tile", case("direct", 18, 2, 1, 24, options="bias")),
+    ("product_tile", case("direct", 18, 3, 2, 5, dtype="bfloat16")),
+    ("weight_grad_tile", case("weight_grad", 17, 2, 1, 5)),
+    ("diagonal_tile", case("weight_grad", 17, 1, 1, 72, dtype="float16")),
+    ("diagonal_tile", case("weight_grad", 17, 1, 1, 128)),
+    ("decode_tile", case("decode", 3, 1, 2, 16, dtype="bfloat16")),
+    ("decode_tile", case("decode", 3, 2, 3, 5, dtype="float16")),
+    ("transform_tile", case("fft", 3, 1, 2, 18, options="bias")),
+    ("mix_tile", case("fft", 3, 20, 33, 1)),
+    ("outer_tile", case("fft_weight_grad", 3, 20, 33, 2)),
+    ("two_level_tile", case("fft", 1, 1, 1, 256)),
+)
+
+
+@pytest.mark.parametrize(("family", "case"), SMALL, ids=lambda value: getattr(value, "key", value))
+def test_candidates_are_right_and_stay_in_their_tensors(family, case, device, monkeypatch):
+    monkeypatch.setattr(launch_fft, "_TWO_LEVEL", (256, *launch_fft._TWO_LEVEL))
+    check_candidates(case, device, families=(family,), extremes=True)
+
+
+def test_small_cases_ask_for_their_tiles(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(launch_fft, "_TWO_LEVEL", (256, *launch_fft._TWO_LEVEL))
+    for family, one in SMALL:
+        launch.clear_plans()
+        nothing_computed = pytest.raises(gate.GateError)
+        with tiles.recorded() as asked, overhead.stubbed_launches(), nothing_computed:
+            kernel_cases.check(one, torch.device("cpu"))
+        assert family in {name for name, _ in asked}
+    assert {family for family, _ in SMALL} == set(tiles._committed)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("case", kernel_cases.CASES, ids=lambda case: case.key)
+def test_every_candidate_of_every_case(case, device):
+    check_candidates(case, device)
+
+
+def test_candidates():
+    """One change each: an extent within the bounds, the warps or the stages; as many as a search has time for."""
+    examples = [
+        ("product_tile", ("sm_90", 2, 8192)),
+        ("decode_tile", (4, 256)),
+        ("decode_tile", (16, 25)),
+        ("diagonal_tile", ("sm_90", 2, 256)),
+        ("weight_grad_tile", ("sm_90", 4)),
+        ("transform_tile", ("sm_90", 2, 256, 256)),
+        ("mix_tile", ("sm_90", 2, 8192, 64, 64)),
+        ("outer_tile", ("sm_90", 4, 64, 64)),
+        ("two_level_tile", ("sm_90", 1024, "tf32")),
+    ]
+    assert {name for name, _ in examples} == set(tiles._committed)
+    for lookup in examples:
+        committed = getattr(tiles, lookup[0])(*lookup[1])
+        found = list(tiles.candidates(lookup))
+        assert 5 <= len(found) == len(set(found)) <= 20, lookup
+        for tile in found:
+            changed = {name for name in tiles.FIELDS if getattr(tile, name) != getattr(committed, name)}
+            assert len(changed) == 1 or (changed == {"block_o", "block_i"} and tile.block_o == tile.block_i)
+            assert tiles._fits(lookup, tile)
+        assert set(found) == {t for name in tiles.FIELDS for t in tiles.candidates(lookup, varied=(name,))}
+    tile = TileConfig(64, 32, 32, 4, 3)
+    found = list(tiles.candidates(examples[0], tile, ("block_t", "num_warps")))
+    assert [t.block_t for t in found] == [16, 32, 128, 256, 64, 64]
+    assert {t.block_o for t in found} == {32}
+
+
+def test_a_tile_outside_of_its_bounds_is_not_taken():
+    """Whoever wrote the table: a damaged file or an older version's must not make kernels write past their tensors."""
+    for lookup, changes in (
+        (("transform_tile", ("sm_90", 2, 256, 256)), {"block_t": 256}),
+        (("transform_tile", ("sm_90", 2, 256, 256)), {"block_o": 256}),
+        (("product_tile", ("sm_90", 2, 8192)), {"block_o": 96}),
+        (("diagonal_tile", ("sm_90", 2, 256)), {"block_i": 64}),
+        (("weight_grad_tile", ("sm_90", 2)), {"block_o": 32, "block_i": 32}),
+        (("decode_tile", (4, 256)), {"block_t": 2}),
+        (("two_level_tile", ("sm_90", 512, "tf32")), {"block_t": 64}),
+    ):
+        name, sizes = lookup
+        tiles.override({})
+        committed = getattr(tiles, name)(*sizes)
+        tiles.override({lookup: replace(committed, **changes)})
+        assert getattr(tiles, name)(*sizes) == committed, lookup
+        tiles.override({lookup: replace(committed, num_warps=16)})
+        assert getattr(tiles, name)(*sizes).num_warps == 16
 
 
 def searched(timer, device):
@@ -157,13 +324,3 @@ def test_results_are_compared():
 def test_tiles_are_not_predicted():
     with pytest.raises(ConfigError, match="on a GPU"):
         autotune(torch.nn.Sequential(torch.nn.Linear(8, 8)), 64, target_modules="all-linear", measure=False, tiles=True)
-
-
-def test_variants_change_one_property_each():
-    tile = TileConfig(64, 128, 64, 4, 3)
-    for change in tile_search.variants(LOOKUP, tile):
-        differing = sum(a != b for a, b in zip(astuple(change(tile)), astuple(tile), strict=True))
-        assert differing <= 1
-    assert {change(tile).block_t for change in tile_search.variants(LOOKUP, tile)} == {32, 64, 128}
-    decode = {change(tile).block_t for change in tile_search.variants(("decode_tile", (4, 256)), tile)}
-    assert decode == {64}

@@ -1,8 +1,7 @@
 """Measuring tiles: for the cases that were chosen, variants of each tile that their kernels ask for."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from c3a_triton.tiles import Lookup, TileConfig
 from .costs import Case, Setting
 from .measurement import Operands, Progress, Timer, default_timer
 
-__all__ = ["measure_tiles", "variants"]
+__all__ = ["measure_tiles"]
 
 # A variant has to be faster by more than measurements scatter.
 LEAST_GAIN = 0.01
@@ -56,21 +55,6 @@ def measure_tiles(
     return done
 
 
-def variants(lookup: Lookup, tile: TileConfig) -> Iterator[Callable[[TileConfig], TileConfig]]:
-    """Changes to try, each of one property: stages, warps, and tokens, of which kernels take any power of two.
-
-    The other extents are fitted to the problem and left alone; those of `decode_tile` are all fitted.
-    """
-    for num_stages in (2, 3, 4, 5):
-        yield lambda current, value=num_stages: replace(current, num_stages=value)  # type: ignore[misc]
-    for num_warps in (2, 4, 8):
-        yield lambda current, value=num_warps: replace(current, num_warps=value)  # type: ignore[misc]
-    if lookup[0] != "decode_tile":
-        for block_t in (tile.block_t // 2, tile.block_t * 2):
-            if 16 <= block_t <= 256:
-                yield lambda current, value=block_t: replace(current, block_t=value)  # type: ignore[misc]
-
-
 def _lookups(call: Callable[[], Any], best: dict[Lookup, TileConfig]) -> list[Lookup]:
     """What a call asks for and the table lacks."""
     _use(best)
@@ -92,22 +76,20 @@ def _fastest(
     name, sizes = lookup
     committed = getattr(tiles, name)(*sizes)
     expected, seconds, fastest = _tensors(call()), timer(call), committed
-    for change in variants(lookup, committed):
-        tile = change(fastest)
-        if tile == fastest:
-            continue
-        _use(best | {lookup: tile})
-        # A tile may ask for more than the card has: shared memory, registers, threads.
-        try:
-            if not _same(_tensors(call()), expected, TOLERANCE[itemsize]):
-                warnings.warn(f"{tile} for {lookup} gives other results, and is left out", stacklevel=2)
+    for field in tiles.FIELDS:
+        for tile in tiles.candidates(lookup, fastest, (field,)):
+            _use(best | {lookup: tile})
+            # A tile may ask for more than the card has: shared memory, registers, threads.
+            try:
+                if not _same(_tensors(call()), expected, TOLERANCE[itemsize]):
+                    warnings.warn(f"{tile} for {lookup} gives other results, and is left out", stacklevel=2)
+                    continue
+                found = timer(call)
+            except Exception as error:
+                warnings.warn(f"{tile} for {lookup} cannot be used: {type(error).__name__}", stacklevel=2)
                 continue
-            found = timer(call)
-        except Exception as error:
-            warnings.warn(f"{tile} for {lookup} cannot be used: {type(error).__name__}", stacklevel=2)
-            continue
-        if found < seconds * (1 - LEAST_GAIN):
-            fastest, seconds = tile, found
+            if found < seconds * (1 - LEAST_GAIN):
+                fastest, seconds = tile, found
     return fastest
 
 
