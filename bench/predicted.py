@@ -1,8 +1,8 @@
 """What the cost model says of the goals for one layer, on an H200: `python -m bench.predicted`.
 
-It rewrites the tables in docs/performance.md. Nothing is measured here: the goals are those of `bench.op`, from records in
-which predicted times stand where a GPU's would. Not modelled, and so not in the table: the steps of whole models,
-Python's time, and what share of a bandwidth kernels reach.
+It rewrites the tables in docs/performance.md. Nothing is measured here: the goals are those of `bench.op`, from records
+in which predicted times stand where a GPU's would; beside them stands what cards have measured. Not modelled, and so
+not in the tables: the steps of whole models, Python's time, and what share of a bandwidth kernels reach.
 """
 
 import sys

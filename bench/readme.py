@@ -10,9 +10,9 @@ from . import ROOT, committed, cpu, op, report
 __all__ = ["main", "section"]
 
 BEGIN, END = "<!-- bench.readme: begin -->", "<!-- bench.readme: end -->"
-NOTHING_MEASURED = """No GPU figure is given, because none has been measured yet. [docs/gpu.md](docs/gpu.md) is for whoever
-has an NVIDIA GPU for fifteen minutes: two commands that test on it and measure against PEFT's C3A, PEFT's LoRA and the
-frozen base."""
+NOTHING_MEASURED = """No GPU figure is given, because none has been measured yet. [docs/gpu.md](docs/gpu.md) is for
+whoever has an NVIDIA GPU for fifteen minutes: two commands that test on it and measure against PEFT's C3A, PEFT's LoRA
+and the frozen base."""
 
 
 def section() -> str:
@@ -38,7 +38,8 @@ def _gpu_section(card: committed.Card) -> str:
     reached = sum(bool(goal.reached) for goal in goals)
     return (
         f"{card.title}, medians of one run; of {len(goals)} goals {reached} are reached "
-        f"([which, and what was predicted](docs/performance.md)). Reproduce with `python -m bench.gpu right --out DIR`.\n"
+        "([which, and what was predicted](docs/performance.md)). Reproduce with `python -m bench.gpu right --out DIR`."
+        "\n"
         + "\n".join(lines)
     )
 
