@@ -31,7 +31,7 @@ def compile_all(card: str, cache: Path) -> list[dict]:
     worker = Path(__file__).with_name("aot_worker.py")
     command = [sys.executable, str(worker), card]
     command += [] if card == WHOLE or os.environ.get("NIGHTLY") else ["few"]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200)
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=7200)
     assert run.returncode == 0, f"{card}: {run.stderr[-4000:]}"
     return [json.loads(line) for line in run.stdout.splitlines()]
 

@@ -2,8 +2,11 @@
 
 import json
 import re
+import signal
+import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +21,8 @@ from bench import checks, compute_sanitizer, kernel_cases, processes, report, ru
 from c3a_triton.benchmark import timing
 
 CPU = torch.device("cpu")
+# Seconds: after which a process is taken to hang, and for which those sleep that are to be ended.
+HANG, SLEEP = 1800, 3600
 OVERRUN = """
 ========= Invalid __global__ write of size 4 bytes
 =========     at overrun_kernel+0x90 in overrun.py:19
@@ -220,7 +225,7 @@ BEHAVIOURS = {
     "refuses": 'say(texts["refusal"]); sys.exit(255)',
     "lies": 'say(texts["lie"]); sys.exit(0)',
     "does not know an option": 'print("unrecognised option"); sys.exit(255)',
-    "hangs": 'say(texts["start"]); time.sleep(600)',
+    "hangs": f'say(texts["start"]); time.sleep({SLEEP})',
 }
 TEXTS = {
     "memcheck": log(OVERRUN, count=1),
@@ -259,7 +264,7 @@ def _setting(tmp_path: Path, limit: float, device: torch.device = CPU, workers: 
 
 
 def _record(
-    tmp_path: Path, tool: str, *, limit: float = 60, cases: str = "^expand", device: torch.device = CPU
+    tmp_path: Path, tool: str, *, limit: float = HANG, cases: str = "^expand", device: torch.device = CPU
 ) -> runs.Record:
     subject = checks.sanitized((tool,), cases)
     setting = _setting(tmp_path, limit, device)
@@ -305,7 +310,7 @@ def test_it_watches_the_real_program_in_exact_allocations(
     tmp_path: Path, stand_in: Callable[..., list[Path]], device: torch.device
 ) -> None:
     stand_in("runs")
-    record = _record(tmp_path, "memcheck", limit=120, cases="^expand .*float32", device=device)
+    record = _record(tmp_path, "memcheck", cases="^expand .*float32", device=device)
     assert (record["verdict"], record["cases"], record["failed"]) == ("passed", 1, {})
     ((arguments, caching, interpreted),) = map(json.loads, (tmp_path / "record").read_text().splitlines())
     assert (caching, interpreted) == ("1", device.type == "cpu")
@@ -315,11 +320,14 @@ def test_it_watches_the_real_program_in_exact_allocations(
     assert "TRITON_INTERPRET" not in checks._environment(torch.device("cuda"))
 
 
-def test_one_that_hangs_is_ended_with_all_it_has_started(tmp_path: Path, stand_in: Callable[..., list[Path]]) -> None:
+def test_one_that_hangs_is_ended_with_all_it_has_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_in: Callable[..., list[Path]]
+) -> None:
     stand_in("hangs", "passes")
+    monkeypatch.setattr(checks, "time", SimpleNamespace(monotonic=lambda: 0.0))  # starting it takes none of its time
     record = _record(tmp_path, "racecheck", limit=2)
     assert (record["status"], record["verdict"]) == ("unavailable", "timed out")
-    assert record["seconds"] < 30
+    assert record["seconds"] < SLEEP
 
 
 def test_another_copy_is_tried_where_one_refuses(tmp_path: Path, stand_in: Callable[..., list[Path]]) -> None:
@@ -346,7 +354,7 @@ def test_none_is_recorded_as_not_found(tmp_path: Path, stand_in: Callable[..., l
 
 
 def _guards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, *, limit: float = 60, cases: str = "^expand"
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, *, limit: float = HANG, cases: str = "^expand"
 ) -> runs.Record:
     """The record of two processes that are this program instead of `bench.sanitize`."""
     path = tmp_path / "program.py"
@@ -382,6 +390,15 @@ PROGRAM = """
 """
 KEYS = [case.key for case in kernel_cases.CASES if case.key.startswith("expand")]
 RIGHT = 'results["cases"][key] = {"status": "ok"}'
+
+
+def _ended(process: subprocess.Popen[bytes], *, unless: Callable[[], bool]) -> bool:
+    """Whether a process has ended by itself before something is so."""
+    while process.poll() is None:
+        if unless():
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def _worker(body: str = RIGHT, *, found: bool = True) -> str:
@@ -427,8 +444,23 @@ def test_a_table_that_does_not_run_or_takes_too_long_is_incomplete(
     assert record["status"] == "error"
     assert "4 cases did not run" in record["message"]
     assert "no such card" in record["message"]
-    slow = f"import time; save(); time.sleep(600) if key == {KEYS[2]!r} else None; {RIGHT}"
-    record = _guards(tmp_path, monkeypatch, _worker(slow), limit=3)
+
+    # The time of the first process is up when it has come to a case; the other one has all it needs.
+    class Clock(threading.local):
+        now = 0.0
+
+    clock, reached = Clock(), tmp_path / "reached"
+
+    def wait(process: subprocess.Popen[bytes], seconds: float) -> bool:
+        if _ended(process, unless=lambda: "0/2" in process.args and reached.exists()):
+            return True
+        clock.now += seconds
+        return False
+
+    monkeypatch.setattr(processes, "_wait", wait)
+    monkeypatch.setattr(checks, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    hang = f"save(), open({str(reached)!r}, 'w').close(), time.sleep({SLEEP})"
+    record = _guards(tmp_path, monkeypatch, _worker(f"import time; ({hang}) if key == {KEYS[2]!r} else None; {RIGHT}"))
     assert (record["status"], record["missing"]) == ("incomplete", [KEYS[2]])
 
 
@@ -442,7 +474,8 @@ def test_all_checks_resume_and_tell(
     monkeypatch.setattr(runs.faulthandler, "dump_traceback_later", lambda *args, **kwargs: None)
     monkeypatch.setattr(checks.os, "cpu_count", lambda: 1)
     out = tmp_path / "out"
-    command = ["--device", device.type, "--tiny", "--cases", "^expand .*float32", "--out", str(out)]
+    command = ["--device", device.type, "--tiny", "--budget-s", "5700", "--cases", "^expand .*float32"]
+    command += ["--out", str(out)]
     assert checks.main(command) == 3  # memcheck's errors, not racecheck's
     records = report.read_json(out / "results.json")["records"]
     assert {key: record["status"] for part in records.values() for key, record in part.items()} == {
@@ -482,19 +515,22 @@ def test_few_cases_launch_every_kernel() -> None:
     assert set().union(*(launched[case] for case in chosen)) == kernel_cases.KERNELS
 
 
-def test_an_interrupted_process_leaves_nothing_behind(tmp_path: Path) -> None:
-    program = """
+def test_an_interrupted_process_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = f"""
         import signal, subprocess, sys, time
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep({SLEEP})"])
         print(child.pid, flush=True)
-        time.sleep(600)
+        time.sleep({SLEEP})
     """
-    command = [sys.executable, "-c", textwrap.dedent(program)]
-    ended = processes.run(command, log=tmp_path / "log", limit=3, grace=0.5)
+    command, log = [sys.executable, "-c", textwrap.dedent(program)], tmp_path / "log"
+    # Its time is up when it has started its child.
+    started = lambda: "\n" in log.read_text()  # noqa: E731
+    monkeypatch.setattr(processes, "_wait", lambda process, seconds: _ended(process, unless=started))
+    ended = processes.run(command, log=log, limit=3, grace=0.5)
     assert ended.interrupted
-    assert ended.seconds < 30
-    stat = Path(f"/proc/{(tmp_path / 'log').read_text().split()[0]}/stat")
+    assert ended.exit_code == -signal.SIGKILL
+    stat = Path(f"/proc/{log.read_text().split()[0]}/stat")
 
     def lives() -> bool:
         try:
@@ -502,7 +538,16 @@ def test_an_interrupted_process_leaves_nothing_behind(tmp_path: Path) -> None:
         except OSError:
             return False
 
-    until = time.monotonic() + 10  # it has been killed, but nobody waits for a child's child
+    until = time.monotonic() + HANG  # it has been killed, but nobody waits for a child's child
     while lives():
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+def test_a_process_is_waited_for_so_long_and_no_longer(tmp_path: Path) -> None:
+    sleeps, ends = ([sys.executable, "-c", f"import time; time.sleep({n})"] for n in (SLEEP, 0))
+    ended = processes.run(sleeps, log=tmp_path / "log", limit=0.1, grace=0.1)
+    assert ended.interrupted
+    assert 0.1 <= ended.seconds < SLEEP
+    ended = processes.run(ends, log=tmp_path / "log", limit=HANG)
+    assert (ended.exit_code, ended.interrupted) == (0, False)

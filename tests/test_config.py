@@ -3,7 +3,7 @@ import os
 import warnings
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from versions import PEFT
 
@@ -263,14 +263,14 @@ def test_a_failed_save_leaves_the_former_file(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == [CONFIG_NAME]
 
 
-@settings(deadline=None, derandomize=True)
+@settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(1, 5000), st.integers(1, 5000))
 def test_valid_block_sizes_are_the_common_divisors(in_features, out_features):
     expected = [b for b in range(1, min(in_features, out_features) + 1) if in_features % b == out_features % b == 0]
     assert valid_block_sizes(in_features, out_features) == expected
 
 
-@settings(deadline=None, derandomize=True)
+@settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 300), st.one_of(st.none(), st.integers(1, 10**6)))
 def test_suggested_size_is_the_nearest_allowed_one(in_features, out_features, rank, max_params):
     area = in_features * out_features

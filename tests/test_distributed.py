@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -35,10 +36,17 @@ def launch(module: str, *arguments: str, deepspeed: bool = False) -> subprocess.
         capture_output=True,
         text=True,
         check=False,
-        timeout=500,
+        timeout=1800,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return done
+
+
+def launch_by_accelerate(*arguments: str, deepspeed: bool = False) -> None:
+    """Told of a port that is taken, accelerate has the system choose one as it is opened: no race for it."""
+    with socket.create_server(("localhost", 0)) as taken:
+        port = ("--main_process_port", str(taken.getsockname()[1]))
+        launch("accelerate.commands.launch", *port, *arguments, deepspeed=deepspeed)
 
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -178,9 +186,7 @@ def in_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"import sys; sys.path.insert(0, {str(EXAMPLE.parent)!r}); import train\n"
         f"sys.exit(max(train.main(arguments) for arguments in {runs!r}))\n"
     )
-    port = str(29500 + os.getpid() % 1000)
-    options = ("--multi_gpu", "--num_processes", "2", "--main_process_port", port)
-    launch("accelerate.commands.launch", *options, str(script))
+    launch_by_accelerate("--multi_gpu", "--num_processes", "2", str(script))
     return folder
 
 
@@ -202,9 +208,8 @@ def test_the_example_under_zero3(tmp_path: Path) -> None:
         pytest.importorskip(package)
     example(tmp_path / "one", "--batch", "4")
     options = ("--use_deepspeed", "--zero_stage", "3", "--zero3_save_16bit_model", "true", "--num_processes", "2")
-    port = ("--main_process_port", str(29500 + os.getpid() % 1000))
     script = (str(EXAMPLE), *SMALL, "--batch", "2", "--output", str(tmp_path / "two"))
-    launch("accelerate.commands.launch", *options, *port, *script, deepspeed=True)
+    launch_by_accelerate(*options, *script, deepspeed=True)
     assert list((tmp_path / "two" / "checkpoint-20").glob("global_step20/zero_*")), "not ZeRO-3's checkpoint"
     one, two = losses_and_adapter(tmp_path / "one"), losses_and_adapter(tmp_path / "two")
     torch.testing.assert_close(two[0], one[0], rtol=0, atol=BOUND)

@@ -397,7 +397,7 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
     deadline=None,
     derandomize=True,
     phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(seed=st.integers(0, 2**32))
 def test_any_sequence_of_calls_is_right(device: torch.device, seed: int) -> None:

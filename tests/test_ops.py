@@ -50,7 +50,12 @@ def check_all_three(device, backend, dtype, n_tokens, m, n, b, seed=0):
 
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@settings(
+    max_examples=6,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    derandomize=True,
+)
 @given(
     n_tokens=st.integers(1, 40),
     m=st.integers(1, 4),

@@ -1,9 +1,10 @@
+import itertools
 import re
-import time
 import warnings
+from types import SimpleNamespace
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from versions import PEFT
@@ -67,7 +68,7 @@ def peft_configs(draw: st.DrawFn) -> dict:
     return fields
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(peft_configs(), st.lists(NAMES, min_size=1, max_size=6))
 # A module named in full is a target whatever its layer, and of two numbers in a name the first is the layer's.
 @example(
@@ -162,21 +163,20 @@ def test_a_catastrophic_pattern_ends_in_an_error(monkeypatch, use):
     monkeypatch.setattr(patterns, "TIME_LIMIT_S", 0.2)
     patterns._matcher.cache_clear()
     bad = "(?:a|aa)+b|(?:a|aa)+c"
-    start = time.monotonic()
     with pytest.raises(ConfigError, match=re.escape(repr(bad)) + ".*too long"):
-        use(bad, "a" * 60)
-    assert time.monotonic() - start < 20
+        use(bad, "a" * 60)  # without a limit for years
     patterns._matcher.cache_clear()
 
 
 def test_many_matches_that_are_merely_slow_share_the_limit(monkeypatch):
-    monkeypatch.setattr(patterns, "TIME_LIMIT_S", 0.2)
+    # By a clock of which a match takes one second.
+    monkeypatch.setattr(patterns, "time", SimpleNamespace(thread_time=itertools.count().__next__))
+    monkeypatch.setattr(patterns, "TIME_LIMIT_S", 4.5)
     patterns._matcher.cache_clear()
-    config = C3AConfig(target_modules="(?:a|aa)+b|(?:a|aa)+c")
-    start = time.monotonic()
+    config = C3AConfig(target_modules=".*b")
+    assert not any(match_target(config, "a") for _ in range(5))
     with pytest.raises(ConfigError, match="too long"):
-        any(match_target(config, "a" * 24) for _ in range(1000))
-    assert time.monotonic() - start < 20
+        match_target(config, "a")
     patterns._matcher.cache_clear()
 
 
@@ -217,7 +217,7 @@ def peft_block_sizes(model: nn.Module, config: object) -> dict[str, int]:
 SIZES = st.sampled_from([1, 2, 4, 8, 16])
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(NAMES, min_size=1, max_size=7, unique=True).map(leaves),
     st.dictionaries(EXPRESSIONS, SIZES, max_size=3),
@@ -234,7 +234,7 @@ def test_simulated_block_sizes_are_pefts(names, pattern, default):
         assert peft_block_sizes(model, config) == {name: peft_block_size_for(pattern, default, name) for name in names}
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(NAMES, min_size=1, max_size=7, unique=True).map(leaves),
     st.dictionaries(EXPRESSIONS, SIZES, max_size=3),

@@ -673,7 +673,7 @@ def test_the_example_in_short(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     figures = re.search(r"text: (\S+) before, (\S+) after, (\S+) merged", done.stdout)

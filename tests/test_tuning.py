@@ -8,10 +8,11 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import MLP, gpt2, llama, llama_classifier
 from torch import nn
@@ -20,9 +21,8 @@ import c3a_triton
 from c3a_triton import BackendError, C3AConfig, CheckpointError, ConfigError, dispatch, tuned, valid_block_sizes
 from c3a_triton.patterns import block_size_for, peft_block_size_for
 from c3a_triton.tuned import Times
-from c3a_triton.tuning import costs, groups, outcome, solver, tuner
+from c3a_triton.tuning import costs, groups, measurement, outcome, solver, tuner
 from c3a_triton.tuning import settings as tuned_settings
-from c3a_triton.tuning.measurement import measured
 from c3a_triton.tuning.solver import LATENCY_TOLERANCE, Choice
 
 
@@ -71,7 +71,7 @@ def total(found, picked, name):
     return sum(getattr(group[i], name) for group, i in zip(found, picked, strict=True))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(problems())
 def test_the_solver_is_brute_force(problem):
     found, budget = problem
@@ -101,7 +101,7 @@ def test_the_solver_is_brute_force(problem):
         assert total(found, picked, "distance") == pytest.approx(nearest, abs=1e-5), objective
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(problems())
 def test_the_front_is_brute_force(problem):
     found, budget = problem
@@ -236,7 +236,7 @@ NAMES = st.lists(
 ).map(".".join)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(NAMES, st.sampled_from([4, 8, 16]), min_size=1, max_size=8))
 def test_any_sizes_of_any_names_have_a_pattern(sizes):
     block_size, pattern = tuned_settings.minimal_pattern(sizes)
@@ -533,7 +533,7 @@ def test_every_call_computes_a_layer_of_its_backend():
 
     setting = costs.Setting(torch.device("cpu"), torch.float32, 8, True)
     cases = [costs.Case(12, 6, 0, "base"), costs.Case(12, 6, 3, "torch")]
-    assert measured(cases, setting, timer) == dict.fromkeys(cases, Times(1.0, 1.0))
+    assert measurement.measured(cases, setting, timer) == dict.fromkeys(cases, Times(1.0, 1.0))
     base, (base_dx,), adapted, (dx, dw) = results
     assert base.shape == adapted.shape == (8, 6)
     assert base_dx.shape == dx.shape == (8, 12)
@@ -553,9 +553,11 @@ def test_peers_are_measured_for_comparison():
     assert result.outcome.peers[-1].parameters == result.outcome.parameters
 
 
-def test_a_real_clock_measures_on_the_cpu(monkeypatch):
-    monkeypatch.setattr("c3a_triton.tuning.measurement.CPU_SECONDS", 0.0)
-    assert 0 < on_cpu(None).outcome.seconds < 10
+def test_the_clock_measures_on_the_cpu(monkeypatch):
+    clock = itertools.count(0.0, 1.0).__next__  # a second for each look at it
+    monkeypatch.setattr(measurement, "time", SimpleNamespace(perf_counter=clock))
+    on_cpu(None)
+    assert set(tuned.load().times.values()) == {Times(1.0, 1.0)}
 
 
 def test_progress_is_told():
@@ -650,7 +652,7 @@ def test_chromium_shows_the_charts_on_a_phone_s_width(tmp_path):
     (tmp_path / "frame.html").write_text(MEASURED_IN_A_FRAME.format(page=html.escape(page)))
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     command += ["--virtual-time-budget=10000", "--dump-dom", f"file://{tmp_path / 'frame.html'}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=True)
     found = json.loads(html.unescape(re.search(r'<p id="found">(.*?)</p>', done.stdout)[1]))
     assert found["page"] <= 390
     assert len(found["pictures"]) == 2

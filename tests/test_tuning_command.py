@@ -3,10 +3,8 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from tiny_models import llama
 from c3a_triton import C3AConfig, apply, cli, dispatch, tuned
 
 COMMAND = shutil.which("c3a-triton", path=str(Path(sys.executable).parent)) or "c3a-triton"
+HANG = 1800  # seconds, after which a process is taken to hang
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +48,7 @@ def test_the_installed_command_writes_what_is_applied(folder, tmp_path):
     output, page = tmp_path / "new" / "c3a.json", tmp_path / "new" / "report.html"
     arguments = ["autotune", folder, "--max-params", "3k", "--target-modules", "all-linear", "--no-measure", "--json"]
     arguments += ["--output", output, "--report", page]
-    done = subprocess.run([COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["times"] == "predicted"
@@ -61,23 +60,38 @@ def test_the_installed_command_writes_what_is_applied(folder, tmp_path):
     assert model.c3a.get_nb_trainable_parameters()[0] == document["parameters"]
 
 
-def test_an_interrupted_run_keeps_what_it_measured_and_is_resumed(folder, cache):
-    """Measured on the CPU, by the clock: stopped by Ctrl-C after the first results, then run to its end."""
+# The command, which gets its Ctrl-C in the fifth call that it times, however fast the machine is. A shell has what it
+# starts in the background ignore Ctrl-C.
+INTERRUPTED = """
+import signal, sys
+from c3a_triton import cli
+from c3a_triton.tuning import measurement
+signal.signal(signal.SIGINT, signal.default_int_handler)
+seconds, calls = measurement._cpu_seconds, []
+def interrupted(call):
+    calls.append(call)
+    if len(calls) == 5:
+        signal.raise_signal(signal.SIGINT)
+    return seconds(call)
+measurement._cpu_seconds = interrupted
+sys.exit(cli.main())
+"""
+
+
+def test_an_interrupted_run_keeps_what_it_measured_and_is_resumed(folder):
+    """Measured on the CPU, by the clock: stopped by Ctrl-C in the third case, then run to its end."""
     arguments = ["autotune", folder, "--max-params", "10k", "--tokens", "16"]
-    command = [COMMAND, *map(str, arguments), "--device", "cpu", "--dtype", "float32", "--json"]
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 240
-    while not (cache / "tuned-1.json").exists() and first.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    first.send_signal(signal.SIGINT)
-    out, err = first.communicate(timeout=120)
-    assert first.returncode == 130, err
-    assert out == ""
-    assert "is kept in" in err
-    assert "Traceback" not in err
+    arguments = [*map(str, arguments), "--device", "cpu", "--dtype", "float32", "--json"]
+    first = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, *arguments], capture_output=True, text=True, timeout=HANG
+    )
+    assert first.returncode == 130, first.stderr
+    assert first.stdout == ""
+    assert "is kept in" in first.stderr
+    assert "Traceback" not in first.stderr
     kept = tuned.load().times
-    assert kept
-    second = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert len(kept) == 2  # each a forward and a backward
+    second = subprocess.run([COMMAND, *arguments], capture_output=True, text=True, timeout=HANG)
     assert second.returncode == 0, second.stderr
     found = tuned.load().times
     assert len(found) > len(kept)
@@ -219,22 +233,20 @@ def test_a_large_model_s_shapes_are_enough(tmp_path):
         num_key_value_heads=8,
         head_dim=128,
     ).save_pretrained(tmp_path)
+    # Not ru_maxrss: there a process starts with what the one that started it has.
     code = """
-import resource, sys, time
+import re, sys
+from pathlib import Path
 from c3a_triton import cli
 status = cli.main(sys.argv[1:])
-usage = resource.getrusage(resource.RUSAGE_SELF)
-print(usage.ru_maxrss / 1024, usage.ru_utime + usage.ru_stime)
+print(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
 sys.exit(status)
 """
     arguments = ["autotune", tmp_path, "--max-params", "20M", "--target-modules", "all-linear", "--no-measure"]
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "2"}
+        command, capture_output=True, text=True, timeout=HANG, env=os.environ | {"OMP_NUM_THREADS": "2"}
     )
     assert done.returncode == 0, done.stderr
-    megabytes, seconds = map(float, done.stdout.splitlines()[-1].split())
     assert "all           196" in done.stdout
-    assert megabytes < 1024
-    # Processor time: the clock depends on what else runs here.
-    assert seconds < 20
+    assert int(done.stdout.splitlines()[-1]) < 1 << 20

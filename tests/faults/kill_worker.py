@@ -2,9 +2,10 @@
 
     python kill_worker.py FOLDER KILLS
 
-A child is forked for each kill, so that imports are paid for once. It dies by SIGKILL: before the k-th step that it
-takes in the file system (an audit hook counts them), for every k, and at KILLS random moments. After each, every file
-has to be the former or the new one, whole. Prints what was seen as JSON; any broken promise is an exception.
+A child is forked for each kill, so that imports are paid for once. It dies by SIGKILL before the k-th step that it
+takes in the file system (an audit hook counts them), for every k, and by an alarm, which nothing handles, at KILLS
+random moments. After each, every file has to be the former or the new one, whole. Prints what was seen as JSON; any
+broken promise is an exception.
 """
 
 import json
@@ -41,6 +42,9 @@ def child(work: Callable[[], None], *, step: int | None = None, after: float | N
     if pid == 0:
         status = 1
         try:
+            if after is not None:
+                # The system's: it comes in time even where this process does not get to run for long.
+                signal.setitimer(signal.ITIMER_REAL, after)
             if step is not None:
                 left = [step]
 
@@ -55,9 +59,6 @@ def child(work: Callable[[], None], *, step: int | None = None, after: float | N
             status = 0
         finally:
             os._exit(status)
-    if after is not None:
-        time.sleep(after)
-        os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     if os.WIFSIGNALED(status):
         return True
@@ -108,7 +109,7 @@ def moments(
         if died == kills:
             return
         prepare()
-        killed = child(work, after=draw.uniform(0, longest))
+        killed = child(work, after=draw.uniform(1e-6, longest))
         # The machine's pace changes: about nine in ten are to come in time.
         longest *= 1.02 if killed else 0.85
         died += killed
