@@ -160,12 +160,10 @@ def _gradients(
 def _weight_blocks(analysis: "_Analysis", w: Tensor) -> Tensor:
     """The matrices [slots, 2 · row_blocks, 2 · col_blocks] that `mix` multiplies by, from w in float32."""
 
-    def compute() -> Tensor:
-        blocks = analysis.memory.allocate()
+    def compute(blocks: Tensor) -> None:
         analysis.launch(x_ptr=w.contiguous(), z_ptr=blocks, stride_x_t=w.shape[2])
-        return blocks
 
-    return spectra.of_weight(w, analysis.what, compute)
+    return spectra.of_weight(w, analysis.what, analysis.memory.allocate, compute)
 
 
 def _whole_spectrum(analysis: "_Analysis | None", x: Tensor, source: spectra.Source | None) -> Tensor | None:
@@ -249,10 +247,20 @@ def _takes_two_levels(card: str, b: int, precision: str) -> bool:
     return b in _TWO_LEVEL and (precision == "tf32" or b <= 1024 or card in ("sm_90", "sm_100"))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def _basis(b: int, dtype: torch.dtype, tf32: bool, two_level: bool, device: torch.device) -> _Basis:
-    """Computed in float64, rounded once to `dtype` (one level; two have float32) or to TF32, and kept: it depends on
-    nothing else."""
+    """Computed in float64, rounded once to `dtype` (one level; two have float32) or to TF32, and kept for good: it
+    depends on nothing else, and captured graphs read it.
+
+    Raises:
+        BackendError: a CUDA graph is being captured.
+    """
+    return spectra.lasting(
+        lambda: _computed_basis(b, dtype, tf32, two_level, device), device, f"the basis of block size {b}"
+    )
+
+
+def _computed_basis(b: int, dtype: torch.dtype, tf32: bool, two_level: bool, device: torch.device) -> _Basis:
 
     def turns(rows: int, columns: int, period: int) -> tuple[Tensor, Tensor]:
         """cos and −sin of 2π·r·c / period, of an exact remainder."""

@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-from . import launch
-from .errors import BackendError, ShapeError
+from . import launch, spectra
+from .errors import ShapeError
 from .tiles import grouped_tile
 
 __all__ = ["Segments", "grouped_product", "on_device", "runs_on", "segments"]
@@ -64,7 +65,7 @@ def grouped_product(
     Args:
         x: [R·t, in_features] (or [R·t, out_features] with `transpose`): t tokens of row 0, t of row 1, and so on;
             float32, float16 or bfloat16.
-        kernels: w [m, n, b] float32 of each adapter, all of the same m·b and n·b.
+        kernels: w [m, n, b] of each adapter, all of the same m·b and n·b: float32, or 16 bits, which are copied.
         rows: for each of the R rows an index into `kernels`, or −1 for none: such rows are zero, but for `bias`.
         scale: multiplies ΔW.
         transpose: multiply by ΔW instead of its transpose, as the gradient of x does.
@@ -78,17 +79,17 @@ def grouped_product(
         BackendError: the kernels cannot run on x's device, or a CUDA graph is being captured and the same call was
             never made before.
     """
+    # Held until the launches are queued: kernels see addresses only.
+    kernels = [_readable(w) for w in kernels]
     out_features = _check(x, kernels, rows, transpose, bias)
     if x.shape[0] == 0:
         return torch.empty(0, out_features, dtype=x.dtype, device=x.device)
     x = launch._with_contiguous_rows(x)
     bias = None if bias is None else bias.contiguous()
-    # Held until the launches are queued: kernels see addresses only.
-    held = [_aligned(w) for w in kernels]
     few = x.shape[0] <= launch.SMALL_T * len(set(rows))
     with launch._on(x):
         product = _hankel_product if few else _tiled_product
-        return product(x, held, tuple(rows), out_features, scale, transpose, bias)
+        return product(x, kernels, tuple(rows), out_features, scale, transpose, bias)
 
 
 def _hankel_product(
@@ -227,22 +228,20 @@ def on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
     Raises:
         BackendError: a CUDA graph is being captured, and no call has asked for them before.
     """
-    if device.type != "cuda":
+    if not spectra.captures(device):
         return torch.tensor(values, dtype=torch.int64, device=device)
     key = (values, device)
     capturing = torch.cuda.is_current_stream_capturing()
     table = _tables.get(key)
     if table is None:
-        if capturing:
-            raise BackendError(
-                "a CUDA graph of a mixed batch is captured before the batch was ever run: run it once with the same "
-                "adapter names and shapes, then capture"
-            )
-        if len(_tables) >= _MOST_TABLES:
+        if len(_tables) >= _MOST_TABLES and not capturing:
             torch.cuda.synchronize(device)  # kernels that read them may still be queued, on any stream
             _tables.clear()
             _tables.update(_captured)
-        copied = torch.tensor(values, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
+        host = torch.tensor(values, dtype=torch.int64, device="cpu")
+        copied = spectra.lasting(
+            lambda: host.pin_memory().to(device, non_blocking=True), device, "a mixed batch's table"
+        )
         table = _tables[key] = _Table(copied, torch.cuda.current_stream(device))
     elif capturing:
         _captured[key] = table  # the graph will read it whenever it is replayed
@@ -267,9 +266,27 @@ def _w_strides(in_features: int, b: int, out_features: int, transpose: bool) -> 
     return (b, out_features) if transpose else (in_features, b)
 
 
-def _aligned(w: Tensor) -> Tensor:
-    w = w.contiguous()
-    return w if w.data_ptr() % _ALIGNMENT == 0 else w.clone()
+# w that kernels cannot read where it lies → its copy.
+_copies: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _readable(w: Tensor) -> Tensor:
+    """w itself if it is float32, contiguous and aligned, else a copy.
+
+    w may have changed, so each call copies its values; but to the same place, where a captured graph finds and renews
+    them.
+    """
+    if w.dtype not in launch._DTYPES or w.device.type == "meta":
+        return w  # and is refused
+    if w.dtype == torch.float32 and w.is_contiguous() and w.data_ptr() % _ALIGNMENT == 0:
+        return w
+    copy: Tensor | None = _copies.get(w)
+    if copy is None or copy.shape != w.shape or copy.device != w.device:
+        copy = spectra.lasting(
+            lambda: torch.empty(w.shape, dtype=torch.float32, device=w.device), w.device, "the copy of a kernel"
+        )
+        _copies[w] = copy
+    return copy.copy_(w.detach())
 
 
 def _check(x: Tensor, kernels: Sequence[Tensor], rows: Sequence[int], transpose: bool, bias: Tensor | None) -> int:

@@ -16,7 +16,6 @@ from . import launch_grouped
 from ._ops import ops as registered_ops
 from .errors import BackendError, ShapeError
 from .ops import (
-    _at_least_float32,
     _autocast,
     _autocasts,
     _base_grads,
@@ -104,8 +103,7 @@ def _linear_rows(
     """
     flat = x.reshape(-1, x.shape[-1])
     if _grouped(flat, kernels, rows, backend):
-        wide = [_at_least_float32(w) for w in kernels]
-        y = launch_grouped.grouped_product(flat, wide, rows, scale=scale, transpose=transpose, bias=bias)
+        y = launch_grouped.grouped_product(flat, kernels, rows, scale=scale, transpose=transpose, bias=bias)
     else:
 
         def product(part: Tensor, w: list[Tensor]) -> Tensor:

@@ -14,17 +14,22 @@ is derived from it is kept only for tensors declared frozen (`freeze`), until th
 
 Neither is used while a CUDA graph is captured, which would keep the address and not the memory; while compiling; or for
 tensors of inference mode, which have no version. Entries are replaced and never changed, so that threads need no lock.
+
+What is kept for longer than a pass, here and by the launchers, is made by `lasting`.
 """
 
 from collections.abc import Callable, Hashable, Iterable
-from typing import Any, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import Variable
 from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
-__all__ = ["Source", "drop", "freeze", "of_input", "of_weight", "thaw"]
+from .errors import BackendError
+
+__all__ = ["Source", "captures", "drop", "freeze", "lasting", "of_input", "of_weight", "thaw"]
 
 
 class Source(NamedTuple):
@@ -49,6 +54,50 @@ _slots: dict[_Place, _Entry] = {}
 _emptied_by: dict[_Place, int] = {}
 # Frozen w → (what is derived, place) → (state of w, value).
 _frozen: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+_Made = TypeVar("_Made")
+
+
+def captures(device: torch.device) -> bool:
+    """Whether calls on this device can be captured in graphs."""
+    return device.type == "cuda"
+
+
+def lasting(make: Callable[[], _Made], device: torch.device, what: str) -> _Made:
+    """What `make` returns, ordinary tensors in memory that no CUDA graph owns, for whoever keeps it beyond the call.
+
+    While compiled code is warmed up for its graphs (`mode="reduce-overhead"`), all that its thread allocates lies in
+    the graphs' memory, where torch takes whatever it does not know for an error. Only that thread's: so another one
+    makes it, on the current stream.
+
+    Args:
+        make: allocates on the current stream of `device`; it must launch no kernel of ours.
+        device: where the tensors are.
+        what: names them in the error, "a basis of block size 64" for instance.
+
+    Raises:
+        BackendError: a CUDA graph is being captured, whose memory it would be.
+    """
+
+    def made() -> _Made:
+        with torch.inference_mode(False), torch.no_grad():
+            return make()
+
+    if not captures(device):
+        return made()
+    if torch.cuda.is_current_stream_capturing():
+        raise BackendError(
+            f"a CUDA graph is being captured, and {what} is missing, which outlives it: make the same call once before "
+            "(the same sizes, dtypes and adapter names), then capture"
+        )
+    stream = torch.cuda.current_stream(device)
+
+    def on_stream() -> _Made:
+        with torch.cuda.stream(stream):
+            return made()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(on_stream).result()
 
 
 def of_input(source: Source | None, what: Hashable, compute: Callable[[], Tensor]) -> Tensor:
@@ -75,27 +124,33 @@ def of_input(source: Source | None, what: Hashable, compute: Callable[[], Tensor
     return spectrum
 
 
-def of_weight(w: Tensor, what: Hashable, compute: Callable[[], Any]) -> Any:
+def of_weight(w: Tensor, what: Hashable, allocate: Callable[[], Tensor], compute: Callable[[Tensor], object]) -> Tensor:
     """What is derived from w: kept if w is frozen, otherwise computed.
 
     Args:
         w: the kernel.
-        what: everything but w that decides on the result of `compute`.
-        compute: computes it on the current stream of w's device.
+        what: everything but w that decides on the result.
+        allocate: makes the tensor, on w's device.
+        compute: writes it on the current stream of that device.
     """
+
+    def computed(result: Tensor) -> Tensor:
+        compute(result)
+        return result
+
     kept = _frozen.get(w) if len(_frozen.data) else None
     if kept is None:
-        return compute()
+        return computed(allocate())
     if w.requires_grad:
         thaw((w,))
-        return compute()
+        return computed(allocate())
     place = _place(w)
     if place is None:
-        return compute()
+        return computed(allocate())
     state = _state(w)
     known = kept.get((what, place))
     if known is None or known[0] != state:
-        known = kept[what, place] = (state, compute())
+        known = kept[what, place] = (state, computed(lasting(allocate, w.device, "a frozen spectrum")))
     return known[1]
 
 

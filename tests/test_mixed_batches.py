@@ -1,12 +1,15 @@
 """Batches whose rows have adapters of their own: kernels, ops, layers, models."""
 
 import copy
+import gc
 import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import graph_memory
 import oracle
 import pytest
 import torch
@@ -79,6 +82,80 @@ def test_kernels_at_any_address(device: torch.device) -> None:
     x = torch.randn(2, 32, device=device)
     y = launch_grouped.grouped_product(x, kernels, (1, 0), scale=1 / 32)
     oracle.assert_close(y, expected(x[:, None], kernels, (1, 0))[:, 0], torch.float32)
+
+
+def uncopied(shape: tuple[int, int, int], kind: str) -> Tensor:
+    """A w that kernels cannot read where it lies."""
+    m, n, b = shape
+    if kind == "unaligned":
+        return torch.randn(m * n * b + 1)[1:].view(shape)
+    return torch.randn(shape).half() if kind == "16 bits" else torch.randn(n, m, b).transpose(0, 1)
+
+
+@pytest.fixture
+def graphs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[graph_memory.Capturing]:
+    if device.type == "cuda":
+        pytest.skip("stand-ins on a CPU; test_compile.py has graphs")
+    monkeypatch.setattr(launch_grouped, "_tables", {})
+    monkeypatch.setattr(launch_grouped, "_captured", {})
+    with graph_memory.on_cpu() as capturing:
+        yield capturing
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("kind", ["unaligned", "transposed", "16 bits"])
+def test_a_graph_finds_what_a_call_before_has_copied(graphs: graph_memory.Capturing, kind: str, tokens: int) -> None:
+    """At the same addresses, with the values of now; and none of it in the graph's own memory."""
+    kernels, rows = [uncopied((2, 4, 8), kind), torch.randn(2, 4, 8)], (1, -1, 0)
+    x = torch.randn(3 * tokens, 32)
+
+    def check() -> Tensor:
+        y = launch_grouped.grouped_product(x, kernels, rows, scale=1 / 32)
+        ref = expected(x.view(3, tokens, 32), [w.float() for w in kernels], rows).flatten(0, 1)
+        oracle.assert_close(y, ref, torch.float32)
+        return y
+
+    graphs.on = True
+    with pytest.raises(BackendError, match="copy of a kernel is missing.*same call once before"):
+        check()
+    graphs.on = False
+    with graph_memory.GraphMemory() as memory:
+        assert check() in memory
+    kept = [table.values for table in launch_grouped._tables.values()] + [launch_grouped._copies[kernels[0]]]
+    assert [tensor in memory for tensor in kept] == [False] * len(kept)
+    before = dict(launch_grouped._tables)
+    graphs.on = True
+    kernels[0].data.normal_()
+    check()
+    assert launch_grouped._captured == launch_grouped._tables == before
+    copies = len(launch_grouped._copies)
+    kernels.clear()
+    gc.collect()
+    assert len(launch_grouped._copies) == copies - 1  # held no longer than w
+
+
+def test_a_mixed_batch_that_is_captured_too_early_says_what_to_do(graphs: graph_memory.Capturing) -> None:
+    x, kernels = torch.randn(2, 32), [torch.randn(2, 4, 8)]
+    graphs.on = True
+    with pytest.raises(BackendError, match="mixed batch's table is missing.*same call once before"):
+        launch_grouped.grouped_product(x, kernels, (0, -1), scale=1.0)
+    assert not launch_grouped._tables
+
+
+def test_a_copy_follows_its_kernel(device: torch.device) -> None:
+    """Made under inference mode, it serves later calls too; and never values or shapes that w no longer has."""
+    w, x = torch.randn(2, 4, 9, device=device)[..., :8], torch.randn(2, 32, device=device)
+    with torch.inference_mode():
+        launch_grouped.grouped_product(x, [w], (0, 0), scale=1.0)
+    for changed in (
+        w,
+        torch.randn(4, 4, 8, device=device).transpose(0, 1),
+        torch.randn(2, 4, 9, device=device)[..., 1:],
+    ):
+        w.data = changed
+        y = launch_grouped.grouped_product(x, [w.requires_grad_()], (0, 0), scale=1.0)
+        oracle.assert_close(y, oracle.product(x, w.detach(), 1.0), torch.float32)
+        assert not y.requires_grad
 
 
 def test_no_tokens(device: torch.device) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import graph_memory
 import oracle
 import pytest
 import torch
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import c3a_triton
-from c3a_triton import C3AConfig, C3ALinear, circulant_linear, launch_fft, spectra, tiles
+from c3a_triton import C3AConfig, C3ALinear, circulant_linear, launch, launch_fft, spectra, tiles
+from c3a_triton.errors import BackendError
 
 IN, OUT, B = 12, 8, 4
 
@@ -711,3 +713,51 @@ def test_a_single_call_shares_with_the_next(device: torch.device, launches: Anal
         y = circulant_linear(x, kernels, backend="fft")
         oracle.assert_close(y.view(10, -1), oracle.product(x.view(10, IN), kernels), torch.float32)
     assert launches.take() == (1, 2)
+
+
+# In which memory it lies
+
+
+def test_what_is_kept_lies_in_no_graph_s_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        pytest.skip("stand-ins on a CPU; test_compile.py has graphs")
+    q, x = layer(device), activation(device)
+    q.freeze_for_inference()
+    launch_fft._basis.cache_clear()
+    launch.clear_plans()
+    with graph_memory.on_cpu(), graph_memory.GraphMemory() as memory, torch.no_grad():
+        y = q(x)
+    right(q, x, y)
+    ((_, kept),) = spectra._frozen[q.c3a_kernel["default"]].values()
+    basis = launch_fft._transform(device, x.dtype, B, launch_fft._precision(x.dtype)).basis
+    assert y in memory
+    assert [tensor in memory for tensor in (kept, *basis.matrices)] == [False] * 3
+    # Under inference mode too: what is kept serves calls that have gradients.
+    launch_fft._basis.cache_clear()
+    launch.clear_plans()
+    with torch.inference_mode():
+        q(x)
+    assert not launch_fft._transform(device, x.dtype, B, "tf32x3").basis.matrices[0].is_inference()
+
+
+def test_an_error_comes_back_from_where_memory_is_allocated() -> None:
+    def fail() -> Tensor:
+        raise torch.OutOfMemoryError("here")
+
+    with graph_memory.on_cpu(), pytest.raises(torch.OutOfMemoryError, match="here"):
+        spectra.lasting(fail, torch.device("cpu"), "nothing")
+
+
+def test_a_graph_that_is_captured_too_early_says_what_to_do(device: torch.device) -> None:
+    x, w = torch.randn(3, IN, device=device), torch.randn(2, 3, B, device=device)
+    launch_fft._basis.cache_clear()
+    launch.clear_plans()
+    with graph_memory.on_cpu() as capturing:
+        capturing.on = True
+        for _ in range(2):
+            with pytest.raises(BackendError, match=f"basis of block size {B} is missing.*same call once before"):
+                launch_fft.fft_product(x, w, scale=1.0)
+        capturing.on = False
+        launch_fft.fft_product(x, w, scale=1.0)
+        capturing.on = True
+        oracle.assert_close(launch_fft.fft_product(x, w, scale=1.0), oracle.product(x, w, 1.0), torch.float32)
