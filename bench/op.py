@@ -5,7 +5,7 @@ alone and the memory floor; the seven linears of a decoder layer that share inpu
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from c3a_triton.benchmark import cases, layer, peers, timing
 
 from . import plots, report, runs
+from .ceilings import BANDWIDTH_KEY, bandwidth
 
 __all__ = [
     "BANDWIDTH_KEY",
@@ -30,8 +31,6 @@ __all__ = [
     "wide",
 ]
 
-COPY_BYTES = 1 << 30  # of either side; less where the card is small
-BANDWIDTH_KEY = "copy bandwidth"
 FIRST_METHODS = ("base", "peft_lora", "peft_c3a", "ours:auto")
 DECODE_METHODS = ("base", "peft_lora", "peft_c3a", "ours:auto")
 PROFILED_CALLS = 10
@@ -98,7 +97,7 @@ def _worth(case: layer.Case, method: str) -> int:
 def tasks(setting: runs.Setting) -> Iterator[runs.Task]:
     """The copy bandwidth, the layers, the decoder layer, decoding."""
     device = setting.device
-    yield runs.Task(BANDWIDTH_KEY, 0, partial(_bandwidth, setting))
+    yield runs.Task(BANDWIDTH_KEY, 0, partial(bandwidth, setting))
     layers = cases.LAYERS_TINY if setting.tiny else cases.LAYERS
     decoders = cases.DECODERS_TINY if setting.tiny else cases.DECODERS
     # In the order of worth: the square layer in every block size before other shapes in any.
@@ -115,19 +114,6 @@ def tasks(setting: runs.Setting) -> Iterator[runs.Task]:
                 if peers.is_c3a(method):
                     key = f"kernels {layer.key(case, method)}"
                     yield runs.Task(key, 1, partial(_kernels, case, method, device))
-
-
-def _bandwidth(setting: runs.Setting, record: runs.Record) -> None:
-    device = setting.device
-    n_bytes = COPY_BYTES
-    if device.type == "cuda":
-        n_bytes = min(n_bytes, torch.cuda.mem_get_info(device)[0] // 4)
-    if setting.tiny:
-        n_bytes = 1 << 20
-    source = torch.ones(n_bytes, dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    found = setting.timer.measure(lambda: target.copy_(source))
-    record |= {"time": asdict(found), "bytes_per_second": 2 * n_bytes / found.median}
 
 
 def _measure(case: layer.Case, method: str, timer: timing.Timer, device: torch.device, record: runs.Record) -> None:
@@ -152,22 +138,8 @@ def _decode(case: layer.Case, method: str, timer: timing.Timer, device: torch.de
         for work in works:
             work.forward()
 
-    found = timer.measure(step if device.type == "cpu" else _graph(step))
+    found = timer.measure(step if device.type == "cpu" else timing.graphed(step))
     record |= {"n_layers": n_layers, "time": asdict(found), "seconds": found.median / n_layers}
-
-
-def _graph(step: Callable[[], None]) -> Callable[[], None]:
-    """`step` captured in a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def _kernels(case: cases.LayerCase, method: str, device: torch.device, record: runs.Record) -> None:

@@ -1,0 +1,148 @@
+"""What a card can do at most, the sweep over tokens, the headline and the models of the GPU job, without a GPU."""
+
+import dataclasses
+from types import SimpleNamespace
+from unittest import mock
+
+import bench_package  # noqa: F401
+import pytest
+import torch
+
+from bench import ceilings, launches, runs
+from c3a_triton import launch
+from c3a_triton.benchmark import timing
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+class Clock:
+    """A clock that only moves when told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def spend(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def _setting(timer: timing.Timer | None = None) -> runs.Setting:
+    return runs.Setting(CPU, timer or timing.CpuTimer(repeats=1), ("base", "ours:auto"), tiny=True)
+
+
+def _measured(tasks: list[runs.Task]) -> runs.Records:
+    return {task.key: runs.attempt(task, CPU) for task in tasks}
+
+
+def _every_second(seconds: float) -> SimpleNamespace:
+    """A timer whose calls take so long."""
+    return SimpleNamespace(measure=lambda call: (call(), timing.Timing.of([seconds], wall=seconds))[1])
+
+
+# Ceilings
+
+
+@pytest.mark.usefixtures("device")
+def test_every_ceiling_is_measured_and_shown(device: torch.device) -> None:
+    pytest.importorskip("triton")
+    chosen = [task for task in ceilings.tasks(_setting(_every_second(0.5))) if "fft layer" not in task.key]
+    records = _measured(chosen)
+    assert {key: record for key, record in records.items() if record["status"] != "ok"} == {}
+    assert records[ceilings.BANDWIDTH_KEY]["bytes_per_second"] == 2 * (1 << 20) / 0.5
+    assert records["read bandwidth"]["bytes_per_second"] == records["write bandwidth"]["bytes_per_second"] == 2 << 20
+    assert records["copy in the L2"]["bytes_per_second"] == 3 * records["copy in the L2"]["set_bytes"] / 0.5
+    tokens, features = ceilings.TINY.n_tokens, ceilings.TINY.in_features
+    dense = 2 * tokens * features * features / 0.5
+    products = {key: record["flops_per_second"] for key, record in records.items() if "flops_per_second" in record}
+    assert products.pop("mix float16 b=16") == 2 * dense / 16
+    assert set(products.values()) == {dense}
+    assert len(products) == 4 * 2 + 2
+    text = "\n".join(ceilings.tables(records))
+    assert all(key.removeprefix("launch: ") in text for key in records)
+
+
+@pytest.mark.parametrize("beta", [0, 1])
+def test_a_product_with_beta_1_adds_in_place(beta: int) -> None:
+    results: list[torch.Tensor] = []
+    timer = SimpleNamespace(measure=lambda call: (results.append(call().clone()), timing.Timing.of([1.0]))[1])
+    ceilings._cublas(_setting(timer), "float32", beta, {})
+    torch.manual_seed(0)
+    case = ceilings.TINY
+    x, weight = torch.randn(case.n_tokens, case.in_features), torch.randn(case.out_features, case.in_features)
+    y = torch.randn(case.n_tokens, case.out_features)
+    torch.testing.assert_close(results[0], beta * y + x @ weight.t() / case.in_features**0.5)
+
+
+def test_tf32_is_switched_on_for_its_products_alone() -> None:
+    matmul = torch.backends.cuda.matmul
+    before, seen = matmul.fp32_precision, []
+
+    def measure(call: object) -> timing.Timing:
+        seen.append(matmul.fp32_precision)
+        raise ZeroDivisionError
+
+    for name in ("tf32", "float32"):
+        with pytest.raises(ZeroDivisionError):
+            ceilings._cublas(_setting(SimpleNamespace(measure=measure)), name, 0, {})
+    assert (seen, matmul.fp32_precision) == (["tf32", before], before)
+
+
+def test_a_copy_is_made_by_every_program_in_every_round(device: torch.device) -> None:
+    pytest.importorskip("triton")
+    from bench import resident
+
+    source = torch.randn(10_001, device=device)
+    for repeats in (1, 3):
+        target = torch.zeros_like(source)
+        resident.copy_again(source, target, repeats=repeats, programs=3)
+        assert torch.equal(source, target)
+
+
+def test_one_kernel_of_a_product_is_launched_again(device: torch.device) -> None:
+    pytest.importorskip("triton")
+    x, w = torch.randn(20, 64, device=device), torch.randn(2, 2, 32, device=device)
+    y = torch.empty(20, 64, device=device)
+
+    def product() -> None:
+        launch.direct_product(x, w, scale=1.0, out=y.zero_())
+
+    product()
+    expected = y.clone()
+    (again,) = ceilings._launches_of("table_product_kernel", product)
+    again()
+    torch.testing.assert_close(y, 2 * expected)  # which was added to
+
+
+def test_launches_are_timed_on_the_host_and_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(ceilings.time, "perf_counter", clock)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: clock.spend(100.0))  # waiting does not count
+    monkeypatch.setattr(timing, "graphed", lambda call: SimpleNamespace(graph=call))
+    seconds = {True: 2.0, False: 3.0}  # of a fifth of the launches
+    timer = SimpleNamespace(measure=lambda call: timing.Timing.of([seconds[hasattr(call, "graph")]]))
+    setting = dataclasses.replace(_setting(timer), device=torch.device("cuda"))
+    record: runs.Record = {}
+    ceilings._launching(setting, 50, lambda device: lambda: clock.spend(1.5), record)
+    assert record == {"host_seconds": 1.5, "device_seconds": 0.3, "graph_seconds": 0.2}
+
+
+def test_a_shorter_timer_is_the_same_but_for_its_time() -> None:
+    timer = object.__new__(timing.CudaTimer)
+    timer.device, timer.seconds, timer.max_repeats, timer._flush = CPU, 0.25, 50, torch.zeros(3)
+    shorter = timing.within(timer, 0.1)
+    assert (shorter.seconds, timing.within(timer, 1.0).seconds, timer.seconds) == (0.1, 0.25, 0.25)
+    assert shorter._flush is timer._flush
+    on_cpu = timing.CpuTimer()
+    assert timing.within(on_cpu, 0.1) is on_cpu
+
+
+def test_kernels_of_the_ceilings_are_launched_without_operands() -> None:
+    """As `launches` is called by those who compile ahead."""
+    pytest.importorskip("triton")
+    with launches._counted() as count, mock.patch.object(launch, "_check_available"):
+        for _, call in ceilings.launches(META):
+            call()
+    kernels = {name for name in count.names if name.endswith("_kernel")}
+    assert kernels >= {"table_product_kernel", "mix_kernel", "sum_partials_kernel", "copy_again_kernel", "outer_kernel"}
