@@ -2,15 +2,16 @@
 
 import dataclasses
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import bench_package  # noqa: F401
 import pytest
 import torch
 
-from bench import ceilings, launches, runs
+from bench import ceilings, launches, model, op, runs
 from c3a_triton import launch
-from c3a_triton.benchmark import timing
+from c3a_triton.benchmark import cases, gate, layer, models, peers, timing
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -146,3 +147,74 @@ def test_kernels_of_the_ceilings_are_launched_without_operands() -> None:
             call()
     kernels = {name for name in count.names if name.endswith("_kernel")}
     assert kernels >= {"table_product_kernel", "mix_kernel", "sum_partials_kernel", "copy_again_kernel", "outer_kernel"}
+
+
+# The headline
+
+
+def test_the_headline_measures_what_goals_name_first_and_what_the_grid_measures() -> None:
+    methods = peers.methods(("auto", "torch", "direct", "fft", "expand", "fold"), with_peft=True)
+    setting = runs.Setting(CPU, timing.CpuTimer(), methods)
+    planned = {task.key: task for task in op.headline(setting)}
+    assert planned.keys() - {task.key for task in op.tasks(setting)} == {k for k in planned if "peft_lora32" in k}
+    assert len(planned) < 140
+    goals = {op.BANDWIDTH_KEY}
+    for case in (*op.squares(), op.wide(), *cases.DECODERS, cases.LayerCase(1024, 4096, 4096, 128), *cases.COMPARISON):
+        goals |= {layer.key(case, method) for method in ("base", "peft_lora", "ours:auto")}
+    goals |= {layer.key(case, "peft_c3a") for case in op.squares()}
+    goals |= {f"decode {layer.key(case, m)}" for case in cases.DECODING[:3] for m in ("base", "ours:auto")}
+    assert {key for key, task in planned.items() if task.worth == 0} == goals
+    assert "decode peft_lora T=1 3072→3072 bfloat16" in planned
+    assert planned["ours:fft T=848 3072→1024 b=64 bfloat16"].worth == 1
+    assert planned["ours:fold T=8192 4096→4096 b=128 bfloat16"].worth == 2
+    assert planned["ours:torch T=8192 4096→4096 b=128 bfloat16"].worth == 3
+
+
+@pytest.mark.skipif(peers.why_no_peft() is not None, reason="needs PEFT")
+def test_lora_has_the_rank_that_its_name_says() -> None:
+    case = cases.LayerCase(3, 40, 48, 8, "float32")
+    for method, rank in (("peft_lora", 16), ("peft_lora32", 32)):
+        lora_a, _ = peers.trained(layer.Workload.of(case, method, CPU).layers[0])
+        assert lora_a.shape == (rank, 40)
+    assert not peers.is_c3a("peft_lora32")
+
+
+@pytest.mark.parametrize("case", [cases.LayerCase(5, 12, 20, 4, "float32"), cases.DECODERS_TINY[0]])
+def test_the_truth_of_a_case_is_computed_once_for_all_methods(
+    monkeypatch: pytest.MonkeyPatch, case: layer.Case
+) -> None:
+    computed, of = [], gate.Truth.of
+    monkeypatch.setattr(gate.Truth, "of", lambda *args, **kwargs: (computed.append(args), of(*args, **kwargs))[1])
+    truths = gate.Truths()
+    works = [layer.Workload.of(case, method, CPU) for method in ("dense", "ours:torch", "ours:reference")]
+    for work in works:
+        work.check(truths)
+    assert len(computed) == len(case.parts)
+    works[-1].kernels[-1] = works[-1].kernels[-1].flip(-1)
+    with pytest.raises(gate.GateError, match=f"y of layer {len(case.parts) - 1} is wrong"):
+        works[-1].check(truths)  # other operands have another truth
+
+
+# Models
+
+
+def test_models_are_built_once_for_cases_that_differ_in_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    built, llama = [], models.llama
+    monkeypatch.setattr(models, "llama", lambda *args, **kwargs: (built.append(args), llama(*args, **kwargs))[1])
+    tiny = [cases.ModelCase("q, v", n_tokens, cases.QV, 2, 16) for n_tokens in (4, 6)]
+    monkeypatch.setattr(cases, "MODELS_TINY", (*tiny, cases.ModelCase("all linear", 4, cases.ALL_LINEAR, 2, 16)))
+    methods = ("base", "ours:torch", "ours:auto", "ours:fold", "peft_c3a")
+    setting = dataclasses.replace(_setting(), methods=methods if peers.why_no_peft() is None else methods[:-1])
+    records = _measured(list(model.brief(setting)))
+    assert [record["status"] for record in records.values()] == ["ok", "ok"], records
+    assert len(built) == 1
+    times: dict[str, Any] = next(iter(records.values()))["times"]
+    assert times.keys() == {"base", "ours:auto", "peft_c3a"} & {*setting.methods}
+    # A generation, which is no training, leaves no trace in a training step after it.
+    modes, step = [], models.training_step
+    monkeypatch.setattr(models, "training_step", lambda m, ids: (modes.append(m.training), step(m, ids))[1])
+    whole = list(model.tasks(setting))
+    records = _measured([whole[0], whole[-1], whole[1]])
+    assert [record["status"] for record in records.values()] == ["ok"] * 3, records
+    assert (len(built), set(modes)) == (2, {True})
