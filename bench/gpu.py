@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import ceilings, checks, model, native_tests, op, runs
+from . import ceilings, checks, model, native_tests, op, runs, token_sweep
 
 __all__ = ["JOBS", "main"]
 
@@ -45,7 +45,7 @@ RIGHT = (
     Part(ceilings.SUBJECT, 20),
     Part(op.HEADLINE, 100),
 )
-TUNE = (Part(model.BRIEF, 45),)
+TUNE = (Part(model.BRIEF, 45), Part(token_sweep.SUBJECT, 35))
 JOBS = {"right": RIGHT, "tune": TUNE}
 
 

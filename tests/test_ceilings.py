@@ -9,8 +9,8 @@ import bench_package  # noqa: F401
 import pytest
 import torch
 
-from bench import ceilings, launches, model, op, runs
-from c3a_triton import launch
+from bench import ceilings, launches, model, op, runs, token_sweep
+from c3a_triton import dispatch, launch
 from c3a_triton.benchmark import cases, gate, layer, models, peers, timing
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -218,3 +218,90 @@ def test_models_are_built_once_for_cases_that_differ_in_tokens(monkeypatch: pyte
     records = _measured([whole[0], whole[-1], whole[1]])
     assert [record["status"] for record in records.values()] == ["ok"] * 3, records
     assert (len(built), set(modes)) == (2, {True})
+
+
+# The sweep over tokens, and the fit
+
+
+CONSTANTS = {
+    "BANDWIDTH": 3e12,
+    "CUBLAS_FLOPS[2]": 700e12,
+    "CUBLAS_FLOPS[4]": 50e12,
+    "TRITON_FLOPS[2]": 400e12,
+    "TRITON_FLOPS[4]": 120e12,
+    "TF32_FLOPS": 250e12,
+    "LAUNCH_SECONDS": 4e-6,
+    "HOST_SECONDS": 2e-5,
+}
+
+
+def _as_predicted(constants: dict[str, float]) -> runs.Records:
+    """Records of a card on which the cost model is right."""
+    records: runs.Records = {ceilings.BANDWIDTH_KEY: {"bytes_per_second": constants["BANDWIDTH"]}}
+    rates = {"cuBLAS float32, beta 0": "CUBLAS_FLOPS[4]", "table product bfloat16": "TRITON_FLOPS[2]"}
+    rates |= {"table product float32": "TRITON_FLOPS[4]", "mix float16 b=16": "TF32_FLOPS"}
+    records |= {key: {"flops_per_second": constants[name]} for key, name in rates.items()}
+    for record in records.values():
+        record |= {"status": "ok", "time": {"median": 1.0}}
+    for case, backend in token_sweep._cases():
+        record = {"status": "ok", "case": vars(case), "backend": backend, "times": {}}
+        for direction in token_sweep.DIRECTIONS:
+            with token_sweep._constants(constants):
+                seconds = token_sweep._predicted(record, direction)
+            wall = seconds + constants["HOST_SECONDS"] * token_sweep._launch_count(record, direction)
+            record["times"][direction] = {"median": seconds, "wall": wall}
+        records[token_sweep._key(case, backend)] = record
+    return records
+
+
+def test_the_fit_finds_the_constants_from_which_times_were_made() -> None:
+    before = (dispatch.BANDWIDTH, dict(dispatch.CUBLAS_FLOPS))
+    records = _as_predicted(CONSTANTS)
+    found = token_sweep.fitted(records)
+    assert found == {name: pytest.approx(value, rel=5e-3) for name, value in CONSTANTS.items()}
+    assert before == (dispatch.BANDWIDTH, dispatch.CUBLAS_FLOPS)  # a prediction changes nothing
+    # One stray measurement is no constant.
+    stray = "direct T=1 4096→4096 b=128 bfloat16"
+    times = {direction: {"median": 1.0, "wall": 1.0} for direction in token_sweep.DIRECTIONS}
+    found = token_sweep.fitted(records | {stray: records[stray] | {"times": times}})
+    assert found["LAUNCH_SECONDS"] == pytest.approx(CONSTANTS["LAUNCH_SECONDS"], rel=0.02)
+    text = "\n".join(token_sweep.tables(records))
+    assert "| LAUNCH_SECONDS            | 2.5e-06   | 4e-06 " in text
+    assert token_sweep.fitted({}) == {}
+    unmeasured = records[stray] | {"times": {}, "status": "out of memory"}
+    assert "out of memory" in "\n".join(token_sweep.tables({stray: unmeasured}))  # nothing to fit
+    cell = token_sweep._cell(records["base T=32768 4096→4096 b=128 bfloat16"], "forward", found)
+    assert cell == "1.57 ms (1.69 ms; 1.58 ms)"
+
+
+def test_products_are_measured_by_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    sweep = [task for task in token_sweep.tasks(_setting()) if task.worth == 1 and "fft" not in task.key]
+    records = _measured(sweep)
+    assert {record["status"] for record in records.values()} == {"ok"}, records
+    assert records["base T=20 16→16 b=8 float32"]["times"].keys() == {*token_sweep.DIRECTIONS}
+    text = "\n".join(token_sweep.tables(records))
+    assert text.count("| 20 ") == 2
+    # What is wrong is not timed.
+    monkeypatch.setattr(token_sweep, "circulant_linear", lambda x, w, backend: x * w.mean())
+    (record,) = _measured(sweep[1:2]).values()
+    assert (record["status"], record["times"]) == ("wrong", {})
+
+
+def test_the_sweep_covers_what_the_issue_names_within_its_share() -> None:
+    planned = list(token_sweep.tasks(dataclasses.replace(_setting(), tiny=False)))
+    keys = {task.key for task in planned}
+    assert {*ceilings.KERNELS, ceilings.BANDWIDTH_KEY, "cuBLAS float32, beta 0"} < keys
+    assert sum(task.worth == 1 for task in planned) == 2 * (8 * 4 + 3)
+    assert sum(task.seconds for task in planned) < 50
+
+
+def test_kernels_of_the_sweep_are_launched_without_operands() -> None:
+    pytest.importorskip("triton")
+    with launches._counted() as count, mock.patch.object(launch, "_check_available"):
+        for key, call in token_sweep.launches(META):
+            if " T=1 " in key or " T=8192 " in key:
+                call()
+    kernels = {name for name in count.names if name.endswith("_kernel")}
+    assert kernels >= {"hankel_kernel", "table_product_kernel", "mix_kernel", "outer_kernel", "expand_kernel"}
+    assert kernels & {"diagonal_sums_kernel"}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import cases, gate, peers
 
-__all__ = ["MODES", "Case", "Workload", "key"]
+__all__ = ["MODES", "Case", "Workload", "checked_rows", "key"]
 
 Case = cases.LayerCase | cases.DecoderCase
 
@@ -21,6 +21,12 @@ def key(case: Case, method: str) -> str:
     """A measurement's name; peers that know no block size are measured once for all of them."""
     size = f" b={case.b}" if peers.is_c3a(method) else ""
     return f"{method} T={case.n_tokens} {case.label}{size} {case.dtype}"
+
+
+def checked_rows(x: Tensor) -> Tensor:
+    """The rows of x, or `CHECKED_ROWS` at either end, whose results are held against the truth."""
+    rows = torch.arange(x.shape[0], device=x.device)
+    return rows if len(rows) <= 2 * CHECKED_ROWS else torch.cat([rows[:CHECKED_ROWS], rows[-CHECKED_ROWS:]])
 
 
 @dataclass
@@ -96,10 +102,7 @@ class Workload:
         outputs = self.forward()
         grads = torch.autograd.grad(outputs, self.wanted, self.dys)
         dxs, dws = grads[: len(self.inputs)], grads[len(self.inputs) :]
-        n_tokens, dtype = self.case.n_tokens, self.inputs[0].dtype
-        rows = torch.arange(n_tokens, device=self.inputs[0].device)
-        if n_tokens > 2 * CHECKED_ROWS:
-            rows = torch.cat([rows[:CHECKED_ROWS], rows[-CHECKED_ROWS:]])
+        dtype, rows = self.inputs[0].dtype, checked_rows(self.inputs[0])
         truths = gate.Truths() if truths is None else truths
         true_dxs: list[Tensor | None] = [None] * len(self.inputs)
         for i, source in enumerate(self.sources):
