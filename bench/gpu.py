@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import checks, native_tests, op, runs
+from . import ceilings, checks, model, native_tests, op, runs, token_sweep
 
 __all__ = ["JOBS", "main"]
 
@@ -42,9 +42,10 @@ RIGHT = (
     Part(native_tests.SUBJECT, 90),
     Part(checks.guarded(), 40),
     Part(checks.sanitized(("memcheck",), checks.one_each), 35),
-    Part(op.SUBJECT, 100),
+    Part(ceilings.SUBJECT, 20),
+    Part(op.HEADLINE, 100),
 )
-TUNE: tuple[Part, ...] = ()
+TUNE = (Part(model.BRIEF, 45), Part(token_sweep.SUBJECT, 35))
 JOBS = {"right": RIGHT, "tune": TUNE}
 
 

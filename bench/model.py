@@ -5,9 +5,10 @@ on all linear layers: ours, PEFT's C3A, PEFT's LoRA of rank 32 and the frozen mo
 of all activations), over the same weights, in turn. `--layers N` is for smaller cards.
 """
 
+import functools
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,54 @@ from c3a_triton.benchmark import cases, models, timing
 
 from . import plots, report, runs
 
-__all__ = ["SUBJECT", "goals", "main", "tables", "tasks"]
+__all__ = ["BRIEF", "SUBJECT", "brief", "goals", "main", "tables", "tasks"]
 
 STEP_SECONDS, GENERATION_SECONDS = 15.0, 1.0
+BRIEF_SECONDS = 6.0  # of a step, in the GPU job's share
+# Beside PEFT's methods; "fold", which is for inference, takes as long.
+BRIEF_METHODS = ("base", "peft_lora", "peft_c3a", "ours:auto")
+
+# The frozen model, and its copies by method.
+_Built = Callable[[cases.ModelCase], tuple[Any, dict[str, Any]]]
 
 
 def tasks(setting: runs.Setting) -> Iterator[runs.Task]:
     """A training step per case, then generation."""
     steps = cases.MODELS_TINY if setting.tiny else cases.MODELS
+    built = _builder(setting, models.METHODS)
     for case in steps:
         worth = 0 if case.targets == cases.QV else 1
-        yield runs.Task(_key(case, setting), worth, partial(_measure, case, setting, _training), 45.0)
+        step = partial(_measure, case, setting, built, _training, STEP_SECONDS)
+        yield runs.Task(_key(case, setting), worth, step, 45.0)
     case = cases.GENERATION_TINY if setting.tiny else cases.GENERATION
-    yield runs.Task(f"generation, {_key(case, setting)}", 1, partial(_measure, case, setting, _generation), 60.0)
+    generation = partial(_measure, case, setting, built, _generation, GENERATION_SECONDS)
+    yield runs.Task(f"generation, {_key(case, setting)}", 1, generation, 60.0)
+
+
+def brief(setting: runs.Setting) -> Iterator[runs.Task]:
+    """The steps that goals name, with fewer samples."""
+    built = _builder(setting, BRIEF_METHODS)
+    seconds = 25.0  # with building the models, which the next case finds built
+    for case in cases.MODELS_TINY if setting.tiny else cases.MODELS:
+        if case.targets == cases.QV:
+            step = partial(_measure, case, setting, built, _training, BRIEF_SECONDS)
+            yield runs.Task(_key(case, setting), 0, step, seconds)
+            seconds = 12.0
+
+
+def _builder(setting: runs.Setting, methods: Sequence[str]) -> _Built:
+    """What builds the model of a case and adapts it, once for cases one after another that differ in tokens alone."""
+    methods = [method for method in methods if method in setting.methods]
+
+    @functools.lru_cache(maxsize=1)
+    def of(case: cases.ModelCase) -> tuple[Any, dict[str, Any]]:
+        base = models.llama(setting.device, tiny=setting.tiny, n_layers=setting.n_layers)
+        return base, {method: models.adapted(method, base, case) for method in methods}
+
+    def built(case: cases.ModelCase) -> tuple[Any, dict[str, Any]]:
+        return of(replace(case, n_tokens=0, batch=1))
+
+    return built
 
 
 def _key(case: cases.ModelCase, setting: runs.Setting) -> str:
@@ -42,19 +78,18 @@ def _key(case: cases.ModelCase, setting: runs.Setting) -> str:
 def _measure(
     case: cases.ModelCase,
     setting: runs.Setting,
+    built: _Built,
     make: Callable[[Any, Tensor, cases.ModelCase], Callable[[], object]],
+    seconds: float,
     record: runs.Record,
 ) -> None:
     record |= {"case": asdict(case), "times": {}}
     device = setting.device
-    base = models.llama(setting.device, tiny=setting.tiny, n_layers=setting.n_layers)
+    base, adapted = built(case)
     record["n_layers"] = base.config.num_hidden_layers
-    methods = [method for method in models.METHODS if method in setting.methods]
-    adapted = {method: models.adapted(method, base, case) for method in methods}
     ids = torch.randint(base.config.vocab_size, (case.batch, case.n_tokens), device=device)
     models.check(adapted, ids[:1, :16])
     calls = {method: make(model, ids, case) for method, model in adapted.items()}
-    seconds = STEP_SECONDS if make is _training else GENERATION_SECONDS
     timings = timing.in_turn(
         {method: (lambda: None, lambda _, call=call: call()) for method, call in calls.items()},  # type: ignore[misc]
         device,
@@ -65,7 +100,7 @@ def _measure(
 
 
 def _training(model: Any, ids: Tensor, case: cases.ModelCase) -> Callable[[], None]:
-    return models.training_step(model, ids)
+    return models.training_step(model.train(), ids)
 
 
 def _generation(model: Any, ids: Tensor, case: cases.ModelCase) -> Callable[[], None]:
@@ -145,6 +180,7 @@ def plot(records: runs.Records, path: Path) -> None:
 
 
 SUBJECT = runs.Subject("model", "A Llama-3.2-3B-shaped model: training step and generation", tasks, tables, goals, plot)
+BRIEF = replace(SUBJECT, tasks=brief)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,22 +6,25 @@ alone and the memory floor; the seven linears of a decoder layer that share inpu
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from c3a_triton.benchmark import cases, layer, peers, timing
+from c3a_triton.benchmark import cases, gate, layer, peers, timing
 
 from . import plots, report, runs
+from .ceilings import BANDWIDTH_KEY, bandwidth
 
 __all__ = [
     "BANDWIDTH_KEY",
+    "HEADLINE",
     "SUBJECT",
     "both_tables",
     "floor_bytes",
     "goals",
+    "headline",
     "kernel_bytes",
     "main",
     "plan",
@@ -30,11 +33,13 @@ __all__ = [
     "wide",
 ]
 
-COPY_BYTES = 1 << 30  # of either side; less where the card is small
-BANDWIDTH_KEY = "copy bandwidth"
 FIRST_METHODS = ("base", "peft_lora", "peft_c3a", "ours:auto")
 DECODE_METHODS = ("base", "peft_lora", "peft_c3a", "ours:auto")
 PROFILED_CALLS = 10
+# Of the samples of one timing where all of the headline has to fit into the GPU job's share.
+HEADLINE_SECONDS = 0.1
+LATER_METHODS = ("ours:expand", "ours:fold", "peft_lora32")
+LAST_METHODS = ("dense", "ours:torch")
 DECODE_BYTES = 256 << 20  # of the weights in one graph, several times an L2
 
 
@@ -92,48 +97,73 @@ def _worth(case: layer.Case, method: str) -> int:
         return 0 if method in ("base", "ours:auto") else 1
     if case in squares() or case == wide():
         return 0 if first else 1
-    return 1 if first and case.n_tokens in (1024, 8192) and case.b == 128 else 2
+    in_general = case in cases.COMPARISON or (case.n_tokens in (1024, 8192) and case.b == 128)
+    return 1 if first and in_general else 2
+
+
+def _headline_worth(case: layer.Case, method: str) -> int:
+    """0: what goals compare, 1: peers' other cases and the backends that "auto" takes, then the other methods."""
+    if method in FIRST_METHODS:
+        return int(method == "peft_c3a" and case not in squares())
+    return 3 if method in LAST_METHODS else 2 if method in LATER_METHODS else 1
 
 
 def tasks(setting: runs.Setting) -> Iterator[runs.Task]:
-    """The copy bandwidth, the layers, the decoder layer, decoding."""
-    device = setting.device
-    yield runs.Task(BANDWIDTH_KEY, 0, partial(_bandwidth, setting))
-    layers = cases.LAYERS_TINY if setting.tiny else cases.LAYERS
+    """The copy bandwidth, the layers, the decoder layer, decoding, kernels one by one."""
+    layers = cases.LAYERS_TINY if setting.tiny else (*cases.LAYERS, *cases.COMPARISON)
     decoders = cases.DECODERS_TINY if setting.tiny else cases.DECODERS
     # In the order of worth: the square layer in every block size before other shapes in any.
-    for key, case, method in plan((*layers, *decoders), setting.methods):
-        yield runs.Task(key, _worth(case, method), partial(_measure, case, method, setting.timer, device))
-    decoding = cases.DECODING_TINY if setting.tiny else cases.DECODING
-    methods = [m for m in setting.methods if m in DECODE_METHODS]
-    for key, case, method in plan(decoding, methods):
-        worth = 0 if case.label == decoding[0].label and not method.startswith("peft") else 1
-        yield runs.Task(f"decode {key}", worth, partial(_decode, case, method, setting.timer, device))
-    if device.type == "cuda":
+    yield from _layer_tasks((*layers, *decoders), setting.methods, _worth, setting, setting.timer, 5.0)
+    if setting.device.type == "cuda":
         for case in layers[:1] if setting.tiny else squares():
             for method in setting.methods:
                 if peers.is_c3a(method):
                     key = f"kernels {layer.key(case, method)}"
-                    yield runs.Task(key, 1, partial(_kernels, case, method, device))
+                    yield runs.Task(key, 1, partial(_kernels, case, method, setting.device))
 
 
-def _bandwidth(setting: runs.Setting, record: runs.Record) -> None:
-    device = setting.device
-    n_bytes = COPY_BYTES
-    if device.type == "cuda":
-        n_bytes = min(n_bytes, torch.cuda.mem_get_info(device)[0] // 4)
-    if setting.tiny:
-        n_bytes = 1 << 20
-    source = torch.ones(n_bytes, dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    found = setting.timer.measure(lambda: target.copy_(source))
-    record |= {"time": asdict(found), "bytes_per_second": 2 * n_bytes / found.median}
+def headline(setting: runs.Setting) -> Iterator[runs.Task]:
+    """The part of `tasks` that goals and PEFT's own comparison name, with short timings."""
+    layers: tuple[layer.Case, ...] = (*cases.LAYERS_TINY, *cases.DECODERS_TINY)
+    if not setting.tiny:
+        layers = (*squares(), wide(), *cases.DECODERS, cases.LayerCase(1024, 4096, 4096, 128), *cases.COMPARISON)
+    methods = (*setting.methods, "peft_lora32") if setting.with_peft else setting.methods
+    timer = timing.within(setting.timer, HEADLINE_SECONDS)
+    yield from _layer_tasks(layers, methods, _headline_worth, setting, timer, 1.5)
 
 
-def _measure(case: layer.Case, method: str, timer: timing.Timer, device: torch.device, record: runs.Record) -> None:
+def _layer_tasks(
+    layers: Iterable[layer.Case],
+    methods: Sequence[str],
+    worth: Callable[[layer.Case, str], int],
+    setting: runs.Setting,
+    timer: timing.Timer,
+    seconds: float,
+) -> Iterator[runs.Task]:
+    """The copy bandwidth, these layers, decoding; about so many seconds each."""
+    device, truths = setting.device, gate.Truths()
+    yield runs.Task(BANDWIDTH_KEY, 0, partial(bandwidth, setting), 1.0)
+    for key, case, method in plan(layers, methods):
+        measure = partial(_measure, case, method, timer, device, truths=truths)
+        yield runs.Task(key, worth(case, method), measure, seconds)
+    decoding = cases.DECODING_TINY if setting.tiny else cases.DECODING
+    for key, case, method in plan(decoding, [method for method in methods if method in DECODE_METHODS]):
+        first = 0 if case.label == decoding[0].label and not method.startswith("peft") else 1
+        yield runs.Task(f"decode {key}", first, partial(_decode, case, method, timer, device), seconds)
+
+
+def _measure(
+    case: layer.Case,
+    method: str,
+    timer: timing.Timer,
+    device: torch.device,
+    record: runs.Record,
+    *,
+    truths: gate.Truths | None = None,
+) -> None:
     record |= {"case": asdict(case), "method": method, "times": {}}
     work = layer.Workload.of(case, method, device)
-    work.check()
+    work.check(truths)
     for mode, call in work.calls().items():
         record["times"][mode] = asdict(timer.measure(call))
 
@@ -152,22 +182,8 @@ def _decode(case: layer.Case, method: str, timer: timing.Timer, device: torch.de
         for work in works:
             work.forward()
 
-    found = timer.measure(step if device.type == "cpu" else _graph(step))
+    found = timer.measure(step if device.type == "cpu" else timing.graphed(step))
     record |= {"n_layers": n_layers, "time": asdict(found), "seconds": found.median / n_layers}
-
-
-def _graph(step: Callable[[], None]) -> Callable[[], None]:
-    """`step` captured in a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def _kernels(case: cases.LayerCase, method: str, device: torch.device, record: runs.Record) -> None:
@@ -447,6 +463,7 @@ def plot(records: runs.Records, path: Path) -> None:
 
 
 SUBJECT = runs.Subject("op", "One C3A layer against its peers", tasks, tables, goals, plot)
+HEADLINE = replace(SUBJECT, tasks=headline)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -388,7 +388,7 @@ def test_decoding_replays_a_graph_of_layers_that_exceed_the_cache(monkeypatch: p
     monkeypatch.setattr(
         layer.Workload, "of", lambda case, method, device: (built.append(method), workload(case, method, CPU))[1]
     )
-    monkeypatch.setattr(op, "_graph", lambda step: step)
+    monkeypatch.setattr(timing, "graphed", lambda step: step)
     monkeypatch.setattr(op, "DECODE_BYTES", 10 * 4 * 12 * 20)
     record: runs.Record = {}
     timer = SimpleNamespace(measure=lambda call: (call(), timing.Timing.of([1.0]))[1])

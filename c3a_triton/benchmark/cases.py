@@ -6,6 +6,7 @@ __all__ = [
     "ALL_LINEAR",
     "BLOCK_SIZES",
     "CALL",
+    "COMPARISON",
     "DECODERS",
     "DECODERS_TINY",
     "DECODING",
@@ -157,11 +158,17 @@ BLOCK_SIZES = (128, 64, 256, 1024, 32, 512)
 LAYERS = tuple(LayerCase(n_tokens, *size, b) for n_tokens in TOKENS for size in SIZES for b in BLOCK_SIZES)
 LAYERS_TINY = tuple(LayerCase(n_tokens, 64, 64, b, "float32") for n_tokens in (8, 1) for b in (8, 32))
 
+# q and v of Llama-3.2-3B in PEFT's method comparison: batches of 4 of 212 tokens on average.
+COMPARISON = (LayerCase(848, 3072, 3072, 64), LayerCase(848, 3072, 1024, 64))
+
 DECODERS = (DecoderCase(8192, 4096, 1024, 14336, 128),)  # Llama-3.1-8B
 DECODERS_TINY = (DecoderCase(6, 32, 16, 48, 8, "float32"),)
 
 # One token per sequence, under a CUDA graph.
-DECODING = tuple(LayerCase(n_tokens, *size, 128) for size in SIZES[:2] for n_tokens in (1, 4, 16))
+DECODING = (
+    *(LayerCase(n_tokens, *size, 128) for size in SIZES[:2] for n_tokens in (1, 4, 16)),
+    LayerCase(1, 3072, 3072, 64),
+)
 DECODING_TINY = (LayerCase(1, 64, 64, 8, "float32"),)
 
 MEMORY = tuple(LayerCase(8192, *size, b) for size in SIZES for b in (128, 1024))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import cases, gate, peers
 
-__all__ = ["MODES", "Case", "Workload", "key"]
+__all__ = ["MODES", "Case", "Workload", "checked_rows", "key"]
 
 Case = cases.LayerCase | cases.DecoderCase
 
@@ -21,6 +21,12 @@ def key(case: Case, method: str) -> str:
     """A measurement's name; peers that know no block size are measured once for all of them."""
     size = f" b={case.b}" if peers.is_c3a(method) else ""
     return f"{method} T={case.n_tokens} {case.label}{size} {case.dtype}"
+
+
+def checked_rows(x: Tensor) -> Tensor:
+    """The rows of x, or `CHECKED_ROWS` at either end, whose results are held against the truth."""
+    rows = torch.arange(x.shape[0], device=x.device)
+    return rows if len(rows) <= 2 * CHECKED_ROWS else torch.cat([rows[:CHECKED_ROWS], rows[-CHECKED_ROWS:]])
 
 
 @dataclass
@@ -42,14 +48,17 @@ class Workload:
         dtype = getattr(torch, case.dtype)
         inputs: dict[int, Tensor] = {}
         work = cls(case, method, [], [], [], [], [])
+        bases = []
         for source, part in case.parts:
-            base, w = peers.frozen_base(part, device), peers.kernel_values(part, device)
+            bases.append(peers.frozen_base(part, device))
+            work.kernels.append(peers.kernel_values(part, device))
             if source not in inputs:
                 inputs[source] = torch.randn(part.n_tokens, part.in_features, device=device, dtype=dtype)
             work.dys.append(torch.randn(part.n_tokens, part.out_features, device=device, dtype=dtype))
-            work.layers.append(peers.build(method, base, part, w))
-            work.kernels.append(w)
             work.sources.append(source)
+        # After all of them are drawn: some methods draw numbers of their own.
+        for base, (_, part), w in zip(bases, case.parts, work.kernels, strict=True):
+            work.layers.append(peers.build(method, base, part, w))
         work.inputs = [x.requires_grad_() for x in inputs.values()]
         return work
 
@@ -79,8 +88,11 @@ class Workload:
         """The calls to time, by mode."""
         return {"forward": self.forward, "backward": self.backward, "both": self.both}
 
-    def check(self) -> None:
+    def check(self, truths: gate.Truths | None = None) -> None:
         """Hold outputs and gradients against the dense definition; nothing to hold for layers without a circulant.
+
+        Args:
+            truths: where the truth may be known from another method.
 
         Raises:
             GateError: naming the quantity and its relative error.
@@ -90,14 +102,12 @@ class Workload:
         outputs = self.forward()
         grads = torch.autograd.grad(outputs, self.wanted, self.dys)
         dxs, dws = grads[: len(self.inputs)], grads[len(self.inputs) :]
-        n_tokens, dtype = self.case.n_tokens, self.inputs[0].dtype
-        rows = torch.arange(n_tokens, device=self.inputs[0].device)
-        if n_tokens > 2 * CHECKED_ROWS:
-            rows = torch.cat([rows[:CHECKED_ROWS], rows[-CHECKED_ROWS:]])
+        dtype, rows = self.inputs[0].dtype, checked_rows(self.inputs[0])
+        truths = gate.Truths() if truths is None else truths
         true_dxs: list[Tensor | None] = [None] * len(self.inputs)
         for i, source in enumerate(self.sources):
             weight = self.layers[i].base_layer.weight
-            truth = gate.Truth.of(weight, self.kernels[i], self.inputs[source], self.dys[i], rows=rows)
+            truth = truths.of(i, weight, self.kernels[i], self.inputs[source], self.dys[i], rows=rows)
             gate.check(f"y of layer {i}", outputs[i][rows], truth.y, dtype)
             if self.method != "dense":  # which has a gradient of another shape
                 gate.check(f"dw of layer {i}", dws[i], truth.dw, dtype)

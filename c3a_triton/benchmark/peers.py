@@ -101,11 +101,14 @@ def is_c3a(method: str) -> bool:
 
 
 def build(method: str, base: nn.Linear, case: LayerCase, w: Tensor) -> Any:
-    """The layer named `method` (see `methods`) over `base`, its circulant filled with `w`."""
+    """The layer named `method` over `base`, its circulant filled with `w`.
+
+    Beside the names of `methods`, "peft_lora32", say, is PEFT's LoRA of rank 32.
+    """
     if method == "base":
         return base
-    if method == "peft_lora":
-        return peft_lora(base)
+    if method.startswith("peft_lora"):
+        return peft_lora(base, int(method.removeprefix("peft_lora") or LORA_RANK))
     if method == "dense":
         return DenseDelta(base, reference.circulant_matrix(w, 1.0 / case.in_features, base.weight.dtype))
     if method == "peft_c3a":

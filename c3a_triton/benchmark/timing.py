@@ -4,6 +4,7 @@ Every figure is a median. Claims compare medians of one run, so peers are measur
 shared with other work (CPU), and one after another where the device is ours (GPU).
 """
 
+import copy
 import math
 import statistics
 import time
@@ -22,9 +23,11 @@ __all__ = [
     "Timing",
     "alternate",
     "geometric_mean",
+    "graphed",
     "in_turn",
     "peak_bytes",
     "saved_bytes",
+    "within",
 ]
 
 T = TypeVar("T")
@@ -259,6 +262,29 @@ class CudaTimer:
             call()
         torch.cuda.synchronize(self.device)
         return Timing.of(samples, wall=(time.perf_counter() - start) / repeats, peak_bytes=peak_bytes)
+
+
+def within(timer: Timer, seconds: float) -> Timer:
+    """`timer` with at most so many seconds of samples for one measurement, where it is one that takes its time."""
+    if not isinstance(timer, CudaTimer):
+        return timer
+    shorter = copy.copy(timer)
+    shorter.seconds = min(timer.seconds, seconds)
+    return shorter
+
+
+def graphed(call: Callable[[], object]) -> Callable[[], None]:
+    """`call` captured in a CUDA graph, after calls that make what a capture must not make."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 @dataclass(frozen=True)
