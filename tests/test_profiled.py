@@ -15,9 +15,9 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import bench_package  # noqa: F401
 import pytest
 import torch
-import bench_package  # noqa: F401
 from torch.autograd import DeviceType
 
 from bench import gpu, kernel_cases, ncu, op, overhead, profiled, report, runs, tile_sweep
