@@ -22,12 +22,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import ceilings, checks, model, native_tests, op, runs, token_sweep
+import torch
+
+from . import ceilings, checks, model, native_tests, ncu, op, profiled, runs, tile_sweep, token_sweep
 
 __all__ = ["JOBS", "main"]
 
 SECONDS = 285  # of the 300 that a command has: what is written last, and starting again, take their time
 GRACE = 10  # until the process ends, whatever it does
+COPIED = (".xml", ".csv", ".ncu-rep")  # what parts leave in the folder for logs that is wanted beside the results
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,14 @@ RIGHT = (
     Part(checks.sanitized(("memcheck",), checks.one_each), 35),
     Part(ceilings.SUBJECT, 20),
     Part(op.HEADLINE, 100),
+    Part(profiled.SUBJECT, 30),
 )
-TUNE = (Part(model.BRIEF, 45), Part(token_sweep.SUBJECT, 35))
+TUNE = (
+    Part(tile_sweep.SUBJECT, 100),
+    Part(ncu.SUBJECT, 80),
+    Part(model.BRIEF, 45),
+    Part(token_sweep.SUBJECT, 35),
+)
 JOBS = {"right": RIGHT, "tune": TUNE}
 
 
@@ -81,8 +90,9 @@ def _write(job: runs.Job, subjects: Sequence[runs.Subject]) -> str:
     (out / f"{name}.md").write_text(text, encoding="utf-8")
     job.results.save()
     scratch = job.setting.scratch
-    for result in scratch.glob("*.xml"):
-        shutil.copyfile(result, out / result.name)
+    for result in scratch.iterdir():
+        if result.suffix in COPIED:
+            shutil.copyfile(result, out / result.name)
     archive = out / f"{name}-logs.tar.xz"
     part = archive.with_name(archive.name + ".part")
     with lzma.open(part, "wb", preset=1) as packed, tarfile.open(fileobj=packed, mode="w") as logs:
@@ -91,7 +101,9 @@ def _write(job: runs.Job, subjects: Sequence[runs.Subject]) -> str:
     return text
 
 
-def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
+def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    if Path(member.name).suffix in COPIED:
+        return None
     member.uid = member.gid = 0
     member.uname = member.gname = ""
     return member
@@ -101,6 +113,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a job; returns the exit status: 3 where something of ours is wrong or failed."""
     argv = sys.argv[1:] if argv is None else argv
     args = _parse(argv)
+    if torch.device(args.device).type == "cpu":
+        os.environ["TRITON_INTERPRET"] = (
+            "1"  # read when kernels are defined, which they are not before the first launch
+        )
     if not args.resume:
         shutil.rmtree(args.scratch, ignore_errors=True)
     args.scratch.mkdir(parents=True, exist_ok=True)

@@ -21,11 +21,11 @@ __all__ = [
     "BANDWIDTH_KEY",
     "HEADLINE",
     "SUBJECT",
+    "bandwidth",
     "both_tables",
     "floor_bytes",
     "goals",
     "headline",
-    "kernel_bytes",
     "main",
     "plan",
     "squares",
@@ -35,7 +35,6 @@ __all__ = [
 
 FIRST_METHODS = ("base", "peft_lora", "peft_c3a", "ours:auto")
 DECODE_METHODS = ("base", "peft_lora", "peft_c3a", "ours:auto")
-PROFILED_CALLS = 10
 # Of the samples of one timing where all of the headline has to fit into the GPU job's share.
 HEADLINE_SECONDS = 0.1
 LATER_METHODS = ("ours:expand", "ours:fold", "peft_lora32")
@@ -55,25 +54,6 @@ def floor_bytes(case: layer.Case, mode: str) -> int:
         w = 4 * part.in_features * part.out_features // part.b
         total += {"forward": x + y + w, "backward": 2 * x + y + 2 * w, "both": 3 * x + 2 * y + 3 * w}[mode]
     return total
-
-
-def kernel_bytes(kernel: str, case: cases.LayerCase) -> int | None:
-    """Bytes that one of our memory-bound kernels must move in a forward; None for any other.
-
-    x and y by the transforms, their spectra (of x's size in 16 bits) between them, ΔW where it is written out.
-    """
-    itemsize = getattr(torch, case.dtype).itemsize
-    x, y = itemsize * case.n_tokens * case.in_features, itemsize * case.n_tokens * case.out_features
-    dense = case.in_features * case.out_features
-    moved = {
-        "two_level_analysis_kernel": 2 * x,
-        "analysis_kernel": 2 * x,
-        "mix_kernel": x + y + 2 * itemsize * dense // case.b,
-        "two_level_synthesis_kernel": 2 * y,
-        "synthesis_kernel": 2 * y,
-        "expand_kernel": itemsize * dense + 4 * dense // case.b,
-    }
-    return moved.get(kernel)
 
 
 # What is measured
@@ -109,17 +89,11 @@ def _headline_worth(case: layer.Case, method: str) -> int:
 
 
 def tasks(setting: runs.Setting) -> Iterator[runs.Task]:
-    """The copy bandwidth, the layers, the decoder layer, decoding, kernels one by one."""
+    """The copy bandwidth, the layers, the decoder layer, decoding."""
     layers = cases.LAYERS_TINY if setting.tiny else (*cases.LAYERS, *cases.COMPARISON)
     decoders = cases.DECODERS_TINY if setting.tiny else cases.DECODERS
     # In the order of worth: the square layer in every block size before other shapes in any.
     yield from _layer_tasks((*layers, *decoders), setting.methods, _worth, setting, setting.timer, 5.0)
-    if setting.device.type == "cuda":
-        for case in layers[:1] if setting.tiny else squares():
-            for method in setting.methods:
-                if peers.is_c3a(method):
-                    key = f"kernels {layer.key(case, method)}"
-                    yield runs.Task(key, 1, partial(_kernels, case, method, setting.device))
 
 
 def headline(setting: runs.Setting) -> Iterator[runs.Task]:
@@ -184,27 +158,6 @@ def _decode(case: layer.Case, method: str, timer: timing.Timer, device: torch.de
 
     found = timer.measure(step if device.type == "cpu" else timing.graphed(step))
     record |= {"n_layers": n_layers, "time": asdict(found), "seconds": found.median / n_layers}
-
-
-def _kernels(case: cases.LayerCase, method: str, device: torch.device, record: runs.Record) -> None:
-    """Every kernel of a forward and how long it takes."""
-    record |= {"case": asdict(case), "method": method}
-    work = layer.Workload.of(case, method, device)
-    for _ in range(3):
-        work.forward()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(PROFILED_CALLS):
-            work.forward()
-        torch.cuda.synchronize(device)
-    record["kernels"] = {
-        event.key: {
-            "launches": event.count / PROFILED_CALLS,
-            "seconds": event.self_device_time_total / 1e6 / PROFILED_CALLS,
-            "bytes": kernel_bytes(event.key, case),
-        }
-        for event in profile.key_averages()
-        if event.self_device_time_total
-    }
 
 
 # What is read off
@@ -314,37 +267,7 @@ def tables(records: runs.Records) -> list[str]:
             lines.append(_time_table(records, rows, methods, mode, "median"))
         lines += ["", f"### {title}: both, Python included", "", "A call among back-to-back calls (over the base's)."]
         lines += ["", _time_table(records, rows, methods, "both", "wall")]
-    return lines + _decode_table(records) + _kernels_tables(records)
-
-
-def _shares(records: runs.Records, record: runs.Record) -> dict[str, float]:
-    """Kernel → the rate at which it moves its bytes over the measured copy bandwidth."""
-    bandwidth = records.get(BANDWIDTH_KEY, {}).get("bytes_per_second")
-    if not bandwidth:
-        return {}
-    found = record.get("kernels", {})
-    return {name: k["bytes"] / k["seconds"] / bandwidth for name, k in found.items() if k["bytes"]}
-
-
-def _kernels_tables(records: runs.Records) -> list[str]:
-    lines: list[str] = []
-    for key, record in records.items():
-        if "kernels" not in record:
-            continue
-        shares = _shares(records, record)
-        rows = [
-            [
-                name[:80],
-                f"{k['launches']:g}",
-                report.format_seconds(k["seconds"]),
-                "-" if k["bytes"] is None else report.format_bytes(k["bytes"]),
-                f"{shares[name]:.0%}" if name in shares else "-",
-            ]
-            for name, k in sorted(record["kernels"].items(), key=lambda item: -item[1]["seconds"])
-        ]
-        lines += ["", f"### Forward, {key}", "", "Per call; bytes and share of copy bandwidth of memory-bound kernels."]
-        lines += ["", report.format_table(["kernel", "launches", "time", "bytes", "of the bandwidth"], rows)]
-    return lines
+    return lines + _decode_table(records)
 
 
 def _decode_seconds(records: runs.Records, case: layer.Case, method: str) -> float | None:
@@ -422,16 +345,6 @@ def goals(records: runs.Records) -> list[report.Goal]:
         found.append(
             report.at_most(f"decode T={case.n_tokens}, {case.label}, CUDA graph: unmerged / base", 1.15, value)
         )
-    reached = {
-        f"{name} in {key.removeprefix('kernels ')}": share
-        for key, record in records.items()
-        if record.get("method", "").startswith("ours:")
-        for name, share in _shares(records, record).items()
-    }
-    worst = min(reached, key=lambda name: reached[name], default="")
-    of = f"the worst of {len(reached)}: {worst}"
-    what = "each memory-bound kernel: bytes it must move / time / copy bandwidth"
-    found.append(report.at_least(what, 0.75, reached.get(worst), what=of))
     return found
 
 

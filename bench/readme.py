@@ -39,8 +39,7 @@ def _gpu_section(card: committed.Card) -> str:
     return (
         f"{card.title}, medians of one run; of {len(goals)} goals {reached} are reached "
         "([which, and what was predicted](docs/performance.md)). Reproduce with `python -m bench.gpu right --out DIR`."
-        "\n"
-        + "\n".join(lines)
+        "\n" + "\n".join(lines)
     )
 
 

@@ -347,40 +347,6 @@ def test_floor_counts_what_an_adapter_must_move(mode: str) -> None:
     assert op.floor_bytes(cases.LayerCase(5, 12, 20, 4), mode) == expected[mode]
 
 
-def test_kernels_of_a_forward_are_listed_with_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a profiler that has seen 10 calls of 2 launches, 1 ms in all, of one of our kernels and of another's."""
-    events = [
-        SimpleNamespace(key=name, count=20, self_device_time_total=seconds * 1e6)
-        for name, seconds in (("mix_kernel", 1e-3), ("gemm", 2e-3), ("aten::mm", 0.0))
-    ]
-
-    class Profile:
-        def __init__(self, activities: object) -> None: ...
-
-        def __enter__(self) -> "Profile":
-            return self
-
-        def __exit__(self, *exc: object) -> None: ...
-
-        def key_averages(self) -> list[SimpleNamespace]:
-            return events
-
-    monkeypatch.setattr(torch.profiler, "profile", Profile)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    case = cases.LayerCase(5, 12, 20, 4)
-    record: runs.Record = {"status": "ok"}
-    op._kernels(case, "ours:torch", CPU, record)
-    n_bytes = 2 * 5 * (12 + 20) + 4 * 12 * 20 // 4
-    assert record["kernels"]["mix_kernel"] == {"launches": 2, "seconds": pytest.approx(1e-4), "bytes": n_bytes}
-    assert record["kernels"].keys() == {"mix_kernel", "gemm"}
-
-    records = {op.BANDWIDTH_KEY: {"status": "ok", "bytes_per_second": n_bytes / 0.8e-4}, "kernels a": record}
-    assert "| 80%" in "\n".join(op.tables(records))
-    (goal,) = [goal for goal in op.goals(records) if "memory-bound" in goal.case]
-    assert goal.reached
-    assert goal.measured == "0.8 (the worst of 1: mix_kernel in a)"
-
-
 def test_decoding_replays_a_graph_of_layers_that_exceed_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     case = cases.LayerCase(1, 12, 20, 4, "float32")
     built: list[str] = []
