@@ -22,9 +22,8 @@ __all__ = ["SUBJECT", "goals", "main", "tables", "tasks"]
 
 def tasks(setting: runs.Setting) -> Iterator[runs.Task]:
     """One per case and method."""
-    chosen = cases.MEMORY
-    if setting.device.type == "cpu":
-        chosen = cases.MEMORY_TINY if setting.tiny else cases.MEMORY_CPU
+    sizes = cases.MEMORY if setting.device.type == "cuda" else cases.MEMORY_CPU
+    chosen = cases.MEMORY_TINY if setting.tiny else sizes
     for key, case, method in op.plan(chosen, setting.methods):
         worth = 0 if case == chosen[0] and method in op.FIRST_METHODS else 1
         yield runs.Task(key, worth, partial(_measure, case, method, setting.device))
