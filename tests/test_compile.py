@@ -19,7 +19,7 @@ pytest.importorskip("transformers")
 from tiny_models import MLP, llama
 
 import c3a_triton
-from c3a_triton import C3AConfig
+from c3a_triton import C3AConfig, launch, launch_fft
 
 CONFIG = C3AConfig(block_size=4, target_modules=["q_proj", "v_proj", "down_proj"], init_weights="gaussian")
 MLP_CONFIG = C3AConfig(block_size=3, target_modules="all-linear", init_weights="gaussian")
@@ -190,6 +190,78 @@ def test_reduce_overhead_replays_graphs_on_a_gpu(n_tokens: int) -> None:
                 torch.testing.assert_close(y, model(input_ids=batch, use_cache=False).logits, rtol=5e-2, atol=5e-2)
                 for _, layer in model.c3a.layers():
                     layer.c3a_kernel[name].mul_(1.5)
+
+
+def spectral(names: tuple[str, ...] = ("default",)) -> nn.Module:
+    """Two layers by spectra, of a block size that "auto" would take them for."""
+    config = C3AConfig(block_size=128, target_modules="all-linear", init_weights="gaussian")
+    model = nn.Sequential(nn.Linear(256, 384), nn.GELU(), nn.Linear(384, 256)).to(accelerator())
+    c3a_triton.apply(model, config, adapter_name=names[0], backend="fft")
+    for name in names[1:]:
+        model.c3a.add_adapter(name, config)
+    # What an earlier test has left is not made again.
+    launch_fft._basis.cache_clear()
+    launch.clear_plans()
+    return model
+
+
+def accelerator() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.gpu
+def test_graphs_of_spectra_train_as_eager() -> None:
+    """Bases are made while the graphs are warmed up, forward and backward, and are no part of them."""
+    model = spectral()
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    x = torch.randn(96, 256, device=accelerator())
+    for call, inner in ((compiled, model), (eager, eager)):
+        optimizer = torch.optim.SGD(c3a_triton.param_groups(inner, lr=0.5))
+        for step in range(5):
+            torch.compiler.cudagraph_mark_step_begin()
+            call(x * (step + 1)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for w, other in zip(model.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(w, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_graphs_of_a_model_frozen_for_inference() -> None:
+    """Its spectra are kept by the calls that warm up, and computed anew by the graphs: changed values are seen."""
+    model = spectral().eval()
+    model.c3a.freeze_for_inference()
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    x = torch.randn(96, 256, device=accelerator())
+    for _ in range(5):
+        torch.compiler.cudagraph_mark_step_begin()
+        torch.testing.assert_close(compiled(x).clone(), model(x), rtol=1e-3, atol=1e-4)
+        for _, layer in model.c3a.layers():
+            layer.c3a_kernel["default"].mul_(1.5)
+        x.normal_()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["direct", "fft"])
+@pytest.mark.parametrize("kind", ["float32", "16 bits"])
+def test_graphs_of_a_mixed_batch(backend: str, kind: str) -> None:
+    """Tables of rows and addresses, and copies of kernels that are no float32, are found where graphs expect them."""
+    model = spectral(("one", "two")).eval()
+    model.c3a.set_backend(backend)
+    if kind == "16 bits":
+        model.half()
+    dtype = next(model.parameters()).dtype
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    x = torch.randn(4, 64, 256, device=accelerator(), dtype=dtype)
+    with torch.no_grad(), model.c3a.using(["one", "two", "__base__", "one"]):
+        for _ in range(5):
+            torch.compiler.cudagraph_mark_step_begin()
+            torch.testing.assert_close(compiled(x).clone(), model(x), rtol=2e-2, atol=2e-2)
+            for _, layer in model.c3a.layers():
+                layer.c3a_kernel["one"].mul_(1.5)
+            x.normal_()
 
 
 # Copies
