@@ -17,11 +17,12 @@ from torch import Tensor
 
 from c3a_triton.benchmark import cases, models, timing
 
-from . import plots, report, runs
+from . import plots, report, runs, specialisations
 
-__all__ = ["SUBJECT", "goals", "main", "tables", "tasks"]
+__all__ = ["SUBJECT", "goals", "launches", "main", "tables", "tasks"]
 
 STEP_SECONDS, GENERATION_SECONDS = 15.0, 1.0
+CHECKED_TOKENS = 16
 
 
 def tasks(setting: runs.Setting) -> Iterator[runs.Task]:
@@ -52,7 +53,7 @@ def _measure(
     methods = [method for method in models.METHODS if method in setting.methods]
     adapted = {method: models.adapted(method, base, case) for method in methods}
     ids = torch.randint(base.config.vocab_size, (case.batch, case.n_tokens), device=device)
-    models.check(adapted, ids[:1, :16])
+    models.check(adapted, ids[:1, :CHECKED_TOKENS])
     calls = {method: make(model, ids, case) for method, model in adapted.items()}
     seconds = STEP_SECONDS if make is _training else GENERATION_SECONDS
     timings = timing.in_turn(
@@ -85,6 +86,16 @@ def _generation(model: Any, ids: Tensor, case: cases.ModelCase) -> Callable[[], 
         )
 
     return generate
+
+
+def launches(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
+    """What the tasks launch: the linear layers of a decoder layer; see `specialisations`."""
+    shape = cases.LLAMA_3B
+    kv = shape["hidden_size"] // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    prompt = cases.GENERATION.n_tokens // 8
+    n_tokens = (1, prompt, CHECKED_TOKENS, *(case.batch * case.n_tokens for case in cases.MODELS))
+    sizes = shape["hidden_size"], kv, shape["intermediate_size"], cases.MODELS[0].b
+    return specialisations.of_layers([cases.DecoderCase(n, *sizes) for n in n_tokens], device)
 
 
 def _median(record: runs.Record | None, method: str) -> float | None:

@@ -14,7 +14,7 @@ import torch
 
 from c3a_triton.benchmark import cases, layer, peers, timing
 
-from . import plots, report, runs
+from . import plots, report, runs, specialisations
 
 __all__ = [
     "BANDWIDTH_KEY",
@@ -23,6 +23,7 @@ __all__ = [
     "floor_bytes",
     "goals",
     "kernel_bytes",
+    "launches",
     "main",
     "plan",
     "squares",
@@ -189,6 +190,11 @@ def _kernels(case: cases.LayerCase, method: str, device: torch.device, record: r
         for event in profile.key_averages()
         if event.self_device_time_total
     }
+
+
+def launches(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
+    """What the tasks launch; see `specialisations`."""
+    return specialisations.of_layers((*cases.LAYERS, *cases.DECODERS, *cases.DECODING), device)
 
 
 # What is read off
