@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: test test-triton36 test-compat test-gpu-software nightly lint demo bench hub dist clean
+.PHONY: test test-triton36 test-compat test-gpu-software nightly lint demo bench gpu-cache hub dist clean
 
 test: $(VENV)/.installed
 	# A file stays in one worker, so that kernels are compiled once; files go by name, because the longest comes early so.
@@ -49,6 +49,14 @@ demo: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench.cpu
+
+# What the GPU job would spend its time on compiling, compiled ahead of time into out/gpu (docs/gpu.md), by the versions
+# that its machine has. Tests run in the interpreter, with that card's tiles; what they launch is compiled, too.
+gpu-cache: .venv-gpu/.installed
+	rm -rf out/gpu-tests && mkdir -p out/gpu-tests
+	PYTHONPATH=.venv-gpu/numpy-for-triton:tests OMP_NUM_THREADS=1 .venv-gpu/bin/pytest -q -n 2 --dist worksteal \
+		-m 'native and not nightly' --card sm_90 -p record_launches --specialisations out/gpu-tests/launches.jsonl
+	.venv-gpu/bin/python -m bench.precompile --tests out/gpu-tests/*.jsonl
 
 # The operators for the hub's kernel loader (`kernels.get_local_kernel("out/hub")`), copied from the package.
 hub:

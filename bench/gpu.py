@@ -24,7 +24,20 @@ from pathlib import Path
 
 import torch
 
-from . import ceilings, checks, model, native_tests, ncu, op, profiled, runs, tile_sweep, token_sweep
+from . import (
+    ceilings,
+    checks,
+    model,
+    native_tests,
+    ncu,
+    op,
+    precompile,
+    precompiled,
+    profiled,
+    runs,
+    tile_sweep,
+    token_sweep,
+)
 
 __all__ = ["JOBS", "main"]
 
@@ -41,7 +54,9 @@ class Part:
     seconds: float
 
 
+CACHE = Part(precompiled.SUBJECT, 60)
 RIGHT = (
+    CACHE,
     Part(native_tests.SUBJECT, 90),
     Part(checks.guarded(), 40),
     Part(checks.sanitized(("memcheck",), checks.one_each), 35),
@@ -50,6 +65,7 @@ RIGHT = (
     Part(profiled.SUBJECT, 30),
 )
 TUNE = (
+    CACHE,
     Part(tile_sweep.SUBJECT, 100),
     Part(ncu.SUBJECT, 80),
     Part(model.BRIEF, 45),
@@ -69,6 +85,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, help="test processes (default: half of the cores)")
     scratch = Path(tempfile.gettempdir()) / "c3a_triton-gpu"
     parser.add_argument("--scratch", type=Path, default=scratch, help="folder for logs (default: %(default)s)")
+    parser.add_argument(
+        "--cache", type=Path, default=precompile.OUT, metavar="DIR", help="from bench.precompile (default: %(default)s)"
+    )
     parser.set_defaults(budget_s=SECONDS)
     return parser.parse_args(argv)
 
@@ -120,18 +139,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.resume:
         shutil.rmtree(args.scratch, ignore_errors=True)
     args.scratch.mkdir(parents=True, exist_ok=True)
+    precompiled.adopt(args.cache)
     job = runs.open_job("python -m bench.gpu", args, on_cpu=False, name=args.job, grace=GRACE)
     if isinstance(job, int):
         return job
     workers = max(1, (os.cpu_count() or 2) // 2) if args.workers is None else args.workers
-    job.setting = replace(job.setting, scratch=args.scratch, workers=workers)
+    job.setting = replace(job.setting, scratch=args.scratch, workers=workers, cache=args.cache)
     parts = [part for part in JOBS[args.job] if not args.only or part.subject.name in args.only]
     subjects = [part.subject for part in parts]
     try:
         for part in parts:
             start = time.monotonic()
             print(f"{part.subject.name} ... ({job.setting.seconds_left():.0f} s left)", flush=True)
-            runs.measure(job.until(start + part.seconds), [part.subject])
+            with precompiled.counted(job.results, part.subject.name, args.scratch / "cache-misses.txt"):
+                runs.measure(job.until(start + part.seconds), [part.subject])
             _write(job, subjects)
             job.results.spent[part.subject.name] = time.monotonic() - start
     except runs.DeviceLostError as error:

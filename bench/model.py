@@ -18,11 +18,12 @@ from torch import Tensor
 
 from c3a_triton.benchmark import cases, models, timing
 
-from . import plots, report, runs
+from . import plots, report, runs, specialisations
 
-__all__ = ["BRIEF", "SUBJECT", "brief", "goals", "main", "tables", "tasks"]
+__all__ = ["BRIEF", "SUBJECT", "brief", "goals", "launches", "main", "tables", "tasks"]
 
 STEP_SECONDS, GENERATION_SECONDS = 15.0, 1.0
+CHECKED_TOKENS = 16
 BRIEF_SECONDS = 6.0  # of a step, in the GPU job's share
 # Beside PEFT's methods; "fold", which is for inference, takes as long.
 BRIEF_METHODS = ("base", "peft_lora", "peft_c3a", "ours:auto")
@@ -88,7 +89,7 @@ def _measure(
     base, adapted = built(case)
     record["n_layers"] = base.config.num_hidden_layers
     ids = torch.randint(base.config.vocab_size, (case.batch, case.n_tokens), device=device)
-    models.check(adapted, ids[:1, :16])
+    models.check(adapted, ids[:1, :CHECKED_TOKENS])
     calls = {method: make(model, ids, case) for method, model in adapted.items()}
     timings = timing.in_turn(
         {method: (lambda: None, lambda _, call=call: call()) for method, call in calls.items()},  # type: ignore[misc]
@@ -120,6 +121,16 @@ def _generation(model: Any, ids: Tensor, case: cases.ModelCase) -> Callable[[], 
         )
 
     return generate
+
+
+def launches(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
+    """What the tasks launch: the linear layers of a decoder layer; see `specialisations`."""
+    shape = cases.LLAMA_3B
+    kv = shape["hidden_size"] // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    prompt = cases.GENERATION.n_tokens // 8
+    n_tokens = (1, prompt, CHECKED_TOKENS, *(case.batch * case.n_tokens for case in cases.MODELS))
+    sizes = shape["hidden_size"], kv, shape["intermediate_size"], cases.MODELS[0].b
+    return specialisations.of_layers([cases.DecoderCase(n, *sizes) for n in n_tokens], device)
 
 
 def _median(record: runs.Record | None, method: str) -> float | None:

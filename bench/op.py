@@ -14,7 +14,7 @@ import torch
 
 from c3a_triton.benchmark import cases, gate, layer, peers, timing
 
-from . import plots, report, runs
+from . import plots, report, runs, specialisations
 from .ceilings import BANDWIDTH_KEY, bandwidth
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "floor_bytes",
     "goals",
     "headline",
+    "launches",
     "main",
     "plan",
     "squares",
@@ -98,12 +99,20 @@ def tasks(setting: runs.Setting) -> Iterator[runs.Task]:
 
 def headline(setting: runs.Setting) -> Iterator[runs.Task]:
     """The part of `tasks` that goals and PEFT's own comparison name, with short timings."""
-    layers: tuple[layer.Case, ...] = (*cases.LAYERS_TINY, *cases.DECODERS_TINY)
-    if not setting.tiny:
-        layers = (*squares(), wide(), *cases.DECODERS, cases.LayerCase(1024, 4096, 4096, 128), *cases.COMPARISON)
+    tiny: tuple[layer.Case, ...] = (*cases.LAYERS_TINY, *cases.DECODERS_TINY)
+    layers = tiny if setting.tiny else _headline_layers()
     methods = (*setting.methods, "peft_lora32") if setting.with_peft else setting.methods
     timer = timing.within(setting.timer, HEADLINE_SECONDS)
     yield from _layer_tasks(layers, methods, _headline_worth, setting, timer, 1.5)
+
+
+def _headline_layers() -> tuple[layer.Case, ...]:
+    return (*squares(), wide(), *cases.DECODERS, cases.LayerCase(1024, 4096, 4096, 128), *cases.COMPARISON)
+
+
+def launches(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
+    """What the headline launches; see `specialisations`."""
+    return specialisations.of_layers((*_headline_layers(), *cases.DECODING), device)
 
 
 def _layer_tasks(

@@ -76,6 +76,7 @@ class Setting:
     deadline: float = math.inf  # by time.monotonic, for what takes as long as it is given
     scratch: Path = Path(tempfile.gettempdir()) / "c3a_triton-bench"  # folder for logs of processes
     workers: int = 1  # processes that may run side by side
+    cache: Path = ROOT / "out" / "gpu"  # what `bench.precompile` wrote
 
     def seconds_left(self) -> float:
         """Until the deadline."""
