@@ -196,9 +196,9 @@ FIELDS = tuple(field.name for field in fields(TileConfig))
 _BOUNDS: dict[str, tuple[tuple[int, int], tuple[int, int], tuple[int, int]]] = {
     # `inner_block` knows steps up to 128.
     "product_tile": ((16, 256), (16, 256), (16, 128)),
-    # One side for both, which holds a whole block of up to 64.
-    "weight_grad_tile": ((16, 256), (64, 128), (64, 128)),
-    "diagonal_tile": ((16, 256), (32, 128), (32, 128)),
+    # One side for both, which holds a whole block of up to 64. 256 tokens a step take minutes to compile.
+    "weight_grad_tile": ((16, 128), (64, 128), (64, 128)),
+    "diagonal_tile": ((16, 128), (32, 128), (32, 128)),
     # Rows of spectra and both sides of a basis are padded to 128, and read and written up to there without a mask.
     "transform_tile": ((16, 128), (16, 128), (16, 128)),
     # Everything is masked, or repeats the last row.
@@ -218,8 +218,9 @@ def bounds(lookup: Lookup) -> tuple[tuple[int, int], ...]:
     name, sizes = lookup
     if name == "decode_tile":
         n_tokens, b = map(int, sizes)
-        # Blocks in pieces of 16 multiply one value of each piece of a step, and no fewer than 16.
-        return (n_tokens, n_tokens), (16, 64), (256 if b % 16 == 0 else 16, 512)
+        # Blocks in pieces of 16 multiply one value of each piece of a step, and no fewer than 16. Others gather a step
+        # value by value, and more than 256 take minutes to compile.
+        return (n_tokens, n_tokens), (16, 64), (256, 512) if b % 16 == 0 else (16, 256)
     if name == "two_level_tile":
         b = int(sizes[1])
         # As many rows as registers can be thought to hold; 128, to which spectra are padded, is above that.
