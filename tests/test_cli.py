@@ -502,6 +502,25 @@ def test_doctor(run, quick, monkeypatch, tmp_path):
     assert any(line.startswith("torch     cpu     float32   works: ") for line in lines)
 
 
+def test_doctor_says_what_it_tries_before_it_does(run, quick, monkeypatch):
+    monkeypatch.setattr(doctor.dispatch, "BACKENDS", ("auto", "torch"))
+    monkeypatch.setattr(doctor.torch.cuda, "device_count", lambda: 0)
+
+    def largest_error(backend, *where):
+        print(f"computing by {backend}", file=sys.stderr)
+        return 0.0
+
+    monkeypatch.setattr(doctor, "_largest_error", largest_error)
+    code, out, err = run("doctor", "--json")
+    assert (code, len(json.loads(out)["backends"])) == (0, 2)
+    assert err.splitlines() == [
+        "doctor: auto on cpu in float32",
+        "computing by auto",
+        "doctor: torch on cpu in float32",
+        "computing by torch",
+    ]
+
+
 def test_doctor_finds_what_is_broken(run, quick, monkeypatch):
     monkeypatch.setenv("C3A_TRITON_BACKEND", "nonsense")
     monkeypatch.setattr(doctor.dispatch, "BACKENDS", ("auto", "torch"))
