@@ -6,17 +6,19 @@ code: 0 for success, 1 where something failed, 2 for a command line that cannot 
 
 import argparse
 import importlib
+import importlib.util
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import __version__
-from .errors import C3AError
+from .errors import BackendError, C3AError
 
 __all__ = ["main"]
 
@@ -60,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             args = _parser().parse_args(argv)
+            _check_kernels()
             code = args.run(args)
             sys.stdout.flush()
             return code
@@ -83,6 +86,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+
+
+def _check_kernels() -> None:
+    """Refuse a checkout that is not installed, which `python -m c3a_triton` takes where it is the working directory.
+
+    Raises:
+        BackendError: its kernels are not in the package; with the remedy.
+    """
+    if importlib.util.find_spec(f"{__package__}.kernels") is None:
+        package = Path(__file__).resolve().parent
+        raise BackendError(
+            f"the kernels are missing, because {package} is a checkout that is not installed: "
+            f"run `pip install -e .` in {package.parent}, or start from another folder if c3a_triton is installed"
+        )
 
 
 def _is_want_of_memory(error: Exception) -> bool:

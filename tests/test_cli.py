@@ -6,6 +6,7 @@ import subprocess
 import sys
 import sysconfig
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from c3a_triton.benchmark import gate, layer, peers
 from c3a_triton.commands import bench, doctor, merge
 from c3a_triton.commands.options import module_choice
 
+ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("inspect", "merge", "bench", "doctor")
 needs_peft = pytest.mark.skipif(peers.why_no_peft() is not None, reason="needs PEFT")
 
@@ -72,6 +74,42 @@ def test_the_installed_command(folders, tmp_path):
     done = command(script, "inspect", folders / "nowhere", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"c3a-triton: error: there is no folder or file {folders / 'nowhere'}\n"
+
+
+@pytest.fixture
+def bare() -> Callable[..., subprocess.CompletedProcess]:
+    """Run `python -m c3a_triton` where no .pth file counts: editable installations are by those."""
+
+    def bare(line: str, folder: Path, *first: Path) -> subprocess.CompletedProcess:
+        path = [*map(str, first), *filter(None, sys.path)]
+        env = os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
+        arguments = [sys.executable, "-S", "-m", "c3a_triton", *line.split()]
+        return subprocess.run(arguments, cwd=folder, env=env, capture_output=True, text=True)
+
+    return bare
+
+
+@pytest.mark.parametrize("line", ["doctor --json", "inspect nowhere"])
+def test_a_checkout_that_is_not_installed_names_the_remedy(bare, line):
+    done = bare(line, ROOT)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"c3a-triton: error: the kernels are missing, because {ROOT / 'c3a_triton'} is a checkout that is not "
+        f"installed: run `pip install -e .` in {ROOT}, or start from another folder if c3a_triton is installed\n"
+    )
+
+
+def test_a_checkout_that_lies_before_the_installed_package(bare, tmp_path):
+    """As from a wheel: a folder with the package, its kernels in it."""
+    package = tmp_path / "site" / "c3a_triton"
+    package.mkdir(parents=True)
+    for entry in (*(ROOT / "c3a_triton").iterdir(), ROOT / "kernels"):
+        (package / entry.name).symlink_to(entry)
+    done = bare("inspect nowhere", ROOT, package.parent)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "start from another folder" in done.stderr
+    done = bare(f"inspect {tmp_path}/nowhere", tmp_path, package.parent)
+    assert (done.returncode, done.stderr) == (1, f"c3a-triton: error: there is no folder or file {tmp_path}/nowhere\n")
 
 
 def test_a_reader_that_goes_away(tmp_path):
@@ -500,6 +538,25 @@ def test_doctor(run, quick, monkeypatch, tmp_path):
     lines = out.splitlines()
     assert (lines[0], lines[-1]) == ("```text", "```")
     assert any(line.startswith("torch     cpu     float32   works: ") for line in lines)
+
+
+def test_doctor_says_what_it_tries_before_it_does(run, quick, monkeypatch):
+    monkeypatch.setattr(doctor.dispatch, "BACKENDS", ("auto", "torch"))
+    monkeypatch.setattr(doctor.torch.cuda, "device_count", lambda: 0)
+
+    def largest_error(backend, *where):
+        print(f"computing by {backend}", file=sys.stderr)
+        return 0.0
+
+    monkeypatch.setattr(doctor, "_largest_error", largest_error)
+    code, out, err = run("doctor", "--json")
+    assert (code, len(json.loads(out)["backends"])) == (0, 2)
+    assert err.splitlines() == [
+        "doctor: auto on cpu in float32",
+        "computing by auto",
+        "doctor: torch on cpu in float32",
+        "computing by torch",
+    ]
 
 
 def test_doctor_finds_what_is_broken(run, quick, monkeypatch):

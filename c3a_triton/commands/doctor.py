@@ -6,6 +6,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,8 @@ def _backends() -> list[dict[str, Any]]:
 
 
 def _tried(backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    # On a GPU that is new to Triton's cache each compiles its kernels, for seconds.
+    print(f"doctor: {backend} on {device} in {str(dtype).removeprefix('torch.')}", file=sys.stderr)
     # A diagnosis: whatever comes up is what has to be told.
     try:
         reason = dispatch.why_not(backend, device, dtype)
