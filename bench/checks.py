@@ -23,7 +23,7 @@ import torch
 
 from . import compute_sanitizer, kernel_cases, processes, report, runs, sanitize
 
-__all__ = ["guarded", "main", "one_each", "sanitized", "verdict"]
+__all__ = ["continued", "guarded", "main", "one_each", "sanitized", "verdict"]
 
 LINES = 8  # of a report that are kept
 
@@ -118,13 +118,22 @@ def _failed(cases: dict[str, runs.Record]) -> dict[str, str]:
 
 
 def _shard(setting: runs.Setting, cases: str, folder: Path, index: int) -> dict[str, Any]:
-    """The results of one part of the cases; where its process dies, another goes on behind the case that did it."""
+    """The results of one part of the cases."""
     path = folder / f"{index}.json"
     command = _command(setting.device, path, cases, "--shard", f"{index}/{setting.workers}")
+    return continued(setting, command, path)
+
+
+def continued(setting: runs.Setting, command: Sequence[str], path: Path, **environment: str) -> dict[str, Any]:
+    """What `command` writes to `path`, case by case, as `bench.sanitize` does; its output goes beside it.
+
+    Where its process dies, another goes on behind the case that did it.
+    """
     results: dict[str, Any] = {"cases": {}, "kernels": [], "running": None, "done": False}
     reached, before = 0, -1
     while not results["done"] and reached > before and (left := setting.seconds_left()) > 0:
-        processes.run(command, log=folder / f"{index}.log", limit=left, env=_environment(setting.device), grace=1)
+        more = _environment(setting.device, **environment)
+        processes.run(command, log=path.with_suffix(".log"), limit=left, env=more, grace=1)
         results = report.read_json(path) if path.exists() else results
         reached, before = len(results["cases"]) + (results["running"] is not None), reached
     return results

@@ -27,6 +27,7 @@ import torch
 from . import (
     ceilings,
     checks,
+    diagnosis,
     model,
     native_tests,
     ncu,
@@ -34,6 +35,7 @@ from . import (
     precompile,
     precompiled,
     profiled,
+    report,
     runs,
     tile_sweep,
     token_sweep,
@@ -72,6 +74,7 @@ TUNE = (
     Part(token_sweep.SUBJECT, 35),
 )
 JOBS = {"right": RIGHT, "tune": TUNE}
+AGAIN_SECONDS = 200  # of what was wrong; the sanitizers have the rest
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -80,7 +83,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("job", choices=JOBS)
     runs.add_options(parser)
-    names = sorted({part.subject.name for parts in JOBS.values() for part in parts})
+    names = sorted({"again", *(part.subject.name for parts in JOBS.values() for part in parts)})
     parser.add_argument("--only", choices=names, action="append", help="only these parts of the job")
     parser.add_argument("--workers", type=int, help="test processes (default: half of the cores)")
     scratch = Path(tempfile.gettempdir()) / "c3a_triton-gpu"
@@ -88,8 +91,27 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--cache", type=Path, default=precompile.OUT, metavar="DIR", help="from bench.precompile (default: %(default)s)"
     )
+    found = "what `right` wrote: where it found something wrong, `tune` explains that instead"
+    parser.add_argument("--right", type=Path, metavar="FILE", help=found)
     parser.set_defaults(budget_s=SECONDS)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.right is not None and args.job != "tune":
+        parser.error("--right FILE is for `tune`")
+    return args
+
+
+def _parts(args: argparse.Namespace) -> tuple[tuple[Part, ...], str | None]:
+    """The parts of the job, and what is to be said about their choice."""
+    if args.right is None:
+        return JOBS[args.job], None
+    wrong = diagnosis.wrong(report.read_json(args.right)["records"])
+    if not wrong:
+        return TUNE, f"{args.right.name} shows nothing wrong that can be run again: this is data to tune from"
+    counts = f"{len(wrong.cases)} cases of kernels, {len(wrong.tests)} tests, {len(wrong.layers)} layers"
+    note = f"{args.right.name} shows {counts} that are wrong: they are run again, and nothing is tuned"
+    under_tools = diagnosis.sanitized(wrong)
+    more = () if under_tools is None else (Part(under_tools, SECONDS - AGAIN_SECONDS),)
+    return (CACHE, Part(diagnosis.subject(wrong), AGAIN_SECONDS if more else SECONDS), *more), note
 
 
 def _head(job: runs.Job) -> list[str]:
@@ -145,7 +167,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return job
     workers = max(1, (os.cpu_count() or 2) // 2) if args.workers is None else args.workers
     job.setting = replace(job.setting, scratch=args.scratch, workers=workers, cache=args.cache)
-    parts = [part for part in JOBS[args.job] if not args.only or part.subject.name in args.only]
+    chosen, note = _parts(args)
+    if note is not None and note not in job.results.notes:
+        print(note, flush=True)
+        job.results.notes.append(note)
+    parts = [part for part in chosen if not args.only or part.subject.name in args.only]
     subjects = [part.subject for part in parts]
     try:
         for part in parts:

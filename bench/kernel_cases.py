@@ -19,7 +19,7 @@ from c3a_triton.benchmark import gate
 
 from . import ROOT, guards, overhead
 
-__all__ = ["CASES", "KERNELS", "Case", "check", "launched"]
+__all__ = ["CASES", "KERNELS", "WORST", "Case", "check", "compare", "computed", "launched"]
 
 SCALE = 0.37
 # The largest of many rounding errors is a few times their root mean square.
@@ -375,28 +375,46 @@ KERNELS = frozenset(
 # Checking
 
 
-def check(case: Case, device: torch.device, *, guard: int = guards.GUARD) -> None:
-    """Compute a case in guarded memory, and hold its results against the dense float64 definition.
+def computed(
+    case: Case, device: torch.device, *, guard: int = guards.GUARD, operands: type[_Operands] = _Operands
+) -> tuple[list[_Result], list[str], _Operands]:
+    """Compute a case in guarded memory.
 
     Args:
-        case: one of `CASES`.
+        case: one of `CASES`, or one like them.
         device: a GPU, or the CPU under Triton's interpreter.
         guard: bytes around each tensor; 0 for tools that watch allocations themselves.
+        operands: what makes its tensors.
+
+    Returns:
+        Its results, a line for each tensor outside of which something was written, and the maker of its tensors.
+    """
+    memory = guards.Memory(guard)
+    given = operands(case, memory, device)
+    with guards.guarded(memory) if guard else nullcontext():
+        results = list(_OPERATORS[case.operator](given))
+    return results, memory.damage(), given
+
+
+def check(case: Case, device: torch.device, *, guard: int = guards.GUARD) -> None:
+    """Compute a case as `computed` does, and hold its results against the dense float64 definition.
 
     Raises:
         GateError: a result is wrong or not finite, or something was written outside of a tensor.
     """
-    memory = guards.Memory(guard)
-    with guards.guarded(memory) if guard else nullcontext():
-        results = list(_OPERATORS[case.operator](_Operands(case, memory, device)))
-    damage = memory.damage()
+    results, damage, _ = computed(case, device, guard=guard)
     if damage:
         raise gate.GateError("; ".join(damage))
     for name, value, truth in results:
-        _compare(name, value, truth, getattr(torch, case.dtype))
+        compare(name, value, truth, getattr(torch, case.dtype))
 
 
-def _compare(name: str, value: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
+def compare(name: str, value: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
+    """Hold one result against the truth, its norm and its worst element.
+
+    Raises:
+        GateError: it is wrong, not finite or of another shape.
+    """
     value = _exact(value)
     if value.shape != truth.shape:
         raise gate.GateError(f"{name} has the shape {tuple(value.shape)}, expected {tuple(truth.shape)}")

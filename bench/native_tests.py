@@ -3,7 +3,7 @@
 import importlib.util
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ FIRST = ("test_kernels.py", "test_fft.py", "test_ops.py", "test_layer.py", "test
 TINY = ("test_numbers.py",)
 
 
-def run_tests(out: Path, arguments: Sequence[str], *, limit: float, workers: int = 0) -> dict[str, Any]:
+def run_tests(
+    out: Path, arguments: Sequence[str], *, limit: float, workers: int = 0, variables: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Run pytest in a process of its own and read its counts.
 
     Args:
@@ -27,6 +29,7 @@ def run_tests(out: Path, arguments: Sequence[str], *, limit: float, workers: int
         arguments: files, and options of pytest.
         limit: seconds after which the run is interrupted; what had finished by then is counted.
         workers: processes of pytest-xdist, where it is installed; 0 for none.
+        variables: of its environment, beside this process's own.
 
     Returns:
         `outcome` ("passed", "failed", "interrupted" or why it did not run), counts, seconds, and the failures' names.
@@ -44,7 +47,7 @@ def run_tests(out: Path, arguments: Sequence[str], *, limit: float, workers: int
         # A kernel that never ends ends its process; the others go on.
         command += [f"--timeout={TEST_SECONDS}", "--timeout-method=thread"]
     # On a GPU nothing runs in the interpreter; more threads than one or two would wait for each other.
-    environment = processes.natively() | {"OMP_NUM_THREADS": "2"}
+    environment = processes.natively() | {"OMP_NUM_THREADS": "2"} | dict(variables or {})
     log = out / "tests.log"
     ended = processes.run([*command, *arguments], log=log, limit=limit, env=environment, grace=GRACE)
     result: dict[str, Any] = {"seconds": ended.seconds, "exit_code": ended.exit_code}

@@ -15,7 +15,7 @@ import torch
 
 from . import guards, kernel_cases, launch_hooks, report, runs
 
-__all__ = ["PLANTED", "main", "shard"]
+__all__ = ["PLANTED", "main", "opened", "shard"]
 
 PLANTED = "overrun_kernel"  # of `overrun`, which imports Triton
 
@@ -25,7 +25,7 @@ def shard(index: int, count: int, pattern: str = "") -> tuple[kernel_cases.Case,
     return tuple(case for case in kernel_cases.CASES if re.search(pattern, case.key))[index::count]
 
 
-def _opened(path: Path) -> dict[str, Any]:
+def opened(path: Path) -> dict[str, Any]:
     """Results so far; the case that a process did not come back from has failed."""
     results = report.read_json(path) if path.exists() else {"cases": {}, "kernels": [], "running": None, "done": False}
     if results["running"] is not None:
@@ -35,7 +35,7 @@ def _opened(path: Path) -> dict[str, Any]:
 
 
 def _run(args: argparse.Namespace, device: torch.device) -> int:
-    results = _opened(args.out)
+    results = opened(args.out)
     guard = 0 if args.bare else guards.GUARD
     with launch_hooks.noted() as launched:
         index, count = args.shard

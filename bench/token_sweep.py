@@ -183,9 +183,10 @@ def fitted(records: runs.Records) -> dict[str, float]:
         if rate in records.get(key, {}):
             found[name] = records[key][rate]
     swept = [record for record in records.values() if len(record.get("times", {})) == len(DIRECTIONS)]
-    base = [_base_rate(record) for record in swept if record["backend"] == dispatch.BASE]
-    if base:
-        found["CUBLAS_FLOPS[2]"] = max(base)
+    for record in swept:
+        if record["backend"] == dispatch.BASE:
+            name = f"CUBLAS_FLOPS[{getattr(torch, record['case']['dtype']).itemsize}]"
+            found[name] = max(found.get(name, 0.0), _base_rate(record))
     few = [(r, direction) for r in swept if r["case"]["n_tokens"] <= launch.SMALL_T for direction in DIRECTIONS]
     if few:
         with _constants(found | {"LAUNCH_SECONDS": 0.0}):

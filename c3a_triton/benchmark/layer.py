@@ -1,6 +1,6 @@
 """Adapted linear layers ready to be called: one, or several that share inputs, by any method of `peers`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,23 +97,27 @@ class Workload:
         Raises:
             GateError: naming the quantity and its relative error.
         """
+        for name, value, truth in self.results(gate.Truths() if truths is None else truths):
+            gate.check(name, value, truth, self.inputs[0].dtype)
+
+    def results(self, truths: gate.Truths) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(what it is, its value, the truth) of everything that `check` holds."""
         if not (peers.is_c3a(self.method) or self.method == "dense"):
             return
         outputs = self.forward()
         grads = torch.autograd.grad(outputs, self.wanted, self.dys)
         dxs, dws = grads[: len(self.inputs)], grads[len(self.inputs) :]
-        dtype, rows = self.inputs[0].dtype, checked_rows(self.inputs[0])
-        truths = gate.Truths() if truths is None else truths
+        rows = checked_rows(self.inputs[0])
         true_dxs: list[Tensor | None] = [None] * len(self.inputs)
         for i, source in enumerate(self.sources):
             weight = self.layers[i].base_layer.weight
             truth = truths.of(i, weight, self.kernels[i], self.inputs[source], self.dys[i], rows=rows)
-            gate.check(f"y of layer {i}", outputs[i][rows], truth.y, dtype)
+            yield f"y of layer {i}", outputs[i][rows], truth.y
             if self.method != "dense":  # which has a gradient of another shape
-                gate.check(f"dw of layer {i}", dws[i], truth.dw, dtype)
+                yield f"dw of layer {i}", dws[i], truth.dw
             known = true_dxs[source]
             true_dxs[source] = truth.dx if known is None else known + truth.dx
         for source, true_dx in enumerate(true_dxs):
             if self.method != "peft_c3a":  # whose input gradient is known to be wrong (README)
                 assert true_dx is not None, "an input that no layer reads"
-                gate.check(f"dx of input {source}", dxs[source][rows], true_dx, dtype)
+                yield f"dx of input {source}", dxs[source][rows], true_dx
