@@ -34,8 +34,7 @@ Candidate = dict[str, Any]  # tile, status, message where that is not "ok", and 
 def candidates(lookup: Lookup) -> list[TileConfig]:
     """The committed tile, then others that may be faster and compute the same."""
     committed = getattr(tiles, lookup[0])(*lookup[1])
-    changed = (change(committed) for change in tile_search.variants(lookup, committed))
-    return list(dict.fromkeys((committed, *changed)))
+    return [committed, *tiles.candidates(lookup, committed)]
 
 
 def launches(device: torch.device, *, tiny: bool = False) -> Iterator[tuple[str, Callable[[], object]]]:
