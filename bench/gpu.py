@@ -155,9 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = _parse(argv)
     if torch.device(args.device).type == "cpu":
-        os.environ["TRITON_INTERPRET"] = (
-            "1"  # read when kernels are defined, which they are not before the first launch
-        )
+        os.environ["TRITON_INTERPRET"] = "1"  # is read when kernels are defined: with the first launch
     if not args.resume:
         shutil.rmtree(args.scratch, ignore_errors=True)
     args.scratch.mkdir(parents=True, exist_ok=True)

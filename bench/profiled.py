@@ -281,13 +281,13 @@ def _seconds(call: Call, names: Sequence[str], device: torch.device) -> dict[str
         return {"seconds": _medians(_repeated(call, device), len(names)), "timed_by": "events"}
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            by_events = _repeated(call, device)
+            _repeated(call, device)
         found = _joined(list(names) * (1 + REPEATS), profile.events())[len(names) :]  # without the first call
         return {"seconds": _medians(found, len(names)), "timed_by": "profiler"}
     except (AssertionError, RuntimeError, ValueError) as error:  # no profiler here, or another list
         torch.cuda.synchronize(device)
-        by_events = _repeated(call, device)
-        return {"seconds": _medians(by_events, len(names)), "timed_by": "events", "mismatch": str(error)}
+        seconds = _medians(_repeated(call, device), len(names))
+        return {"seconds": seconds, "timed_by": "events", "mismatch": str(error)}
 
 
 def _joined(names: Sequence[str], events: Iterable[Any]) -> list[float]:

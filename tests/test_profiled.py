@@ -378,22 +378,25 @@ def test_tasks_are_a_call_and_a_lookup_and_new_lookups_come_first(tmp_path: Path
 
 
 def test_every_candidate_can_be_recorded_without_a_device() -> None:
-    """And is launched with its own tile: the warps of every launch are those that its name says."""
-    launched: list[int] = []
+    """And is launched with its own tile: that which its name says."""
+    sizes = {"decode_kernel": ("BLOCK_T", "BLOCK_O", "BLOCK_K"), "mix_kernel": ("BLOCK_T", "BLOCK_C", "BLOCK_K")}
+    launched: list[str] = []
 
     def note(kernel: Any, **arguments: Any) -> None:
-        if kernel.__name__ == "decode_kernel":
-            launched.append(arguments["num_warps"])
+        if names := sizes.get(kernel.__name__):
+            tile = "×".join(str(arguments[name]) for name in names)
+            launched.append(f"{tile}, {arguments['num_warps']} warps, {arguments['num_stages']} stages")
 
     with _on_sm_90(note):
-        found = 0
+        found: list[str] = []
         for name, call in tile_sweep.launches(META, tiny=True):
-            if "decode_tile" in name:
+            if "decode_tile" in name or "mix_tile" in name:
                 launched.clear()
                 call()
-                assert f" {launched[0]} warps" in name
-                found += 1
-    assert found == 2
+                assert name.endswith(f"| {launched[0]}")
+                found += launched
+    # Two of each look-up: decode, forward and backward, of which the latter have the same tiles.
+    assert (len(found), len(set(found))) == (6, 4)
 
 
 def test_candidates_begin_with_the_committed_tile_and_differ() -> None:
