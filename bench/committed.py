@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from c3a_triton import dispatch
 
-from . import ROOT, ceilings, report, runs
+from . import ROOT, report, runs, token_sweep
 
 __all__ = ["RESULTS", "Card", "cards"]
 
@@ -29,8 +29,8 @@ class Card(NamedTuple):
 
     @property
     def ceilings(self) -> dispatch.Ceilings:
-        """What the cost model takes of this card: measured where that was done."""
-        return ceilings.fitted(self.records)
+        """What the cost model takes of this card, as far as it was measured."""
+        return token_sweep.fitted({**self.records.get("ceilings", {}), **self.records.get("tokens", {})})
 
 
 def cards(folder: Path = RESULTS) -> list[Card]:

@@ -8,21 +8,20 @@ of the same card. The table ends with the fitted constants.
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 from c3a_triton import circulant_linear, dispatch, launch
 from c3a_triton.benchmark import cases, gate, layer, peers, timing
+from c3a_triton.dispatch import Ceilings
 
 from . import ceilings, plots, report, runs
 
-__all__ = ["SUBJECT", "fitted", "launches", "main", "tables", "tasks"]
+__all__ = ["SUBJECT", "fitted", "host_seconds", "launches", "main", "tables", "tasks"]
 
 SECONDS = 0.04  # of one timing
 # The ends and the middle first, should the time not suffice.
@@ -31,6 +30,7 @@ SHAPES = ((4096, 4096, 128), (3072, 3072, 64))
 BACKENDS = (dispatch.BASE, "direct", "fft", "expand")
 TORCH_TOKENS = (16, 1024, 8192)
 DIRECTIONS = ("forward", "backward")
+FLOATS = {2: "bfloat16", 4: "float32"}  # by bytes
 
 
 def tasks(setting: runs.Setting) -> Iterator[runs.Task]:
@@ -125,79 +125,81 @@ def _measure(
 # What the cost model says of it
 
 
-def _predicted(record: runs.Record, direction: str) -> float:
+def _predicted(record: runs.Record, direction: str, at: Ceilings = dispatch.CEILINGS) -> float:
     case = cases.LayerCase(**record["case"])
     sizes, dtype = (case.n_tokens, case.in_features, case.out_features), getattr(torch, case.dtype)
     if record["backend"] == dispatch.BASE:
-        return dispatch.base_seconds(*sizes, dtype)
-    return dispatch.predicted_seconds(record["backend"], *sizes, case.b, dtype, backward=direction == "backward")
-
-
-@contextmanager
-def _constants(values: Mapping[str, float]) -> Iterator[None]:
-    """Within it the cost model computes with these, named as in `fitted`."""
-    changed: dict[str, float | dict[int, float]] = {}
-    for name, value in values.items():
-        constant, _, itemsize = name.rstrip("]").partition("[")
-        if itemsize:
-            by_size = changed.setdefault(constant, dict(getattr(dispatch, constant)))
-            assert isinstance(by_size, dict)
-            by_size[int(itemsize)] = value
-        elif hasattr(dispatch, constant):
-            changed[constant] = value
-    with ExitStack() as stack:
-        for constant, of_all_sizes in changed.items():
-            stack.enter_context(mock.patch.object(dispatch, constant, of_all_sizes))
-        yield
+        return dispatch.base_seconds(*sizes, dtype, ceilings=at)
+    backward = direction == "backward"
+    return dispatch.predicted_seconds(record["backend"], *sizes, case.b, dtype, backward=backward, ceilings=at)
 
 
 def _launch_count(record: runs.Record, direction: str) -> float:
     """How many launches the model counts."""
-    with _constants({"LAUNCH_SECONDS": 1.0}):
-        one = _predicted(record, direction)
-    with _constants({"LAUNCH_SECONDS": 0.0}):
-        return one - _predicted(record, direction)
+    none, one = (dispatch.CEILINGS._replace(launch_seconds=seconds) for seconds in (0.0, 1.0))
+    return _predicted(record, direction, one) - _predicted(record, direction, none)
 
 
-def fitted(records: runs.Records) -> dict[str, float]:
-    """The constants of `c3a_triton.dispatch` that follow from measurements; those without a measurement are missing.
+def fitted(records: runs.Records) -> Ceilings:
+    """The cost model's ceilings as a card has measured them; what it has not is as committed.
 
     Args:
         records: of `bench.ceilings` and of this benchmark, measured on one card.
 
     Returns:
-        BANDWIDTH by the large copy, CUBLAS_FLOPS by bytes per element from the base product at its fastest and from
-        cuBLAS's float32, TRITON_FLOPS from the product by a table, TF32_FLOPS from float16's product per frequency;
-        LAUNCH_SECONDS, the median over few tokens of what is left of device time by launch; and HOST_SECONDS, of which
-        the model has none yet: what back-to-back calls with few tokens take beyond device time, by launch.
+        The bandwidth of the large copy; cuBLAS's rates, in 16 bits the base product's at its fastest where that was
+        swept; Triton's from the product by a table, in TF32 from float16's product per frequency; and per launch the
+        median over few tokens of what is left of device time.
     """
-    found: dict[str, float] = {}
-    sources = {
-        "BANDWIDTH": (ceilings.BANDWIDTH_KEY, "bytes_per_second"),
-        "CUBLAS_FLOPS[4]": ("cuBLAS float32, beta 0", "flops_per_second"),
-        "TRITON_FLOPS[2]": ("table product bfloat16", "flops_per_second"),
-        "TRITON_FLOPS[4]": ("table product float32", "flops_per_second"),
-        "TF32_FLOPS": ("mix float16 b=16", "flops_per_second"),
-    }
-    for name, (key, rate) in sources.items():
-        if rate in records.get(key, {}):
-            found[name] = records[key][rate]
-    swept = [record for record in records.values() if len(record.get("times", {})) == len(DIRECTIONS)]
-    for record in swept:
-        if record["backend"] == dispatch.BASE:
-            name = f"CUBLAS_FLOPS[{getattr(torch, record['case']['dtype']).itemsize}]"
-            found[name] = max(found.get(name, 0.0), _base_rate(record))
-    few = [(r, direction) for r in swept if r["case"]["n_tokens"] <= launch.SMALL_T for direction in DIRECTIONS]
-    if few:
-        with _constants(found | {"LAUNCH_SECONDS": 0.0}):
-            left = [record["times"][at]["median"] - _predicted(record, at) for record, at in few]
-        counts = [_launch_count(record, at) for record, at in few]
-        found["LAUNCH_SECONDS"] = statistics.median(s / n for s, n in zip(left, counts, strict=True))
-        waited = [record["times"][at]["wall"] - record["times"][at]["median"] for record, at in few]
-        ours = [s / n for s, n, (r, _) in zip(waited, counts, few, strict=True) if r["backend"] != dispatch.BASE]
-        if ours:
-            found["HOST_SECONDS"] = statistics.median(ours)
-    return found
+
+    def rate(key: str, name: str, default: float) -> float:
+        return records.get(key, {}).get(name, default)
+
+    def flops(key: str, default: float) -> float:
+        return rate(key, "flops_per_second", default)
+
+    before = dispatch.CEILINGS
+    cublas = {2: flops("cuBLAS bfloat16, beta 0", before.cublas_flops[2])}
+    cublas[4] = flops("cuBLAS float32, beta 0", before.cublas_flops[4])
+    swept = _swept(records)
+    for itemsize in cublas:
+        base = [
+            _base_rate(record)
+            for record in swept
+            if record["backend"] == dispatch.BASE and getattr(torch, record["case"]["dtype"]).itemsize == itemsize
+        ]
+        cublas[itemsize] = max(base, default=cublas[itemsize])
+    triton = {size: flops(f"table product {name}", before.triton_flops[size]) for size, name in FLOATS.items()}
+    found = Ceilings(
+        bandwidth=rate(ceilings.BANDWIDTH_KEY, "bytes_per_second", before.bandwidth),
+        cublas_flops=cublas,
+        triton_flops=triton,
+        tf32_flops=flops("mix float16 b=16", before.tf32_flops),
+        launch_seconds=0.0,
+    )
+    left = [
+        (record["times"][at]["median"] - _predicted(record, at, found)) / _launch_count(record, at)
+        for record, at in _few_tokens(swept)
+    ]
+    return found._replace(launch_seconds=statistics.median(left) if left else before.launch_seconds)
+
+
+def host_seconds(records: runs.Records) -> float | None:
+    """What back-to-back calls of ours with few tokens take beyond device time, by launch: the model has none of it."""
+    waited = [
+        (record["times"][at]["wall"] - record["times"][at]["median"]) / _launch_count(record, at)
+        for record, at in _few_tokens(_swept(records))
+        if record["backend"] != dispatch.BASE
+    ]
+    return statistics.median(waited) if waited else None
+
+
+def _swept(records: runs.Records) -> list[runs.Record]:
+    return [record for record in records.values() if "backend" in record and len(record["times"]) == len(DIRECTIONS)]
+
+
+def _few_tokens(swept: list[runs.Record]) -> list[tuple[runs.Record, str]]:
+    return [(r, direction) for r in swept if r["case"]["n_tokens"] <= launch.SMALL_T for direction in DIRECTIONS]
 
 
 def _base_rate(record: runs.Record) -> float:
@@ -205,10 +207,13 @@ def _base_rate(record: runs.Record) -> float:
     return 2 * case.n_tokens * case.in_features * case.out_features / record["times"]["forward"]["median"]
 
 
-def _committed(name: str) -> float | None:
-    constant, _, itemsize = name.rstrip("]").partition("[")
-    value = getattr(dispatch, constant, None)
-    return value[int(itemsize)] if itemsize and value is not None else value
+def _constants(found: Ceilings) -> dict[str, float]:
+    """Every number of it, by name."""
+    return {
+        f"{name}[{size}]" if size else name: number
+        for name, value in found._asdict().items()
+        for size, number in (value.items() if isinstance(value, Mapping) else [(None, value)])
+    }
 
 
 def tables(records: runs.Records) -> list[str]:
@@ -231,32 +236,34 @@ def tables(records: runs.Records) -> list[str]:
                 rows.append([n_tokens, *(cells.get(backend, "-") for backend in backends)])
             lines.append(report.format_table(["T", *backends], rows))
     lines += ceilings.tables({key: record for key, record in records.items() if "backend" not in record})
-    if fit:
-        rows = []
-        for name, value in fit.items():
-            committed = _committed(name)
-            rows.append([name, "-" if committed is None else f"{committed:.3g}", f"{value:.3g}"])
+    committed = _constants(dispatch.CEILINGS)
+    rows = [
+        [name, f"{committed[name]:.3g}", f"{value:.3g}"]
+        for name, value in _constants(fit).items()
+        if value != committed[name]
+    ]
+    host = host_seconds(records)
+    if host is not None:
+        rows.append(["Python's and the driver's seconds per launch", "-", f"{host:.3g}"])
+    if rows:
         lines += ["", "### The cost model's constants", ""]
-        lines.append(report.format_table(["in c3a_triton/dispatch.py", "committed", "fitted"], rows))
+        lines.append(report.format_table(["c3a_triton.dispatch.CEILINGS", "committed", "fitted"], rows))
     return lines
 
 
-def _cell(record: runs.Record, direction: str, fit: Mapping[str, float]) -> str:
+def _cell(record: runs.Record, direction: str, fit: Ceilings) -> str:
     found = record.get("times", {}).get(direction)
     if found is None:
         return record["status"]
-    committed = _predicted(record, direction)
-    with _constants(fit):
-        by_fit = _predicted(record, direction)
-    shown = (report.format_seconds(seconds) for seconds in (found["median"], committed, by_fit))
+    predicted = _predicted(record, direction), _predicted(record, direction, fit)
+    shown = (report.format_seconds(seconds) for seconds in (found["median"], *predicted))
     return "{} ({}; {})".format(*shown)
 
 
 def plot(records: runs.Records, path: Path) -> None:
     """Time by tokens: a panel per shape and direction, a line per backend."""
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    swept = [record for record in records.values() if len(record.get("times", {})) == len(DIRECTIONS)]
-    for record in sorted(swept, key=lambda record: record["case"]["n_tokens"]):
+    for record in sorted(_swept(records), key=lambda record: record["case"]["n_tokens"]):
         case = cases.LayerCase(**record["case"])
         for direction in DIRECTIONS:
             panel = panels.setdefault(f"{case.label}, b={case.b}: {direction}", {})

@@ -1,6 +1,7 @@
 """What a card can do at most, the sweep over tokens, the headline and the models of the GPU job, without a GPU."""
 
 import dataclasses
+import re
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -223,55 +224,64 @@ def test_models_are_built_once_for_cases_that_differ_in_tokens(monkeypatch: pyte
 # The sweep over tokens, and the fit
 
 
-CONSTANTS = {
-    "BANDWIDTH": 3e12,
-    "CUBLAS_FLOPS[2]": 700e12,
-    "CUBLAS_FLOPS[4]": 50e12,
-    "TRITON_FLOPS[2]": 400e12,
-    "TRITON_FLOPS[4]": 120e12,
-    "TF32_FLOPS": 250e12,
-    "LAUNCH_SECONDS": 4e-6,
-    "HOST_SECONDS": 2e-5,
-}
+CARD = dispatch.Ceilings(
+    bandwidth=3e12,
+    cublas_flops={2: 700e12, 4: 50e12},
+    triton_flops={2: 400e12, 4: 120e12},
+    tf32_flops=250e12,
+    launch_seconds=4e-6,
+)
+HOST_SECONDS = 2e-5
 
 
-def _as_predicted(constants: dict[str, float]) -> runs.Records:
+def _as_predicted() -> runs.Records:
     """Records of a card on which the cost model is right."""
-    records: runs.Records = {ceilings.BANDWIDTH_KEY: {"bytes_per_second": constants["BANDWIDTH"]}}
-    rates = {"cuBLAS float32, beta 0": "CUBLAS_FLOPS[4]", "table product bfloat16": "TRITON_FLOPS[2]"}
-    rates |= {"table product float32": "TRITON_FLOPS[4]", "mix float16 b=16": "TF32_FLOPS"}
-    records |= {key: {"flops_per_second": constants[name]} for key, name in rates.items()}
+    records: runs.Records = {ceilings.BANDWIDTH_KEY: {"bytes_per_second": CARD.bandwidth}}
+    rates = {"cuBLAS float32, beta 0": CARD.cublas_flops[4], "table product bfloat16": CARD.triton_flops[2]}
+    rates |= {"table product float32": CARD.triton_flops[4], "mix float16 b=16": CARD.tf32_flops}
+    records |= {key: {"flops_per_second": rate} for key, rate in rates.items()}
     for record in records.values():
         record |= {"status": "ok", "time": {"median": 1.0}}
     for case, backend in token_sweep._cases():
         record = {"status": "ok", "case": vars(case), "backend": backend, "times": {}}
         for direction in token_sweep.DIRECTIONS:
-            with token_sweep._constants(constants):
-                seconds = token_sweep._predicted(record, direction)
-            wall = seconds + constants["HOST_SECONDS"] * token_sweep._launch_count(record, direction)
+            seconds = token_sweep._predicted(record, direction, CARD)
+            wall = seconds + HOST_SECONDS * token_sweep._launch_count(record, direction)
             record["times"][direction] = {"median": seconds, "wall": wall}
         records[token_sweep._key(case, backend)] = record
     return records
 
 
 def test_the_fit_finds_the_constants_from_which_times_were_made() -> None:
-    before = (dispatch.BANDWIDTH, dict(dispatch.CUBLAS_FLOPS))
-    records = _as_predicted(CONSTANTS)
+    records = _as_predicted()
     found = token_sweep.fitted(records)
-    assert found == {name: pytest.approx(value, rel=5e-3) for name, value in CONSTANTS.items()}
-    assert before == (dispatch.BANDWIDTH, dispatch.CUBLAS_FLOPS)  # a prediction changes nothing
+    expected = token_sweep._constants(CARD)
+    assert token_sweep._constants(found) == {n: pytest.approx(value, rel=5e-3) for n, value in expected.items()}
+    assert token_sweep.host_seconds(records) == pytest.approx(HOST_SECONDS, rel=5e-3)
     # One stray measurement is no constant.
     stray = "direct T=1 4096→4096 b=128 bfloat16"
     times = {direction: {"median": 1.0, "wall": 1.0} for direction in token_sweep.DIRECTIONS}
     found = token_sweep.fitted(records | {stray: records[stray] | {"times": times}})
-    assert found["LAUNCH_SECONDS"] == pytest.approx(CONSTANTS["LAUNCH_SECONDS"], rel=0.02)
+    assert found.launch_seconds == pytest.approx(CARD.launch_seconds, rel=0.02)
     text = "\n".join(token_sweep.tables(records))
-    assert "| LAUNCH_SECONDS            | 2.5e-06   | 4e-06 " in text
-    assert token_sweep.fitted({}) == {}
+    assert re.search(r"\| launch_seconds +\| 2.5e-06 +\| 4e-06 +\|", text)
     unmeasured = records[stray] | {"times": {}, "status": "out of memory"}
-    assert "out of memory" in "\n".join(token_sweep.tables({stray: unmeasured}))  # nothing to fit
+    assert "out of memory" in "\n".join(token_sweep.tables({stray: unmeasured}))
     cell = token_sweep._cell(records["base T=32768 4096→4096 b=128 bfloat16"], "forward", found)
     assert cell == "1.57 ms (1.69 ms; 1.58 ms)"
+
+
+def test_what_was_not_measured_is_as_committed() -> None:
+    assert token_sweep.fitted({}) == dispatch.CEILINGS
+    assert token_sweep.host_seconds({}) is None
+    assert "constants" not in "\n".join(token_sweep.tables({}))
+    right_alone = {
+        ceilings.BANDWIDTH_KEY: {"bytes_per_second": 3e12},
+        "cuBLAS bfloat16, beta 0": {"flops_per_second": 7e14},
+    }
+    found = token_sweep.fitted(right_alone)
+    assert (found.bandwidth, found.cublas_flops[2]) == (3e12, 7e14)
+    assert found._replace(bandwidth=0.0, cublas_flops={}) == dispatch.CEILINGS._replace(bandwidth=0.0, cublas_flops={})
 
 
 def test_products_are_measured_by_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,8 @@ def test_parts_have_their_share_and_are_written_one_by_one(tmp_path: Path, monke
 
     def fail(setting: runs.Setting) -> None:
         look(setting)
-        raise KeyboardInterrupt  # the machine is taken away
+        if len(written) == 2:
+            raise KeyboardInterrupt  # the machine is taken away
 
     parts = (_part("first", 20, look), _part("second", 1e6, fail), _part("third", 5))
     monkeypatch.setitem(gpu.JOBS, "right", parts)
@@ -70,15 +71,17 @@ def test_parts_have_their_share_and_are_written_one_by_one(tmp_path: Path, monke
     files = ["right-logs.tar.xz", "right.json", "right.md"]
     assert written == [["right.json"], files]
     found = report.read_json(out / "right.json")
-    assert list(found["records"]) == ["first", "second"]
+    assert "a" in found["records"]["first"]
+    assert not found["records"]["second"]
     assert 0 < found["records"]["first"]["a"]["seconds_left"] <= 20
     assert "About first" in (out / "right.md").read_text()
     assert "first.log" in _logs(out)
 
     assert _main(out, "--resume") == 0
-    found = report.read_json(out / "right.json")
-    assert list(found["records"]) == ["first", "second", "third"]
-    assert found["records"]["second"] == {}  # what the kill interrupted is not there
+    assert len(written) == 3  # what was measured is not measured again
+    again = report.read_json(out / "right.json")
+    assert again["records"]["first"] == found["records"]["first"]
+    assert all("a" in again["records"][name] for name in ("second", "third"))
     assert sorted(path.name for path in out.iterdir()) == files
     assert {"first.log", "second.log", "third.log"} <= set(_logs(out))
 
@@ -283,9 +286,9 @@ def _measured(bandwidth: float, flops: float, over: float) -> runs.Records:
     ("bandwidth", "flops", "goal", "over", "reached"),
     [
         (4.3e12, 790e12, "≤ 1.45", 1.44, True),
-        (3.0e12, 790e12, "≤ 1.64", 1.63, True),  # as the extra bytes take 4.3 / 3.0 of their time
-        (3.0e12, 790e12, "≤ 1.64", 1.66, False),
-        (4.3e12, 395e12, "≤ 1.23", 1.24, False),  # a slower base product leaves less to add
+        (2.15e12, 790e12, "≤ 1.9", 1.89, True),  # the extra bytes take twice the time
+        (2.15e12, 790e12, "≤ 1.9", 1.91, False),
+        (4.3e12, 474e12, "≤ 1.27", 1.28, False),  # a slower base product leaves less to add
     ],
 )
 def test_goals_over_the_base_are_scaled(bandwidth: float, flops: float, goal: str, over: float, reached: bool) -> None:
