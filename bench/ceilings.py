@@ -70,7 +70,7 @@ def launches(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]
         yield key, partial(_product_call, product, _sized(SQUARE, dtype, b), device)
     for name, _, make in _launched(LAYER):
         yield f"launch: {name}", partial(_made_and_called, make, device)
-    yield "copy in the L2", partial(_made_and_called, partial(_resident_copy, 1 << 20, 1), device)
+    yield "copy in the L2", partial(_made_and_called, lambda device: _resident_copy(1 << 20, 1, device)[0], device)
 
 
 def _made_and_called(make: Callable[[torch.device], Callable[[], object]], device: torch.device) -> None:
@@ -116,26 +116,29 @@ def _one_way(setting: runs.Setting, call: Callable[[Tensor], object], record: ru
 
 
 def _resident(setting: runs.Setting, record: runs.Record) -> None:
-    """Copies in one launch, source and target together a quarter of the L2."""
+    """Copies in one launch; source and target together are no more than a quarter of the L2, or little more."""
     device = setting.device
     _needs_triton(device)
-    set_bytes, programs, repeats = 1 << 15, 4, 3
+    l2_bytes, programs, repeats = 1 << 16, 2, 3
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        set_bytes, repeats = properties.L2_cache_size // 4, RESIDENT_REPEATS
-        programs = 4 * properties.multi_processor_count
-    call = _resident_copy(set_bytes, programs, device, repeats)
+        l2_bytes, repeats = properties.L2_cache_size, RESIDENT_REPEATS
+        programs = 8 * properties.multi_processor_count  # some 32 KB on their way to each multiprocessor
+    call, set_bytes = _resident_copy(l2_bytes // 4, programs, device, repeats)
     found = timing.within(setting.timer, SECONDS).measure(call)
     record |= {"time": asdict(found), "set_bytes": set_bytes, "bytes_per_second": repeats * set_bytes / found.median}
 
 
 def _resident_copy(
-    set_bytes: int, programs: int, device: torch.device, repeats: int = RESIDENT_REPEATS
-) -> Callable[[], None]:
+    most_bytes: int, programs: int, device: torch.device, repeats: int = RESIDENT_REPEATS
+) -> tuple[Callable[[], None], int]:
+    """The copies, and the bytes of source and target: such that all programs have the same work."""
     from . import resident
 
-    source = torch.randn(set_bytes // 8, device=device)
-    return partial(resident.copy_again, source, torch.empty_like(source), repeats=repeats, programs=programs)
+    at_once = programs * resident.BLOCK
+    source = torch.randn(max(1, most_bytes // (8 * at_once)) * at_once, device=device)
+    call = partial(resident.copy_again, source, torch.empty_like(source), repeats=repeats, programs=programs)
+    return call, 2 * source.nbytes
 
 
 # Products

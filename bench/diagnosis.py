@@ -491,9 +491,10 @@ def _variants_table(found: runs.Record) -> list[str]:
             element = f"{worst['at']}: {worst['got']:.6g}, not {worst['expected']:.6g}" if worst else "-"
             share = f"{about['wrong']} of {about['of']}" if about else "-"
             where = about.get("where") or record.get("message", "")[:200]
-            rows.append([name, record["status"], result, share, where, element])
+            ratio = "-" if about.get("ratio") is None else f"{about['ratio']:.4g}"
+            rows.append([name, record["status"], result, share, where, ratio, element])
     if rows:
-        headers = ["variant", "status", "result", "wrong elements", "where", "the worst"]
+        headers = ["variant", "status", "result", "wrong elements", "where", "found / true", "the worst"]
         lines += ["", report.format_table(headers, rows)]
     return lines
 

@@ -4,9 +4,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["copy_again"]
+__all__ = ["BLOCK", "copy_again"]
 
-_BLOCK = 2048
+BLOCK = 1024  # values that a program copies at once
 
 
 @triton.jit
@@ -29,7 +29,10 @@ def copy_again_kernel(  # type: ignore[no-untyped-def]
 
 
 def copy_again(source: Tensor, target: Tensor, *, repeats: int, programs: int) -> None:
-    """Copy `source` to `target` (contiguous, of one size below 2³¹ and one dtype) so often, in one launch."""
+    """Copy `source` to `target` (contiguous, of one size below 2³¹ and one dtype) so often, in one launch.
+
+    Programs have the same work where their number times `BLOCK` divides the size.
+    """
     copy_again_kernel[programs, 1, 1](
-        source_ptr=source, target_ptr=target, length=source.numel(), repeats=repeats, BLOCK=_BLOCK, num_warps=4
+        source_ptr=source, target_ptr=target, length=source.numel(), repeats=repeats, BLOCK=BLOCK, num_warps=4
     )

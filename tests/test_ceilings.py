@@ -102,6 +102,16 @@ def test_a_copy_is_made_by_every_program_in_every_round(device: torch.device) ->
         assert torch.equal(source, target)
 
 
+@pytest.mark.parametrize(("most", "expected"), [(100, 1), (1 << 20, 12), (12_500_000, 152)])
+def test_programs_copy_as_much_as_each_other_within_the_cache(most: int, expected: int) -> None:
+    """With ten programs; a set is source and target, and every program has one part of it at least."""
+    resident = pytest.importorskip("bench.resident")
+    call, set_bytes = ceilings._resident_copy(most, 10, CPU)
+    assert set_bytes == 2 * 4 * 10 * resident.BLOCK * expected
+    assert set_bytes <= most or expected == 1
+    assert call.keywords["programs"] == 10
+
+
 def test_one_kernel_of_a_product_is_launched_again(device: torch.device) -> None:
     pytest.importorskip("triton")
     x, w = torch.randn(20, 64, device=device), torch.randn(2, 2, 32, device=device)
