@@ -139,12 +139,12 @@ def test_training_on_a_data_loader_with_workers() -> None:
     assert losses(num_workers=2) == losses()
 
 
-def answer_from(model: nn.Module, x: Tensor, results: Any) -> None:
+def answer_from(model: nn.Module, x: Tensor, sender: Any) -> None:
     """In another process: the model's output, that of a merged copy, and a step of training."""
     y = model(x)
     y.sum().backward()
     grads = [p.grad.tolist() for p in model.parameters() if p.grad is not None]
-    results.put((y.tolist(), grads, list(model.c3a.adapters), model.c3a.model is model))  # type: ignore[arg-type]
+    sender.send((y.tolist(), grads, list(model.c3a.adapters), model.c3a.model is model))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
@@ -155,10 +155,11 @@ def test_a_model_in_another_process(start: str) -> None:
     grads = [p.grad.tolist() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
     context = multiprocessing.get_context(start)
-    results = context.Queue()
-    process = context.Process(target=answer_from, args=(model, x, results))
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=answer_from, args=(model, x, sender))
     process.start()
-    answer = results.get(timeout=1800)  # so long only where it hangs
+    sender.close()  # a process that dies leaves nobody to send
+    answer = receiver.recv()
     process.join()
     assert process.exitcode == 0
     assert answer == (y.tolist(), grads, ["default"], True)
