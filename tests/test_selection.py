@@ -21,7 +21,8 @@ TESTS = """
     def test_marked(): ...
     @pytest.mark.nightly
     def test_long(device): ...
-    def test_elsewhere(): ...
+    @pytest.mark.parametrize("part", ["gpu"])  # a name, not a mark
+    def test_elsewhere(part): ...
 """
 CARD = """
     import torch
@@ -53,7 +54,7 @@ def session(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytes
     [
         ("native", ["test_direct", "test_through_a_fixture", "test_marked", "test_long"]),
         ("native and not nightly", ["test_direct", "test_through_a_fixture", "test_marked"]),
-        ("not native", ["test_elsewhere"]),
+        ("not native", ["test_elsewhere[gpu]"]),
     ],
 )
 def test_native_tests_are_those_that_touch_the_device(
