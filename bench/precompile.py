@@ -19,9 +19,11 @@ import lzma
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -138,24 +140,28 @@ def _modules(kernel: Any) -> set[str]:
     nvidia, building = _triton("backends.nvidia.driver"), _triton("runtime.build")
     found: set[str] = set()
     machine = building.platform_key().rpartition(",")[0]
+    compile_module = building._build
 
     def built(name: str, source: str, folder: str, library_dirs: list[str], *more: Any, **options: Any) -> str:
-        link = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", f"{folder}/libcuda.so.1"]
-        subprocess.run([os.environ.get("CC", "gcc"), *link, "-x", "c", "-"], input=LIBCUDA, text=True, check=True)
-        return compile_module(name, source, folder, [*library_dirs, folder], *more, **options)
+        kept = Path(once, name)
+        if not kept.exists():
+            link = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", f"{folder}/libcuda.so.1"]
+            subprocess.run([os.environ.get("CC", "gcc"), *link, "-x", "c", "-"], input=LIBCUDA, text=True, check=True)
+            shutil.copy(compile_module(name, source, folder, [*library_dirs, folder], *more, **options), kept)
+        return str(kept)
 
-    compile_module = building._build
-    for linkage in ("ELF", ""):
-        with (
-            mock.patch.object(building, "_build", built),
-            mock.patch.object(building, "platform_key", return_value=f"{machine},{linkage}"),
-            mock.patch.object(nvidia, "library_dirs", return_value=[nvidia.libdevice_dir]),
-            # They are not loaded: there is no driver.
-            mock.patch.object(building, "_load_module_from_path", _noting(found)),
-        ):
-            nvidia.CudaUtils()
-            if hasattr(nvidia, "make_launcher"):  # a module per signature; newer versions have one for all
-                nvidia.CudaLauncher(kernel.src, kernel.metadata)
+    with tempfile.TemporaryDirectory() as once:
+        for linkage in ("ELF", ""):
+            with (
+                mock.patch.object(building, "_build", built),
+                mock.patch.object(building, "platform_key", return_value=f"{machine},{linkage}"),
+                mock.patch.object(nvidia, "library_dirs", return_value=[nvidia.libdevice_dir]),
+                # They are not loaded: there is no driver.
+                mock.patch.object(building, "_load_module_from_path", _noting(found)),
+            ):
+                nvidia.CudaUtils()
+                if hasattr(nvidia, "make_launcher"):  # a module per signature; newer versions have one for all
+                    nvidia.CudaLauncher(kernel.src, kernel.metadata)
     return found
 
 
