@@ -54,6 +54,7 @@ OUT = ROOT / "out" / "gpu"
 CACHE = Path("/tmp/c3a_triton-cache")
 ARCHIVE, MANIFEST, SPECIALISATIONS, TABLE = "cache.tar.xz", "manifest.json", "specialisations.jsonl.xz", "kernels.csv"
 MOST_BYTES = 40 << 20  # of the archive
+PURPOSE = 60  # characters of it in the table
 RESOURCES = "resources.json"  # beside a kernel in the cache
 # Symbols of libcuda.so.1 are found at run time; one that every module uses makes the linker note the library.
 LIBCUDA = "int cuGetErrorString(void) { return 0; }\n"
@@ -221,14 +222,19 @@ def _table(kernels: Iterable[tuple[specialisations.Specialisation, Built]]) -> l
     """A row per kernel, in an order that does not depend on that of the launches."""
     rows = []
     for one, built in kernels:
-        constants = (f"{name}={value}" for name, value in one.constants.items() if value not in (None, True, False))
-        switches = (name for name, value in one.constants.items() if value is True)
-        pointers = (kind[1:] for _, kind, _ in one.arguments if kind.startswith("*"))
+        known = {name: value for name, value in one.constants.items() if value is not None and value is not False}
+        tile = " ".join(f"{name[6:]}{value}" for name, value in known.items() if name.startswith("BLOCK_"))
+        constants = " ".join(
+            name if value is True else f"{name}={value}"
+            for name, value in known.items()
+            if not name.startswith("BLOCK_")
+        )
+        pointers = " ".join(kind[1:] for _, kind, _ in one.arguments if kind.startswith("*"))
         options = (str(one.options.get(f"num_{name}", "-")) for name in ("warps", "stages"))
         found = (str(built.resources[name]) for name in ("seconds", "registers", "spills", "shared"))
-        rows.append([one.name, " ".join(pointers), " ".join((*constants, *switches)), *options, *found, one.purpose])
-    columns = ["kernel", "pointers", "constants", "warps", "stages", "CPU s", "registers", "spills", "shared", "for"]
-    return [columns, *sorted(rows)]
+        rows.append([one.name, pointers, constants, tile, *options, *found, one.purpose[:PURPOSE]])
+    columns = ["kernel", "pointers", "constants", "tile", "warps", "stages"]
+    return [[*columns, "CPU s", "registers", "spills", "shared", "for"], *sorted(rows)]
 
 
 def _write(
