@@ -51,11 +51,13 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m bench.cpu
 
 # What the GPU job would spend its time on compiling, compiled ahead of time into out/gpu (docs/gpu.md), by the versions
-# that its machine has. Tests run in the interpreter, with that card's tiles; what they launch is compiled, too.
+# that its machine has. Tests run in the interpreter with that card's tiles; what they launch is compiled, too, whether
+# they pass or not.
 gpu-cache: .venv-gpu/.installed
 	rm -rf out/gpu-tests && mkdir -p out/gpu-tests
-	PYTHONPATH=.venv-gpu/numpy-for-triton:tests OMP_NUM_THREADS=1 .venv-gpu/bin/pytest -q -n 2 --dist worksteal \
-		-m 'native and not nightly' --card sm_90 -p record_launches --specialisations out/gpu-tests/launches.jsonl
+	-PYTHONPATH=$(CURDIR)/.venv-gpu/numpy-for-triton:$(CURDIR)/tests OMP_NUM_THREADS=1 .venv-gpu/bin/pytest -q -n 2 \
+		--dist loadfile --no-loadscope-reorder -m 'native and not nightly' --card sm_90 \
+		-p record_launches --specialisations out/gpu-tests/launches.jsonl
 	.venv-gpu/bin/python -m bench.precompile --tests out/gpu-tests/*.jsonl
 
 # The operators for the hub's kernel loader (`kernels.get_local_kernel("out/hub")`), copied from the package.

@@ -19,9 +19,11 @@ import lzma
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -52,6 +54,7 @@ OUT = ROOT / "out" / "gpu"
 CACHE = Path("/tmp/c3a_triton-cache")
 ARCHIVE, MANIFEST, SPECIALISATIONS, TABLE = "cache.tar.xz", "manifest.json", "specialisations.jsonl.xz", "kernels.csv"
 MOST_BYTES = 40 << 20  # of the archive
+PURPOSE = 60  # characters of it in the table
 RESOURCES = "resources.json"  # beside a kernel in the cache
 # Symbols of libcuda.so.1 are found at run time; one that every module uses makes the linker note the library.
 LIBCUDA = "int cuGetErrorString(void) { return 0; }\n"
@@ -138,24 +141,28 @@ def _modules(kernel: Any) -> set[str]:
     nvidia, building = _triton("backends.nvidia.driver"), _triton("runtime.build")
     found: set[str] = set()
     machine = building.platform_key().rpartition(",")[0]
+    compile_module = building._build
 
     def built(name: str, source: str, folder: str, library_dirs: list[str], *more: Any, **options: Any) -> str:
-        link = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", f"{folder}/libcuda.so.1"]
-        subprocess.run([os.environ.get("CC", "gcc"), *link, "-x", "c", "-"], input=LIBCUDA, text=True, check=True)
-        return compile_module(name, source, folder, [*library_dirs, folder], *more, **options)
+        kept = Path(once, name)
+        if not kept.exists():
+            link = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", f"{folder}/libcuda.so.1"]
+            subprocess.run([os.environ.get("CC", "gcc"), *link, "-x", "c", "-"], input=LIBCUDA, text=True, check=True)
+            shutil.copy(compile_module(name, source, folder, [*library_dirs, folder], *more, **options), kept)
+        return str(kept)
 
-    compile_module = building._build
-    for linkage in ("ELF", ""):
-        with (
-            mock.patch.object(building, "_build", built),
-            mock.patch.object(building, "platform_key", return_value=f"{machine},{linkage}"),
-            mock.patch.object(nvidia, "library_dirs", return_value=[nvidia.libdevice_dir]),
-            # They are not loaded: there is no driver.
-            mock.patch.object(building, "_load_module_from_path", _noting(found)),
-        ):
-            nvidia.CudaUtils()
-            if hasattr(nvidia, "make_launcher"):  # a module per signature; newer versions have one for all
-                nvidia.CudaLauncher(kernel.src, kernel.metadata)
+    with tempfile.TemporaryDirectory() as once:
+        for linkage in ("ELF", ""):
+            with (
+                mock.patch.object(building, "_build", built),
+                mock.patch.object(building, "platform_key", return_value=f"{machine},{linkage}"),
+                mock.patch.object(nvidia, "library_dirs", return_value=[nvidia.libdevice_dir]),
+                # They are not loaded: there is no driver.
+                mock.patch.object(building, "_load_module_from_path", _noting(found)),
+            ):
+                nvidia.CudaUtils()
+                if hasattr(nvidia, "make_launcher"):  # a module per signature; newer versions have one for all
+                    nvidia.CudaLauncher(kernel.src, kernel.metadata)
     return found
 
 
@@ -215,14 +222,19 @@ def _table(kernels: Iterable[tuple[specialisations.Specialisation, Built]]) -> l
     """A row per kernel, in an order that does not depend on that of the launches."""
     rows = []
     for one, built in kernels:
-        constants = (f"{name}={value}" for name, value in one.constants.items() if value not in (None, True, False))
-        switches = (name for name, value in one.constants.items() if value is True)
-        pointers = (kind[1:] for _, kind, _ in one.arguments if kind.startswith("*"))
+        known = {name: value for name, value in one.constants.items() if value is not None and value is not False}
+        tile = " ".join(f"{name[6:]}{value}" for name, value in known.items() if name.startswith("BLOCK_"))
+        constants = " ".join(
+            name if value is True else f"{name}={value}"
+            for name, value in known.items()
+            if not name.startswith("BLOCK_")
+        )
+        pointers = " ".join(kind[1:] for _, kind, _ in one.arguments if kind.startswith("*"))
         options = (str(one.options.get(f"num_{name}", "-")) for name in ("warps", "stages"))
         found = (str(built.resources[name]) for name in ("seconds", "registers", "spills", "shared"))
-        rows.append([one.name, " ".join(pointers), " ".join((*constants, *switches)), *options, *found, one.purpose])
-    columns = ["kernel", "pointers", "constants", "warps", "stages", "CPU s", "registers", "spills", "shared", "for"]
-    return [columns, *sorted(rows)]
+        rows.append([one.name, pointers, constants, tile, *options, *found, one.purpose[:PURPOSE]])
+    columns = ["kernel", "pointers", "constants", "tile", "warps", "stages"]
+    return [[*columns, "CPU s", "registers", "spills", "shared", "for"], *sorted(rows)]
 
 
 def _write(

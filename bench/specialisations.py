@@ -245,7 +245,7 @@ def _step(case: layer.Case, method: str, device: torch.device) -> None:
 def job_launches() -> Iterator[tuple[str, Callable[[], object]]]:
     """The launches of every module of this folder that has a function `launches`."""
     for path in sorted((ROOT / "bench").glob("*.py")):
-        if re.search(r"^def launches\(", path.read_text(encoding="utf-8"), re.MULTILINE):
+        if re.search(r"^def launches\(device\b", path.read_text(encoding="utf-8"), re.MULTILINE):
             module = importlib.import_module(f"{__package__}.{path.stem}")
             for name, call in module.launches(META):
                 yield f"{path.stem}: {name}", call

@@ -18,13 +18,13 @@ k1·(Q/2) + k2 then holds the frequency k1 + P·k2, an order that only has to be
 import triton
 import triton.language as tl
 
-from .indexing import mma, rounded, store_product
+from .indexing import helper, mma, rounded, store_product
 
 # Rows and columns of a basis matrix are padded with zeros to a multiple of this, and so are the rows of a spectrum.
 PAD: tl.constexpr = tl.constexpr(128)
 
 
-@triton.jit
+@helper
 def narrowed(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
     """x (float32) in `dtype`; float32 that one TF32 product will read is rounded to TF32, which hardware truncates."""
     if dtype == tl.float32 and PRECISION == "tf32":
@@ -34,7 +34,7 @@ def narrowed(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
     return rounded(x, dtype)
 
 
-@triton.jit
+@helper
 def store_spectrum(
     z, slot, start_row, z_ptr, stride_z_f, SLOTS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr
 ):
@@ -44,7 +44,7 @@ def store_spectrum(
     tl.store(z_ptrs, narrowed(z, z_ptr.dtype.element_ty, PRECISION), mask=(slot < SLOTS)[:, None])
 
 
-@triton.jit
+@helper
 def store_blocks(
     re,  # orthogonal spectrum of rows (M, N) of w, float32
     im,

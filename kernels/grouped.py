@@ -11,10 +11,10 @@ gathered from w value by value.
 import triton
 import triton.language as tl
 
-from .indexing import mma, rounded, store_product
+from .indexing import helper, mma, rounded, store_product
 
 
-@triton.jit
+@helper
 def pointer_to_w(address):
     """Where w lies; the host has made sure of 16 bytes."""
     return tl.multiple_of(address.to(tl.pointer_type(tl.float32)), 16)

@@ -5,14 +5,30 @@ inside the block). A circulant block is named by a row block and a column block 
 ΔW in the forward and ΔWᵀ in the backward.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import triton
 import triton.language as tl
+
+
+def helper(function: Callable[..., Any]) -> Any:
+    """`triton.jit` for what kernels call.
+
+    In Triton 3.6 a kernel's key in the cache depends on whether the keys of the functions that it calls are known when
+    its own is made (later versions make them first). Made here, at once, they are: otherwise a kernel would be compiled
+    again where kernels are launched in another order.
+    """
+    jitted = triton.jit(function)
+    getattr(jitted, "cache_key", None)  # the interpreter has none
+    return jitted
+
 
 # The interpreter multiplies the bit patterns of bfloat16 and truncates where the hardware rounds.
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-@triton.jit
+@helper
 def mma(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b in float32; PRECISION says how float32 operands are multiplied ("tf32x3" or "tf32")."""
     if INTERPRETED:
@@ -20,7 +36,7 @@ def mma(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
-@triton.jit
+@helper
 def rounded(x, dtype: tl.constexpr):
     """x (float32) in `dtype`, rounded to nearest, ties to even."""
     if INTERPRETED and dtype == tl.bfloat16:
@@ -30,7 +46,7 @@ def rounded(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
-@triton.jit
+@helper
 def store_product(
     acc,  # [rows, columns] float32
     scale,
