@@ -11,8 +11,10 @@ and writes the same files.
 
 import argparse
 import faulthandler
+import io
 import lzma
 import os
+import re
 import shutil
 import sys
 import tarfile
@@ -25,6 +27,7 @@ from pathlib import Path
 import torch
 
 from . import (
+    ROOT,
     ceilings,
     checks,
     diagnosis,
@@ -133,21 +136,24 @@ def _write(job: runs.Job, subjects: Sequence[runs.Subject]) -> str:
     scratch = job.setting.scratch
     for result in scratch.iterdir():
         if result.suffix in COPIED:
-            shutil.copyfile(result, out / result.name)
+            (out / result.name).write_bytes(_anonymous(result.read_bytes()))
     archive = out / f"{name}-logs.tar.xz"
     part = archive.with_name(archive.name + ".part")
     with lzma.open(part, "wb", preset=1) as packed, tarfile.open(fileobj=packed, mode="w") as logs:
-        logs.add(scratch, arcname="logs", filter=_anonymous)
+        for path in sorted(scratch.rglob("*")):
+            if path.is_file() and path.suffix not in COPIED:
+                content = _anonymous(path.read_bytes())
+                member = tarfile.TarInfo(f"logs/{path.relative_to(scratch)}")
+                member.size = len(content)
+                logs.addfile(member, io.BytesIO(content))
     os.replace(part, archive)
     return text
 
 
-def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    if Path(member.name).suffix in COPIED:
-        return None
-    member.uid = member.gid = 0
-    member.uname = member.gname = ""
-    return member
+def _anonymous(content: bytes) -> bytes:
+    """Without where the checkout lies, and without the machine's name, which pytest writes."""
+    content = re.sub(rb' hostname="[^"]*"', b"", content)
+    return content.replace(str(ROOT).encode(), b".")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 
 from c3a_triton import launch
 
-from . import precompile, processes, report, runs, specialisations
+from . import ROOT, precompile, processes, report, runs, specialisations
 
 __all__ = ["SUBJECT", "adopt", "counted", "main", "unpack"]
 
@@ -54,7 +54,10 @@ def _tasks(setting: runs.Setting) -> Iterator[runs.Task]:
 def _look_up(setting: runs.Setting, record: runs.Record) -> None:
     folder = setting.cache
     if not (folder / precompile.MANIFEST).exists():
-        record |= {"status": "unavailable", "message": f"no cache in {folder}: kernels are compiled when launched"}
+        record |= {
+            "status": "unavailable",
+            "message": f"no {precompile.MANIFEST} in --cache {_told(folder)}: kernels are compiled when launched",
+        }
         return
     manifest = report.read_json(folder / precompile.MANIFEST)
     start = time.monotonic()
@@ -71,6 +74,10 @@ def _look_up(setting: runs.Setting, record: runs.Record) -> None:
     if not record["hit"]:
         counts = ", ".join(f"{record[name]} {name}" for name in ("found", "compiled", "left") if name in record)
         record |= {"status": "unavailable", "message": "; ".join([*reasons, counts, *record.get("failed", [])[:3]])}
+
+
+def _told(folder: Path) -> str:
+    return str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder)
 
 
 def _fill(setting: runs.Setting) -> dict[str, Any]:

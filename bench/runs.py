@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -238,6 +239,9 @@ def open_job(
         print(f"{program} needs an NVIDIA GPU, and torch sees none on this machine. CPU figures: {instead}")
         return 1
     deadline = time.monotonic() + args.budget_s
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # As in the background of a shell; processes of a job are interrupted by it, and would inherit that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # A kernel that never ends cannot be interrupted; the results on disk survive this exit.
     faulthandler.dump_traceback_later(max(args.budget_s, 0) + grace, exit=True)
     if device.type == "cuda":

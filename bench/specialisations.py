@@ -32,7 +32,7 @@ from unittest import mock
 
 import torch
 
-from c3a_triton import dispatch, launch, launch_fft
+from c3a_triton import dispatch, launch
 from c3a_triton.benchmark import gate, layer
 
 from . import ROOT, kernel_cases, launch_hooks, overhead
@@ -207,21 +207,16 @@ def recorded(card: str = CARD, file: TextIO | None = None) -> Iterator[Recorder]
 @contextmanager
 def as_on(card: str = CARD) -> Iterator[None]:
     """Within it tiles are a card's, and "auto" chooses as on a GPU."""
-    before = dispatch._choose
 
-    @functools.cache
-    def choose(backend: str, said_by: str, device: torch.device, dtype: torch.dtype, *rest: Any) -> str:
-        if backend != "auto" or dispatch.why_not("direct", device, dtype) is not None:
-            return before(backend, said_by, device, dtype, *rest)
-        token_bits, in_features, out_features, b, backward, _ = rest
-        return dispatch.cheapest(1 << token_bits, in_features, out_features, b, dtype, backward=backward)
+    def forget() -> None:
+        dispatch.refresh()
+        launch.clear_plans()
 
     with ExitStack() as stack:
+        stack.callback(forget)
         stack.enter_context(mock.patch.object(launch, "_generation", return_value=card))
-        stack.enter_context(mock.patch.object(dispatch, "_choose", choose))
-        for clear in (launch.clear_plans, launch_fft._product_plan.cache_clear, launch_fft._gradient_plan.cache_clear):
-            clear()
-            stack.callback(clear)
+        stack.enter_context(mock.patch.object(dispatch, "_kernels_pay", return_value=True))
+        forget()
         yield
 
 

@@ -160,7 +160,7 @@ def recorded() -> Iterator[set[Lookup]]:
     try:
         yield asked
     finally:
-        _recorders.remove(asked)
+        _recorders[:] = [other for other in _recorders if other is not asked]  # sets of equal content are equal
 
 
 def _tunable(tokens_at: int | None = None) -> Callable[[Callable[..., TileConfig]], Callable[..., TileConfig]]:
