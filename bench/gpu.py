@@ -103,6 +103,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.right is not None and args.job != "tune":
         parser.error("--right FILE is for `tune`")
+    if args.right is not None and not args.right.exists():
+        parser.error(f"--right {args.right}: there is no such file; it is the right.json that came back")
     return args
 
 
@@ -174,6 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return job
     workers = max(1, (os.cpu_count() or 2) // 2) if args.workers is None else args.workers
     job.setting = replace(job.setting, scratch=args.scratch, workers=workers, cache=args.cache)
+    (args.scratch / "nvidia-smi.txt").write_text(report.output("nvidia-smi", "-q") or "no nvidia-smi here\n")
     chosen, note = _parts(args)
     if note is not None and note not in job.results.notes:
         print(note, flush=True)

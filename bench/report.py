@@ -28,6 +28,7 @@ __all__ = [
     "format_seconds",
     "format_table",
     "goals_table",
+    "output",
     "read_json",
     "write_between",
     "write_json",
@@ -37,7 +38,7 @@ PACKAGES = ("torch", "triton", "c3a_triton", "peft", "transformers", "numpy")
 GPU_FIELDS = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.limit")
 
 
-def _output(*command: str) -> str | None:
+def output(*command: str) -> str | None:
     """What `command` prints, or None where it is missing or fails."""
     if shutil.which(command[0]) is None:
         return None
@@ -46,10 +47,10 @@ def _output(*command: str) -> str | None:
 
 
 def _commit() -> str | None:
-    commit = _output("git", "rev-parse", "HEAD")
+    commit = output("git", "rev-parse", "HEAD")
     if commit is None:
         return None
-    return commit + ("-dirty" if _output("git", "status", "--porcelain") else "")
+    return commit + ("-dirty" if output("git", "status", "--porcelain") else "")
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def _gpu(device: torch.device) -> dict[str, Any]:
     # CUDA_VISIBLE_DEVICES renumbers torch's devices, not nvidia-smi's.
     identity = f"GPU-{properties.uuid}" if hasattr(properties, "uuid") else device.index or 0
     # The clocks are recorded as found; nothing here changes them.
-    query = _output("nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader", f"--id={identity}")
+    query = output("nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader", f"--id={identity}")
     if query is not None:
         gpu |= dict(zip(GPU_FIELDS, (value.strip() for value in query.split(",")), strict=False))
     return gpu

@@ -107,7 +107,7 @@ def test_a_rehearsal_says_so_and_names_no_goal(tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_commit_is_told_where_git_does_not_know_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "_output", lambda *command: None)
+    monkeypatch.setattr(report, "output", lambda *command: None)
     assert report.environment(torch.device("cpu"), "abc")["commit"] == "abc"
 
 
