@@ -16,6 +16,7 @@ from types import FrameType, SimpleNamespace
 import pytest
 import torch
 from bench_package import ROOT
+from clock import Clock
 from torch import nn
 
 from bench import (
@@ -38,19 +39,6 @@ from c3a_triton.benchmark import cases, gate, layer, models, peers, timing
 CPU = torch.device("cpu")
 CASE = cases.LayerCase(5, 12, 20, 4, "float32")
 needs_peft = pytest.mark.skipif(peers.why_no_peft() is not None, reason="needs PEFT")
-
-
-class Clock:
-    """A clock that only moves when told to."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def spend(self, seconds: float) -> None:
-        self.now += seconds
 
 
 # Clocks

@@ -9,25 +9,13 @@ from unittest import mock
 import bench_package  # noqa: F401
 import pytest
 import torch
+from clock import Clock
 
 from bench import ceilings, launches, model, op, runs, token_sweep
 from c3a_triton import dispatch, launch
 from c3a_triton.benchmark import cases, gate, layer, models, peers, timing
 
 CPU, META = torch.device("cpu"), torch.device("meta")
-
-
-class Clock:
-    """A clock that only moves when told to."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def spend(self, seconds: float) -> None:
-        self.now += seconds
 
 
 def _setting(timer: timing.Timer | None = None) -> runs.Setting:

@@ -259,8 +259,8 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., l
 
 
 def _setting(tmp_path: Path, limit: float, device: torch.device = CPU, workers: int = 1) -> runs.Setting:
-    deadline = time.monotonic() + limit
-    return runs.Setting(device, timing.CpuTimer(repeats=1), (), True, None, deadline, tmp_path / "out", workers)
+    deadline = runs.time.monotonic() + limit
+    return runs.Setting(device, timing.CpuTimer(repeats=1), (), False, None, deadline, tmp_path / "out", workers)
 
 
 def _record(
@@ -458,7 +458,7 @@ def test_a_table_that_does_not_run_or_takes_too_long_is_incomplete(
         return False
 
     monkeypatch.setattr(processes, "_wait", wait)
-    monkeypatch.setattr(checks, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(runs, "time", SimpleNamespace(monotonic=lambda: clock.now))
     hang = f"save(), open({str(reached)!r}, 'w').close(), time.sleep({SLEEP})"
     record = _guards(tmp_path, monkeypatch, _worker(f"import time; ({hang}) if key == {KEYS[2]!r} else None; {RIGHT}"))
     assert (record["status"], record["missing"]) == ("incomplete", [KEYS[2]])
