@@ -54,7 +54,7 @@ OUT = ROOT / "out" / "gpu"
 CACHE = Path("/tmp/c3a_triton-cache")
 ARCHIVE, MANIFEST, SPECIALISATIONS, TABLE = "cache.tar.xz", "manifest.json", "specialisations.jsonl.xz", "kernels.csv"
 MOST_BYTES = 40 << 20  # of the archive
-PURPOSE = 60  # characters of it in the table
+PURPOSE = 36  # characters of it in the table
 RESOURCES = "resources.json"  # beside a kernel in the cache
 # Symbols of libcuda.so.1 are found at run time; one that every module uses makes the linker note the library.
 LIBCUDA = "int cuGetErrorString(void) { return 0; }\n"

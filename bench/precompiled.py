@@ -7,6 +7,7 @@ them, they are compiled here by all cores, those of the job's parts first, as fa
 """
 
 import argparse
+import lzma
 import math
 import os
 import sys
@@ -29,9 +30,15 @@ TINY = 8  # kernels that a rehearsal looks up
 
 
 def adopt(folder: Path) -> None:
-    """Let this process and its children use the cache that belongs to `folder`, where there is one."""
-    if (folder / precompile.MANIFEST).exists():
-        os.environ["TRITON_CACHE_DIR"] = report.read_json(folder / precompile.MANIFEST)["cache_dir"]
+    """Unpack the cache in `folder`, where there is one, and let this process and its children use it."""
+    if not (folder / precompile.MANIFEST).exists():
+        return
+    cache = report.read_json(folder / precompile.MANIFEST)["cache_dir"]
+    os.environ["TRITON_CACHE_DIR"] = cache
+    try:
+        unpack(folder, Path(cache))
+    except (OSError, EOFError, lzma.LZMAError, tarfile.TarError) as error:
+        print(f"cache: {folder / precompile.ARCHIVE} cannot be unpacked: {type(error).__name__}: {error}", flush=True)
 
 
 def unpack(folder: Path, cache: Path) -> None:
@@ -60,14 +67,12 @@ def _look_up(setting: runs.Setting, record: runs.Record) -> None:
         }
         return
     manifest = report.read_json(folder / precompile.MANIFEST)
-    start = time.monotonic()
-    unpack(folder, Path(manifest["cache_dir"]))
     here: dict[str, Any] = {**precompile.toolchain(manifest["card"])}
     if setting.device.type == "cuda":
         here["card"] = launch._generation(setting.device)
     reasons = [f"{name} is {here[name]}, was {manifest[name]}" for name in here if here[name] != manifest[name]]
     print(f"cache: {'; '.join(reasons) or 'compiled by the same Triton and ptxas'}", flush=True)
-    record |= {"hit": False, "reasons": reasons, "unpack_seconds": time.monotonic() - start}
+    record |= {"hit": False, "reasons": reasons}
     if here.get("card", manifest["card"]) == manifest["card"]:  # else no kernel of it is launched here
         record |= _fill(setting)
         record["hit"] = not reasons and record["found"] > 0 and not (record["compiled"] or record["failed"])
@@ -101,7 +106,7 @@ def _tables(records: runs.Records) -> list[str]:
     lines = []
     found = records.get("look-up", {})
     if "found" in found:
-        spent = report.format_seconds(found["unpack_seconds"] + found["seconds"])
+        spent = report.format_seconds(found["seconds"])
         counts = ", ".join(f"{found[name]} {name}" for name in ("found", "compiled", "left"))
         lines += ["", f"The cache {'serves' if found['hit'] else 'does not serve'} here: {counts}, in {spent}."]
     rows = [[key, record["compiled"]] for key, record in records.items() if key != "look-up"]

@@ -169,18 +169,26 @@ def test_it_serves_another_checkout_at_the_same_path(filled: Filled, tmp_path: P
 
 @pytest.mark.slow
 def test_job_says_that_the_cache_serves(filled: Filled, setting: runs.Setting) -> None:
+    shutil.rmtree(filled.cache)
+    precompiled.adopt(filled.out)
+    assert os.environ["TRITON_CACHE_DIR"] == str(filled.cache)
     record = look_up(setting)
     assert record["status"] == "ok", record
     assert (record["hit"], record["found"], record["reasons"]) == (True, 3, [])
 
 
 @pytest.mark.slow
-def test_job_compiles_what_another_triton_compiled(filled: Filled, setting: runs.Setting, tmp_path: Path) -> None:
+def test_job_compiles_what_a_broken_archive_of_another_triton_lacks(
+    filled: Filled, setting: runs.Setting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out, cache = tmp_path / "out", tmp_path / "cache"
     shutil.copytree(filled.out, out)
     manifest = report.read_json(out / precompile.MANIFEST)
-    cache.mkdir()  # nothing is unpacked into what is there
     report.write_json(out / precompile.MANIFEST, manifest | {"triton_key": "other", "cache_dir": str(cache)})
+    archive = (out / precompile.ARCHIVE).read_bytes()
+    (out / precompile.ARCHIVE).write_bytes(archive[: len(archive) // 2])
+    precompiled.adopt(out)
+    assert "cannot be unpacked" in capsys.readouterr().out
     record = look_up(replace(setting, cache=out))
     assert (record["status"], record["hit"], record["compiled"]) == ("unavailable", False, 3), record
     assert "triton_key is" in record["message"]
