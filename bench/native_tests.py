@@ -42,12 +42,14 @@ def run_tests(
     start_pytest = "import sys; del sys.path[0]; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
     command = [sys.executable, "-c", start_pytest, "-v", "-p", "no:cacheprovider", f"--junitxml={xml.resolve()}"]
     if workers and importlib.util.find_spec("xdist") is not None:
-        command += ["-n", str(workers), "--dist", "worksteal"]
+        command += ["-n", str(workers), "--dist", "load"]  # in their order: the first are worth most
     if importlib.util.find_spec("pytest_timeout") is not None:
         # A kernel that never ends ends its process; the others go on.
         command += [f"--timeout={TEST_SECONDS}", "--timeout-method=thread"]
-    # On a GPU nothing runs in the interpreter; more threads than one or two would wait for each other.
-    environment = processes.natively() | {"OMP_NUM_THREADS": "2"} | dict(variables or {})
+    # On a GPU nothing runs in the interpreter; more threads than one or two would wait for each other, and so would
+    # the processes in which torch.compile compiles, one for each core by default.
+    few = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    environment = processes.natively() | few | dict(variables or {})
     log = out / "tests.log"
     ended = processes.run([*command, *arguments], log=log, limit=limit, env=environment, grace=GRACE)
     result: dict[str, Any] = {"seconds": ended.seconds, "exit_code": ended.exit_code}
