@@ -242,8 +242,6 @@ def open_job(
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # As in the background of a shell; processes of a job are interrupted by it, and would inherit that.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    # A kernel that never ends cannot be interrupted; the results on disk survive this exit.
-    faulthandler.dump_traceback_later(max(args.budget_s, 0) + grace, exit=True)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
@@ -254,6 +252,8 @@ def open_job(
     except FileExistsError as error:
         print(error, file=sys.stderr)
         return 2
+    # A kernel that never ends cannot be interrupted; the results on disk survive this exit.
+    faulthandler.dump_traceback_later(max(args.budget_s, 0) + grace, exit=True)
     missing = peers.why_no_peft()
     if missing is not None and missing not in results.notes:
         results.notes.append(missing)
