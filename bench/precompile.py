@@ -47,6 +47,7 @@ __all__ = [
     "environment",
     "fill",
     "main",
+    "resources",
     "toolchain",
 ]
 
@@ -108,28 +109,31 @@ def build(one: specialisations.Specialisation, card: str = specialisations.CARD)
         found = entry.get_file(RESOURCES)
         if hits == [False] or found is None:
             seconds = round(_cpu_seconds() - start, 2) if hits == [False] else None
-            found = entry.put(json.dumps({"seconds": seconds, **_resources(kernel)}), RESOURCES, binary=False)
-        resources = json.loads(Path(found).read_text(encoding="utf-8"))
+            used = resources(kernel.asm["cubin"])
+            used = {"registers": used["registers"], "spills": used["stack"] + used["local"]}
+            known = {"seconds": seconds, **used, "shared": kernel.metadata.shared}
+            found = entry.put(json.dumps(known), RESOURCES, binary=False)
+        known = json.loads(Path(found).read_text(encoding="utf-8"))
         folders = [Path(found).parent.name, *_modules(kernel)]
     # Whatever a compiler raises is what is to be known about this kernel.
     except Exception as error:
         return Built(error=f"{one.name}, {one.purpose}: {type(error).__name__}: {error}")
-    return Built(kernel.hash, hits == [False], resources, folders)
+    return Built(kernel.hash, hits == [False], known, folders)
 
 
 def _cpu_seconds() -> float:
     return sum(os.times()[:4])
 
 
-def _resources(kernel: Any) -> dict[str, int]:
-    """Registers and spilled bytes (stack and local memory) of a thread, shared memory of a block."""
-    knobs = _triton("knobs")
-    cubin = next(path for name, path in kernel.metadata_group.items() if name.endswith(".cubin"))
-    command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers, stack and local memory (both are spills) of a thread of the one kernel in `cubin`."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [_triton("knobs").nvidia.cuobjdump.path, "-res-usage", file.name]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = dict(item.split(":")[:2] for item in output.split() if item.count(":") == 1)
-    spills = int(usage["STACK"]) + int(usage["LOCAL"])
-    return {"registers": int(usage["REG"]), "spills": spills, "shared": kernel.metadata.shared}
+    return {name: int(usage[key]) for name, key in (("registers", "REG"), ("stack", "STACK"), ("local", "LOCAL"))}
 
 
 def _modules(kernel: Any) -> set[str]:

@@ -6,23 +6,20 @@ that tiles, constants and the alignment of every argument are those of a real ca
 """
 
 import json
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
+import bench_package  # noqa: F401
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from bench.precompile import resources
 from c3a_triton import launch, launch_fft, launch_grouped
 
 CARD = sys.argv[1]
 CAPABILITY = int(CARD.removeprefix("sm_"))
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 class _Driver:
@@ -36,16 +33,6 @@ class _Driver:
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", CAPABILITY, 32)
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers, stack and local memory (both are spills) of the one function in `cubin`."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        report = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    usage = dict(item.split(":")[:2] for item in report.split() if ":" in item and item.split(":")[1].isdigit())
-    return {"registers": int(usage["REG"]), "stack": int(usage["STACK"]), "local": int(usage["LOCAL"])}
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
