@@ -45,6 +45,7 @@ __all__ = [
     "guards_launches",
     "job_launches",
     "of_layers",
+    "parts",
     "read",
     "record",
     "recorded",
@@ -237,13 +238,18 @@ def _step(case: layer.Case, method: str, device: torch.device) -> None:
         work.forward()
 
 
+def parts() -> list[str]:
+    """The modules of this folder that have a function `launches`."""
+    paths = sorted((ROOT / "bench").glob("*.py"))
+    has = re.compile(r"^def launches\(device\b", re.MULTILINE)
+    return [path.stem for path in paths if has.search(path.read_text(encoding="utf-8"))]
+
+
 def job_launches() -> Iterator[tuple[str, Callable[[], object]]]:
-    """The launches of every module of this folder that has a function `launches`."""
-    for path in sorted((ROOT / "bench").glob("*.py")):
-        if re.search(r"^def launches\(device\b", path.read_text(encoding="utf-8"), re.MULTILINE):
-            module = importlib.import_module(f"{__package__}.{path.stem}")
-            for name, call in module.launches(META):
-                yield f"{path.stem}: {name}", call
+    """The launches of all `parts`; to be gone over where nothing is computed, as `record` does."""
+    for part in parts():
+        for name, call in importlib.import_module(f"{__package__}.{part}").launches(META):
+            yield f"{part}: {name}", call
 
 
 def guards_launches() -> Iterator[tuple[str, Callable[[], object]]]:
