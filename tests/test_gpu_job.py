@@ -4,7 +4,9 @@ import copy
 import json
 import lzma
 import re
+import sys
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,33 @@ def test_no_part_has_more_than_the_job_has_left(tmp_path: Path, monkeypatch: pyt
     left = report.read_json(tmp_path / "a" / "right.json")["records"]["long"]["a"]["seconds_left"]
     assert 0 < left <= gpu.SECONDS
     assert gpu.SECONDS + gpu.GRACE < 300
+
+
+def test_a_programs_time_runs_from_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gpu.JOBS, "right", (_part("long", 1e6),))
+    monkeypatch.setattr(gpu, "STARTED", time.monotonic() - 100)  # which imports took
+    out, scratch = str(tmp_path / "out"), str(tmp_path / "scratch")
+    monkeypatch.setattr(
+        sys, "argv", ["gpu.py", "right", "--device", "cpu", "--tiny", "--out", out, "--scratch", scratch]
+    )
+    assert gpu.main() == 0
+    left = report.read_json(tmp_path / "out" / "right.json")["records"]["long"]["a"]["seconds_left"]
+    assert 0 < left <= gpu.SECONDS - 100
+
+
+def test_reports_of_tools_keep_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = b"\x10" + f"{ROOT}/kernels/fft.py".encode() + b"\x00"
+
+    def profile(setting: runs.Setting) -> None:
+        for name in ("kernels.ncu-rep", "ncu.csv"):
+            (setting.scratch / name).write_bytes(content)
+
+    monkeypatch.setitem(gpu.JOBS, "tune", (_part("ncu", 5, profile),))
+    assert _main(tmp_path / "out", job="tune") == 0
+    binary, text = ((tmp_path / "out" / name).read_bytes() for name in ("kernels.ncu-rep", "ncu.csv"))
+    assert text == b"\x10./kernels/fft.py\x00"
+    assert (len(binary), str(ROOT).encode() in binary) == (len(content), False)
+    assert Path(binary[1:-1].decode()) == Path("kernels/fft.py")
 
 
 def test_a_rehearsal_says_so_and_names_no_goal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
