@@ -68,7 +68,8 @@ def run_tests(
 
 def _read_junit(path: Path) -> dict[str, Any]:
     counts = {"passed": 0, "failed": 0, "skipped": 0}
-    failures, skips, slowest = {}, set(), []
+    failures: dict[str, str] = {}
+    skips, slowest = set(), []
     for test in ElementTree.parse(path).iter("testcase"):
         name = f"{test.get('classname')}::{test.get('name')}"
         slowest.append((float(test.get("time", 0)), name))
