@@ -193,7 +193,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if note is not None and note not in job.results.notes:
         print(note, flush=True)
         job.results.notes.append(note)
-    parts = [part for part in chosen if not args.only or part.subject.name in args.only]
+    # Another machine than that of the results has no cache yet.
+    first = {CACHE.subject.name} if precompiled.missing() else set()
+    for name in first:
+        job.results.records.pop(name, None)
+    parts = [part for part in chosen if not args.only or part.subject.name in {*args.only, *first}]
     subjects = [part.subject for part in parts]
     try:
         for part in parts:

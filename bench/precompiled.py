@@ -22,7 +22,7 @@ from c3a_triton import launch
 
 from . import ROOT, precompile, processes, report, runs, specialisations
 
-__all__ = ["SUBJECT", "adopt", "counted", "main", "unpack"]
+__all__ = ["SUBJECT", "adopt", "counted", "main", "missing", "unpack"]
 
 SECONDS_TO_END = 5  # of the process that looks up, after its time
 TINY = 8  # kernels that a rehearsal looks up
@@ -32,6 +32,12 @@ def adopt(folder: Path) -> None:
     """Let this process and its children use the cache that belongs to `folder`, where there is one."""
     if (folder / precompile.MANIFEST).exists():
         os.environ["TRITON_CACHE_DIR"] = report.read_json(folder / precompile.MANIFEST)["cache_dir"]
+
+
+def missing() -> bool:
+    """Whether the cache in use has still to be unpacked, as on a machine that has just started."""
+    folder = os.environ.get("TRITON_CACHE_DIR")
+    return folder is not None and not Path(folder).exists()
 
 
 def unpack(folder: Path, cache: Path) -> None:

@@ -108,6 +108,25 @@ def test_a_programs_time_runs_from_its_start(tmp_path: Path, monkeypatch: pytest
     assert 0 < left <= gpu.SECONDS - 100
 
 
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_the_cache_is_unpacked_whatever_else_is_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unpacked: bool
+) -> None:
+    """On another machine, say, than that of the results that are gone on from."""
+    folder, cache, looked_up = tmp_path / "gpu", tmp_path / "cache", []
+    report.write_json(folder / "manifest.json", {"cache_dir": str(cache)})
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")  # for pytest to put back
+    part = _part("cache", 5, lambda setting: (looked_up.append(cache.exists()), cache.mkdir(exist_ok=True)))
+    monkeypatch.setattr(gpu, "CACHE", part)
+    monkeypatch.setitem(gpu.JOBS, "right", (part, _part("op", 5)))
+    options = ("--cache", str(folder), "--only", "op")
+    assert _main(tmp_path / "out", *options) == 0
+    if not unpacked:
+        cache.rmdir()
+    assert _main(tmp_path / "out", *options, "--resume") == 0
+    assert looked_up == ([False] if unpacked else [False, False])
+
+
 def test_reports_of_tools_keep_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = b"\x10" + f"{ROOT}/kernels/fft.py".encode() + b"\x00"
 
