@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(note, flush=True)
         job.results.notes.append(note)
     # Another machine than that of the results has no cache yet.
-    first = {CACHE.subject.name} if precompiled.missing() else set()
+    first = {CACHE.subject.name} if precompiled.missing(args.cache) else set()
     for name in first:
         job.results.records.pop(name, None)
     parts = [part for part in chosen if not args.only or part.subject.name in {*args.only, *first}]

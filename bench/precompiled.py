@@ -34,10 +34,10 @@ def adopt(folder: Path) -> None:
         os.environ["TRITON_CACHE_DIR"] = report.read_json(folder / precompile.MANIFEST)["cache_dir"]
 
 
-def missing() -> bool:
-    """Whether the cache in use has still to be unpacked, as on a machine that has just started."""
-    folder = os.environ.get("TRITON_CACHE_DIR")
-    return folder is not None and not Path(folder).exists()
+def missing(folder: Path) -> bool:
+    """Whether the cache that belongs to `folder` has still to be unpacked, as on a machine that has just started."""
+    manifest = folder / precompile.MANIFEST
+    return manifest.exists() and not Path(report.read_json(manifest)["cache_dir"]).exists()
 
 
 def unpack(folder: Path, cache: Path) -> None:
