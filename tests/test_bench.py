@@ -833,6 +833,17 @@ def test_an_interrupted_run_does_not_wait_for_its_processes_until_it_is_killed(t
     assert int(told.read_text()) < native_tests.GRACE
 
 
+def test_what_the_job_does_itself_is_left_out() -> None:
+    assert test_subjects_on_the_gpu.__name__ == native_tests.LEFT_OUT
+    options = native_tests._arguments(tiny=False)
+    tests = [str(ROOT / "tests" / name) for name in ("test_bench.py", "test_fft.py")]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *options[:4], *tests]
+    listed = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True, check=True).stdout
+    assert "test_cuda_timer_measures_device_work" in listed
+    assert "test_fft.py::" in listed
+    assert native_tests.LEFT_OUT not in listed
+
+
 def test_a_dead_context_costs_one_test(tmp_path: Path) -> None:
     pytest.importorskip("xdist")
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)

@@ -159,6 +159,14 @@ def test_the_commit_is_told_where_git_does_not_know_it(monkeypatch: pytest.Monke
     assert report.environment(torch.device("cpu"), "abc")["commit"] == "abc"
 
 
+def test_a_program_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: tuple[str, ...], **options: Any) -> None:
+        raise report.subprocess.TimeoutExpired(command, options["timeout"])
+
+    monkeypatch.setattr(report.subprocess, "run", run)
+    assert report.output(sys.executable) is None
+
+
 def test_a_dead_context_starts_the_same_job_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
 
