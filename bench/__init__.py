@@ -9,9 +9,13 @@ import contextlib
 import importlib.util
 import os
 import sys
+import time
 from pathlib import Path
 
-__all__ = ["ROOT"]
+__all__ = ["ROOT", "STARTED"]
+
+# By time.monotonic: before the imports that follow, which take long on a machine that has just started.
+STARTED = time.monotonic()
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -156,12 +156,14 @@ def _products(setting: runs.Setting) -> Iterator[runs.Task]:
 
 @contextmanager
 def _in_tf32() -> Iterator[None]:
+    # By the switch that sets torch's older one too: some of torch asks the older one, and raises where they differ.
     matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32"
+    before, older = matmul.fp32_precision, torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:
+        torch.set_float32_matmul_precision(older)
         matmul.fp32_precision = before
 
 

@@ -76,7 +76,9 @@ def _subject(
 
 
 def _environment(device: torch.device, **more: str) -> dict[str, str]:
-    return (dict(os.environ) | {"TRITON_INTERPRET": "1"} if device.type == "cpu" else processes.natively()) | more
+    """One's own, but for the interpreter, and for threads: those of several processes wait for each other's."""
+    inherited = dict(os.environ) | {"TRITON_INTERPRET": "1"} if device.type == "cpu" else processes.natively()
+    return inherited | {"OMP_NUM_THREADS": "2"} | more
 
 
 def _words(path: Path) -> list[str]:

@@ -28,6 +28,7 @@ import torch
 
 from . import (
     ROOT,
+    STARTED,
     ceilings,
     checks,
     diagnosis,
@@ -46,7 +47,7 @@ from . import (
 
 __all__ = ["JOBS", "main"]
 
-SECONDS = 285  # of the 300 that a command has: what is written last, and starting again, take their time
+SECONDS = 280  # of the 300 that a command has: what comes before this process and is written last takes its time
 GRACE = 10  # until the process ends, whatever it does
 COPIED = (".xml", ".csv", ".ncu-rep")  # what parts leave in the folder for logs that is wanted beside the results
 
@@ -141,7 +142,7 @@ def _write(job: runs.Job, subjects: Sequence[runs.Subject]) -> str:
     scratch = job.setting.scratch
     for result in scratch.iterdir():
         if result.suffix in COPIED:
-            (out / result.name).write_bytes(_anonymous(result.read_bytes()))
+            (out / result.name).write_bytes(_anonymous(result.read_bytes(), keep_size=result.suffix == ".ncu-rep"))
     archive = out / f"{name}-logs.tar.xz"
     part = archive.with_name(archive.name + ".part")
     with lzma.open(part, "wb", preset=1) as packed, tarfile.open(fileobj=packed, mode="w") as logs:
@@ -155,16 +156,27 @@ def _write(job: runs.Job, subjects: Sequence[runs.Subject]) -> str:
     return text
 
 
-def _anonymous(content: bytes) -> bytes:
-    """Without where the checkout lies, and without the machine's name, which pytest writes."""
+def _anonymous(content: bytes, *, keep_size: bool = False) -> bytes:
+    """Without where the checkout lies, and without the machine's name, which pytest writes.
+
+    With `keep_size` every byte stays where it is, as a format needs that says how long its texts are.
+    """
+    root = str(ROOT).encode()
+    if keep_size:
+        return content.replace(root, b".".ljust(len(root), b"/"))
     content = re.sub(rb' hostname="[^"]*"', b"", content)
-    return content.replace(str(ROOT).encode(), b".")
+    return content.replace(root, b".")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a job; returns the exit status: 3 where something of ours is wrong or failed."""
+    """Run a job; returns the exit status: 3 where something of ours is wrong or failed.
+
+    As a program (`argv` is None) its time has run since the process started.
+    """
+    spent = time.monotonic() - STARTED if argv is None else 0.0
     argv = sys.argv[1:] if argv is None else argv
     args = _parse(argv)
+    args.budget_s -= spent
     if torch.device(args.device).type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # is read when kernels are defined: with the first launch
     if not args.resume:
@@ -181,7 +193,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if note is not None and note not in job.results.notes:
         print(note, flush=True)
         job.results.notes.append(note)
-    parts = [part for part in chosen if not args.only or part.subject.name in args.only]
+    # Another machine than that of the results has no cache yet.
+    first = {CACHE.subject.name} if precompiled.missing(args.cache) else set()
+    for name in first:
+        job.results.records.pop(name, None)
+    parts = [part for part in chosen if not args.only or part.subject.name in {*args.only, *first}]
     subjects = [part.subject for part in parts]
     try:
         for part in parts:

@@ -14,9 +14,12 @@ __all__ = ["SUBJECT", "run_tests"]
 
 TEST_SECONDS = 60  # of one test
 GRACE = 8  # seconds that an interrupted run has to write its report
+WORKERS_GRACE = 3  # of them, for tests that are running
 # What a run is worth without the rest comes first: the numbers of every path, then what a user sees.
 FIRST = ("test_kernels.py", "test_fft.py", "test_ops.py", "test_layer.py", "test_manager.py", "test_compile.py")
 TINY = ("test_numbers.py",)
+# What the job does itself, at its own sizes; tiny ones are not among the kernels compiled ahead of time.
+LEFT_OUT = "test_subjects_on_the_gpu"
 
 
 def run_tests(
@@ -39,17 +42,21 @@ def run_tests(
     xml = out / "tests.xml"
     xml.unlink(missing_ok=True)
     # Not `python -m pytest`: that would put the root on the path (see bench/__init__.py).
-    start_pytest = "import sys; del sys.path[0]; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    command = [sys.executable, "-c", start_pytest, "-v", "-p", "no:cacheprovider", f"--junitxml={xml.resolve()}"]
-    if workers and importlib.util.find_spec("xdist") is not None:
-        command += ["-n", str(workers), "--dist", "load"]  # in their order: the first are worth most
+    start_pytest = "import sys; del sys.path[0]; import pytest; {}sys.exit(pytest.main(sys.argv[1:]))"
+    options = ["-v", "-p", "no:cacheprovider", f"--junitxml={xml.resolve()}"]
+    with_xdist = workers and importlib.util.find_spec("xdist") is not None
+    if with_xdist:
+        options += ["-n", str(workers), "--dist", "load"]  # in their order: the first are worth most
+    # An interrupted run waits so long for its processes, which may be in a test, before it writes its report.
+    patience = f"import xdist.workermanage as m; m.NodeManager.EXIT_TIMEOUT = {WORKERS_GRACE}; " if with_xdist else ""
+    command = [sys.executable, "-c", start_pytest.format(patience), *options]
     if importlib.util.find_spec("pytest_timeout") is not None:
         # A kernel that never ends ends its process; the others go on.
         command += [f"--timeout={TEST_SECONDS}", "--timeout-method=thread"]
     # On a GPU nothing runs in the interpreter; more threads than one or two would wait for each other, and so would
     # the processes in which torch.compile compiles, one for each core by default.
-    few = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    environment = processes.natively() | few | dict(variables or {})
+    threads = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    environment = processes.natively() | threads | dict(variables or {})
     log = out / "tests.log"
     ended = processes.run([*command, *arguments], log=log, limit=limit, env=environment, grace=GRACE)
     result: dict[str, Any] = {"seconds": ended.seconds, "exit_code": ended.exit_code}
@@ -64,7 +71,8 @@ def run_tests(
 
 def _read_junit(path: Path) -> dict[str, Any]:
     counts = {"passed": 0, "failed": 0, "skipped": 0}
-    failures, skips, slowest = {}, set(), []
+    failures: dict[str, str] = {}
+    skips, slowest = set(), []
     for test in ElementTree.parse(path).iter("testcase"):
         name = f"{test.get('classname')}::{test.get('name')}"
         slowest.append((float(test.get("time", 0)), name))
@@ -72,7 +80,8 @@ def _read_junit(path: Path) -> dict[str, Any]:
         wrong = next((found for kind in ("failure", "error") if (found := test.find(kind)) is not None), None)
         if wrong is not None:
             counts["failed"] += 1
-            failures[name] = str(wrong.get("message")).partition("\n")[0][:300]
+            # The first is its own; a second says that it ended its process.
+            failures.setdefault(name, str(wrong.get("message")).partition("\n")[0][:300])
         elif skipped is not None:
             counts["skipped"] += 1
             skips.add(str(skipped.get("message")))
@@ -87,7 +96,7 @@ def _arguments(tiny: bool) -> list[str]:
     folder = ROOT / "tests"
     names = sorted(path.name for path in folder.glob("test_*.py"))
     chosen = TINY if tiny else sorted(names, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
-    return ["-m", "native and not nightly", *(str(folder / name) for name in chosen)]
+    return ["-m", "native and not nightly", "-k", f"not {LEFT_OUT}", *(str(folder / name) for name in chosen)]
 
 
 def _tasks(setting: runs.Setting) -> Iterator[runs.Task]:

@@ -192,7 +192,8 @@ def fill(
     deadline = time.monotonic() + seconds
     done: list[Built] = []
     with ProcessPoolExecutor(jobs) as pool:
-        for result in pool.map(partial(build, card=card), wanted, chunksize=4):
+        # One by one: what has begun when the time is up is waited for.
+        for result in pool.map(partial(build, card=card), wanted):
             done.append(result)
             if len(done) % 100 == 0:
                 compiled = sum(one.compiled for one in done)

@@ -23,7 +23,7 @@ from c3a_triton import launch
 
 from . import ROOT, precompile, processes, report, runs, specialisations
 
-__all__ = ["SUBJECT", "adopt", "counted", "main", "unpack"]
+__all__ = ["SUBJECT", "adopt", "counted", "main", "missing", "unpack"]
 
 SECONDS_TO_END = 5  # of the process that looks up, after its time
 TINY = 8  # kernels that a rehearsal looks up
@@ -39,6 +39,12 @@ def adopt(folder: Path) -> None:
         unpack(folder, Path(cache))
     except (OSError, EOFError, lzma.LZMAError, tarfile.TarError) as error:
         print(f"cache: {folder / precompile.ARCHIVE} cannot be unpacked: {type(error).__name__}: {error}", flush=True)
+
+
+def missing(folder: Path) -> bool:
+    """Whether the cache that belongs to `folder` has still to be unpacked, as on a machine that has just started."""
+    manifest = folder / precompile.MANIFEST
+    return manifest.exists() and not Path(report.read_json(manifest)["cache_dir"]).exists()
 
 
 def unpack(folder: Path, cache: Path) -> None:

@@ -39,10 +39,13 @@ GPU_FIELDS = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clo
 
 
 def output(*command: str) -> str | None:
-    """What `command` prints, or None where it is missing or fails."""
+    """What `command` prints, or None where it is missing, fails or takes half a minute."""
     if shutil.which(command[0]) is None:
         return None
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    except subprocess.TimeoutExpired:
+        return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 

@@ -62,6 +62,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.native)
 
 
+@pytest.hookimpl(trylast=True)  # when the report has been sent
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """End a process of pytest-xdist that an illegal access has cost its CUDA context, so that another is started.
+
+    Every test would fail in it, at once, and so it would take the others' too.
+    """
+    if not (report.failed and "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized()):
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        os._exit(1)
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """The GPU where there is one; otherwise the CPU, with Triton's kernels in its interpreter."""

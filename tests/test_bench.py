@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -806,6 +807,54 @@ def test_run_tests_ends_in_time(tmp_path: Path) -> None:
     found = native_tests.run_tests(tmp_path, [str(tests)], limit=3)
     assert found["outcome"] == "interrupted after 3 s"
     assert found["seconds"] < 600
+
+
+def test_an_interrupted_run_does_not_wait_for_its_processes_until_it_is_killed(tmp_path: Path) -> None:
+    pytest.importorskip("xdist")
+    told = tmp_path / "seconds"
+    (tmp_path / "test_some.py").write_text("def test_some(): pass\n")
+    (tmp_path / "conftest.py").write_text(
+        "from xdist.workermanage import NodeManager\n\n"
+        f"def pytest_unconfigure(): open({str(told)!r}, 'w').write(str(NodeManager.EXIT_TIMEOUT))\n"
+    )
+    assert native_tests.run_tests(tmp_path, [str(tmp_path)], limit=1800, workers=1)["outcome"] == "passed"
+    assert int(told.read_text()) < native_tests.GRACE
+
+
+def test_what_the_job_does_itself_is_left_out() -> None:
+    assert test_subjects_on_the_gpu.__name__ == native_tests.LEFT_OUT
+    options = native_tests._arguments(tiny=False)
+    tests = [str(ROOT / "tests" / name) for name in ("test_bench.py", "test_fft.py")]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *options[:4], *tests]
+    listed = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True, check=True).stdout
+    assert "test_cuda_timer_measures_device_work" in listed
+    assert "test_fft.py::" in listed
+    assert native_tests.LEFT_OUT not in listed
+
+
+def test_a_dead_context_costs_one_test(tmp_path: Path) -> None:
+    pytest.importorskip("xdist")
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    (tmp_path / "test_some.py").write_text(
+        textwrap.dedent(
+            """
+            import pytest, torch
+
+            def dead(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+            @pytest.mark.parametrize("i", range(20))
+            def test_some(i):
+                if i == 3:
+                    torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, dead
+                if torch.cuda.is_initialized():
+                    dead()
+            """
+        )
+    )
+    found = native_tests.run_tests(tmp_path, [str(tmp_path)], limit=1800, workers=2)
+    assert found["passed"] == 19
+    assert list(found["failures"].values()) == ["RuntimeError: CUDA error: an illegal memory access was encountered"]
+    assert "crashed while running" in (tmp_path / "tests.log").read_text()
 
 
 # From the repository root

@@ -70,6 +70,8 @@ def test_tf32_is_switched_on_for_its_products_alone() -> None:
     before, seen = matmul.fp32_precision, []
 
     def measure(call: object) -> timing.Timing:
+        # Torch's older switch agrees; asking it raises otherwise.
+        assert matmul.allow_tf32 == (matmul.fp32_precision == "tf32")
         seen.append(matmul.fp32_precision)
         raise ZeroDivisionError
 

@@ -307,7 +307,7 @@ def test_what_it_does_is_recorded(
 
 
 def test_it_watches_the_real_program_in_exact_allocations(
-    tmp_path: Path, stand_in: Callable[..., list[Path]], device: torch.device
+    tmp_path: Path, stand_in: Callable[..., list[Path]], device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_in("runs")
     record = _record(tmp_path, "memcheck", cases="^expand .*float32", device=device)
@@ -318,6 +318,8 @@ def test_it_watches_the_real_program_in_exact_allocations(
     assert {"--bare", "--overrun", "bench.sanitize"} <= set(arguments)
     # On a GPU nothing runs in the interpreter.
     assert "TRITON_INTERPRET" not in checks._environment(torch.device("cuda"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "16")
+    assert checks._environment(torch.device("cuda"))["OMP_NUM_THREADS"] == "2"  # eight of them share the cores
 
 
 def test_one_that_hangs_is_ended_with_all_it_has_started(

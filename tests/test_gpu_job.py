@@ -4,7 +4,9 @@ import copy
 import json
 import lzma
 import re
+import sys
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,52 @@ def test_no_part_has_more_than_the_job_has_left(tmp_path: Path, monkeypatch: pyt
     assert gpu.SECONDS + gpu.GRACE < 300
 
 
+def test_a_programs_time_runs_from_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gpu.JOBS, "right", (_part("long", 1e6),))
+    monkeypatch.setattr(gpu, "STARTED", time.monotonic() - 100)  # which imports took
+    out, scratch = str(tmp_path / "out"), str(tmp_path / "scratch")
+    monkeypatch.setattr(
+        sys, "argv", ["gpu.py", "right", "--device", "cpu", "--tiny", "--out", out, "--scratch", scratch]
+    )
+    assert gpu.main() == 0
+    left = report.read_json(tmp_path / "out" / "right.json")["records"]["long"]["a"]["seconds_left"]
+    assert 0 < left <= gpu.SECONDS - 100
+
+
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_the_cache_is_unpacked_whatever_else_is_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unpacked: bool
+) -> None:
+    """On another machine, say, than that of the results that are gone on from."""
+    folder, cache, looked_up = tmp_path / "gpu", tmp_path / "cache", []
+    report.write_json(folder / "manifest.json", {"cache_dir": str(cache)})
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")  # for pytest to put back
+    part = _part("cache", 5, lambda setting: (looked_up.append(cache.exists()), cache.mkdir(exist_ok=True)))
+    monkeypatch.setattr(gpu, "CACHE", part)
+    monkeypatch.setitem(gpu.JOBS, "right", (part, _part("op", 5)))
+    options = ("--cache", str(folder), "--only", "op")
+    assert _main(tmp_path / "out", *options) == 0
+    if not unpacked:
+        cache.rmdir()
+    assert _main(tmp_path / "out", *options, "--resume") == 0
+    assert looked_up == ([False] if unpacked else [False, False])
+
+
+def test_reports_of_tools_keep_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = b"\x10" + f"{ROOT}/kernels/fft.py".encode() + b"\x00"
+
+    def profile(setting: runs.Setting) -> None:
+        for name in ("kernels.ncu-rep", "ncu.csv"):
+            (setting.scratch / name).write_bytes(content)
+
+    monkeypatch.setitem(gpu.JOBS, "tune", (_part("ncu", 5, profile),))
+    assert _main(tmp_path / "out", job="tune") == 0
+    binary, text = ((tmp_path / "out" / name).read_bytes() for name in ("kernels.ncu-rep", "ncu.csv"))
+    assert text == b"\x10./kernels/fft.py\x00"
+    assert (len(binary), str(ROOT).encode() in binary) == (len(content), False)
+    assert Path(binary[1:-1].decode()) == Path("kernels/fft.py")
+
+
 def test_a_rehearsal_says_so_and_names_no_goal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(gpu.JOBS, "right", (_part("some", 5),))
     assert _main(tmp_path / "out", "--commit", "given") == 0
@@ -109,6 +157,14 @@ def test_a_rehearsal_says_so_and_names_no_goal(tmp_path: Path, monkeypatch: pyte
 def test_the_commit_is_told_where_git_does_not_know_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "output", lambda *command: None)
     assert report.environment(torch.device("cpu"), "abc")["commit"] == "abc"
+
+
+def test_a_program_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: tuple[str, ...], **options: Any) -> None:
+        raise report.subprocess.TimeoutExpired(command, options["timeout"])
+
+    monkeypatch.setattr(report.subprocess, "run", run)
+    assert report.output(sys.executable) is None
 
 
 def test_a_dead_context_starts_the_same_job_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -322,6 +322,16 @@ def test_candidates_that_fail_or_are_wrong_are_recorded_and_end_nothing(
 
 
 @needs_interpreter
+def test_a_sweep_ends_when_the_time_is_up(tmp_path: Path, direct: tuple[profiled.Profiled, str]) -> None:
+    setting = replace(_setting(tmp_path), tiny=False, deadline=time.monotonic() - 1)
+    record = runs.attempt(runs.Task("a", 0, partial(tile_sweep._measure, setting, *direct, LOOKUP)), CPU)
+    n_candidates = len(tile_sweep.candidates(LOOKUP))
+    assert n_candidates > 1
+    assert (record["status"], record["message"]) == ("incomplete", f"the time was up: 1 of {n_candidates} candidates")
+    assert [found["status"] for found in record["candidates"]] == ["ok"]
+
+
+@needs_interpreter
 def test_an_interrupted_sweep_leaves_committed_tiles(
     tmp_path: Path, direct: tuple[profiled.Profiled, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
