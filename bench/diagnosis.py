@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from c3a_triton import launch, launch_fft, tiles
+from c3a_triton import launch, tiles
 from c3a_triton.benchmark import cases, gate, layer
 
 from . import ROOT, checks, guards, kernel_cases, launch_hooks, native_tests, processes, report, runs, sanitize
@@ -271,18 +271,12 @@ def _launched_as(variant: Variant) -> Iterator[None]:
 
     with launch_hooks.caught(changed) if variant.launch else nullcontext():
         tiles.override(variant.given_tiles)
-        _forget_plans()
+        launch.clear_plans()
         try:
             yield
         finally:
             tiles.override({})
-            _forget_plans()
-
-
-def _forget_plans() -> None:
-    launch.clear_plans()
-    for plan in (launch_fft._product_plan, launch_fft._gradient_plan):
-        plan.cache_clear()
+            launch.clear_plans()
 
 
 def _compute(variant: Variant, device: torch.device, record: runs.Record) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bench import diagnosis, gpu, kernel_cases, native_tests, processes, report, runs
-from c3a_triton import launch, launch_fft, tiles
+from c3a_triton import launch, tiles
 from c3a_triton.benchmark import cases, layer, timing
 
 CPU = torch.device("cpu")
@@ -263,7 +263,7 @@ def test_the_job_explains_what_was_wrong_instead_of_tuning(
     }
     code, text, results = _rehearsed(tmp_path, records, "--only", "again")
     assert code == 3  # wrong again
-    assert results["records"].keys() == {"again"}
+    assert results["records"].keys() - {"cache"} == {"again"}
     assert "right.json shows 1 cases of kernels, 1 tests, 1 layers that are wrong" in results["notes"][-1]
     section = text.partition(f"### {BIAS}")[2]
     assert section.strip().startswith("Right: without bias.\n\nTwice the same bits.")
@@ -313,16 +313,3 @@ def test_a_failed_test_runs_with_the_variables_that_are_asked(tmp_path: Path, mo
     for variables in (None, diagnosis.BLOCKING):
         native_tests.run_tests(tmp_path, ["a"], limit=1, variables=variables)
     assert [env.get("CUDA_LAUNCH_BLOCKING") for env in environments] == [None, "1"]
-
-
-def test_plans_are_made_anew_for_a_variant() -> None:
-    pytest.importorskip("triton")
-    caches = (launch._product_plan, launch_fft._product_plan, launch_fft._gradient_plan)
-    if torch.cuda.is_available():
-        pytest.skip("cases are computed on the CPU")
-    for key in (BIAS, _key("fft_backward T=19")):
-        (case,) = (case for case in kernel_cases.CASES if case.key == key)
-        kernel_cases.check(case, CPU)
-    assert any(cache.cache_info().currsize for cache in caches[1:])
-    diagnosis._forget_plans()
-    assert [cache.cache_info().currsize for cache in caches] == [0, 0, 0]
