@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: test test-triton36 test-compat test-gpu-software nightly lint demo bench gpu-cache hub dist clean
+.PHONY: test test-triton36 test-compat test-gpu-software nightly lint demo bench gpu-cache gpu-rehearsal hub dist clean
 
 test: $(VENV)/.installed
 	# A file stays in one worker, so that kernels are compiled once; files go by name, because the longest comes early so.
@@ -59,6 +59,13 @@ gpu-cache: .venv-gpu/.installed
 		--dist loadfile --no-loadscope-reorder -m 'native and not nightly' --card sm_90 \
 		-p record_launches --specialisations out/gpu-tests/launches.jsonl
 	.venv-gpu/bin/python -m bench.precompile --tests out/gpu-tests/*.jsonl
+
+# The GPU job's two commands on tiny sizes, in the interpreter, with the cache that gpu-cache made.
+REHEARSED = PYTHONPATH=$(CURDIR)/.venv-gpu/numpy-for-triton .venv-gpu/bin/python -m bench.gpu
+gpu-rehearsal: .venv-gpu/.installed
+	rm -rf out/rehearsal
+	$(REHEARSED) right --device cpu --tiny --out out/rehearsal
+	$(REHEARSED) tune --device cpu --tiny --out out/rehearsal --right out/rehearsal/right.json
 
 # The operators for the hub's kernel loader (`kernels.get_local_kernel("out/hub")`), copied from the package.
 hub:

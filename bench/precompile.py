@@ -210,7 +210,7 @@ def fill(
 def pack(cache: Path, folders: Iterable[str], archive: Path) -> None:
     """These folders of a cache, as they are, in a compressed archive; equal files make an equal one."""
     part = archive.with_name(archive.name + ".part")
-    with lzma.open(part, "wb", preset=1) as packed, tarfile.open(fileobj=packed, mode="w") as files:
+    with lzma.open(part, "wb", preset=3) as packed, tarfile.open(fileobj=packed, mode="w") as files:
         for folder in sorted(set(folders)):
             for path in sorted((cache / folder).iterdir()):
                 files.add(path, arcname=f"{folder}/{path.name}", filter=_plain)
