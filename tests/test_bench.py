@@ -31,7 +31,6 @@ from bench import (
     overhead,
     plots,
     predicted,
-    readme,
     report,
     runs,
 )
@@ -737,39 +736,6 @@ def test_plots_of_several_panels(tmp_path: Path) -> None:
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("lines.png", "bars.png"))
 
 
-# The README
-
-
-def test_readme_says_what_was_measured_on_a_gpu_and_what_was_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    results = ROOT / "bench" / "results"
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    (tmp_path / "cpu.json").write_bytes((results / "cpu.json").read_bytes())
-    assert "No GPU figure is given" in readme.section()
-
-    square = cases.LayerCase(8192, 4096, 4096, 128)
-    measured = {
-        layer.key(square, method): _timed(square, method, s) for method, s in (("base", 1.0), ("ours:auto", 1.3))
-    }
-    versions = {"torch": "2.13.0", "triton": "3.9.0", "peft": None, "python": "3.11"}
-    gpu_name = {"name": "Some card", "driver_version": "1.2"}
-    found = runs.Results(
-        tmp_path / "card.json",
-        {"device": "cuda", "gpu": gpu_name, "versions": versions, "commit": "abc", "command": "python -m bench.gpu"},
-        records={"op": measured},
-    )
-    found.save()
-    text = readme.section()
-    assert "No GPU figure is given" not in text
-    assert "Some card" in text
-    assert "1.3 " in text
-
-
-def test_readme_is_generated_from_the_committed_results() -> None:
-    assert readme.section() in (ROOT / "README.md").read_text(encoding="utf-8")
-
-
 # The tests that the job runs
 
 
@@ -939,10 +905,6 @@ def test_bench_runs_where_the_package_is_not_installed() -> None:
 
 
 # What the cost model predicts of the goals
-
-
-def test_the_documented_predictions_are_those_of_the_cost_model() -> None:
-    assert predicted.table() in (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
 
 
 def test_predictions_are_written_between_the_markers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
