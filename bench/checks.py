@@ -151,7 +151,7 @@ def _guards_table(records: runs.Records) -> list[str]:
             str(len(record["failed"])),
             str(len(record["missing"])),
             f"{len(record['kernels'])} of {len(kernel_cases.KERNELS)}",
-            "noticed" if record["overrun_found"] else "not noticed",
+            "noticed" if record["overrun_found"] else "not reached" if record["missing"] else "not noticed",
         ]
         for record in records.values()
         if "cases" in record

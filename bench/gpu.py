@@ -48,6 +48,7 @@ from . import (
 __all__ = ["JOBS", "main"]
 
 SECONDS = 280  # of the 300 that a command has: what comes before this process and is written last takes its time
+SCRATCH = "c3a_triton-gpu"
 GRACE = 10  # until the process ends, whatever it does
 COPIED = (".xml", ".csv", ".ncu-rep")  # what parts leave in the folder for logs that is wanted beside the results
 
@@ -93,8 +94,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     names = sorted({"again", *(part.subject.name for parts in JOBS.values() for part in parts)})
     parser.add_argument("--only", choices=names, action="append", help="only these parts of the job")
     parser.add_argument("--workers", type=int, help="test processes (default: half of the cores)")
-    scratch = Path(tempfile.gettempdir()) / "c3a_triton-gpu"
-    parser.add_argument("--scratch", type=Path, default=scratch, help="folder for logs (default: %(default)s)")
+    scratch = Path(tempfile.gettempdir())
+    said = f"where logs lie meanwhile, in a folder {SCRATCH} that is begun anew (default: %(default)s)"
+    parser.add_argument("--scratch", type=Path, default=scratch, help=said)
     parser.add_argument(
         "--cache", type=Path, default=precompile.OUT, metavar="DIR", help="from bench.precompile (default: %(default)s)"
     )
@@ -104,20 +106,31 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.right is not None and args.job != "tune":
         parser.error("--right FILE is for `tune`")
-    if args.right is not None and not args.right.exists():
-        parser.error(f"--right {args.right}: there is no such file; it is the right.json that came back")
+    args.chosen, args.note = _parts(parser, args)
+    here = [part.subject.name for part in args.chosen]
+    if strange := [name for name in args.only or () if name not in here]:
+        parser.error(f"--only {' '.join(strange)}: `{args.job}` has {', '.join(here)} here")
+    try:
+        re.compile(args.cases or "")
+    except re.error as error:
+        parser.error(f"--cases {args.cases}: {error}")
     return args
 
 
-def _parts(args: argparse.Namespace) -> tuple[tuple[Part, ...], str | None]:
+def _parts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tuple[tuple[Part, ...], str | None]:
     """The parts of the job, and what is to be said about their choice."""
     if args.right is None:
         return JOBS[args.job], None
-    wrong = diagnosis.wrong(report.read_json(args.right)["records"])
+    try:
+        right = report.read_json(args.right)
+        wrong = diagnosis.wrong(right["records"])
+        of = f"{args.right.name} of commit {right['environment']['commit']}"
+    except (OSError, ValueError, KeyError) as error:
+        parser.error(f"--right {args.right} is not the right.json that came back: {type(error).__name__}: {error}")
     if not wrong:
-        return TUNE, f"{args.right.name} shows nothing wrong that can be run again: this is data to tune from"
-    counts = f"{len(wrong.cases)} cases of kernels, {len(wrong.tests)} tests, {len(wrong.layers)} layers"
-    note = f"{args.right.name} shows {counts} that are wrong: they are run again, and nothing is tuned"
+        return TUNE, f"{of} shows nothing wrong that can be run again: this is data to tune from"
+    counts = f"cases of kernels: {len(wrong.cases)}, tests: {len(wrong.tests)}, layers: {len(wrong.layers)}"
+    note = f"{of} shows what is wrong ({counts}): it is run again, and nothing is tuned"
     under_tools = diagnosis.sanitized(wrong)
     more = () if under_tools is None else (Part(under_tools, SECONDS - AGAIN_SECONDS),)
     return (CACHE, Part(diagnosis.subject(wrong), AGAIN_SECONDS if more else SECONDS), *more), note
@@ -179,31 +192,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.budget_s -= spent
     if torch.device(args.device).type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # is read when kernels are defined: with the first launch
-    if not args.resume:
-        shutil.rmtree(args.scratch, ignore_errors=True)
-    args.scratch.mkdir(parents=True, exist_ok=True)
     precompiled.adopt(args.cache)
     job = runs.open_job("python -m bench.gpu", args, on_cpu=False, name=args.job, grace=GRACE)
     if isinstance(job, int):
         return job
     workers = max(1, (os.cpu_count() or 2) // 2) if args.workers is None else args.workers
-    job.setting = replace(job.setting, scratch=args.scratch, workers=workers, cache=args.cache)
-    (args.scratch / "nvidia-smi.txt").write_text(report.output("nvidia-smi", "-q") or "no nvidia-smi here\n")
-    chosen, note = _parts(args)
-    if note is not None and note not in job.results.notes:
-        print(note, flush=True)
-        job.results.notes.append(note)
+    scratch = args.scratch / SCRATCH
+    if not args.resume:
+        shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True, exist_ok=True)
+    job.setting = replace(job.setting, scratch=scratch, workers=workers, cache=args.cache)
+    (scratch / "nvidia-smi.txt").write_text(report.output("nvidia-smi", "-q") or "no nvidia-smi here\n")
+    if args.note is not None and args.note not in job.results.notes:
+        print(args.note, flush=True)
+        job.results.notes.append(args.note)
     # Another machine than that of the results has no cache yet.
     first = {CACHE.subject.name} if precompiled.missing(args.cache) else set()
     for name in first:
         job.results.records.pop(name, None)
-    parts = [part for part in chosen if not args.only or part.subject.name in {*args.only, *first}]
-    subjects = [part.subject for part in parts]
+    parts = [part for part in args.chosen if not args.only or part.subject.name in {*args.only, *first}]
+    subjects = [part.subject for part in args.chosen]  # those with results of an earlier run are told, too
     try:
         for part in parts:
             start = time.monotonic()
             print(f"{part.subject.name} ... ({job.setting.seconds_left():.0f} s left)", flush=True)
-            with precompiled.counted(job.results, part.subject.name, args.scratch / "cache-misses.txt"):
+            with precompiled.counted(job.results, part.subject.name, scratch / "cache-misses.txt"):
                 runs.measure(job.until(start + part.seconds), [part.subject])
             _write(job, subjects)
             job.results.spent[part.subject.name] = time.monotonic() - start

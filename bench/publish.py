@@ -35,6 +35,14 @@ def copy(sources: list[Path], results: Path = committed.RESULTS) -> Path:
             raise ValueError("results of two cards or commits: publish them one after the other")
     card = re.sub(r"[^a-z0-9]+", "-", found[0]["gpu"]["name"].lower().removeprefix("nvidia")).strip("-")
     target = results / f"{card}-{found[0]['date']}"
+    names = [path.name for path in files]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{', '.join(twice)} in two folders: choose one of them, or go on in one folder with --resume")
+    before = [report.read_json(path)["environment"]["commit"] for path in target.glob("*.json")]
+    if set(before) - {found[0]["commit"]}:
+        raise ValueError(
+            f"{target} has results of commit {before[0]}, these are of {found[0]['commit']}: move one away"
+        )
     target.mkdir(parents=True, exist_ok=True)
     for path in files:
         if path.stat().st_size > LARGEST:

@@ -57,8 +57,9 @@ class Ceilings(NamedTuple):
     launch_seconds: float
 
 
-# An H200's measured copy bandwidth and cuBLAS rate, and estimates (not measurements) of what a plain Triton GEMM and
-# cuFFT's neighbours reach. Other cards have other ceilings but similar ratios, and only ratios decide.
+# About what others report of an H200's copies and of cuBLAS on it, and estimates of what a plain Triton GEMM and
+# cuFFT's neighbours reach: none of it was measured with this library. Other cards have other ceilings but similar
+# ratios, and only ratios decide.
 CEILINGS = Ceilings(
     bandwidth=4.2e12,
     cublas_flops={2: 650e12, 4: 40e12},  # tensor cores in 16 bits, CUDA cores in float32

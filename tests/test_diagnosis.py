@@ -211,7 +211,7 @@ def test_a_layer_is_computed_by_all_backends(tmp_path: Path, monkeypatch: pytest
 
 def _rehearsed(tmp_path: Path, records: dict[str, runs.Records], *more: str) -> tuple[int, str, dict[str, Any]]:
     right = tmp_path / "right.json"
-    report.write_json(right, {"records": records})
+    report.write_json(right, {"environment": {"commit": "abc"}, "records": records})
     out = tmp_path / "out"
     options = ["--device", "cpu", "--tiny", "--out", str(out), "--right", str(right), "--workers", "4"]
     code = gpu.main(["tune", *options, "--scratch", str(tmp_path / "scratch"), *more])
@@ -264,7 +264,7 @@ def test_the_job_explains_what_was_wrong_instead_of_tuning(
     code, text, results = _rehearsed(tmp_path, records, "--only", "again")
     assert code == 3  # wrong again
     assert results["records"].keys() - {"cache"} == {"again"}
-    assert "right.json shows 1 cases of kernels, 1 tests, 1 layers that are wrong" in results["notes"][-1]
+    assert "shows what is wrong (cases of kernels: 1, tests: 1, layers: 1)" in results["notes"][-1]
     section = text.partition(f"### {BIAS}")[2]
     assert section.strip().startswith("Right: without bias.\n\nTwice the same bits.")
     assert "| synchronously" in section

@@ -194,6 +194,45 @@ def test_wrong_results_fail_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "other" in report.read_json(tmp_path / "out" / "right.json")["records"]
 
 
+def test_what_cannot_be_run_is_refused_before_anything_is_touched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    (scratch / "thesis.txt").write_text("mine")
+    broken = tmp_path / "right.json"
+    broken.write_text('{"records": {')
+    for more, said in (
+        (("--only", "tiles"), "--only tiles: `right` has cache, tests, "),
+        (("--cases", "(?!decode"), "--cases (?!decode: "),
+    ):
+        with pytest.raises(SystemExit):
+            _main(tmp_path / "out", *more)
+        assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        _main(tmp_path / "out", "--right", str(broken), job="tune")
+    assert "is not the right.json that came back: JSONDecodeError" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in scratch.iterdir()] == ["thesis.txt"]
+
+
+def test_a_part_alone_leaves_the_others_in_the_summary_and_other_files_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(gpu.JOBS, "right", (_part("first", 5), _part("second", 5)))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    (scratch / "thesis.txt").write_text("mine")
+    assert _main(tmp_path / "out", "--only", "first") == 0
+    assert "second.log" not in _logs(tmp_path / "out")
+    assert _main(tmp_path / "out", "--only", "second", "--resume") == 0
+    text = (tmp_path / "out" / "right.md").read_text()
+    assert "About first" in text
+    assert "About second" in text
+    assert (scratch / "thesis.txt").read_text() == "mine"
+    assert "thesis.txt" not in _logs(tmp_path / "out")
+
+
 # The page that tells how to run it
 
 
@@ -291,6 +330,21 @@ def test_what_no_card_or_two_have_measured_is_refused(tmp_path: Path, came_back:
         (committed_folder / path.name).write_bytes(path.read_bytes())
     with pytest.raises(ValueError, match="rehearsal|mixes"):
         committed.cards(tmp_path / "committed")
+
+
+def test_results_do_not_take_the_place_of_others(tmp_path: Path, came_back: Path) -> None:
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / "right.json").write_bytes((came_back / "right.json").read_bytes())
+    with pytest.raises(ValueError, match="right.json in two folders"):
+        publish.copy([came_back, again], tmp_path / "results")
+    target = publish.copy([came_back], tmp_path / "results")
+    before = (target / "right.json").read_bytes()
+    found = report.read_json(again / "right.json")
+    report.write_json(again / "right.json", found | {"environment": found["environment"] | {"commit": "another"}})
+    with pytest.raises(ValueError, match="has results of commit abc, these are of another"):
+        publish.copy([again], tmp_path / "results")
+    assert (target / "right.json").read_bytes() == before
 
 
 def test_readme_and_performance_are_generated_from_what_is_committed(
