@@ -1,5 +1,6 @@
 """What GPUs have measured, as it is committed: `bench/results/<card>-<date>/`, written by `bench.publish`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ from c3a_triton import dispatch
 
 from . import ROOT, report, runs, token_sweep
 
-__all__ = ["RESULTS", "Card", "cards"]
+__all__ = ["RESULTS", "Card", "cards", "measured_on"]
 
 RESULTS = ROOT / "bench" / "results"
 
@@ -33,6 +34,21 @@ class Card(NamedTuple):
         return token_sweep.fitted({**self.records.get("ceilings", {}), **self.records.get("tokens", {})})
 
 
+def measured_on(environments: Sequence[dict[str, Any]], where: str) -> dict[str, Any]:
+    """The first of these environments of results, which are all of one card and commit.
+
+    Raises:
+        ValueError: one is a rehearsal's, or of another card or commit than the first; `where` says whose they are.
+    """
+    first = environments[0]
+    for found in environments:
+        if found["gpu"] is None or found["tiny"]:
+            raise ValueError(f"{where}: this is a rehearsal, no GPU has measured it")
+        if (found["gpu"]["name"], found["commit"]) != (first["gpu"]["name"], first["commit"]):
+            raise ValueError(f"{where}: results of two cards or commits, which must not be mixed")
+    return first
+
+
 def cards(folder: Path = RESULTS) -> list[Card]:
     """Every card's results, by name and date.
 
@@ -46,13 +62,7 @@ def cards(folder: Path = RESULTS) -> list[Card]:
         results = [report.read_json(name) for job in ("right", "tune") if (name := path / f"{job}.json").exists()]
         if not results:
             raise ValueError(f"{path} holds neither right.json nor tune.json")
-        first = results[0]["environment"]
-        for result in results:
-            where = result["environment"]
-            if where["gpu"] is None or where["tiny"]:
-                raise ValueError(f"{path} holds a rehearsal: no GPU has measured it")
-            if (where["gpu"]["name"], where["commit"]) != (first["gpu"]["name"], first["commit"]):
-                raise ValueError(f"{path} mixes {first['gpu']['name']}, {first['commit']} with another card or commit")
+        first = measured_on([result["environment"] for result in results], str(path))
         # Of what both jobs record, the first stays: `right` checks before it measures.
         records = {name: found for result in reversed(results) for name, found in result["records"].items()}
         found.append(Card(path, first, records))

@@ -26,23 +26,18 @@ def copy(sources: list[Path], results: Path = committed.RESULTS) -> Path:
     """
     files = [path for source in sources for path in sorted(source.iterdir()) if path.suffix in KINDS]
     found = [report.read_json(path)["environment"] for path in files if path.name in ("right.json", "tune.json")]
+    said = ", ".join(map(str, sources))
     if not found:
-        raise ValueError(f"neither right.json nor tune.json in {', '.join(map(str, sources))}")
-    for where in found:
-        if where["gpu"] is None or where["tiny"]:
-            raise ValueError("this is a rehearsal: no GPU has measured it, and it is not published")
-        if (where["gpu"]["name"], where["commit"]) != (found[0]["gpu"]["name"], found[0]["commit"]):
-            raise ValueError("results of two cards or commits: publish them one after the other")
-    card = re.sub(r"[^a-z0-9]+", "-", found[0]["gpu"]["name"].lower().removeprefix("nvidia")).strip("-")
-    target = results / f"{card}-{found[0]['date']}"
+        raise ValueError(f"neither right.json nor tune.json in {said}")
+    where = committed.measured_on(found, said)
+    card = re.sub(r"[^a-z0-9]+", "-", where["gpu"]["name"].lower().removeprefix("nvidia")).strip("-")
+    target = results / f"{card}-{where['date']}"
     names = [path.name for path in files]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{', '.join(twice)} in two folders: choose one of them, or go on in one folder with --resume")
     before = [report.read_json(path)["environment"]["commit"] for path in target.glob("*.json")]
-    if set(before) - {found[0]["commit"]}:
-        raise ValueError(
-            f"{target} has results of commit {before[0]}, these are of {found[0]['commit']}: move one away"
-        )
+    if set(before) - {where["commit"]}:
+        raise ValueError(f"{target} has results of commit {before[0]}, these are of {where['commit']}: move one away")
     target.mkdir(parents=True, exist_ok=True)
     for path in files:
         if path.stat().st_size > LARGEST:

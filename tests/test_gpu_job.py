@@ -328,7 +328,7 @@ def test_what_no_card_or_two_have_measured_is_refused(tmp_path: Path, came_back:
     committed_folder.mkdir(parents=True)
     for path in came_back.glob("*.json"):
         (committed_folder / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(ValueError, match="rehearsal|mixes"):
+    with pytest.raises(ValueError, match="rehearsal|two cards or commits"):
         committed.cards(tmp_path / "committed")
 
 
