@@ -11,7 +11,7 @@ from .config import C3AConfig
 from .dispatch import check_backend
 from .errors import AdapterStateError, ConfigError
 from .manager import AdapterManager
-from .row_names import accept_adapter_names
+from .row_names import RowNames
 
 __all__ = ["apply", "load_adapter"]
 
@@ -138,4 +138,5 @@ def _manager_of(model: nn.Module, backend: str) -> AdapterManager:
 def _bind(manager: AdapterManager) -> None:
     manager.model.c3a = manager  # type: ignore[assignment]
     pretrained.prepare(manager.model)
-    accept_adapter_names(manager.model)
+    if RowNames.of(manager.model) is None:
+        RowNames((manager.model,), manager._scope, manager.check_rows)

@@ -26,14 +26,12 @@ from .linear_like import (
     stored_tensor,
     weight_access,
 )
+from .names import BASE_ROW, Scope, expand_rows, row_indices, uncompiled
 from .ops import add_circulant_, c3a_linear, circulant_linear, circulant_matrix
 from .ops_rows import c3a_linear_rows
 from .quantized import hold_layout
 
-__all__ = ["BASE_ROW", "C3ALinear", "check_adapter_name", "expand_rows"]
-
-BASE_ROW = "__base__"
-"""The name, among the adapter names of a batch's rows, of a row that gets the base model alone."""
+__all__ = ["C3ALinear", "check_adapter_name"]
 
 KEEP_BASE = ("cpu", "device", None)
 _DEFAULT_BLOCK_SIZE = 256
@@ -55,19 +53,6 @@ def check_adapter_name(name: str) -> None:
         raise ConfigError(f"the adapter name {name!r} has a dot, by which torch separates modules: leave it out")
     if name == BASE_ROW or name in _RESERVED_NAMES:
         raise ConfigError(f"the adapter name {name!r} is reserved: choose another one")
-
-
-def expand_rows(names: Sequence[str], n_rows: int, *, exact: bool = False) -> list[str]:
-    """One adapter name per row of a tensor, from one per row of the batch.
-
-    Beam search and layers that flatten [batch, time] make several consecutive rows of one; `exact` forbids it.
-
-    Raises:
-        ShapeError: the numbers do not fit.
-    """
-    if not names or n_rows % len(names) or (exact and n_rows != len(names)):
-        raise ShapeError(f"{len(names)} adapter names for a batch of {n_rows} rows: give one name per row")
-    return [name for name in names for _ in range(n_rows // len(names))]
 
 
 @dataclass
@@ -188,7 +173,7 @@ class C3ALinear(nn.Module):
         """Set everything but PEFT's state, with which a layer of PEFT's becomes one of these (`integrations.peft`)."""
         self.backend = backend
         self.layer_name = layer_name
-        self._row_adapters: tuple[str, ...] | None = None
+        self._scope = Scope()
         self._merge_state: _MergeState | None = None
         self.quantization_config: Any = None
         sizes = geometry(self.get_base_layer())
@@ -215,9 +200,6 @@ class C3ALinear(nn.Module):
         It is called whenever parameters are exchanged, moved or switched, so what was derived from them goes too.
         """
         spectra.drop(self._stored_kernels())
-        if self._row_adapters is not None:
-            self._kernels = None
-            return
         names = self._applied_names()
         found = [self.c3a_kernel._parameters.get(name) for name in names]
         kernels = tuple(kernel for kernel in found if kernel is not None)
@@ -254,7 +236,8 @@ class C3ALinear(nn.Module):
             BackendError: the layer's backend cannot run here.
         """
         kernels = self._kernels
-        if kernels and not args and not kwargs:
+        kind = self._scope.kind() if self._scope.watched else "active"
+        if kernels and kind == "active" and not args and not kwargs:
             base = self._modules["base_layer"]
             if is_plain(base, x):  # type: ignore[arg-type]
                 tensors = base._parameters  # type: ignore[union-attr]
@@ -263,19 +246,35 @@ class C3ALinear(nn.Module):
                 except ShapeError as error:
                     raise ShapeError(f"{self._label}: {error}") from None
                 return y if y.dtype == x.dtype else y.to(x.dtype)
-        return self._general_forward(x, *args, **kwargs)
+        if kind == "ask":
+            return self._uncompiled_forward(x, *args, **kwargs)
+        return self._general_forward(kind, x, *args, **kwargs)
+
+    @uncompiled
+    def _uncompiled_forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return C3ALinear.forward(self, *args, **kwargs)
 
     def _general_forward(
-        self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+        self, kind: str, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> Tensor:
         # All of them, whichever this call applies: DeepSpeed expects each call to fetch the same parameters.
         gather_with(self, self._stored_kernels())
-        given = adapter_names is not None
-        names = adapter_names if given else self._row_adapters
-        if names is not None and not self._disable_adapters:
-            return self._forward_rows(expand_rows(names, x.shape[0], exact=given), x, *args, **kwargs)
+        if kind == "probe":
+            self._scope.note(self._label, x)
+        if self._disable_adapters or kind == "probe":
+            kind = "base"
+        elif adapter_names is not None and kind != "base":
+            names = expand_rows(adapter_names, x.shape[0], exact=True)
+            present = tuple(name for name in dict.fromkeys(names) if name in self.c3a_kernel)
+            index = {name: i for i, name in enumerate(present)}
+            rows = torch.tensor([index.get(name, -1) for name in names], device="cpu")
+            return self._forward_rows(present, rows, x, *args, **kwargs)
+        if kind == "rows":
+            return self._forward_rows(*self._rows_of_call(x), x, *args, **kwargs)
         y = self.base_layer(x, *args, **kwargs)
         dtype = x.dtype if x.is_floating_point() else y.dtype
+        if kind == "base":
+            return y.to(dtype)
         # With offloading or several devices the base layer's hook decides where it computes.
         x = x.to(y.device)
         kernels = self._kernels
@@ -286,6 +285,18 @@ class C3ALinear(nn.Module):
         for kernel in _sums_by_block_size(kernels):
             y = y + self._delta(x, kernel, self._exact_backend).to(y.dtype)
         return y.to(dtype)
+
+    def _rows_of_call(self, x: Tensor) -> tuple[tuple[str, ...], Tensor]:
+        """Adapters of this layer, and for each of x's rows the index of its own among them (−1 for none)."""
+        if torch.compiler.is_compiling():
+            present = tuple(self.c3a_kernel)  # which of them the rows have is known when the graph runs
+            return present, row_indices(self._scope, x, self._label, present)
+        call = self._scope.present()
+        assert call is not None
+        assert call.names is not None
+        present = tuple(name for name in dict.fromkeys(call.names) if name in self.c3a_kernel)
+        self._scope.check_layout(self._label, x, call)
+        return present, call.rows(present, x.shape[0])
 
     def _check_base_output(self, x: Tensor, y: Tensor) -> None:
         """Refuse a base layer whose output an adapter's part cannot be added to."""
@@ -309,16 +320,13 @@ class C3ALinear(nn.Module):
         """What one adapter adds for x, on x's device."""
         return circulant_linear(x, kernel, backend=backend)
 
-    def _forward_rows(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's output plus, for each row, that of the adapter of its name, if this layer has it."""
+    def _forward_rows(self, present: tuple[str, ...], rows: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output plus, for each row, that of the adapter of its index among these, if it has one."""
         if self.merged_adapters:
             raise AdapterStateError(
                 f"{self._label}: rows cannot have adapters of their own while {self.merged_adapters} are merged; "
                 "unmerge them first"
             )
-        present = [name for name in dict.fromkeys(names) if name in self.c3a_kernel]
-        index = {name: i for i, name in enumerate(present)}
-        rows = [index.get(name, -1) for name in names]
         base: Any = self.base_layer
         if present and self.kind == "linear" and not args and not kwargs and is_plain(base, x):
             return self._delta_rows(x, base.weight, base.bias, present, rows).to(x.dtype)
@@ -331,7 +339,7 @@ class C3ALinear(nn.Module):
         return y.to(dtype)
 
     def _delta_rows(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, names: list[str], rows: list[int]
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, names: tuple[str, ...], rows: Tensor
     ) -> Tensor:
         """What the adapters add for x, each row by that of its index into `names` (−1 for none), and x Wᵀ + bias."""
         kernels = [self._kernel_on(name, x.device) for name in names]
@@ -342,17 +350,23 @@ class C3ALinear(nn.Module):
         except ShapeError as error:
             raise ShapeError(f"{self._label}: {error}") from None
 
-    def _delta_by_adapter(self, x: Tensor, kernels: list[Tensor], rows: list[int]) -> Tensor:
+    def _delta_by_adapter(self, x: Tensor, kernels: list[Tensor], rows: Tensor) -> Tensor:
         """The adapters' part of `_delta_rows`, one adapter after another: of layers that have no kernels for rows."""
         total: Tensor | None = None
         for i, kernel in enumerate(kernels):
-            chosen = torch.tensor([row for row, index in enumerate(rows) if index == i], device=x.device)
-            part = self._delta(x.index_select(0, chosen), kernel, self._exact_backend)
+            # A graph cannot depend on how many rows an adapter has: there each adapter computes them all.
+            chosen = None if torch.compiler.is_compiling() else (rows == i).nonzero().squeeze(1).to(x.device)
+            part = self._delta(x if chosen is None else x.index_select(0, chosen), kernel, self._exact_backend)
             if total is None:
                 total = part.new_zeros(x.shape[0], *part.shape[1:])
             # An adapter that was added after a cast to float64 is in float32 beside the others.
             dtype = torch.promote_types(total.dtype, part.dtype)
-            total = total.to(dtype).index_add(0, chosen, part.to(dtype))
+            total, part = total.to(dtype), part.to(dtype)
+            if chosen is None:
+                mine = (rows == i).to(x.device).view(-1, *(1,) * (part.dim() - 1))
+                total = torch.where(mine, part, total)
+            else:
+                total = total.index_add(0, chosen, part)
         assert total is not None, "no adapter for any row"
         return total
 
@@ -372,6 +386,12 @@ class C3ALinear(nn.Module):
                 "own. Choose another backend for this layer, such as 'auto'"
             )
         return self.backend
+
+    @property
+    def _row_adapters(self) -> tuple[str, ...] | None:
+        """What a call would have now as names of its rows."""
+        call = self._scope.present()
+        return None if call is None else call.names
 
     # PEFT's attributes
 
@@ -405,8 +425,8 @@ class C3ALinear(nn.Module):
 
     @property
     def disable_adapters(self) -> bool:
-        """Whether the layer computes its base alone; set by `enable_adapters`."""
-        return self._disable_adapters
+        """Whether the layer computes its base alone, set by `enable_adapters`, or within `disable_adapter`."""
+        return self._disable_adapters or (self._scope.watched and self._scope.kind() == "base")
 
     @property
     def active_adapters(self) -> list[str]:
@@ -585,11 +605,6 @@ class C3ALinear(nn.Module):
             _set_requires_grad(kernel, False)
         spectra.freeze(kernels)
 
-    def set_row_adapters(self, adapter_names: Sequence[str] | None) -> None:
-        """Let each row of the batch have the adapter of its name (`"__base__"` for none); None ends it."""
-        self._row_adapters = None if adapter_names is None else tuple(adapter_names)
-        self._refresh()
-
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter, if the layer has it. If no active one is left, the first remaining becomes active.
 
@@ -703,7 +718,7 @@ class C3ALinear(nn.Module):
 
     def _read_unchanged(self) -> tuple[WeightAccess, Tensor]:
         """The base weight and the way to change it, if it is what it was after the last merge."""
-        if self._disable_adapters:
+        if self.disable_adapters:
             raise AdapterStateError(f"{self._label}: adapters are disabled; enable them before merging")
         try:
             access = weight_access(self)

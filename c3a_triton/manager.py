@@ -28,12 +28,13 @@ from .errors import (
     ConfigError,
     ShapeError,
 )
-from .layer import BASE_ROW, KEEP_BASE, C3ALinear, check_adapter_name
+from .layer import KEEP_BASE, C3ALinear, check_adapter_name
 from .linear_like import gathered, geometry, is_sharded, stored_tensor
 from .modules_to_save import ModulesToSave
+from .names import BASE_ROW, Scope
 from .quantized import hold_layout, release_layout, torchao_config_of
 from .report import count_parameters, summary_table
-from .row_names import refuse_adapter_names
+from .row_names import RowNames
 from .targets import (
     Target,
     base_module_names,
@@ -78,9 +79,8 @@ class AdapterManager:
         self.backend = backend
         self._configs: dict[str, C3AConfig] = {}
         self._active: list[str] = []
-        self._n_activations = 0
         self._inference_mode = False  # whether the active ones were left frozen
-        self._disabled = False
+        self._scope = Scope()
         # adapter name → layer name → what decided on the layer's block size
         self._chosen_by: dict[str, dict[str, str]] = {}
 
@@ -297,9 +297,7 @@ class AdapterManager:
             wrapper.install(adapter_name, module_copy)
             if wrapper is not module:
                 self._replace(name, wrapper)
-        for part in self._parts() if self._disabled else ():
-            if not part.disable_adapters:
-                part.enable_adapters(False)
+        self._scope.trials.clear()  # the new layers were in none
         self._configs[adapter_name] = config
         self._chosen_by[adapter_name] = {target.name: target.chosen_by for target in targets}
         if is_first:
@@ -321,6 +319,7 @@ class AdapterManager:
                 layer, adapter_name, target.block_size, init_weights, backend=backend, layer_name=target.name
             )
             layer.quantization_config = torchao_config_of(self.model)
+            layer._scope = self._scope
             kernel = layer.c3a_kernel[adapter_name]
             if self._configs:
                 layer.set_adapter(self._active)
@@ -339,6 +338,7 @@ class AdapterManager:
         self, name: str, module: nn.Module, tensors: Mapping[str, Tensor] | None
     ) -> tuple[ModulesToSave, nn.Module]:
         wrapper = module if isinstance(module, ModulesToSave) else ModulesToSave(module, name)
+        wrapper._scope = self._scope
         module_copy = wrapper.new_copy()
         if tensors is not None:
             module_copy.load_state_dict({key: tensors[f"{name}.{key}"] for key in module_copy.state_dict()})
@@ -375,7 +375,6 @@ class AdapterManager:
         for part in self._parts():
             part.set_adapter(names, inference_mode)
         self._active = list(names)
-        self._n_activations += 1
         self._inference_mode = inference_mode
         for name, config in self._configs.items():
             for parameter in self._biases(name, config.bias).values():
@@ -397,7 +396,8 @@ class AdapterManager:
     def disable_adapter(self) -> Iterator[None]:
         """Within the context the model computes its base alone. Merged adapters are unmerged, and stay so afterwards.
 
-        Adapters that are added, set or deleted meanwhile compute, and are trained, from the end of the context on.
+        It holds in this thread or asyncio task; another one that calls the model meanwhile without a context of its own
+        (`using`) is refused. What is trained stays so, and adapters can be added, set and deleted meanwhile.
 
         Raises:
             AdapterStateError: a merged layer cannot be unmerged.
@@ -408,56 +408,49 @@ class AdapterManager:
                 f"the biases that {trained[0]!r} has trained stay as they are while adapters are disabled", stacklevel=3
             )
         self._unmerge_all()
-        parts = [part for part in self._parts() if not part.disable_adapters]
-        others = [part for part in self._parts() if part.disable_adapters]
-        flags = _trained(parts)
-        was_disabled, n_activations = self._disabled, self._n_activations
-        for part in parts:
-            part.enable_adapters(False)
-        self._disabled = True
-        try:
+        with self._scope.bound(disabled=True):
             yield
-        finally:
-            self._disabled = was_disabled
-            if not was_disabled:
-                parts = [part for part in self._parts() if part not in others]  # new ones, too
-            if self._n_activations != n_activations:
-                flags = _trained(parts)
-            for part in parts:
-                part.enable_adapters(True)
-            # Enabling makes active adapters trainable, which they need not have been.
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
 
     @contextmanager
-    def using(self, adapter_names: Sequence[str]) -> Iterator[None]:
+    def using(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
         """Within the context each row of a batch has the adapter of its name, whatever is active.
 
-        Where a layer sees several consecutive rows for one of the batch (beams, flattened sequences), each gets its
-        name. A backward pass that computes layers again (gradient checkpointing) belongs into the context too.
+        The names belong to this thread or asyncio task. Another one that calls the model meanwhile has to say what it
+        wants, with a context of its own (`using(None)` for the active adapters) or `adapter_names=`, or is refused: a
+        thread that was started within the context does not know its names
+        (`contextvars.copy_context().run(function)` tells it). A backward pass that computes layers again (gradient
+        checkpointing) uses the names of its forward pass, within the context and after it.
+
+        Where a layer sees several consecutive rows for one of the batch (beams, flattened sequences, windows), each
+        gets its name. Whether its rows follow from the batch at all is tried out in two calls of the base model, with
+        one and with two of the rows, before the first call of a form with different names. Where some layer's do not
+        (sequence-first models, relative positions, routed tokens), the model is called once for each adapter, with its
+        rows; where that cannot be either (there is a cache, or a loss over all rows), the layer is refused by name.
         `model(..., adapter_names=...)` is the same for one call.
 
         Args:
-            adapter_names: one name per row; `"__base__"` for the base model alone.
+            adapter_names: one name per row; `"__base__"` for the base model alone. None: the active adapters.
 
         Raises:
             AdapterNotFoundError: an unknown name.
             AdapterStateError: adapters are merged.
         """
+        with self._scope.bound(names=self.check_rows(adapter_names), is_open=adapter_names is not None):
+            yield
+
+    def check_rows(self, adapter_names: Sequence[str] | None) -> tuple[str, ...] | None:
+        """The names for the rows of a batch, if they can be used; raises as `using`."""
+        if adapter_names is None:
+            return None
         if isinstance(adapter_names, str):
             raise ConfigError(f"using() takes a list with one adapter name per row, got {adapter_names!r}")
+        if not adapter_names:
+            raise ConfigError("using() takes a list with one adapter name per row, got none")
         self._known(name for name in adapter_names if name != BASE_ROW)
         merged = sorted({name for _, layer in self.layers() for name in layer.merged_adapters})
         if merged:
             raise AdapterStateError(f"rows cannot have adapters of their own while {merged} are merged: unmerge first")
-        before = [(part, part._row_adapters) for part in self._parts()]
-        for part, _ in before:
-            part.set_row_adapters(adapter_names)
-        try:
-            yield
-        finally:
-            for part, names in before:
-                part.set_row_adapters(names)
+        return tuple(adapter_names)
 
     def set_backend(self, name: str, layers: str | Iterable[str] | None = None) -> None:
         """Choose how the adapters of linear layers are computed.
@@ -507,7 +500,6 @@ class AdapterManager:
             for parameter in self._biases(name, config.bias).values():
                 parameter.requires_grad_(False)
         self._inference_mode = True
-        self._n_activations += 1  # within `disable_adapter`, what was trained before is not to be trained after it
 
     # Removing and renaming
 
@@ -672,7 +664,8 @@ class AdapterManager:
         self._active.clear()
         if self.model.__dict__.get("c3a") is self:
             del self.model.c3a
-            refuse_adapter_names(self.model)
+            if (hooks := RowNames.of(self.model)) is not None:
+                hooks.remove(self.model)
         pretrained.release(self.model)
         config = getattr(self.model, "config", None)
         tied_after = _embeddings_are_tied(self.model)

@@ -1,15 +1,16 @@
 """Modules that are trained and saved whole beside the adapters, one copy per adapter, under PEFT's names."""
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import AdapterStateError, ConfigError
-from .layer import BASE_ROW, C3ALinear, expand_rows
+from .layer import C3ALinear
 from .linear_like import whole
+from .names import BASE_ROW, Scope, row_indices, uncompiled
 
 __all__ = ["ModulesToSave"]
 
@@ -47,7 +48,7 @@ class ModulesToSave(nn.Module):
         self.training = self.modules_to_save.training = original_module.training
         self._active: str | None = None
         self._disabled = False
-        self._row_adapters: tuple[str, ...] | None = None
+        self._scope = Scope()
 
     @torch.inference_mode(False)  # as for kernels: the copy is to be trained
     def new_copy(self) -> nn.Module:
@@ -93,18 +94,14 @@ class ModulesToSave(nn.Module):
 
     @property
     def disable_adapters(self) -> bool:
-        """Whether the original computes; set by `enable_adapters`."""
-        return self._disabled
+        """Whether the original computes, set by `enable_adapters`, or within `disable_adapter`."""
+        return self._disabled or (self._scope.watched and self._scope.kind() == "base")
 
     def enable_adapters(self, enabled: bool) -> None:
         """Let the active copy compute, trainable, or the original, everything frozen."""
         self._disabled = not enabled
         for name, module in self.modules_to_save.items():
             module.requires_grad_(enabled and name == self._active)
-
-    def set_row_adapters(self, adapter_names: Sequence[str] | None) -> None:
-        """Let each row of the batch go through the copy of its name; None ends it."""
-        self._row_adapters = None if adapter_names is None else tuple(adapter_names)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Drop an adapter's copy, if there is one."""
@@ -123,30 +120,57 @@ class ModulesToSave(nn.Module):
 
     def active_module(self) -> nn.Module:
         """Whichever computes: the active adapter's copy, or the original."""
-        if self._disabled or self._active is None:
+        if self._active is None or self.disable_adapters:
             return self.original_module
         return self.modules_to_save[self._active]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the active copy, or the original, makes of it."""
-        if self._row_adapters is None or self._disabled:
-            return self.active_module()(*args, **kwargs)
-        return self._forward_rows(self._row_adapters, *args, **kwargs)
+        kind = self._scope.kind() if self._scope.watched and not self._disabled else "active"
+        if kind == "ask":
+            return self._uncompiled_forward(*args, **kwargs)
+        if kind == "rows":
+            return self._forward_rows(*args, **kwargs)
+        if kind == "probe" and args and isinstance(args[0], Tensor):
+            self._scope.note(self.layer_name, args[0])
+        module = self.original_module if kind in ("base", "probe") else self.active_module()
+        return module(*args, **kwargs)
 
-    def _forward_rows(self, adapter_names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        names = expand_rows(adapter_names, x.shape[0])
+    @uncompiled
+    def _uncompiled_forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    def _forward_rows(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        compiling = torch.compiler.is_compiling()
+        if compiling:
+            present = tuple(self.modules_to_save)  # which of them the rows have is known when the graph runs
+            rows = row_indices(self._scope, x, self.layer_name, present)
+        else:
+            call = self._scope.present()
+            assert call is not None
+            assert call.names is not None
+            self._scope.check_layout(self.layer_name, x, call)
+            present = tuple(
+                name for name in dict.fromkeys(call.names) if name != BASE_ROW and name in self.modules_to_save
+            )
+            rows = call.rows(present, x.shape[0])
         y: Tensor | None = None
-        for name in dict.fromkeys(names):
-            has_copy = name != BASE_ROW and name in self.modules_to_save
-            module = self.modules_to_save[name] if has_copy else self.original_module
-            rows = torch.tensor([row for row, other in enumerate(names) if other == name], device=x.device)
-            part = module(x.index_select(0, rows), *args, **kwargs)
+        for i in range(-1, len(present)):
+            module = self.original_module if i < 0 else self.modules_to_save[present[i]]
+            chosen = None if compiling else (rows == i).nonzero().squeeze(1).to(x.device)
+            if chosen is not None and not len(chosen):
+                continue
+            part = module(x if chosen is None else x.index_select(0, chosen), *args, **kwargs)
             if not isinstance(part, Tensor):
                 raise AdapterStateError(
                     f"{self.layer_name}: rows can go through a module that returns a tensor, not {type(part).__name__}"
                 )
-            y = part.new_zeros(x.shape[0], *part.shape[1:]) if y is None else y
-            y = y.index_copy(0, rows.to(part.device), part)
+            if chosen is None:
+                mine = (rows == i).to(part.device).view(-1, *(1,) * (part.dim() - 1))
+                y = part if y is None else torch.where(mine, part, y)
+            else:
+                y = part.new_zeros(x.shape[0], *part.shape[1:]) if y is None else y
+                y = y.index_copy(0, chosen.to(part.device), part)
         assert y is not None
         return y
 

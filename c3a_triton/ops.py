@@ -388,10 +388,15 @@ def register(
     fake: Callable[..., Any],
     setup: Callable[..., None],
     backward: Callable[..., Any],
+    *,
+    reads_host: bool = False,
 ) -> None:
-    """Register a custom op under this package's own namespace, for all devices."""
+    """Register a custom op under this package's own namespace, for all devices.
+
+    With `reads_host` the op reads a tensor on the CPU, whose values a CUDA graph would keep: a compiler leaves it out.
+    """
     qualified = add_op_namespace_prefix(name)
-    torch.library.define(qualified, schema)
+    torch.library.define(qualified, schema, tags=(torch.Tag.cudagraph_unsafe,) if reads_host else ())
     torch.library.impl(qualified, "CompositeExplicitAutograd", implementation)
     torch.library.register_fake(qualified, fake)
     torch.library.register_autograd(qualified, backward, setup_context=setup)

@@ -39,7 +39,7 @@ def c3a_linear_rows(
     weight: Tensor | None,
     bias: Tensor | None,
     kernels: Sequence[Tensor],
-    rows: Sequence[int],
+    rows: Sequence[int] | Tensor,
     *,
     backend: str = "auto",
 ) -> Tensor:
@@ -53,7 +53,8 @@ def c3a_linear_rows(
         weight: `(out_features, in_features)`, any strides, x's dtype; None leaves the adapters' part alone.
         bias: `(out_features,)` in x's dtype, or None.
         kernels: one w or more as in `c3a_linear`.
-        rows: for each of x's rows an index into `kernels`, or −1 for no adapter.
+        rows: for each of x's rows an index into `kernels`, or −1 for no adapter: integers, or an int64 tensor on the
+            CPU, which a compiled graph takes as an input of its own.
         backend: a name of `c3a_triton.dispatch.BACKENDS`, but not `"fold"`.
 
     Returns:
@@ -72,19 +73,35 @@ def c3a_linear_rows(
     _check(x, weight, bias, kernels)
     if x.dim() < 2 or x.shape[0] != len(rows):
         raise ShapeError(f"x has the shape {tuple(x.shape)} for {len(rows)} rows: give an index for each of x's rows")
-    if not kernels or not rows or not -1 <= min(rows) <= max(rows) < len(kernels):
-        raise ShapeError(f"rows {list(rows)} for {len(kernels)} kernels: each must be an index, or −1 for no adapter")
+    if isinstance(rows, Tensor):
+        if not kernels or rows.dtype != torch.int64 or rows.device.type != "cpu":
+            raise ShapeError(f"rows of {rows.dtype} on {rows.device} for {len(kernels)} kernels: give int64 on the CPU")
+    else:
+        _check_indices(rows, len(kernels))
+        rows = torch.tensor(rows, dtype=torch.int64, device="cpu")
     scale = 1.0 / x.shape[-1]
     if torch._C._are_functorch_transforms_active():
         # torch.func finds no rules on these ops, but on those that they are composed of.
         def product(part: Tensor, w: list[Tensor]) -> Tensor:
             return _linear_call(part, None, bias, w, scale, False, backend)
 
-        y = _by_adapter(x, bias, kernels, rows, False, product)
+        y = _by_adapter(x, bias, kernels, _checked(rows, kernels), False, product)
         return y if weight is None else y + x @ weight.t()
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _is_plain(x):
         return _rows_call(x, weight, bias, kernels, rows, scale, False, backend)
     return _linear_rows(x, weight, bias, kernels, rows, scale, False, backend)
+
+
+def _check_indices(rows: Sequence[int], n_kernels: int) -> None:
+    if not n_kernels or not rows or not -1 <= min(rows) <= max(rows) < n_kernels:
+        raise ShapeError(f"rows {list(rows)} for {n_kernels} kernels: each must be an index, or −1 for no adapter")
+
+
+def _checked(rows: Tensor, kernels: Sequence[Any]) -> tuple[int, ...]:
+    """The integers: a graph that is being traced did not know them."""
+    indices = tuple(rows.tolist())
+    _check_indices(indices, len(kernels))
+    return indices
 
 
 def _linear_rows(
@@ -92,7 +109,7 @@ def _linear_rows(
     weight: Tensor | None,
     bias: Tensor | None,
     kernels: Sequence[Tensor],
-    rows: Sequence[int],
+    rows: Tensor,
     scale: float,
     transpose: bool,
     backend: str,
@@ -102,14 +119,15 @@ def _linear_rows(
     The adapters first, so that the base GEMM's epilogue adds them.
     """
     flat = x.reshape(-1, x.shape[-1])
-    if _grouped(flat, kernels, rows, backend):
-        y = launch_grouped.grouped_product(flat, kernels, rows, scale=scale, transpose=transpose, bias=bias)
+    indices = _checked(rows, kernels)
+    if _grouped(flat, kernels, indices, backend):
+        y = launch_grouped.grouped_product(flat, kernels, indices, scale=scale, transpose=transpose, bias=bias)
     else:
 
         def product(part: Tensor, w: list[Tensor]) -> Tensor:
             return _linear(part, None, bias, w, scale, transpose, backend)
 
-        y = _by_adapter(x, bias, kernels, rows, transpose, product)
+        y = _by_adapter(x, bias, kernels, indices, transpose, product)
         y = y.view(flat.shape[0], y.shape[-1])
     if weight is not None:
         y.addmm_(flat, weight if transpose else weight.t())
@@ -129,12 +147,12 @@ def _by_adapter(
     x: Tensor,
     bias: Tensor | None,
     kernels: Sequence[Tensor],
-    rows: Sequence[int],
+    rows: tuple[int, ...],
     transpose: bool,
     product: Callable[[Tensor, list[Tensor]], Tensor],
 ) -> Tensor:
     """The rows of each adapter through `product` (which adds the bias), one call each; those of none are the bias."""
-    order, inverse, runs = launch_grouped.segments(tuple(rows))
+    order, inverse, runs = launch_grouped.segments(rows)
     features = kernels[0].shape[1 if transpose else 0] * kernels[0].shape[2]
     parts = []
     for (adapter, _), part in zip(runs, _split(x, order, runs), strict=True):
@@ -161,13 +179,13 @@ def _weight_grad_rows(
     dy: Tensor,
     x: Tensor,
     block_sizes: Sequence[int],
-    rows: Sequence[int],
+    rows: Tensor,
     scale: float,
     dtype: torch.dtype,
     backend: str,
 ) -> list[Tensor]:
     """Implementation of `c3a_triton::weight_grad_rows`: an adapter that has no rows gets zeros."""
-    order, _, runs = launch_grouped.segments(tuple(rows))
+    order, _, runs = launch_grouped.segments(_checked(rows, block_sizes))
     parts = zip(runs, _split(dy, order, runs), _split(x, order, runs), strict=True)
     found = {
         adapter: _weight_grad(dy_part, x_part, block_sizes[adapter], scale, dtype, backend)
@@ -183,7 +201,7 @@ def _linear_rows_fake(
     weight: Tensor | None,
     bias: Tensor | None,
     kernels: Sequence[Tensor],
-    rows: Sequence[int],
+    rows: Tensor,
     scale: float,
     transpose: bool,
     backend: str,
@@ -195,7 +213,7 @@ def _weight_grad_rows_fake(
     dy: Tensor,
     x: Tensor,
     block_sizes: Sequence[int],
-    rows: Sequence[int],
+    rows: Tensor,
     scale: float,
     dtype: torch.dtype,
     backend: str,
@@ -204,22 +222,22 @@ def _weight_grad_rows_fake(
 
 
 def _linear_rows_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, kernels, ctx.rows, ctx.scale, ctx.transpose, ctx.backend = inputs
-    ctx.save_for_backward(x, weight, *kernels)
+    x, weight, _, kernels, rows, ctx.scale, ctx.transpose, ctx.backend = inputs
+    ctx.save_for_backward(x, weight, rows, *kernels)
 
 
 def _linear_rows_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    x, weight, *kernels = ctx.saved_tensors
+    x, weight, rows, *kernels = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, needs_w, *_ = ctx.needs_input_grad
     dx = None
     if needs_x:
-        dx = _rows_call(dy, weight, None, kernels, ctx.rows, ctx.scale, not ctx.transpose, ctx.backend)
+        dx = _rows_call(dy, weight, None, kernels, rows, ctx.scale, not ctx.transpose, ctx.backend)
     dws: list[Tensor | None] = [None] * len(kernels)
     wanted = [i for i, needed in enumerate(needs_w) if needed]
     if wanted:
-        # Rows of the others count as rows of none.
+        # Rows of the others count as rows of none, as those of −1, the last, do.
         place = {i: place for place, i in enumerate(wanted)}
-        rows = [place.get(adapter, -1) for adapter in ctx.rows]
+        rows = torch.tensor([place.get(i, -1) for i in [*range(len(kernels)), -1]], device="cpu")[rows]
         wide = torch.float64 if any(kernels[i].dtype == torch.float64 for i in wanted) else torch.float32
         left, right = (x, dy) if ctx.transpose else (dy, x)
         sizes = [kernels[i].shape[2] for i in wanted]
@@ -231,35 +249,37 @@ def _linear_rows_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 
 
 def _weight_grad_rows_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    dy, x, _, ctx.rows, ctx.scale, _, ctx.backend = inputs
-    ctx.save_for_backward(dy, x)
+    dy, x, _, rows, ctx.scale, _, ctx.backend = inputs
+    ctx.save_for_backward(dy, x, rows)
 
 
 def _weight_grad_rows_backward(ctx: Any, vs: list[Tensor]) -> tuple[Any, ...]:
     # Linear in dy and in x, as one adapter's is: row r of the one times ΔW(v) of r's adapter is the other's gradient.
-    dy, x = ctx.saved_tensors
+    dy, x, rows = ctx.saved_tensors
     needs_dy, needs_x, *_ = ctx.needs_input_grad
-    ddy = _rows_call(x, None, None, vs, ctx.rows, ctx.scale, False, ctx.backend) if needs_dy else None
-    dx = _rows_call(dy, None, None, vs, ctx.rows, ctx.scale, True, ctx.backend) if needs_x else None
+    ddy = _rows_call(x, None, None, vs, rows, ctx.scale, False, ctx.backend) if needs_dy else None
+    dx = _rows_call(dy, None, None, vs, rows, ctx.scale, True, ctx.backend) if needs_x else None
     return ddy, dx, None, None, None, None, None
 
 
 register(
     "linear_rows",
-    "(Tensor x, Tensor? weight, Tensor? bias, Tensor[] kernels, int[] rows, float scale, bool transpose, str backend)"
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor[] kernels, Tensor rows, float scale, bool transpose, str backend)"
     " -> Tensor",
     _without_autocast(_linear_rows),
     _linear_rows_fake,
     _linear_rows_setup,
     _linear_rows_backward,
+    reads_host=True,
 )
 register(
     "weight_grad_rows",
-    "(Tensor dy, Tensor x, int[] block_sizes, int[] rows, float scale, ScalarType dtype, str backend) -> Tensor[]",
+    "(Tensor dy, Tensor x, int[] block_sizes, Tensor rows, float scale, ScalarType dtype, str backend) -> Tensor[]",
     _weight_grad_rows,
     _weight_grad_rows_fake,
     _weight_grad_rows_setup,
     _weight_grad_rows_backward,
+    reads_host=True,
 )
 
 
@@ -268,9 +288,9 @@ def _rows_call(
     weight: Tensor | None,
     bias: Tensor | None,
     kernels: Sequence[Tensor],
-    rows: Sequence[int],
+    rows: Tensor,
     scale: float,
     transpose: bool,
     backend: str,
 ) -> Tensor:
-    return registered_ops.linear_rows(x, weight, bias, list(kernels), list(rows), scale, transpose, backend)
+    return registered_ops.linear_rows(x, weight, bias, list(kernels), rows, scale, transpose, backend)

@@ -29,6 +29,7 @@ ORDER = [
     "ops_rows",
     "quantized",
     "linear_like",
+    "names",
     "layer",
     "conv",
     "embedding",

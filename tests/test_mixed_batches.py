@@ -7,6 +7,8 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import graph_memory
@@ -279,11 +281,12 @@ def test_under_torch_func() -> None:
 
 def test_registered_as_torch_asks() -> None:
     kernels = [torch.randn(2, 3, 3, requires_grad=True), torch.randn(3, 9, 2)[:, :, :1].repeat(2, 1, 1)]
-    args = (torch.randn(4, 9, requires_grad=True), None, None, kernels, [1, -1, 0, 1], 0.1, False, "torch")
+    rows = torch.tensor([1, -1, 0, 1])
+    args = (torch.randn(4, 9, requires_grad=True), None, None, kernels, rows, 0.1, False, "torch")
     torch.library.opcheck(torch.ops.c3a_triton.linear_rows.default, args)
     dy, x = torch.randn(4, 6, requires_grad=True), torch.randn(4, 9)
     torch.library.opcheck(
-        torch.ops.c3a_triton.weight_grad_rows.default, (dy, x, [3, 1], [1, -1, 0, 1], 0.1, torch.float32, "torch")
+        torch.ops.c3a_triton.weight_grad_rows.default, (dy, x, [3, 1], rows, 0.1, torch.float32, "torch")
     )
 
 
@@ -355,20 +358,26 @@ def test_layer_refuses_before_it_computes() -> None:
         layer(x, adapter_names=["a", "a"])
 
 
-def test_compiles_without_graph_breaks() -> None:
+def test_one_graph_for_all_names() -> None:
     layer, x = adapted_layer(a=3, b=4), torch.randn(3, 24)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
-    for names in (["a", "b", "__base__"], ["b", "b", "a"]):
-        layer.set_row_adapters(names)
-        for rows in (x, x[:, None].repeat(1, 4, 1)):
-            layer.zero_grad()
-            layer(rows).sum().backward()
-            grads = {name: kernel.grad for name, kernel in layer.c3a_kernel.items()}
-            layer.zero_grad()
-            y = compiled(rows)
-            y.sum().backward()
-            torch.testing.assert_close(y, layer(rows))
-            torch.testing.assert_close({name: kernel.grad for name, kernel in layer.c3a_kernel.items()}, grads)
+    for number, names in enumerate((["a", "b", "__base__"], ["b", "b", "a"], ["a", "a", "a"])):
+        # The first graphs are those of both shapes; then any recompilation is an error.
+        stance = torch.compiler.set_stance("fail_on_recompile") if number else nullcontext()
+        with layer._scope.bound(names=tuple(names)), stance:
+            for rows in (x, x[:, None].repeat(1, 4, 1)):
+                layer.zero_grad()
+                layer(rows).sum().backward()
+                grads = {name: kernel.grad for name, kernel in layer.c3a_kernel.items()}
+                layer.zero_grad()
+                y = compiled(rows)
+                y.sum().backward()
+                torch.testing.assert_close(y, layer(rows))
+                for name, kernel in layer.c3a_kernel.items():
+                    if grads[name] is not None:
+                        torch.testing.assert_close(kernel.grad, grads[name])
+                    elif kernel.grad is not None:  # a graph does not know which adapters have rows
+                        assert not kernel.grad.any()
 
 
 def adapted_llama() -> nn.Module:
@@ -420,7 +429,6 @@ def test_names_given_to_forward() -> None:
             with pytest.raises(error):
                 model(input_ids=IDS, adapter_names=bad)
             torch.testing.assert_close(model(input_ids=IDS).logits, plain)
-    assert not model._forward_hooks
     assert all(layer._row_adapters is None for _, layer in model.c3a.layers())
 
 
@@ -429,12 +437,15 @@ def test_names_given_to_copies_and_to_the_unloaded() -> None:
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         y = other(input_ids=IDS, adapter_names=["two", "one", "three"]).logits
         torch.testing.assert_close(y, model(input_ids=IDS, adapter_names=["two", "one", "three"]).logits)
-    before = len(model._forward_pre_hooks)
+    hooks = [len(part._forward_pre_hooks) + len(part._forward_hooks) for part in model.modules()]
     c3a_triton.apply(model, C3AConfig(block_size=4, target_modules=["q_proj"]), "four")
-    assert len(model._forward_pre_hooks) == before
+    assert [len(part._forward_pre_hooks) + len(part._forward_hooks) for part in model.modules()] == hooks
     model.c3a.unload()
-    assert not model._forward_pre_hooks
-    assert not model._forward_pre_hooks_with_kwargs
+    for part in model.modules():
+        assert not part._forward_pre_hooks
+        assert not part._forward_pre_hooks_with_kwargs
+        assert not part._forward_hooks
+        assert not part._forward_hooks_always_called
 
 
 def test_training_a_mixed_batch_under_gradient_checkpointing() -> None:
@@ -449,12 +460,46 @@ def test_training_a_mixed_batch_under_gradient_checkpointing() -> None:
     plain = grads()
     assert len(plain) > 10
     model.zero_grad()
+    for use_reentrant in (False, True):
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        # The backward pass may come within the context, after it, after another one, or in another thread.
+        with model.c3a.using(names):
+            model(input_ids=IDS, labels=IDS).loss.backward()
+        torch.testing.assert_close(grads(), plain)
+        model.zero_grad()
+        loss = model(input_ids=IDS, labels=IDS, adapter_names=names).loss
+        with model.c3a.using(names[::-1]):
+            loss.backward()
+        torch.testing.assert_close(grads(), plain)
+        model.zero_grad()
+        with model.c3a.using(names):
+            loss = model(input_ids=IDS, labels=IDS).loss
+            with ThreadPoolExecutor() as pool:  # as the engine's own for a GPU, which has an empty context
+                pool.submit(loss.backward).result()
+        torch.testing.assert_close(grads(), plain)
+        model.zero_grad()
+
+
+def test_two_forward_passes_and_one_backward_pass_under_gradient_checkpointing() -> None:
+    """Each layer is computed again as it was in its own forward pass: with names, others, or none."""
+    model = adapted_llama().train()
+    for _, layer in model.c3a.layers():
+        layer.c3a_kernel.requires_grad_(True)
+
+    def grads(together: bool) -> dict[str, Tensor]:
+        model.zero_grad()
+        losses = []
+        for names in (["two", "one", "three"], None, ["one", "__base__", "one"]):
+            losses.append(model(input_ids=IDS, labels=IDS, adapter_names=names).loss)
+            if not together:
+                losses.pop().backward()
+        if together:
+            sum(losses).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = grads(together=False)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    with pytest.raises(AdapterStateError, match="using"):
-        model(input_ids=IDS, labels=IDS, adapter_names=names)
-    with model.c3a.using(names):
-        model(input_ids=IDS, labels=IDS).loss.backward()
-    torch.testing.assert_close(grads(), plain)
+    torch.testing.assert_close(grads(together=True), expected)
 
 
 def test_modules_trained_whole_go_row_by_row() -> None:

@@ -58,11 +58,10 @@ def test_it_passes_for_what_it_wraps() -> None:
 def test_rows() -> None:
     head, x = make(), torch.randn(3, 2, 4)
     base = head.original_module(x)
-    head.set_row_adapters(["b", "__base__", "a"])
-    torch.testing.assert_close(head(x), base * torch.tensor([3.0, 1.0, 2.0])[:, None, None])
-    with pytest.raises(ShapeError):
-        head(torch.randn(4, 4))
-    head.set_row_adapters(None)
+    with head._scope.bound(names=("b", "__base__", "a")):
+        torch.testing.assert_close(head(x), base * torch.tensor([3.0, 1.0, 2.0])[:, None, None])
+        with pytest.raises(ShapeError):
+            head(torch.randn(4, 4))
     assert torch.equal(head(x), base)
 
 

@@ -8,6 +8,7 @@ alone or ties a compiled graph to an adapter's name (`_BESIDE`).
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ from torch import Tensor, nn
 from c3a_triton import layer
 from c3a_triton.dispatch import check_backend
 from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, ConfigError
-from c3a_triton.layer import BASE_ROW, expand_rows
 from c3a_triton.linear_like import is_sharded
+from c3a_triton.names import BASE_ROW, Scope, expand_rows
 from c3a_triton.quantized import hold_layout, torchao_config_of
+from c3a_triton.row_names import RowNames
 
 __all__ = ["C3ALinear", "C3AModel", "convert", "patch_peft", "unpatch_peft"]
 
@@ -118,6 +120,8 @@ class C3AModel(peft_model.C3AModel):
     backend = "auto"
     """What layers that are built from now on get."""
 
+    _scope: Scope
+
     def _create_and_replace(
         self,
         c3a_config: Any,
@@ -134,6 +138,9 @@ class C3AModel(peft_model.C3AModel):
         # Into what PEFT has merged already, only PEFT can reach: it does not keep the original, it subtracts.
         if type(built) is peft_layer.C3ALinear and not built.merged:
             _convert_layer(built, current_key, self.backend, self)
+        if isinstance(built, C3ALinear):
+            built._scope = self._scope
+        self._scope.trials.clear()
 
     def _cast_adapter_dtype(self, *args: Any, **kwargs: Any) -> None:
         super()._cast_adapter_dtype(*args, **kwargs)
@@ -152,21 +159,59 @@ class C3AModel(peft_model.C3AModel):
             return
         layers = [module for module in self.modules() if isinstance(module, C3ALinear)]
         _check_rows(adapter_names, layers, self.training)
-
-        def of_rows(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            return args, kwargs | {"adapter_names": expand_rows(adapter_names, args[0].shape[0])}
-
-        wrappers = [module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-        hooks = [module.register_forward_pre_hook(of_rows, with_kwargs=True) for module in wrappers]
-        for module in layers:
-            module.set_row_adapters(adapter_names)
-        try:
+        self._watch_wrappers()
+        with self._scope.bound(is_open=False, names=tuple(adapter_names)):
             yield
-        finally:
-            for module in layers:
-                module.set_row_adapters(None)
-            for hook in hooks:
-                hook.remove()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within it the model computes its base alone, in this thread or task; another one is refused."""
+        for module in self.modules():
+            if isinstance(module, C3ALinear) and module.merged:
+                module.unmerge()
+        wrappers = self._watch_wrappers()
+        before = [module.disable_adapters for module in wrappers]
+        with self._scope.bound(disabled=True):
+            for module in wrappers:
+                module.enable_adapters(False)
+            try:
+                yield
+            finally:
+                for module, was_disabled in zip(wrappers, before, strict=True):
+                    module.enable_adapters(not was_disabled)
+
+    def _watch_wrappers(self) -> list[Any]:
+        """PEFT's wrappers of modules that are trained whole, which are told what holds for a call from now on."""
+        found = [
+            (name, module) for name, module in self.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)
+        ]
+        for name, module in found:
+            if not any(getattr(hook, "func", None) == self._tell for hook in module._forward_pre_hooks.values()):
+                module.register_forward_pre_hook(partial(self._tell, name), with_kwargs=True)
+        return [module for _, module in found]
+
+    def _tell(self, name: str, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        call = self._scope.present() if self._scope.watched else None
+        if call is None or call.kind in ("base", "active"):
+            return None
+        if module.disable_adapters:
+            raise AdapterStateError(f"{name}: disable_adapter() is open in another thread of this process")
+        x = args[0]
+        if call.kind == "probe":
+            self._scope.note(name, x)
+            return args, kwargs | {"adapter_names": [BASE_ROW] * x.shape[0]}
+        self._scope.check_layout(name, x, call)
+        names = list(call.names or ())
+        names = names[:1] * x.shape[0] if len(set(names)) == 1 else expand_rows(names, x.shape[0])
+        return args, kwargs | {"adapter_names": names}
+
+
+@contextmanager
+def _disable_adapter(model: Any) -> Iterator[None]:
+    """As PEFT's, but nothing is written into layers of this library, which other threads may be calling."""
+    context = model.base_model.disabled() if isinstance(model.base_model, C3AModel) else _DISABLE.old(model)
+    with context:
+        yield
 
 
 def _check_rows(adapter_names: Sequence[str], layers: Sequence[C3ALinear], training: bool) -> None:
@@ -283,7 +328,8 @@ _HAS_ACTIVE = _Replacement(PeftModel, "has_active_enabled_adapter", property(_ha
 _HOTSWAP = _Replacement(hotswap, "hotswap_adapter_from_state_dict", _hotswap_adapter_from_state_dict)
 # Both decide what else a file may hold, of which only kernels can be swapped.
 _CHECKED = hotswap.CONFIG_KEYS_TO_CHECK | {PeftType.C3A: ["bias", "modules_to_save"]}
-_BESIDE = (_ACTIVE_CONFIG, _HAS_ACTIVE, _HOTSWAP, _Replacement(hotswap, "CONFIG_KEYS_TO_CHECK", _CHECKED))
+_DISABLE = _Replacement(PeftModel, "disable_adapter", _disable_adapter)
+_BESIDE = (_ACTIVE_CONFIG, _HAS_ACTIVE, _HOTSWAP, _DISABLE, _Replacement(hotswap, "CONFIG_KEYS_TO_CHECK", _CHECKED))
 
 
 def patch_peft() -> None:
@@ -339,6 +385,8 @@ def convert(model: nn.Module, *, backend: str = "auto") -> None:
     for module in model.modules():
         if _convert_tuner(module):
             module.backend = backend  # type: ignore[assignment]
+            for _, part in _layers(module):
+                part._scope = module._scope
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -360,5 +408,7 @@ def _convert_tuner(module: Any) -> bool:
     """Convert a module that is PEFT's tuner; whether it is one of ours now."""
     if type(module) is peft_model.C3AModel:
         module.__class__ = C3AModel
+        module._scope = Scope()
+        RowNames((module, module.model), module._scope, tuple)
         hold_layout(module)  # a layer that is not adapted must pass gradients on to those below it, too
     return type(module) is C3AModel
