@@ -24,6 +24,7 @@ from .linear_like import (
     kernel_device,
     rounding_dtype,
     stored_tensor,
+    unfit_for_adapters,
     weight_access,
 )
 from .ops import add_circulant_, c3a_linear, circulant_linear, circulant_matrix
@@ -141,7 +142,8 @@ class C3ALinear(nn.Module):
         quantization_config: the torchao configuration by which a merged base weight is quantized again.
 
     Raises:
-        ConfigError: a name or value that cannot be used, or a base layer that is not linear.
+        ConfigError: a name or value that cannot be used, or a base layer that is not linear, or of whose class the
+            forward is none that an adapter's part can be added to (a router's).
         ShapeError: a block size that does not divide both widths.
     """
 
@@ -180,6 +182,8 @@ class C3ALinear(nn.Module):
         self._active_adapters = [adapter_name]
         self._disable_adapters = False
         self._prepare(backend, layer_name)
+        if reason := unfit_for_adapters(self.get_base_layer()):
+            raise ConfigError(f"{self._label}: {reason}")
         self.update_layer(adapter_name, block_size, init_weights, config=config)
 
     # What the forward reads

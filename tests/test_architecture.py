@@ -28,6 +28,7 @@ ORDER = [
     "ops",
     "ops_rows",
     "quantized",
+    "probe",
     "linear_like",
     "layer",
     "conv",
