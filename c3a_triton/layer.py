@@ -769,6 +769,13 @@ class C3ALinear(nn.Module):
 
     # torch's hooks into a module
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Give the base layer another weight or bias, as who ties weights does; anything else is the layer's own."""
+        if name in ("weight", "bias") and "base_layer" in self._modules:
+            setattr(self.get_base_layer(), name, param)
+        else:
+            super().register_parameter(name, param)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "C3ALinear":
         state = self._merge_state
         if state is None or state.kept is None:

@@ -150,6 +150,10 @@ class ModulesToSave(nn.Module):
         assert y is not None
         return y
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Give the original another parameter, as who ties weights does; the trained copies keep theirs."""
+        setattr(self.original_module, name, param)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)

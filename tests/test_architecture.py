@@ -38,6 +38,7 @@ ORDER = [
     "combine",
     "targets",
     "report",
+    "tying",
     "pretrained",
     "row_names",
     "manager",
