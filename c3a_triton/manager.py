@@ -4,6 +4,7 @@ import functools
 import os
 import sys
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -50,6 +51,7 @@ from .targets import (
     warn_tied,
     with_task_heads,
 )
+from .wrapping import check_rebuild, rebuild
 
 __all__ = ["AdapterManager"]
 
@@ -83,6 +85,11 @@ class AdapterManager:
         self._disabled = False
         # adapter name → layer name → what decided on the layer's block size
         self._chosen_by: dict[str, dict[str, str]] = {}
+        self._wrappers: list[weakref.ref[nn.Module]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's wrappers, if it has any, are others.
+        return self.__dict__ | {"_wrappers": []}
 
     # What there is
 
@@ -348,6 +355,35 @@ class AdapterManager:
         parent, _, child = name.rpartition(".")
         setattr(self.model.get_submodule(parent), child, module)
 
+    # Wrappers
+
+    def follow(self, wrapper: nn.Module, *, renew: bool) -> None:
+        """Take notice of a DDP or DataParallel around the model: it gets this manager as `c3a`, too.
+
+        A DDP is built again whenever other parameters are to be trained, for which every process has to call.
+
+        Args:
+            wrapper: the wrapper.
+            renew: whether other parameters are trained now than when it was made.
+
+        Raises:
+            AdapterStateError: it cannot be built again, or nothing is trained, and it would not know later.
+        """
+        if renew and isinstance(wrapper, nn.parallel.DistributedDataParallel):
+            if not any(parameter.requires_grad for parameter in self.model.parameters()):
+                raise AdapterStateError(
+                    "a DistributedDataParallel is of no use around a model in which nothing is trained: give the model "
+                    "in it (wrapper.module), or load the adapter with is_trainable=True"
+                )
+            rebuild(wrapper)
+        if all(known() is not wrapper for known in self._wrappers):
+            self._wrappers.append(weakref.ref(wrapper))
+        wrapper.c3a = self  # type: ignore[assignment]
+
+    def _known_wrappers(self) -> list[nn.Module]:
+        wrappers = [wrapper for known in self._wrappers if (wrapper := known()) is not None]
+        return [wrapper for wrapper in wrappers if wrapper.__dict__.get("c3a") is self]
+
     # Activation
 
     def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
@@ -367,6 +403,8 @@ class AdapterManager:
         names = self._known(adapter_name)
         for _, module in self._saved_modules():
             module.check_set_adapter(names)
+        for wrapper in self._known_wrappers():
+            check_rebuild(wrapper)
         if self._unmerge_all():
             warnings.warn("adapters were merged; they have been unmerged before another one was set", stacklevel=2)
         self._activate(names, inference_mode)
@@ -380,6 +418,8 @@ class AdapterManager:
         for name, config in self._configs.items():
             for parameter in self._biases(name, config.bias).values():
                 parameter.requires_grad_(name in names and not inference_mode)
+        for wrapper in self._known_wrappers():
+            rebuild(wrapper)
 
     def _biases(self, adapter_name: str, bias: str) -> dict[str, nn.Parameter]:
         """Full name → parameter of the biases that an adapter trains."""
@@ -672,6 +712,8 @@ class AdapterManager:
         self._active.clear()
         if self.model.__dict__.get("c3a") is self:
             del self.model.c3a
+            for wrapper in self._known_wrappers():
+                del wrapper.c3a
             refuse_adapter_names(self.model)
         pretrained.release(self.model)
         config = getattr(self.model, "config", None)

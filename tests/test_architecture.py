@@ -41,6 +41,7 @@ ORDER = [
     "tying",
     "pretrained",
     "row_names",
+    "wrapping",
     "manager",
     "learning_rates",
     "explanation",
