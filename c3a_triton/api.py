@@ -146,7 +146,7 @@ def _bound(model: Any, backend: str) -> Iterator[AdapterManager]:
     yield manager
     if wrapper is not None:
         try:
-            manager.follow(wrapper, renew=not known)
+            manager.wrappers.add(wrapper, manager, renew=not known)
         except BaseException:
             for name in manager.adapters.keys() - known:
                 manager.delete_adapter(name)

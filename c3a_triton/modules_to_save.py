@@ -31,6 +31,7 @@ class ModulesToSave(nn.Module):
 
     original_module: nn.Module
     modules_to_save: nn.ModuleDict
+    _owner: str | None = None  # of the manager that made it, the mark
 
     def __init__(self, original_module: nn.Module, layer_name: str = "") -> None:
         super().__init__()

@@ -7,6 +7,7 @@ from it, it is refused. Whatever shards, or holds an optimizer, is refused: ther
 
 import inspect
 import warnings
+import weakref
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 
 from .errors import AdapterStateError, ConfigError
 
-__all__ = ["check_rebuild", "rebuild", "unwrapped"]
+__all__ = ["Wrappers", "check_rebuild", "rebuild", "unwrapped"]
 
 _ORDER = "Adapt the model first, with c3a_triton.apply(model, config), and wrap it afterwards"
 _FRESH = nn.Module().__dict__
@@ -161,3 +162,54 @@ def rebuild(wrapper: Any) -> None:
         raise
     # What its users have put onto it. Everything else is its constructor's.
     wrapper.__dict__.update({name: before[name] for name in _FRESH if "hook" in name or name == "training"})
+
+
+class Wrappers:
+    """The DDPs and DataParallels that are known to be around a manager's model. Copies of a model have none."""
+
+    def __init__(self) -> None:
+        self._known: list[weakref.ref[nn.Module]] = []
+
+    def __reduce__(self) -> Any:
+        return Wrappers, ()
+
+    def _present(self) -> list[nn.Module]:
+        return [wrapper for known in self._known if (wrapper := known()) is not None]
+
+    def add(self, wrapper: nn.Module, manager: Any, *, renew: bool) -> None:
+        """Give a wrapper its model's manager as `c3a`, and build it again whenever other parameters are trained.
+
+        Args:
+            wrapper: the wrapper.
+            manager: the manager of the model in it.
+            renew: whether other parameters are trained than when it was made.
+
+        Raises:
+            AdapterStateError: it cannot be built again, or nothing is trained, so that it would be of no use.
+        """
+        if renew and _is_ddp(wrapper) and not any(parameter.requires_grad for parameter in wrapper.parameters()):
+            raise AdapterStateError(
+                "a DistributedDataParallel is of no use around a model in which nothing is trained: give the model in "
+                "it (wrapper.module), or load the adapter with is_trainable=True"
+            )
+        if renew:
+            rebuild(wrapper)
+        if all(wrapper is not other for other in self._present()):
+            self._known.append(weakref.ref(wrapper))
+        wrapper.c3a = manager
+
+    def check(self) -> None:
+        """Raise what `rebuild` would raise."""
+        for wrapper in self._present():
+            check_rebuild(wrapper)
+
+    def rebuild(self) -> None:
+        """Build them again, over what is trained now."""
+        for wrapper in self._present():
+            rebuild(wrapper)
+
+    def forget(self) -> None:
+        """Take the manager from them."""
+        for wrapper in self._present():
+            del wrapper.c3a
+        self._known.clear()

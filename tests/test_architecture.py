@@ -41,6 +41,7 @@ ORDER = [
     "tying",
     "pretrained",
     "row_names",
+    "ownership",
     "wrapping",
     "manager",
     "learning_rates",

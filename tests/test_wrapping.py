@@ -70,6 +70,7 @@ def test_the_model_in_a_wrapper_is_adapted(way: str, tmp_path: Path) -> None:
     torch.testing.assert_close(model(X), build()(X), rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:`broadcast_buffers` is deprecated")
 def test_what_a_ddp_was_told_and_given_stays() -> None:
     wrapper = ddp(
         build(), find_unused_parameters=True, gradient_as_bucket_view=True, bucket_cap_mb=3, broadcast_buffers=False
