@@ -1,7 +1,8 @@
 """The two calls that adapt a model: `apply` and `load_adapter`."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import nn
@@ -12,6 +13,7 @@ from .dispatch import check_backend
 from .errors import AdapterStateError, ConfigError
 from .manager import AdapterManager
 from .row_names import RowNames
+from .wrapping import check_rebuild, unwrapped
 
 __all__ = ["apply", "load_adapter"]
 
@@ -59,9 +61,8 @@ def apply(
 
         peft.convert(model, backend=backend)
         return model
-    manager = _manager_of(model, backend)
-    manager.add_adapter(adapter_name, C3AConfig() if cfg is None else cfg)
-    _bind(manager)
+    with _bound(model, backend) as manager:
+        manager.add_adapter(adapter_name, C3AConfig() if cfg is None else cfg)
     return model
 
 
@@ -91,9 +92,8 @@ def load_adapter(
         AdapterStateError: the adapter's name is taken.
         BackendError: an unknown backend.
     """
-    manager = _manager_of(model, backend)
-    manager.load_adapter(directory, adapter_name, is_trainable=is_trainable)
-    _bind(manager)
+    with _bound(model, backend) as manager:
+        manager.load_adapter(directory, adapter_name, is_trainable=is_trainable)
     return model
 
 
@@ -120,8 +120,6 @@ def _manager_of(model: nn.Module, backend: str) -> AdapterManager:
             f"{type(model).__name__} has C3A layers of PEFT: add and load adapters with PEFT's verbs, and leave cfg "
             "out to let them compute through this library"
         )
-    # torch.compile's wrapper passes attributes through; the layers are those of the module inside.
-    model = getattr(model, "_orig_mod", model)
     manager = getattr(model, "c3a", None)
     if isinstance(manager, AdapterManager):
         check_backend(backend)
@@ -135,8 +133,29 @@ def _manager_of(model: nn.Module, backend: str) -> AdapterManager:
     return AdapterManager(model, backend=backend)
 
 
-def _bind(manager: AdapterManager) -> None:
-    manager.model.c3a = manager  # type: ignore[assignment]
-    pretrained.prepare(manager.model)
-    if RowNames.of(manager.model) is None:
-        RowNames((manager.model,), manager._scope, manager.check_rows)
+@contextmanager
+def _bound(model: Any, backend: str) -> Iterator[AdapterManager]:
+    """The manager of a model, or of the one in a wrapper, to which an adapter is added; then it is the model's."""
+    inner, wrapper = unwrapped(model) if isinstance(model, nn.Module) else (model, None)
+    manager = _manager_of(inner, backend)
+    if wrapper is not None:
+        if getattr(wrapper, "c3a", manager) is not manager:
+            raise ConfigError(f"this {type(wrapper).__name__} has an attribute c3a that is not its model's manager")
+        check_rebuild(wrapper)
+    known, flags = set(manager.adapters), [(parameter, parameter.requires_grad) for parameter in inner.parameters()]
+    yield manager
+    if wrapper is not None:
+        try:
+            manager.wrappers.add(wrapper, manager, renew=not known)
+        except BaseException:
+            for name in manager.adapters.keys() - known:
+                manager.delete_adapter(name)
+            if not known:
+                manager.unload()
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            raise
+    inner.c3a = manager
+    pretrained.prepare(inner)
+    if RowNames.of(inner) is None:
+        RowNames((inner,), manager._scope, manager.check_rows)

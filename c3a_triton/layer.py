@@ -24,6 +24,7 @@ from .linear_like import (
     kernel_device,
     rounding_dtype,
     stored_tensor,
+    unfit_for_adapters,
     weight_access,
 )
 from .names import BASE_ROW, Scope, expand_rows, row_indices, uncompiled
@@ -126,7 +127,8 @@ class C3ALinear(nn.Module):
         quantization_config: the torchao configuration by which a merged base weight is quantized again.
 
     Raises:
-        ConfigError: a name or value that cannot be used, or a base layer that is not linear.
+        ConfigError: a name or value that cannot be used, or a base layer that is not linear, or of whose class the
+            forward is none that an adapter's part can be added to (a router's).
         ShapeError: a block size that does not divide both widths.
     """
 
@@ -141,6 +143,7 @@ class C3ALinear(nn.Module):
     base_layer: nn.Module
     c3a_kernel: nn.ParameterDict
     _kernels: tuple[Tensor, ...] | None
+    _owner: str | None = None  # of the manager that made it, the mark
 
     def __init__(
         self,
@@ -165,6 +168,8 @@ class C3ALinear(nn.Module):
         self._active_adapters = [adapter_name]
         self._disable_adapters = False
         self._prepare(backend, layer_name)
+        if reason := unfit_for_adapters(self.get_base_layer()):
+            raise ConfigError(f"{self._label}: {reason}")
         self.update_layer(adapter_name, block_size, init_weights, config=config)
 
     # What the forward reads
@@ -779,6 +784,13 @@ class C3ALinear(nn.Module):
         self._read_unchanged()
 
     # torch's hooks into a module
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Give the base layer another weight or bias, as who ties weights does; anything else is the layer's own."""
+        if name in ("weight", "bias") and "base_layer" in self._modules:
+            setattr(self.get_base_layer(), name, param)
+        else:
+            super().register_parameter(name, param)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "C3ALinear":
         state = self._merge_state

@@ -20,12 +20,14 @@ from torch.nn.modules import module as torch_module
 from torch.nn.parameter import Parameter
 
 from .errors import AdapterStateError
+from .probe import behaviour
 from .quantized import quantized_weight, registered
 
 __all__ = [
     "Geometry",
     "WeightAccess",
     "as_weight",
+    "computes_its_weight",
     "fingerprint",
     "first_tensor",
     "gather_with",
@@ -40,6 +42,7 @@ __all__ = [
     "linear_widths",
     "rounding_dtype",
     "stored_tensor",
+    "unfit_for_adapters",
     "weight_access",
     "whole",
 ]
@@ -319,12 +322,18 @@ class _OffloadedWeight:
         self.write(kept)
 
 
-def _computes_its_weight(base: nn.Module) -> bool:
-    """Whether a layer's class computes the product with its weight, and nothing else."""
-    own = type(base)
-    if isinstance(base, nn.Conv2d):
-        return own.forward is nn.Conv2d.forward and own._conv_forward is nn.Conv2d._conv_forward  # type: ignore[attr-defined]
-    return is_transposed(base) or own.forward in (nn.Linear.forward, nn.Embedding.forward)
+def computes_its_weight(base: nn.Module) -> bool:
+    """Whether a layer computes the product with its weight, whatever that is multiplied by, and nothing else.
+
+    A layer's values do not matter: one on meta is told as well.
+    """
+    return is_transposed(base) or behaviour(base).kind == "product"
+
+
+def unfit_for_adapters(base: nn.Module) -> str | None:
+    """Why nothing can be computed beside a layer (a router, an embedding of positions), as a sentence, or None."""
+    reason = behaviour(base).reason
+    return f"this {type(base).__name__} cannot be adapted: {reason}" if reason else None
 
 
 def weight_access(owner: Any) -> WeightAccess:
@@ -345,8 +354,8 @@ def weight_access(owner: Any) -> WeightAccess:
         reason = "its weight is not a parameter of its own"
     elif type(weight) not in _ORDINARY or not weight.is_floating_point() or weight.dtype.itemsize < 2:
         reason = f"its weight is a {type(weight).__name__} of {weight.dtype}, not an ordinary floating-point matrix"
-    elif not _computes_its_weight(base):
-        reason = "its class computes a forward of its own, which need not be a product with its weight"
+    elif not computes_its_weight(base):
+        reason = "its class computes a forward of its own, which is not the product with its weight"
     elif weight.dim() != (4 if isinstance(base, nn.Conv2d) else 2) or _as_matrix(base, weight).shape != expected:
         reason = f"its weight has shape {tuple(weight.shape)}, which is not all of {expected}, as a sharded one has"
     elif hook is not None and weight.is_meta:  # while PEFT merges, it lends an offloaded layer its weight

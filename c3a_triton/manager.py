@@ -3,6 +3,7 @@
 import functools
 import os
 import sys
+import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from .layer import KEEP_BASE, C3ALinear, check_adapter_name
 from .linear_like import gathered, geometry, is_sharded, stored_tensor
 from .modules_to_save import ModulesToSave
 from .names import BASE_ROW, Scope
+from .ownership import check_owner, is_own, own_parts
 from .quantized import hold_layout, release_layout, torchao_config_of
 from .report import count_parameters, summary_table
 from .row_names import RowNames
@@ -51,6 +53,7 @@ from .targets import (
     warn_tied,
     with_task_heads,
 )
+from .wrapping import Wrappers
 
 __all__ = ["AdapterManager"]
 
@@ -68,6 +71,7 @@ class AdapterManager:
     Attributes:
         model: the adapted model.
         backend: what layers that are adapted from now on get.
+        wrappers: the DDPs and DataParallels through which adapters were added.
 
     Raises:
         BackendError: an unknown backend.
@@ -83,6 +87,9 @@ class AdapterManager:
         self._scope = Scope()
         # adapter name → layer name → what decided on the layer's block size
         self._chosen_by: dict[str, dict[str, str]] = {}
+        self.wrappers = Wrappers()
+        # Carried by its layers, through copies and pickles too. Layers without one were put there by their user.
+        self._mark = uuid.uuid4().hex
 
     # What there is
 
@@ -98,15 +105,15 @@ class AdapterManager:
 
     def layers(self) -> Iterator[tuple[str, C3ALinear]]:
         """(name, layer) of every adapted layer."""
-        for name, module in base_modules(self.model):
-            if isinstance(module, C3ALinear):
-                yield name, module
+        for name, part in own_parts(self.model, self._mark):
+            if isinstance(part, C3ALinear):
+                yield name, part
 
     def _saved_modules(self) -> list[tuple[str, ModulesToSave]]:
-        return [(name, module) for name, module in base_modules(self.model) if isinstance(module, ModulesToSave)]
+        return [(name, part) for name, part in own_parts(self.model, self._mark) if isinstance(part, ModulesToSave)]
 
     def _parts(self) -> list[C3ALinear | ModulesToSave]:
-        return [module for _, module in base_modules(self.model) if isinstance(module, (C3ALinear, ModulesToSave))]
+        return [part for _, part in own_parts(self.model, self._mark)]
 
     def _known(self, adapter_names: str | Iterable[str]) -> list[str]:
         """The names as a list, each once, if all are known."""
@@ -134,11 +141,12 @@ class AdapterManager:
             config: a `C3AConfig`, a `peft.C3AConfig`, or a dict.
 
         Raises:
-            AdapterStateError: the name is taken.
+            AdapterStateError: the name is taken, or another manager has layers in the model.
             ConfigError: a name or configuration that cannot be used on this model, or one that matches nothing.
             ShapeError: a block size that does not divide a layer's widths.
         """
         self._check_free(adapter_name)
+        check_owner(self.model, self._mark)
         config = with_task_heads(self.model, C3AConfig.from_any(config))
         if config.base_model_name_or_path is None:
             config = replace(config, base_model_name_or_path=model_name_or_path(self.model))
@@ -156,11 +164,12 @@ class AdapterManager:
             is_trainable: whether it is to be trained on; otherwise it is frozen until `set_adapter`.
 
         Raises:
-            AdapterStateError: the name is taken.
+            AdapterStateError: the name is taken, or another manager has layers in the model.
             CheckpointError: the folder cannot be read, or does not fit the model; nothing has changed.
             ConfigError: a configuration that is not C3A's or cannot be used.
         """
         self._check_free(adapter_name)
+        check_owner(self.model, self._mark)
         file = read_adapter(directory)
         config = replace(file.config, inference_mode=not is_trainable)
         targets = find_file_targets(self.model, file)
@@ -291,10 +300,12 @@ class AdapterManager:
             parameter.detach().copy_(value)
         for target, (layer, kernel) in zip(targets, layers, strict=True):
             layer._install(adapter_name, kernel, trainable=False)
+            layer._owner = self._mark
             if layer is not target.module:
                 self._replace(target.name, layer)
         for (name, module), (wrapper, module_copy) in zip(saved, copies, strict=True):
             wrapper.install(adapter_name, module_copy)
+            wrapper._owner = self._mark
             if wrapper is not module:
                 self._replace(name, wrapper)
         self._scope.trials.clear()  # the new layers were in none
@@ -362,11 +373,12 @@ class AdapterManager:
         Raises:
             AdapterNotFoundError: an unknown name.
             AdapterStateError: two adapters with a copy of the same module (`modules_to_save`), or a merged layer that
-                cannot be unmerged.
+                cannot be unmerged; or a DDP that was given to `apply` and cannot be built again.
         """
         names = self._known(adapter_name)
         for _, module in self._saved_modules():
             module.check_set_adapter(names)
+        self.wrappers.check()
         if self._unmerge_all():
             warnings.warn("adapters were merged; they have been unmerged before another one was set", stacklevel=2)
         self._activate(names, inference_mode)
@@ -379,6 +391,7 @@ class AdapterManager:
         for name, config in self._configs.items():
             for parameter in self._biases(name, config.bias).values():
                 parameter.requires_grad_(name in names and not inference_mode)
+        self.wrappers.rebuild()
 
     def _biases(self, adapter_name: str, bias: str) -> dict[str, nn.Parameter]:
         """Full name → parameter of the biases that an adapter trains."""
@@ -654,9 +667,9 @@ class AdapterManager:
         tied_before = _embeddings_are_tied(self.model)
         # Every name under which a layer is known, not only the first.
         for name, module in list(self.model.named_modules(remove_duplicate=False)):
-            if isinstance(module, C3ALinear):
+            if isinstance(module, C3ALinear) and is_own(module, self._mark):
                 self._replace(name, module.base_layer)
-            elif isinstance(module, ModulesToSave):
+            elif isinstance(module, ModulesToSave) and is_own(module, self._mark):
                 self._replace(name, module.active_module() if with_copies else module.original_module)
         release_layout(self.model)
         self._configs.clear()
@@ -666,6 +679,7 @@ class AdapterManager:
             del self.model.c3a
             if (hooks := RowNames.of(self.model)) is not None:
                 hooks.remove(self.model)
+            self.wrappers.forget()
         pretrained.release(self.model)
         config = getattr(self.model, "config", None)
         tied_after = _embeddings_are_tied(self.model)

@@ -32,6 +32,7 @@ class ModulesToSave(nn.Module):
 
     original_module: nn.Module
     modules_to_save: nn.ModuleDict
+    _owner: str | None = None  # of the manager that made it, the mark
 
     def __init__(self, original_module: nn.Module, layer_name: str = "") -> None:
         super().__init__()
@@ -173,6 +174,10 @@ class ModulesToSave(nn.Module):
                 y = y.index_copy(0, chosen.to(part.device), part)
         assert y is not None
         return y
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Give the original another parameter, as who ties weights does; the trained copies keep theirs."""
+        setattr(self.original_module, name, param)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -11,6 +11,7 @@ from torch import nn
 from .config import CONFIG_NAME
 from .layer import C3ALinear
 from .targets import base_name, unwrapped_name
+from .tying import keep_ties, release_ties
 
 __all__ = ["SavePretrained", "prepare", "release"]
 
@@ -29,6 +30,7 @@ def prepare(model: nn.Module) -> None:
     if "save_pretrained" not in model.__dict__:
         model.save_pretrained = SavePretrained(model)  # type: ignore[assignment]
         model.register_forward_pre_hook(_before_training_forward)
+    keep_ties(model)
     _warn_quantized(model)
     _warn_fused_loss(model)
 
@@ -37,6 +39,7 @@ def release(model: nn.Module) -> None:
     """Undo `prepare`."""
     if isinstance(model.__dict__.get("save_pretrained"), SavePretrained):
         del model.save_pretrained
+    release_ties(model)
     for key, hook in list(model._forward_pre_hooks.items()):
         if hook is _before_training_forward:
             del model._forward_pre_hooks[key]

@@ -13,7 +13,7 @@ from .checkpoint import KERNEL_SUFFIX, AdapterFile
 from .config import DEFAULT_TARGET_MODULES, C3AConfig, check_block_size, shown, suggest_block_size
 from .errors import CheckpointError, ConfigError
 from .layer import C3ALinear
-from .linear_like import Geometry, geometry, is_linear, is_partitioned, is_sharded
+from .linear_like import Geometry, geometry, is_linear, is_partitioned, is_sharded, unfit_for_adapters
 from .modules_to_save import ModulesToSave
 from .patterns import block_size_for, match_target, target_rule, unmatched_keys
 
@@ -168,7 +168,7 @@ def _all_linear(
 ) -> list[tuple[str, nn.Module]]:
     is_allowed = target_rule(replace(config, target_modules=".*"))
     heads = _output_heads(model, config)
-    found = []
+    found, unfit = [], []
     for name, module in modules:
         wanted = module.kind == "linear" if isinstance(module, C3ALinear) else is_linear(module)
         if not wanted or any(module is head for head in heads) or not is_allowed(name):
@@ -178,7 +178,14 @@ def _all_linear(
                 f"{name} is left out: nn.MultiheadAttention reads its weight and never calls it", stacklevel=2
             )
             continue
+        if not isinstance(module, C3ALinear) and (reason := unfit_for_adapters(module)):
+            unfit.append((name, reason))
+            continue
         found.append((name, module))
+    if unfit:
+        names = ", ".join(name for name, _ in unfit[:5]) + (f" and {len(unfit) - 5} more" if len(unfit) > 5 else "")
+        reasons = "; ".join(dict.fromkeys(reason for _, reason in unfit))
+        warnings.warn(f"{names}: left out of target_modules='all-linear', because {reasons}", stacklevel=2)
     return found
 
 
@@ -206,6 +213,8 @@ def _target(name: str, module: nn.Module, config: C3AConfig) -> Target:
         )
     if problem := _sharded(name, module):
         raise ConfigError(problem)
+    if not isinstance(module, C3ALinear) and (reason := unfit_for_adapters(module)):
+        raise ConfigError(f"{name}: {reason}. Leave it out of target_modules, or name it in exclude_modules")
     size, key = block_size_for(config, name)
     chosen_by = "block_size" if key is None else key
     if size == "auto":
@@ -365,6 +374,8 @@ def find_file_targets(model: nn.Module, file: AdapterFile) -> list[Target]:
             problems.append(f"{name} is a {type(module).__name__}, not a layer to adapt")
         elif problem := _sharded(name, module):
             problems.append(problem)
+        elif not isinstance(module, C3ALinear) and (reason := unfit_for_adapters(module)):
+            problems.append(f"{name}: {reason}")
         elif any(width % b for width in sizes.divided) or shape != sizes.kernel_shape(b):
             problems.append(
                 f"{name}: its kernel {list(shape)} is for in_features={shape[1] * b} and out_features={shape[0] * b}, "

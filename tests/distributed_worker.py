@@ -7,12 +7,15 @@ import json
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -105,8 +108,23 @@ def fsdp1(model: Any) -> Any:
     )
 
 
+def adapted_afterwards(model: Any, **options: Any) -> Any:
+    """DDP first, used, and adapted then; each process draws other kernels, of which the first one's count."""
+    torch.manual_seed(0)
+    wrapper = nn.parallel.DistributedDataParallel(Model(), **options)
+    with torch.random.fork_rng():
+        wrapper(torch.randn(ROWS, WIDTH)).square().sum().backward()
+        wrapper.zero_grad()
+    torch.rand(dist.get_rank())
+    return c3a_triton.apply(wrapper, CONFIG)
+
+
 WAYS: dict[str, Callable[[Any], Any]] = {
     "ddp": nn.parallel.DistributedDataParallel,
+    "ddp first": adapted_afterwards,
+    "ddp first, with options": partial(
+        adapted_afterwards, find_unused_parameters=True, gradient_as_bucket_view=True, bucket_cap_mb=1
+    ),
     "fsdp2": sharded,
     "fsdp2, base whole": with_base_whole,
     "fsdp2, bfloat16": in_bfloat16,
@@ -134,6 +152,7 @@ def spread(way: str, folder: Path) -> dict[str, Any]:
     model = build()
     start = {name: tensor.clone() for name, tensor in model.c3a.state_dict().items()}
     wrapped = WAYS[way](model)
+    model = getattr(wrapped, "c3a", model.c3a).model
     losses = train(wrapped, by_torch(wrapped), dist.get_rank(), dist.get_world_size())
     if way == "fsdp1":
         with FullyShardedDataParallel.summon_full_params(wrapped, writeback=False):
@@ -145,6 +164,64 @@ def spread(way: str, folder: Path) -> dict[str, Any]:
         "kernels sharded": "fsdp2" in way
         and all("DTensor" in type(layer.c3a_kernel["default"]).__name__ for _, layer in model.c3a.layers()),
     }
+
+
+def spread_of(wrapper: Any) -> float:
+    """How far trained tensors of the processes lie apart, relatively, after a step of unlike gradients in each."""
+    trained = [parameter for parameter in wrapper.parameters() if parameter.requires_grad]
+    generator = torch.Generator().manual_seed(1 + dist.get_rank())
+    optimizer = torch.optim.SGD(trained, lr=1.0)
+    for _ in range(2):
+        with wrapper.no_sync():
+            wrapper(torch.randn(ROWS, WIDTH, generator=generator)).square().mean().backward()
+        wrapper(torch.randn(ROWS, WIDTH, generator=generator)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    flat = torch.cat([parameter.detach().flatten() for parameter in trained])
+    both = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
+    dist.all_gather(both, flat)
+    return float((both[0] - both[1]).norm() / both[0].norm())
+
+
+def through_wrappers(folder: Path) -> dict[str, Any]:
+    """Verbs that change what is trained, where the model is in a DDP, and what is said where that cannot be."""
+    ddp = nn.parallel.DistributedDataParallel
+    kernels = C3AConfig(block_size=4, target_modules=["up"], init_weights="gaussian")
+    model = c3a_triton.apply(Model(), kernels)
+    wrapper = ddp(model)
+    c3a_triton.apply(wrapper, C3AConfig(block_size=4, target_modules=["down"]), "second")
+    found: dict[str, Any] = {"one manager": wrapper.c3a is model.c3a, "names": list(model.c3a.adapters)}
+    model.c3a.set_adapter(["default", "second"])
+    found["both set"] = spread_of(wrapper)
+    model.c3a.set_adapter("second")
+    found["second set"] = spread_of(wrapper)
+    model.c3a.delete_adapter("second")
+    model.c3a.set_adapter("default")
+    found["second deleted"] = spread_of(wrapper)
+    loaded = c3a_triton.load_adapter(ddp(Model()), folder, is_trainable=True)
+    found["loaded"] = spread_of(loaded)
+    biases = c3a_triton.apply(ddp(Model()), replace(kernels, bias="all"))
+    found["biases"] = spread_of(biases)
+
+    hooked = ddp(Model())
+    hooked.register_comm_hook(None, default_hooks.allreduce_hook)
+    built_in = ddp(Model())
+    built_in._register_builtin_comm_hook(dist.BuiltinCommHookType.FP16_COMPRESS)
+    around = nn.ModuleDict({"part": ddp(Model())})
+    base = ddp(Model())
+    found["said"] = {
+        "hook": message(lambda: c3a_triton.apply(hooked, kernels)),
+        "built-in hook": message(lambda: c3a_triton.apply(built_in, kernels)),
+        "static": message(lambda: c3a_triton.apply(ddp(Model(), static_graph=True), kernels)),
+        "of its own": message(lambda: c3a_triton.apply(type("Own", (ddp,), {})(Model()), kernels)),
+        "part": message(lambda: c3a_triton.apply(around, kernels)),
+        "nested": message(lambda: c3a_triton.apply(nn.DataParallel(ddp(Model())), kernels)),
+        "fsdp1": message(lambda: c3a_triton.apply(fsdp1(Model()), kernels)),
+        "frozen": message(lambda: c3a_triton.load_adapter(base, folder)),
+    }
+    found["unchanged"] = spread_of(base)
+    found["adapters left"] = [name for name, module in base.named_modules() if hasattr(module, "c3a_kernel")]
+    return found
 
 
 def reloaded(folder: Path) -> dict[str, Tensor]:
@@ -288,6 +365,7 @@ def main(folder: Path, cases: str) -> None:
             results[way] = traceback.format_exc()
     if cases == "torch":
         results["refused"] = refused(folder / "fsdp2")
+        results["through wrappers"] = through_wrappers(folder / "ddp")
     if dist.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(results))
     dist.destroy_process_group()

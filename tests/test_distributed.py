@@ -60,7 +60,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text())
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp2", "fsdp2, base whole", "fsdp1"])
+@pytest.mark.parametrize("way", ["ddp", "ddp first", "ddp first, with options", "fsdp2", "fsdp2, base whole", "fsdp1"])
 def test_two_processes_train_as_one_and_their_files_load_on_one(results: dict[str, Any], way: str) -> None:
     """Kernels, biases and a module trained whole, after 20 steps of the same batches."""
     found = results[way]
@@ -90,6 +90,29 @@ def test_what_cannot_be_spread_says_what_to_do(results: dict[str, Any]) -> None:
         assert said[case].startswith(f"ShapeError: {name}: x has the shape")
         assert "tensor-parallel" in said[case]
     assert said["beside the plan"] == "no error"
+
+
+def test_verbs_through_ddp_keep_what_is_trained_in_step(results: dict[str, Any]) -> None:
+    found = results["through wrappers"]
+    assert found["one manager"]
+    assert found["names"] == ["default", "second"]
+    for case in ("both set", "second set", "second deleted", "loaded", "biases", "unchanged"):
+        assert found[case] < 1e-6, case
+    assert found["adapters left"] == []
+
+
+def test_wrappers_that_cannot_be_built_again_are_refused_with_the_order_that_works(results: dict[str, Any]) -> None:
+    said = results["through wrappers"]["said"]
+    for case in ("hook", "built-in hook", "static", "of its own"):
+        assert said[case].startswith("AdapterStateError: this DistributedDataParallel "), case
+    assert "communication hook" in said["hook"]
+    assert "communication hook" in said["built-in hook"]
+    assert "part in this ModuleDict is wrapped in DistributedDataParallel" in said["part"]
+    assert "wrapped in DistributedDataParallel" in said["nested"]
+    assert "wrapped in FullyShardedDataParallel" in said["fsdp1"]
+    for case in said.keys() - {"frozen"}:
+        assert "Adapt the model first" in said[case], case
+    assert "is_trainable=True" in said["frozen"]
 
 
 # DeepSpeed's ZeRO-3

@@ -1,13 +1,24 @@
 """`C3AEmbedding` against a dense ΔE in float64, vocabularies that no block size divides included."""
 
+import copy
+import pickle
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import oracle
+import peft
 import pytest
 import torch
 from tiny_models import IDS, llama, logits
 from torch import Tensor, nn
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbedding, BartScaledWordEmbedding
+from transformers.models.idefics.modeling_idefics import IdeficsDecoupledEmbedding
+from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
+from transformers.models.ovis2.modeling_ovis2 import Ovis2VisualEmbeddingTable
+from transformers.models.pegasus.modeling_pegasus import PegasusSinusoidalPositionalEmbedding
+from transformers.models.whisper.modeling_whisper import WhisperPositionalEmbedding
 
 import c3a_triton
 from c3a_triton import (
@@ -156,16 +167,120 @@ def test_forms_that_cannot_be_adapted(options: dict[str, object], message: str) 
 
 
 class Scaled(nn.Embedding):
+    """Gemma's: the scale is a buffer, rounded to the weight's dtype."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self.register_buffer("embed_scale", torch.tensor(50.6), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.embed_scale.to(self.weight.dtype)
+
+
+class Tripled(nn.Embedding):
+    """Nobody says by how much it scales; its `embed_scale` is of no account."""
+
+    embed_scale = 7.0
+
     def forward(self, ids: Tensor) -> Tensor:
         return 3 * super().forward(ids)
 
 
+class Normed(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.nn.functional.normalize(super().forward(ids), dim=-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("base", "scale"),
+    [
+        (Scaled(50, WIDTH), 50.6),
+        (Tripled(50, WIDTH, padding_idx=3), 3.0),
+        (BartScaledWordEmbedding(50, WIDTH, 1, embed_scale=WIDTH**0.5), WIDTH**0.5),
+        (nn.Embedding(50, WIDTH), 1.0),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_update_is_scaled_as_the_embedding_is(base: nn.Embedding, scale: float, dtype: torch.dtype) -> None:
+    layer = C3AEmbedding(copy.deepcopy(base).to(dtype), "default", 8, "gaussian", layer_name="embed")
+    ids = torch.arange(50).view(2, 25)
+    expected = layer(ids)
+    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    update = (expected - layer.base_layer(ids)).flatten(0, 1).double()
+    assert (update - scale * dense(layer)).norm() < bound * expected.double().norm()
+    layer.merge()
+    assert (layer(ids) - expected).double().norm() < bound * expected.double().norm()
+    layer.unmerge()
+    assert torch.equal(layer(ids), expected)
+
+
+def test_the_update_of_scaled_embeddings_is_that_of_peft() -> None:
+    """PEFT's LoRA of the same ΔE, on the same base."""
+    base = Scaled(48, WIDTH)
+    layer = C3AEmbedding(base, "default", 8, "gaussian")
+    lora = peft.tuners.lora.Embedding(copy.deepcopy(base), "default", r=48, lora_alpha=48, config=peft.LoraConfig())
+    lora.lora_embedding_B["default"].data = layer.get_delta_weight("default").T.contiguous()
+    lora.lora_embedding_A["default"].data = torch.eye(48)
+    torch.testing.assert_close(layer(torch.arange(48)), lora(torch.arange(48)), rtol=1e-4, atol=1e-4)
+
+
+def test_rows_copies_and_a_scale_that_changes() -> None:
+    layer = C3AEmbedding(Scaled(50, WIDTH), "default", 8, "gaussian")
+    ids = torch.arange(6).view(2, 3)
+    rows = layer(ids, adapter_names=["default", "__base__"])
+    torch.testing.assert_close(rows[0], layer(ids)[0])
+    torch.testing.assert_close(rows[1], layer.base_layer(ids)[1])
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
+    torch.testing.assert_close(copied(ids), layer(ids), rtol=0, atol=0)
+    update = layer(ids) - layer.base_layer(ids)
+    layer.base_layer.embed_scale.fill_(1.0)
+    torch.testing.assert_close(layer(ids) - layer.base_layer(ids), update / 50.6, rtol=1e-3, atol=1e-5)
+
+
 def test_an_embedding_of_its_own_kind() -> None:
-    layer = C3AEmbedding(Scaled(10, WIDTH), "default", 8, layer_name="embed")
+    layer = C3AEmbedding(Normed(10, WIDTH), "default", 8, layer_name="embed")
     ids = torch.arange(10)
     oracle.assert_close(layer(ids) - layer.base_layer(ids), dense(layer), torch.float32, bound=1e-4)
     with pytest.raises(AdapterStateError, match="embed: .*a forward of its own"):
         layer.merge()
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: OPTLearnedPositionalEmbedding(30, WIDTH),  # called with a mask
+        lambda: BartLearnedPositionalEmbedding(30, WIDTH),  # with ids, of which the shape counts
+        lambda: PegasusSinusoidalPositionalEmbedding(30, WIDTH),  # with a shape
+        lambda: WhisperPositionalEmbedding(30, WIDTH),
+        lambda: Ovis2VisualEmbeddingTable(30, WIDTH),  # with probabilities
+        lambda: IdeficsDecoupledEmbedding(30, 4, WIDTH),  # with ids of another table, too
+    ],
+)
+def test_what_is_not_called_with_ids_of_its_own_is_refused_by_name(build: Callable[[], nn.Embedding]) -> None:
+    model = nn.ModuleDict({"positions": build(), "fc": nn.Linear(WIDTH, WIDTH)})
+    modules = dict(model.named_modules())
+    with pytest.raises(ConfigError, match=r"positions: this \w+ cannot be adapted: .*exclude_modules"):
+        c3a_triton.apply(model, C3AConfig(block_size=8, target_modules=["fc", "positions"]))
+    assert dict(model.named_modules()) == modules
+
+
+def test_a_model_with_scaled_embeddings_from_apply_to_file_and_back(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
+    config = Gemma3TextConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)
+    base = Gemma3ForCausalLM(config).eval()
+    model = copy.deepcopy(base)
+    c3a_triton.apply(model, C3AConfig(block_size=8, target_modules=["embed_tokens"], init_weights="gaussian"))
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+        model.c3a.save_pretrained(tmp_path)
+        loaded = c3a_triton.load_adapter(copy.deepcopy(base), tmp_path)
+        torch.testing.assert_close(loaded(input_ids=IDS).logits, expected, rtol=0, atol=0)
+        # The head is tied, and changes with a merge: what the decoder makes of ids does not.
+        hidden = model.model(input_ids=IDS).last_hidden_state
+        model.c3a.merge_and_unload()
+        torch.testing.assert_close(model.model(input_ids=IDS).last_hidden_state, hidden, rtol=1e-4, atol=1e-4)
 
 
 def test_what_it_is_not_and_block_sizes() -> None:
