@@ -40,6 +40,7 @@ __all__ = [
     "linear_widths",
     "rounding_dtype",
     "stored_tensor",
+    "unmergeable",
     "weight_access",
     "whole",
 ]
@@ -327,6 +328,25 @@ def _computes_its_weight(base: nn.Module) -> bool:
     return is_transposed(base) or own.forward in (nn.Linear.forward, nn.Embedding.forward)
 
 
+def unmergeable(base: nn.Module) -> str | None:
+    """Why nothing can be added to the weight of a layer like this, wherever the weight is, or None.
+
+    The weight of what is found here is one that a checkpoint holds as it is.
+    """
+    weight = base._parameters.get("weight")
+    sizes = geometry(base)
+    expected = None if sizes is None else (sizes.out_features, sizes.in_features)
+    if weight is None:
+        return "its weight is not a parameter of its own"
+    if type(weight) not in _ORDINARY or not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        return f"its weight is a {type(weight).__name__} of {weight.dtype}, not an ordinary floating-point matrix"
+    if not _computes_its_weight(base):
+        return "its class computes a forward of its own, which need not be a product with its weight"
+    if weight.dim() != (4 if isinstance(base, nn.Conv2d) else 2) or _as_matrix(base, weight).shape != expected:
+        return f"its weight has shape {tuple(weight.shape)}, which is not all of {expected}, as a sharded one has"
+    return None
+
+
 def weight_access(owner: Any) -> WeightAccess:
     """How the weight under an adapter layer is merged into.
 
@@ -337,24 +357,14 @@ def weight_access(owner: Any) -> WeightAccess:
         AdapterStateError: it cannot be; the message says why.
     """
     base = owner.get_base_layer()
-    weight = base._parameters.get("weight")
     hook = _offload_hook(base)
-    sizes = geometry(base)
-    expected = None if sizes is None else (sizes.out_features, sizes.in_features)
-    if weight is None:
-        reason = "its weight is not a parameter of its own"
-    elif type(weight) not in _ORDINARY or not weight.is_floating_point() or weight.dtype.itemsize < 2:
-        reason = f"its weight is a {type(weight).__name__} of {weight.dtype}, not an ordinary floating-point matrix"
-    elif not _computes_its_weight(base):
-        reason = "its class computes a forward of its own, which need not be a product with its weight"
-    elif weight.dim() != (4 if isinstance(base, nn.Conv2d) else 2) or _as_matrix(base, weight).shape != expected:
-        reason = f"its weight has shape {tuple(weight.shape)}, which is not all of {expected}, as a sharded one has"
-    elif hook is not None and weight.is_meta:  # while PEFT merges, it lends an offloaded layer its weight
-        return _OffloadedWeight(base, hook.weights_map)
-    elif weight.is_meta:
+    reason = unmergeable(base)
+    if reason is None:
+        if not base._parameters["weight"].is_meta:
+            return _PlainWeight(base)
+        if hook is not None:  # while PEFT merges, it lends an offloaded layer its weight
+            return _OffloadedWeight(base, hook.weights_map)
         reason = "its weight is on the meta device and holds no values"
-    else:
-        return _PlainWeight(base)
     access = quantized_weight(owner)
     if not isinstance(access, str):
         return access

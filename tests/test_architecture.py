@@ -39,6 +39,8 @@ ORDER = [
     "report",
     "pretrained",
     "row_names",
+    "untying",
+    "samples",
     "manager",
     "learning_rates",
     "explanation",

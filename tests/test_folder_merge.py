@@ -24,6 +24,7 @@ from c3a_triton.folder_merge import INDEX_NAME, SINGLE_NAME, merge_folder
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 QV = ["q_proj", "v_proj"]
+TRANSFORMERS_5 = hasattr(transformers.PreTrainedModel, "get_expanded_tied_weights_keys")
 
 
 def adapter_of(model, path: Path, **config) -> Path:
@@ -201,8 +202,9 @@ def test_both_names_of_a_tied_tensor_in_the_file(tmp_path, equal):
     other = tensors["model.embed_tokens.weight"] + (0 if equal else 1)
     save_file(tensors | {"lm_head.weight": other.clone()}, path, metadata={"format": "pt"})
     adapter = adapter_of(model, tmp_path / "adapter", target_modules=["lm_head"])
-    if equal:
-        check(tmp_path, tmp_path / "model", adapter)
+    if equal or TRANSFORMERS_5:  # which does not tie what differs
+        result = check(tmp_path, tmp_path / "model", adapter)
+        assert len(result.changed) == (2 if equal else 1)
     else:
         with pytest.raises(CheckpointError, match=r"different values.*tie_word_embeddings"):
             merge_folder(tmp_path / "model", adapter, tmp_path / "merged")

@@ -82,7 +82,8 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     print(f"{merged.layers} layers merged into {merged.path} ({format_bytes(merged.weights_bytes)})")
     if merged.untied:
-        print("the embeddings are no longer tied: tie_word_embeddings is false in its config.json")
+        what = "is false in its config.json" if merged.flag_cleared else "stays true: transformers 5 can load that"
+        print(f"the embeddings are no longer tied; tie_word_embeddings {what}")
     if checked:
         print(
             f"logits differ by {checked['difference']:.2g} of the largest (allowed: {checked['tolerance']:.2g}); the "
