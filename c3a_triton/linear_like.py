@@ -8,7 +8,7 @@ output width, quantized layers among them, which only its own forward can comput
 """
 
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -240,6 +240,9 @@ class WeightAccess(Protocol):
     in_place: bool
     """Whether what `read` returns is the weight's own storage."""
 
+    def place(self) -> Hashable | None:
+        """Where the weight is in memory, equal for all layers that have this memory as their weight, if that counts."""
+
     def read(self) -> Tensor:
         """The weight, [out, in]."""
 
@@ -277,6 +280,10 @@ class _PlainWeight:
     def _weight(self) -> Tensor:
         return self._base._parameters["weight"].detach()  # type: ignore[union-attr]
 
+    def place(self) -> Hashable | None:
+        weight = self._weight()
+        return str(weight.device), weight.data_ptr(), weight.dtype, tuple(weight.shape), weight.stride()
+
     def read(self) -> Tensor:
         return _as_matrix(self._base, self._weight())
 
@@ -300,6 +307,9 @@ class _OffloadedWeight:
     def __init__(self, base: nn.Module, weights: Any) -> None:
         self._base = base
         self._weights = weights
+
+    def place(self) -> Hashable | None:
+        return None  # what is written replaces this layer's alone
 
     def read(self) -> Tensor:
         return _as_matrix(self._base, self._weights["weight"])

@@ -4,7 +4,7 @@ import functools
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -590,8 +590,14 @@ class AdapterManager:
     def _merge(self, names: list[str], safe_merge: bool, keep_base: str | None, progressbar: bool) -> None:
         work = [(name, layer, layer.unmerged(names)) for name, layer in self.layers()]
         work = [item for item in work if item[2]]
+        sharing: dict[
+            Hashable, list[tuple[C3ALinear, list[str]]]
+        ] = {}  # layers of one weight are merged into it together
         for _, layer, left in work:
-            layer.check_merge(left, finite=safe_merge)
+            layer.check_merge(left)
+            sharing.setdefault(layer.weight_place() or id(layer), []).append((layer, left))
+        for (layer, left), *beside in sharing.values() if safe_merge else ():
+            layer.check_merge(left, finite=True, beside=beside)
         warn_tied(self.model, [name for name, _, _ in work], "merging changes both")
         for done, (_, layer, left) in enumerate(work, start=1):
             layer._merge(left, keep_base)
@@ -611,11 +617,15 @@ class AdapterManager:
 
     def _unmerge_all(self) -> bool:
         """Unmerge whatever is merged, if all of it can be; whether there was anything."""
-        merged = [layer for _, layer in self.layers() if layer.merged]
-        for layer in merged:
+        # One of the layers that have a weight in common brings it back for all of them.
+        merged: dict[Hashable, C3ALinear] = {}
+        for _, layer in self.layers():
+            if layer.merged:
+                merged.setdefault((id(layer._merge_state), layer.weight_place() or id(layer)), layer)
+        for layer in merged.values():
             layer.check_unmerge()
-        for layer in merged:
-            layer.unmerge()
+        for layer in merged.values():
+            layer._bring_back(everyone=True)
         return bool(merged)
 
     def merge_and_unload(

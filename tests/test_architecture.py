@@ -29,6 +29,7 @@ ORDER = [
     "ops_rows",
     "quantized",
     "linear_like",
+    "merge_state",
     "layer",
     "conv",
     "embedding",
