@@ -6,6 +6,7 @@ when it is complete.
 """
 
 import contextlib
+import copy
 import glob
 import json
 import os
@@ -26,11 +27,13 @@ from torch import Tensor, nn
 from .checkpoint import KERNEL_SUFFIX, AdapterFile, read_adapter
 from .config import CONFIG_NAME, flush_to_disk, temporary_path
 from .errors import AdapterStateError, C3AError, CheckpointError, ConfigError
-from .linear_like import is_transposed
-from .ops import add_circulant_
+from .layer import C3ALinear
+from .linear_like import unmergeable
+from .manager import layer_class
 from .report import format_bytes
 from .structure import MODEL_CONFIG_NAME, load_structure
-from .targets import check_file_values, find_file_targets, find_modules_to_save, warn_tied
+from .targets import Target, check_file_values, find_file_targets, find_modules_to_save, warn_tied
+from .untying import clear_flags, plan_untying
 
 __all__ = ["MergedFolder", "merge_folder"]
 
@@ -52,7 +55,12 @@ Change = Callable[[Tensor], None]
 
 @dataclass(frozen=True)
 class MergedFolder:
-    """What was written: the folder, its bytes of weights, the layers merged, the names of all changed tensors."""
+    """What was written: the folder, its bytes of weights, the layers merged, the names of all changed tensors.
+
+    Attributes:
+        untied: whether tensors that were one differ now.
+        flag_cleared: whether `tie_word_embeddings` is false in the configuration for that.
+    """
 
     path: Path
     weights_bytes: int
@@ -60,6 +68,7 @@ class MergedFolder:
     changed: tuple[str, ...]
     added: tuple[str, ...]
     untied: bool
+    flag_cleared: bool
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,7 @@ class _Plan:
     changes: dict[str, Change] = field(default_factory=dict)  # key → what is done to its tensor, in place
     # name of a new tensor → (shape, the key whose tensor it starts as, or None, what is done to it)
     added: dict[str, tuple[tuple[int, ...], str | None, Change | None]] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()  # the parts of the configuration in which tie_word_embeddings becomes false
     untied: bool = False
 
 
@@ -164,7 +174,9 @@ def merge_folder(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     n_bytes = sum(path.stat().st_size for path in output.glob("*.safetensors"))
-    return MergedFolder(output, n_bytes, plan.layers, tuple(plan.changes), tuple(plan.added), plan.untied)
+    return MergedFolder(
+        output, n_bytes, plan.layers, tuple(plan.changes), tuple(plan.added), plan.untied, bool(plan.flags)
+    )
 
 
 # Checks
@@ -307,30 +319,61 @@ def _plan(structure: nn.Module, adapter: AdapterFile, checkpoint: _Checkpoint) -
     warn_tied(structure, [target.name for target in targets], "merging changes both")
 
     tensors = structure.state_dict(keep_vars=True)
-    names: dict[int, list[str]] = {}  # tied ones share an object
-    for name, tensor in tensors.items():
-        names.setdefault(id(tensor), []).append(name)
-    changes: dict[int, list[Change]] = {}
+    keys = _keys_by_name(structure, checkpoint, tensors)
+    one = _tied(structure, tensors, keys, checkpoint)
+    groups: dict[str, list[str]] = {}
+    for name, first in one.items():
+        groups.setdefault(first, []).append(name)
+    changes: dict[str, list[Change]] = {}
     for target in targets:
-        kernel = adapter.tensors[target.name + KERNEL_SUFFIX].to(torch.float32)
-        change = partial(_add, kernel=kernel, transposed=is_transposed(target.module), name=target.name)
-        changes.setdefault(id(tensors[f"{target.name}.weight"]), []).append(change)
-    for parameter, value in replaced:
-        changes.setdefault(id(parameter), []).append(partial(_replace, value=value))
+        changes.setdefault(one[f"{target.name}.weight"], []).append(_merge_into(target, adapter))
+    values = {id(parameter): value for parameter, value in replaced}
+    for name, tensor in tensors.items():
+        if id(tensor) in values and one[name] == name:
+            changes.setdefault(name, []).append(partial(_replace, value=values[id(tensor)]))
     saved = {
         f"{name}.{key}": adapter.tensors[f"{name}.{key}"]
         for name, module in saved_modules
         for key in module.state_dict()
     }
 
-    plan = _Plan(len(targets))
-    keys = _keys_by_name(structure, checkpoint, tensors)
-    for object_id, group in names.items():
-        if object_id in changes or any(name in saved for name in group):
-            _plan_group(
-                plan, group, tuple(tensors[group[0]].shape), changes.get(object_id, []), saved, keys, checkpoint
-            )
+    config = _read_json(checkpoint.folder / MODEL_CONFIG_NAME)
+    untying = plan_untying(structure, one, one | {name: f"{name} saved" for name in saved}, config)
+    plan = _Plan(len(targets), flags=() if untying is None else untying.flags, untied=untying is not None)
+    own = () if untying is None else untying.own
+    for first, group in groups.items():
+        if first in changes or any(name in saved or any(name in names for names in own) for name in group):
+            _plan_group(plan, group, tuple(tensors[first].shape), changes.get(first, []), saved, own, keys, checkpoint)
     return plan
+
+
+def _tied(
+    structure: Any, tensors: Mapping[str, Tensor], keys: Mapping[str, str], checkpoint: _Checkpoint
+) -> dict[str, str]:
+    """Name → the first name of those that are one tensor as the model is loaded."""
+    groups: dict[int, list[str]] = {}  # tied ones share an object
+    for name, tensor in tensors.items():
+        groups.setdefault(id(tensor), []).append(name)
+    one: dict[str, str] = {}
+    for group in groups.values():
+        present = [name for name in group if name in keys]
+        apart = [name for name in present[1:] if not _equal(checkpoint, keys[present[0]], keys[name])]
+        if not apart:
+            one |= dict.fromkeys(group, group[0])
+            continue
+        if not hasattr(structure, "get_expanded_tied_weights_keys"):
+            raise CheckpointError(
+                f"{checkpoint.folder} ties {' and '.join(group)} by its configuration, but stores different values for "
+                f'them: set "tie_word_embeddings": false in its {MODEL_CONFIG_NAME}, if transformers 4 is to load it'
+            )
+        # transformers 5 ties each target to its source, unless both are there and differ.
+        pairs = structure.get_expanded_tied_weights_keys(all_submodels=True)
+        for name in group:
+            source = pairs.get(name, name)
+            if name in keys and source in keys and not _equal(checkpoint, keys[name], keys[source]):
+                source = name
+            one[name] = one.get(source, source)
+    return one
 
 
 def _plan_group(
@@ -339,33 +382,32 @@ def _plan_group(
     shape: tuple[int, ...],
     changes: list[Change],
     saved: Mapping[str, Tensor],
+    own: tuple[tuple[str, ...], ...],
     keys: Mapping[str, str],
     checkpoint: _Checkpoint,
 ) -> None:
     """Plan one tensor of the model, which has several names where it is tied."""
     present = [keys[name] for name in group if name in keys]
-    if not present and changes:
+    if not present and (changes or any(name not in saved for name in group)):
         raise CheckpointError(
             f"{checkpoint.folder} has no tensor of its own for {group[0]} (transformers may build it from others): "
             "merge this model in memory, with model.c3a.merge_and_unload()"
         )
     for key in present:
         _check_stored(key, checkpoint, shape)
-    if any(not _equal(checkpoint, present[0], key) for key in present[1:]):
-        raise CheckpointError(
-            f"{checkpoint.folder} ties {' and '.join(group)} by its configuration, but stores different values for "
-            f'them: set "tie_word_embeddings": false in its {MODEL_CONFIG_NAME}, which is how transformers loads it'
-        )
-    # A module that is trained whole is a copy of its own: what it was tied to goes on with the former values.
-    split = any(name in saved for name in group)
-    plan.untied |= split and len(group) > 1
+    # A module that is trained whole is a copy of its own: what it was tied to goes on with the former values, in one
+    # tensor if loading ties it again, otherwise in several.
+    parts: dict[Any, list[str]] = {}
     for name in group:
-        own: list[Change] = [partial(_replace, value=saved[name])] if name in saved else changes
-        if name in keys and own:
-            plan.changes[keys[name]] = partial(_in_order, changes=own)
-        elif name not in keys and split:
-            source = None if name in saved else present[0]
-            plan.added[name] = (shape, source, partial(_in_order, changes=own))
+        parts.setdefault(name if name in saved else next((names for names in own if name in names), None), []).append(
+            name
+        )
+    for part in parts.values():
+        done: list[Change] = [partial(_replace, value=saved[part[0]])] if part[0] in saved else changes
+        if done:
+            plan.changes |= {keys[name]: partial(_in_order, changes=done) for name in part if name in keys}
+        if not any(name in keys for name in part):
+            plan.added[part[0]] = (shape, None if part[0] in saved else present[0], partial(_in_order, changes=done))
 
 
 def _check_stored(key: str, checkpoint: _Checkpoint, shape: tuple[int, ...]) -> None:
@@ -382,10 +424,15 @@ def _check_stored(key: str, checkpoint: _Checkpoint, shape: tuple[int, ...]) -> 
         )
 
 
-def _equal(checkpoint: _Checkpoint, first: str, second: str) -> bool:
-    one, other = checkpoint.tensors[first], checkpoint.tensors[second]
-    with (checkpoint.folder / one.shard).open("rb") as file, (checkpoint.folder / other.shard).open("rb") as other_file:
-        return one.dtype == other.dtype and _read_tensor(file, one)[1] == _read_tensor(other_file, other)[1]
+def _equal(checkpoint: _Checkpoint, *keys: str) -> bool:
+    """Whether tensors of the checkpoint are the same, bit for bit."""
+    found = []
+    for key in keys:
+        stored = checkpoint.tensors[key]
+        with (checkpoint.folder / stored.shard).open("rb") as file:
+            file.seek(stored.start)
+            found.append((stored.dtype, stored.shape, file.read(stored.end - stored.start)))
+    return all(other == found[0] for other in found[1:])
 
 
 def _renaming(structure: Any) -> Callable[[str], str | None]:
@@ -435,10 +482,33 @@ def _keys_by_name(structure: Any, checkpoint: _Checkpoint, tensors: Mapping[str,
 # What is done to a tensor, in place
 
 
-def _add(weight: Tensor, *, kernel: Tensor, transposed: bool, name: str) -> None:
-    add_circulant_(weight.t() if transposed else weight, [kernel.to(weight.device)])
-    if not torch.isfinite(weight).all():
-        raise AdapterStateError(f"{name}: merging gives a weight that is not finite; nothing was written")
+def _merge_into(target: Target, adapter: AdapterFile) -> Change:
+    """What merges a target's adapter into its weight as `merge_and_unload` does: by a layer that has this weight.
+
+    Raises:
+        AdapterStateError: nothing can be merged into a layer of this kind.
+        ConfigError: it cannot be adapted.
+    """
+
+    def adapted(weight: nn.Parameter | None) -> C3ALinear:
+        base = copy.copy(target.module)
+        base.__dict__["_parameters"] = {**base._parameters, "weight": weight}
+        return layer_class(base)(base, "default", target.block_size, True, layer_name=target.name)
+
+    def merge(weight: Tensor) -> None:
+        layer = adapted(nn.Parameter(weight, requires_grad=False))
+        layer.c3a_kernel["default"].data.copy_(adapter.tensors[target.name + KERNEL_SUFFIX])
+        layer.merge(keep_base=None)
+        if not torch.isfinite(weight).all():
+            raise AdapterStateError(f"{target.name}: merging gives a weight that is not finite; nothing was written")
+
+    if reason := unmergeable(target.module):
+        raise AdapterStateError(
+            f"{target.name}: nothing can be merged into this {type(target.module).__name__}: {reason}. Keep the "
+            "adapter unmerged"
+        )
+    adapted(target.module._parameters["weight"])
+    return merge
 
 
 def _replace(tensor: Tensor, *, value: Tensor) -> None:
@@ -512,13 +582,9 @@ def _copy_other_files(model: Path, folder: Path, plan: _Plan) -> None:
             shutil.copytree(path, folder / path.name)
         elif path.is_file() and not path.name.endswith((*_WEIGHTS_SUFFIXES, ".index.json")):
             shutil.copyfile(path, folder / path.name)
-    if plan.untied:
+    if plan.flags:
         path = folder / MODEL_CONFIG_NAME
-        values = _read_json(path)
-        values["tie_word_embeddings"] = False
-        for part in values.values():
-            if isinstance(part, dict) and "tie_word_embeddings" in part:
-                part["tie_word_embeddings"] = False
+        values = clear_flags(_read_json(path), plan.flags)
         path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 

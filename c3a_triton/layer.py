@@ -3,8 +3,7 @@
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from .linear_like import (
     unfit_for_adapters,
     weight_access,
 )
+from .merge_state import MergeState, enter, find
 from .names import BASE_ROW, Scope, expand_rows, row_indices, uncompiled
 from .ops import add_circulant_, c3a_linear, circulant_linear, circulant_matrix
 from .ops_rows import c3a_linear_rows
@@ -54,15 +54,6 @@ def check_adapter_name(name: str) -> None:
         raise ConfigError(f"the adapter name {name!r} has a dot, by which torch separates modules: leave it out")
     if name == BASE_ROW or name in _RESERVED_NAMES:
         raise ConfigError(f"the adapter name {name!r} is reserved: choose another one")
-
-
-@dataclass
-class _MergeState:
-    """What is remembered of a base weight while adapters are merged into it."""
-
-    kept: Tensor | nn.Module | None  # the original, or None with keep_base=None
-    where: str | None
-    mark: int | None  # fingerprint of the merged weight; None where it is known to have been changed
 
 
 class _WatchedParameters(dict[str, Any]):
@@ -179,7 +170,7 @@ class C3ALinear(nn.Module):
         self.backend = backend
         self.layer_name = layer_name
         self._scope = Scope()
-        self._merge_state: _MergeState | None = None
+        self._merge_state: MergeState | None = None
         self.quantization_config: Any = None
         sizes = geometry(self.get_base_layer())
         if sizes is None or sizes.kind != self.kind:
@@ -688,38 +679,60 @@ class C3ALinear(nn.Module):
         names = [names] if isinstance(names, str) else names
         return [name for name in dict.fromkeys(names) if name in self.c3a_kernel and name not in self.merged_adapters]
 
-    def check_merge(self, adapter_names: Iterable[str] | None = None, *, finite: bool = False) -> None:
+    def check_merge(
+        self,
+        adapter_names: Iterable[str] | None = None,
+        *,
+        finite: bool = False,
+        beside: Iterable[tuple["C3ALinear", list[str]]] = (),
+    ) -> None:
         """Raise what `merge` would raise, and change nothing.
 
+        Args:
+            adapter_names: as in `merge`.
+            finite: raise as `merge(safe_merge=True)`.
+            beside: other layers of the same weight, with the adapters that are to be merged there too.
+
         Raises:
-            AdapterStateError: as `merge`; with `finite`, as `merge(safe_merge=True)`.
+            AdapterStateError: as `merge`.
         """
         names = self.unmerged(adapter_names)
         if names:
             _, weight = self._read_unchanged()
             if finite:
-                self._finite_sum(weight, names)
+                self._finite_sum(weight, names, beside)
 
     @torch.no_grad()
     def _merge(self, names: list[str], keep_base: str | None, safe_merge: bool = False) -> None:
         access, weight = self._read_unchanged()
         merged = self._finite_sum(weight, names) if safe_merge else None
-        state = self._merge_state
+        state = self._merge_state or find(access.place())
         if state is None:
-            state = _MergeState(None if keep_base is None else access.keep(keep_base), keep_base, None)
+            state = MergeState(None if keep_base is None else access.keep(keep_base), keep_base)
         if merged is None:
             merged = weight if access.in_place else weight.clone()
             self._add_delta_(merged, names)
         if merged is not weight:
-            try:
-                access.write(merged)
-            except AdapterStateError as error:
-                raise AdapterStateError(f"{self._label}: {error}") from error
+            self._write(access, merged)
         if state.kept is not None:  # otherwise nothing can be brought back, and there is nothing to guard
             state.mark = fingerprint(access.read())
         self._merge_state = state
         self.merged_adapters.extend(names)
+        enter(state, self)
         self._refresh()
+
+    def weight_place(self) -> Hashable | None:
+        """What is equal for layers whose weight is the same memory, or None where that does not count."""
+        try:
+            return weight_access(self).place()
+        except AdapterStateError:
+            return None
+
+    def _write(self, access: WeightAccess, weight: Tensor) -> None:
+        try:
+            access.write(weight)
+        except AdapterStateError as error:
+            raise AdapterStateError(f"{self._label}: {error}") from error
 
     def _read_unchanged(self) -> tuple[WeightAccess, Tensor]:
         """The base weight and the way to change it, if it is what it was after the last merge."""
@@ -730,28 +743,33 @@ class C3ALinear(nn.Module):
             weight = access.read()
         except AdapterStateError as error:
             raise AdapterStateError(f"{self._label}: {error}") from None
-        state = self._merge_state
+        state = self._merge_state or find(access.place())
         if state is not None and state.kept is not None and (state.mark is None or fingerprint(weight) != state.mark):
             raise AdapterStateError(
-                f"{self._label}: the base weight was changed after {self.merged_adapters} were merged into it, so that "
-                "bringing back the original would undo that change. Load the base weight again, or keep the merged one "
-                "(merge_and_unload)"
+                f"{self._label}: the base weight was changed after {state.merged_adapters} were merged into it, so "
+                "that bringing back the original would undo that change. Load the base weight again, or keep the "
+                "merged one (merge_and_unload)"
             )
         return access, weight
 
     @torch.no_grad()
-    def _finite_sum(self, weight: Tensor, names: list[str]) -> Tensor:
+    def _finite_sum(
+        self, weight: Tensor, names: list[str], beside: Iterable[tuple["C3ALinear", list[str]]] = ()
+    ) -> Tensor:
         merged = weight.clone()
         self._add_delta_(merged, names)
+        for other, its_names in beside:
+            other._add_delta_(merged, its_names)
         if not torch.isfinite(merged).all():
             raise AdapterStateError(
                 f"{self._label}: merging {names} gives a weight that is not finite; nothing was merged"
             )
         return merged
 
-    @torch.no_grad()
     def unmerge(self) -> None:
         """Bring back the base weight as it was before anything was merged, bit for bit.
+
+        Where other layers have merged adapters into the same weight (tied embeddings), those stay merged.
 
         Raises:
             AdapterStateError: it was not kept, or the merged weight was changed in between.
@@ -760,13 +778,28 @@ class C3ALinear(nn.Module):
             warnings.warn(f"{self._label}: nothing is merged, so there is nothing to unmerge", stacklevel=2)
             return
         self.check_unmerge()
-        access, _ = self._read_unchanged()
-        assert self._merge_state is not None
-        assert self._merge_state.kept is not None
-        access.restore(self._merge_state.kept)
-        self._merge_state = None
-        self.merged_adapters.clear()
-        self._refresh()
+        self._bring_back()
+
+    @torch.no_grad()
+    def _bring_back(self, *, everyone: bool = False) -> None:
+        """Unmerge, without a check, this layer or every one of its weight."""
+        state = self._merge_state
+        assert state is not None
+        assert state.kept is not None
+        others = state.others(self)
+        weight_access(self).restore(state.kept)
+        for layer in [self, *others] if everyone else [self]:
+            layer._merge_state = None
+            layer.merged_adapters.clear()
+            layer._refresh()
+        if left := [other for other in others if other.merged]:
+            access = weight_access(self)
+            weight = access.read()
+            for other in left:
+                other._add_delta_(weight, other.merged_adapters)
+            if not access.in_place:
+                self._write(access, weight)
+            state.mark = fingerprint(access.read())
 
     def check_unmerge(self) -> None:
         """Raise what `unmerge` would raise, and change nothing.
@@ -799,20 +832,25 @@ class C3ALinear(nn.Module):
         else:
             # The kept original follows the weight's move or cast; a change made before it must not be forgotten.
             changed = state.mark is None or fingerprint(weight_access(self).read()) != state.mark
+            others = state.others(self)
             super()._apply(fn, recurse)
+            state = state.split(self, others)
             if isinstance(state.kept, nn.Module):
                 state.kept._apply(fn)
-            else:
+            elif state.kept is not None:
                 moved = fn(state.kept)
                 state.kept = moved.to("cpu") if state.where == "cpu" and not moved.is_meta else moved
             lost = changed or self.weight.is_meta
             state.mark = None if lost else fingerprint(weight_access(self).read())
+            enter(state, self)
         self._refresh()
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._watch()
+        if self._merge_state is not None:
+            enter(self._merge_state, self)
 
     def _replicate_for_data_parallel(self) -> "C3ALinear":
         # A replica's parameters are attributes that are set later, on another device: it looks them up by name.

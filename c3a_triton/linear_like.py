@@ -8,7 +8,7 @@ output width, quantized layers among them, which only its own forward can comput
 """
 
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -43,6 +43,7 @@ __all__ = [
     "rounding_dtype",
     "stored_tensor",
     "unfit_for_adapters",
+    "unmergeable",
     "weight_access",
     "whole",
 ]
@@ -242,6 +243,9 @@ class WeightAccess(Protocol):
     in_place: bool
     """Whether what `read` returns is the weight's own storage."""
 
+    def place(self) -> Hashable | None:
+        """Where the weight is in memory, equal for all layers that have this memory as their weight, if that counts."""
+
     def read(self) -> Tensor:
         """The weight, [out, in]."""
 
@@ -279,6 +283,10 @@ class _PlainWeight:
     def _weight(self) -> Tensor:
         return self._base._parameters["weight"].detach()  # type: ignore[union-attr]
 
+    def place(self) -> Hashable | None:
+        weight = self._weight()
+        return str(weight.device), weight.data_ptr(), weight.dtype, tuple(weight.shape), weight.stride()
+
     def read(self) -> Tensor:
         return _as_matrix(self._base, self._weight())
 
@@ -302,6 +310,9 @@ class _OffloadedWeight:
     def __init__(self, base: nn.Module, weights: Any) -> None:
         self._base = base
         self._weights = weights
+
+    def place(self) -> Hashable | None:
+        return None  # what is written replaces this layer's alone
 
     def read(self) -> Tensor:
         return _as_matrix(self._base, self._weights["weight"])
@@ -336,6 +347,25 @@ def unfit_for_adapters(base: nn.Module) -> str | None:
     return f"this {type(base).__name__} cannot be adapted: {reason}" if reason else None
 
 
+def unmergeable(base: nn.Module) -> str | None:
+    """Why nothing can be added to the weight of a layer like this, wherever the weight is, or None.
+
+    The weight of what is found here is one that a checkpoint holds as it is.
+    """
+    weight = base._parameters.get("weight")
+    sizes = geometry(base)
+    expected = None if sizes is None else (sizes.out_features, sizes.in_features)
+    if weight is None:
+        return "its weight is not a parameter of its own"
+    if type(weight) not in _ORDINARY or not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        return f"its weight is a {type(weight).__name__} of {weight.dtype}, not an ordinary floating-point matrix"
+    if not computes_its_weight(base):
+        return "its class computes a forward of its own, which is not the product with its weight"
+    if weight.dim() != (4 if isinstance(base, nn.Conv2d) else 2) or _as_matrix(base, weight).shape != expected:
+        return f"its weight has shape {tuple(weight.shape)}, which is not all of {expected}, as a sharded one has"
+    return None
+
+
 def weight_access(owner: Any) -> WeightAccess:
     """How the weight under an adapter layer is merged into.
 
@@ -346,24 +376,14 @@ def weight_access(owner: Any) -> WeightAccess:
         AdapterStateError: it cannot be; the message says why.
     """
     base = owner.get_base_layer()
-    weight = base._parameters.get("weight")
     hook = _offload_hook(base)
-    sizes = geometry(base)
-    expected = None if sizes is None else (sizes.out_features, sizes.in_features)
-    if weight is None:
-        reason = "its weight is not a parameter of its own"
-    elif type(weight) not in _ORDINARY or not weight.is_floating_point() or weight.dtype.itemsize < 2:
-        reason = f"its weight is a {type(weight).__name__} of {weight.dtype}, not an ordinary floating-point matrix"
-    elif not computes_its_weight(base):
-        reason = "its class computes a forward of its own, which is not the product with its weight"
-    elif weight.dim() != (4 if isinstance(base, nn.Conv2d) else 2) or _as_matrix(base, weight).shape != expected:
-        reason = f"its weight has shape {tuple(weight.shape)}, which is not all of {expected}, as a sharded one has"
-    elif hook is not None and weight.is_meta:  # while PEFT merges, it lends an offloaded layer its weight
-        return _OffloadedWeight(base, hook.weights_map)
-    elif weight.is_meta:
+    reason = unmergeable(base)
+    if reason is None:
+        if not base._parameters["weight"].is_meta:
+            return _PlainWeight(base)
+        if hook is not None:  # while PEFT merges, it lends an offloaded layer its weight
+            return _OffloadedWeight(base, hook.weights_map)
         reason = "its weight is on the meta device and holds no values"
-    else:
-        return _PlainWeight(base)
     access = quantized_weight(owner)
     if not isinstance(access, str):
         return access

@@ -5,7 +5,7 @@ import os
 import sys
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -37,12 +37,12 @@ from .ownership import check_owner, is_own, own_parts
 from .quantized import hold_layout, release_layout, torchao_config_of
 from .report import count_parameters, summary_table
 from .row_names import RowNames
+from .samples import computes_the_same
 from .targets import (
     Target,
     base_module_names,
     base_modules,
     check_file_values,
-    embeddings_of,
     find_file_targets,
     find_modules_to_save,
     find_targets,
@@ -53,9 +53,10 @@ from .targets import (
     warn_tied,
     with_task_heads,
 )
+from .untying import Untying, plan_untying, tensors_by_name, untie
 from .wrapping import Wrappers
 
-__all__ = ["AdapterManager"]
+__all__ = ["AdapterManager", "layer_class"]
 
 
 class AdapterManager:
@@ -324,9 +325,9 @@ class AdapterManager:
                 raise AdapterStateError(f"{target.name} has an adapter {adapter_name!r} that nobody here knows")
             kernel = layer._new_kernel(adapter_name, target.block_size, init_weights)
         else:
-            layer_class = _layer_class(layer)
-            backend = self.backend if layer_class.has_backends else "auto"
-            layer = layer_class(
+            new_class = layer_class(layer)
+            backend = self.backend if new_class.has_backends else "auto"
+            layer = new_class(
                 layer, adapter_name, target.block_size, init_weights, backend=backend, layer_name=target.name
             )
             layer.quantization_config = torchao_config_of(self.model)
@@ -594,8 +595,14 @@ class AdapterManager:
     def _merge(self, names: list[str], safe_merge: bool, keep_base: str | None, progressbar: bool) -> None:
         work = [(name, layer, layer.unmerged(names)) for name, layer in self.layers()]
         work = [item for item in work if item[2]]
+        sharing: dict[
+            Hashable, list[tuple[C3ALinear, list[str]]]
+        ] = {}  # layers of one weight are merged into it together
         for _, layer, left in work:
-            layer.check_merge(left, finite=safe_merge)
+            layer.check_merge(left)
+            sharing.setdefault(layer.weight_place() or id(layer), []).append((layer, left))
+        for (layer, left), *beside in sharing.values() if safe_merge else ():
+            layer.check_merge(left, finite=True, beside=beside)
         warn_tied(self.model, [name for name, _, _ in work], "merging changes both")
         for done, (_, layer, left) in enumerate(work, start=1):
             layer._merge(left, keep_base)
@@ -615,11 +622,15 @@ class AdapterManager:
 
     def _unmerge_all(self) -> bool:
         """Unmerge whatever is merged, if all of it can be; whether there was anything."""
-        merged = [layer for _, layer in self.layers() if layer.merged]
-        for layer in merged:
+        # One of the layers that have a weight in common brings it back for all of them.
+        merged: dict[Hashable, C3ALinear] = {}
+        for _, layer in self.layers():
+            if layer.merged:
+                merged.setdefault((id(layer._merge_state), layer.weight_place() or id(layer)), layer)
+        for layer in merged.values():
             layer.check_unmerge()
-        for layer in merged:
-            layer.unmerge()
+        for layer in merged.values():
+            layer._bring_back(everyone=True)
         return bool(merged)
 
     def merge_and_unload(
@@ -630,7 +641,9 @@ class AdapterManager:
     ) -> nn.Module:
         """Merge adapters for good and remove every trace of this library; `model.c3a` is gone afterwards.
 
-        Modules of `modules_to_save` stay in the model as the active adapter trained them.
+        Modules of `modules_to_save` stay in the model as the active adapter trained them. Where that unties embeddings,
+        `tie_word_embeddings` becomes false in the model's configuration, if that changes nothing else, and tensors that
+        saving or loading would lose get memory of their own.
 
         Args:
             safe_merge: as in `merge_adapter`.
@@ -644,8 +657,11 @@ class AdapterManager:
             AdapterNotFoundError, AdapterStateError: as `merge_adapter`.
         """
         names = self._active if adapter_names is None else self._known(adapter_names)
+        untying = self._plan_untying()
         self._merge(names, safe_merge, None, progressbar)
         self._remove(with_copies=True)
+        if untying is not None:
+            untie(self.model, untying)
         return self.model
 
     def unload(self) -> nn.Module:
@@ -663,14 +679,46 @@ class AdapterManager:
         self._remove(with_copies=False)
         return self.model
 
-    def _remove(self, *, with_copies: bool) -> None:
-        tied_before = _embeddings_are_tied(self.model)
+    def _plan_untying(self) -> Untying | None:
+        """What becomes of tensors that are tied to those of modules trained whole, or None where none are.
+
+        Raises:
+            AdapterStateError: the model could not be saved as it is going to be.
+        """
+        if all(module.active_module() is module.original_module for _, module in self._saved_modules()):
+            return None
+        with self._without_adapters(with_copies=False):
+            before = {name: id(tensor) for name, tensor in tensors_by_name(self.model)}
+        with self._without_adapters(with_copies=True):
+            after = {name: id(tensor) for name, tensor in tensors_by_name(self.model)}
+            return plan_untying(self.model, before, after, same=functools.partial(computes_the_same, self.model))
+
+    @contextmanager
+    def _without_adapters(self, *, with_copies: bool) -> Iterator[None]:
+        """Within it the model is the plain one, with the modules that the active adapter trained whole or without."""
+        replaced = self._put_plain(with_copies=with_copies)
+        try:
+            yield
+        finally:
+            for name, module in replaced:
+                self._replace(name, module)
+
+    def _put_plain(self, *, with_copies: bool) -> list[tuple[str, nn.Module]]:
+        """Put plain layers in the place of adapted ones, which are returned with their names."""
+        replaced: list[tuple[str, nn.Module]] = []
         # Every name under which a layer is known, not only the first.
         for name, module in list(self.model.named_modules(remove_duplicate=False)):
             if isinstance(module, C3ALinear) and is_own(module, self._mark):
                 self._replace(name, module.base_layer)
             elif isinstance(module, ModulesToSave) and is_own(module, self._mark):
                 self._replace(name, module.active_module() if with_copies else module.original_module)
+            else:
+                continue
+            replaced.append((name, module))
+        return replaced
+
+    def _remove(self, *, with_copies: bool) -> None:
+        self._put_plain(with_copies=with_copies)
         release_layout(self.model)
         self._configs.clear()
         self._chosen_by.clear()
@@ -681,19 +729,6 @@ class AdapterManager:
                 hooks.remove(self.model)
             self.wrappers.forget()
         pretrained.release(self.model)
-        config = getattr(self.model, "config", None)
-        tied_after = _embeddings_are_tied(self.model)
-        if (
-            with_copies
-            and getattr(config, "tie_word_embeddings", False)
-            and tied_after is not None
-            and not (tied_before and tied_after)
-        ):
-            config.tie_word_embeddings = False  # type: ignore[union-attr]
-            warnings.warn(
-                "the embeddings are no longer tied: tie_word_embeddings=False is set in the model's config",
-                stacklevel=3,
-            )
 
     # Saving
 
@@ -775,7 +810,7 @@ class AdapterManager:
         return summary_table(base_modules(self.model), self._active, self._chosen_by)
 
 
-def _layer_class(base: nn.Module) -> type[C3ALinear]:
+def layer_class(base: nn.Module) -> type[C3ALinear]:
     """What adapts a base layer."""
     sizes = geometry(base)
     kind = "linear" if sizes is None else sizes.kind
@@ -789,12 +824,3 @@ def _trained(parts: Iterable[nn.Module]) -> list[tuple[nn.Parameter, bool]]:
 
 def _do_nothing(module: nn.Module, args: Any) -> None:
     return None
-
-
-def _embeddings_are_tied(model: nn.Module) -> bool | None:
-    """None for a model without input or output embeddings, whose config may ask for tying all the same."""
-    embeddings = embeddings_of(model)
-    if None in embeddings:
-        return None
-    weights = [getattr(module, "weight", None) for module in embeddings]
-    return weights[0] is not None and weights[0] is weights[1]

@@ -5,7 +5,7 @@ No quantization is computed here. A registered class brings its own functions; f
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,10 @@ class QuantizedWeight:
         self._owner = owner
         self._dequantize = dequantize
         self._requantize = requantize
+
+    def place(self) -> Hashable | None:
+        """None: what is written is this layer's alone."""
+        return None
 
     def read(self) -> Tensor:
         """The weight, dequantized, [out, in]."""

@@ -310,12 +310,16 @@ def tied_names(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
 
 def warn_tied(model: nn.Module, names: Iterable[str], what: str) -> None:
     """Warn about modules whose weight other modules share, as tied embeddings do."""
+    parameters = {base_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+    embeddings = _embedding_weights(model)
     for name, others in tied_names(model, names).items():
-        warnings.warn(
-            f"{name}.weight is one tensor with {', '.join(others)} (tied): {what}. To keep them apart, load the model "
-            "with tie_word_embeddings=False",
-            stacklevel=2,
+        is_embedding = any(parameters[others[0]] is weight for weight in embeddings)
+        remedy = (
+            "To keep them apart, load the model with tie_word_embeddings=False"
+            if is_embedding
+            else "Where that is not meant, leave it unmerged"
         )
+        warnings.warn(f"{name}.weight is one tensor with {', '.join(others)} (tied): {what}. {remedy}", stacklevel=2)
 
 
 def with_task_heads(model: nn.Module, config: C3AConfig) -> C3AConfig:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -371,7 +372,7 @@ def test_a_name_that_no_folder_has_is_a_models_name(run, monkeypatch):
 
 def test_merge(run, folders, tmp_path):
     arguments = ("--model", folders / "model", "--adapter", folders / "adapter", "--output", tmp_path / "merged")
-    code, out, err = run("merge", *arguments, "--check", "--json")
+    code, out, err = run("merge", *arguments, "--json")
     found = json.loads(out)
     assert code == 0, err
     assert (found["layers"], found["added"], found["untied"]) == (4, [], False)
@@ -387,11 +388,59 @@ def test_merge(run, folders, tmp_path):
 
 def test_merge_checks_before_the_output_appears(run, folders, tmp_path, monkeypatch):
     """A merge that is wrong, here by twice the update: the check sees it, and nothing is left."""
-    add = folder_merge.add_circulant_
-    monkeypatch.setattr(folder_merge, "add_circulant_", lambda weight, kernels: add(weight, [*kernels, *kernels]))
+    add = c3a_triton.layer.add_circulant_
+    monkeypatch.setattr(c3a_triton.layer, "add_circulant_", lambda weight, kernels: add(weight, [*kernels, *kernels]))
     arguments = ("--model", folders / "model", "--adapter", folders / "adapter", "--output", tmp_path / "merged")
-    assert "more than the 0.0001 that rounding explains" in failed(run, "merge", *arguments, "--check")
-    assert list(tmp_path.iterdir()) == []
+    for check in ([], ["--check"]):
+        assert "more than the 0.0001 that rounding explains" in failed(run, "merge", *arguments, *check)
+        assert list(tmp_path.iterdir()) == []
+    code, out, _ = run("merge", *arguments, "--no-check", "--json")
+    assert (code, json.loads(out)["check"]) == (0, None)
+
+
+def test_merge_of_a_model_that_does_not_fit_into_memory(run, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(merge, "available_memory", lambda: 1000)
+    arguments = ("--model", folders / "model", "--adapter", folders / "adapter", "--output", tmp_path / "merged")
+    assert re.search(
+        r"--check: the model takes .* of main memory in float32", failed(run, "merge", *arguments, "--check")
+    )
+    assert not (tmp_path / "merged").exists()
+    code, out, err = run("merge", *arguments, "--json")
+    assert code == 0
+    assert re.search(r"merge: not checked: the model takes .* are free", err)
+    assert json.loads(out)["not_checked"].startswith("the model takes")
+
+
+def test_merge_checks_what_the_folder_has_lost(run, folders, tmp_path, monkeypatch):
+    """What loading would make up is told from what it makes up for the model, too."""
+    plan = folder_merge._plan
+
+    def without_added(*arguments):
+        found = plan(*arguments)
+        found.added.clear()
+        return found
+
+    monkeypatch.setattr(folder_merge, "_plan", without_added)
+    model = tiny_models.llama(tied=True)
+    model.save_pretrained(tmp_path / "model")
+    config = C3AConfig(block_size=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with pytest.warns(UserWarning, match="copy of its own"):
+        c3a_triton.apply(model, config).c3a.save_pretrained(tmp_path / "adapter")
+    arguments = ("--model", tmp_path / "model", "--adapter", tmp_path / "adapter", "--output", tmp_path / "merged")
+    assert "the merged folder has no lm_head.weight, which the model's has" in failed(run, "merge", *arguments)
+
+
+@pytest.mark.parametrize("build", ["vit", "bert_classifier", "t5", "gpt2"])
+def test_merge_checks_models_of_all_sorts(run, tmp_path, build):
+    model = getattr(tiny_models, build)()
+    model.save_pretrained(tmp_path / "model")
+    config = C3AConfig(block_size="auto", target_modules="all-linear", init_weights="gaussian")
+    c3a_triton.apply(model, config).c3a.save_pretrained(tmp_path / "adapter")
+    arguments = ("--model", tmp_path / "model", "--adapter", tmp_path / "adapter", "--output", tmp_path / "merged")
+    code, out, err = run("merge", *arguments, "--json")
+    assert code == 0, err
+    found = json.loads(out)["check"]
+    assert found["difference"] <= found["tolerance"] < found["effect"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -403,7 +452,7 @@ def test_the_check_allows_for_rounding(tmp_path, dtype):
         tmp_path / "adapter"
     )
     folder_merge.merge_folder(tmp_path / "model", tmp_path / "adapter", tmp_path / "merged")
-    found = merge._compare_logits(tmp_path / "model", tmp_path / "adapter", tmp_path / "merged", torch.device("cpu"))
+    found = merge._compare(tmp_path / "model", tmp_path / "adapter", tmp_path / "merged", torch.device("cpu"))
     assert 0 < found["difference"] < found["tolerance"] / 3
 
 

@@ -24,6 +24,7 @@ from c3a_triton.folder_merge import INDEX_NAME, SINGLE_NAME, merge_folder
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 QV = ["q_proj", "v_proj"]
+TRANSFORMERS_5 = hasattr(transformers.PreTrainedModel, "get_expanded_tied_weights_keys")
 
 
 def adapter_of(model, path: Path, **config) -> Path:
@@ -201,11 +202,62 @@ def test_both_names_of_a_tied_tensor_in_the_file(tmp_path, equal):
     other = tensors["model.embed_tokens.weight"] + (0 if equal else 1)
     save_file(tensors | {"lm_head.weight": other.clone()}, path, metadata={"format": "pt"})
     adapter = adapter_of(model, tmp_path / "adapter", target_modules=["lm_head"])
-    if equal:
-        check(tmp_path, tmp_path / "model", adapter)
+    if equal or TRANSFORMERS_5:  # which does not tie what differs
+        result = check(tmp_path, tmp_path / "model", adapter)
+        assert len(result.changed) == (2 if equal else 1)
     else:
         with pytest.raises(CheckpointError, match=r"different values.*tie_word_embeddings"):
             merge_folder(tmp_path / "model", adapter, tmp_path / "merged")
+
+
+def falcon():
+    config = transformers.FalconConfig(vocab_size=32, hidden_size=24, num_hidden_layers=1, num_attention_heads=2)
+    return transformers.FalconForCausalLM(config)
+
+
+def gemma():
+    values = tiny_models.llama().config.to_dict()
+    config = transformers.GemmaConfig(**{k: values[k] for k in tiny_models._LLAMA}, head_dim=12)
+    return transformers.GemmaForCausalLM(config)
+
+
+def resnet():
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3
+    )
+    return transformers.ResNetForImageClassification(config)
+
+
+KINDS = {
+    "padding, a vocabulary of no multiple of b": (tiny_models.bert_classifier, ["word_embeddings"], 12),
+    "positions": (tiny_models.gpt2, ["wpe"], 12),
+    "tied embeddings": (tiny_models.gpt2, ["wte"], 12),
+    "embeddings and the head tied to them": (tiny_models.gpt2, ["wte", "lm_head"], 8),
+    "patches": (tiny_models.vit, ["patch_embeddings.projection"], 3),
+    "convolutions": (resnet, ["layer.0.convolution"], 8),
+    "Conv1D": (tiny_models.gpt2, ["c_attn"], 12),
+    "a forward of its own": (falcon, ["query_key_value"], 12),
+    "scaled embeddings": (gemma, ["embed_tokens"], 12),
+}
+REFUSED = ("a forward of its own", "scaled embeddings")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_of_every_kind(tmp_path, kind):
+    """Merged as in memory, or refused as there."""
+    build, targets, b = KINDS[kind]
+    torch.manual_seed(0)
+    model = build()
+    model.save_pretrained(tmp_path / "model")
+    adapter = adapter_of(model, tmp_path / "adapter", target_modules=targets, block_size=b)
+    if kind in REFUSED:
+        with pytest.raises(AdapterStateError, match="forward of its own"):
+            merged_in_memory(tmp_path / "model", adapter, type(model))
+        with pytest.raises(AdapterStateError, match="forward of its own"):
+            merge_folder(tmp_path / "model", adapter, tmp_path / "merged")
+        assert not (tmp_path / "merged").exists()
+    else:
+        check(tmp_path, tmp_path / "model", adapter, type(model))
 
 
 def test_adapters_of_peft(tmp_path):

@@ -10,19 +10,27 @@ import torch
 from c3a_triton.api import load_adapter
 from c3a_triton.errors import CheckpointError, ConfigError
 from c3a_triton.folder_merge import merge_folder
+from c3a_triton.machine import available_memory
 from c3a_triton.report import format_bytes
+from c3a_triton.samples import difference, output_of, sample_inputs
 from c3a_triton.structure import load_structure
 
 from .options import add_command, device_option, print_json
 
 __all__ = ["add"]
 
-# Of the largest logit, with the sums in float32: what rounding the merged weights once may change.
+# Of the largest output, with the sums in float32: what rounding the merged weights once may change.
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-PROMPT_TOKENS = 16
+_FLOAT32_BYTES = 4
+# A model is loaded in its own dtype and then widened, and its forward takes some.
+_ROOM = 1.25
 _EXAMPLES = """\
   c3a-triton merge --model path/to/model --adapter path/to/adapter --output merged
-  c3a-triton merge --model path/to/model --adapter path/to/adapter --output merged --force --check"""
+  c3a-triton merge --model path/to/model --adapter path/to/adapter --output merged --force --no-check"""
+
+
+class _NotChecked(Exception):
+    """Why the merged model cannot be held against model and adapter."""
 
 
 def add(subparsers: Any) -> None:
@@ -32,7 +40,8 @@ def add(subparsers: Any) -> None:
         "merge",
         "merge an adapter into a plain model folder, shard by shard",
         "Write a model folder with an adapter merged into its weights, tensor by tensor: the model need not fit into\n"
-        "memory. The folder appears when it is complete. Every weight is summed in float32 and rounded once.",
+        "memory. The folder appears when it is complete. Every weight is summed in float32 and rounded once. Where\n"
+        "the model fits into memory, what the folder computes is compared with model and adapter before that.",
         _EXAMPLES,
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="a transformers folder with safetensors")
@@ -42,9 +51,11 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--device", default="cpu", help="where the sums are computed: cpu (the default) or cuda")
     parser.add_argument(
         "--check",
-        action="store_true",
-        help="load both models in float32 and compare the logits of a random prompt; where they differ by more than "
-        "rounding explains, nothing is written",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="load both models in float32, one after the other, and compare what they make of random inputs; where "
+        "that differs by more than rounding explains, nothing is written. By default it is done where the model fits "
+        "into memory and its inputs are known; with --check it is an error where they are not",
     )
     parser.set_defaults(run=_run)
 
@@ -52,20 +63,33 @@ def add(subparsers: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     device = device_option(args.device)
     checked: dict[str, float] = {}
-    if args.check and not hasattr(_text_config(load_structure(args.model)), "vocab_size"):
-        raise ConfigError(f"{args.model} takes no tokens: --check compares the logits of language models")
+    not_checked: list[str] = []
+
+    def leave_out(reason: _NotChecked) -> None:
+        if args.check:
+            raise ConfigError(f"--check: {reason}") from reason
+        _tell(f"not checked: {reason}")
+        not_checked.append(str(reason))
 
     def verify(folder: Path) -> None:
-        _tell("comparing logits")
-        checked.update(_compare_logits(args.model, args.adapter, folder, device))
+        _tell("comparing outputs")
+        try:
+            checked.update(_compare(args.model, args.adapter, folder, device))
+        except _NotChecked as reason:
+            leave_out(reason)
 
+    if args.check is not False:
+        try:
+            _check_possible(load_structure(args.model), device)
+        except _NotChecked as reason:
+            leave_out(reason)
     merged = merge_folder(
         args.model,
         args.adapter,
         args.output,
         force=args.force,
         device=device,
-        verify=verify if args.check else None,
+        verify=None if args.check is False or not_checked else verify,
         progress=_tell,
     )
     if args.json:
@@ -77,57 +101,85 @@ def _run(args: argparse.Namespace) -> int:
             "untied": merged.untied,
             "weights_bytes": merged.weights_bytes,
             "check": checked or None,
+            "not_checked": not_checked[0] if not_checked else None,
         }
         print_json(document)
         return 0
     print(f"{merged.layers} layers merged into {merged.path} ({format_bytes(merged.weights_bytes)})")
     if merged.untied:
-        print("the embeddings are no longer tied: tie_word_embeddings is false in its config.json")
+        what = "is false in its config.json" if merged.flag_cleared else "stays true: transformers 5 can load that"
+        print(f"the embeddings are no longer tied; tie_word_embeddings {what}")
     if checked:
         print(
-            f"logits differ by {checked['difference']:.2g} of the largest (allowed: {checked['tolerance']:.2g}); the "
+            f"outputs differ by {checked['difference']:.2g} of the largest (allowed: {checked['tolerance']:.2g}); the "
             f"adapter changes them by {checked['effect']:.2g}"
         )
     return 0
-
-
-def _text_config(model: Any) -> Any:
-    return model.config.get_text_config()
 
 
 def _tell(message: str) -> None:
     print(f"merge: {message}", file=sys.stderr)
 
 
-@torch.no_grad()
-def _compare_logits(model: str, adapter: str, merged: Path, device: torch.device) -> dict[str, float]:
-    """How far the merged model's logits are from those of model and adapter, over the largest logit.
+def _check_possible(structure: Any, device: torch.device) -> None:
+    """Raise why a model cannot be checked, as far as that can be told without its weights.
 
     Raises:
-        CheckpointError: farther than rounding explains.
+        _NotChecked: its inputs are not known, or it does not fit into memory.
     """
-    cls: Any = type(load_structure(model))
+    if sample_inputs(structure) is None:
+        raise _NotChecked(f"a {type(structure).__name__} takes inputs that are not known here")
+    needed = int(sum(parameter.numel() for parameter in structure.parameters()) * _FLOAT32_BYTES * _ROOM)
+    free = {"main memory": available_memory()}
+    if device.type == "cuda":
+        free["GPU memory"] = torch.cuda.mem_get_info(device)[0]
+    for where, amount in free.items():
+        if amount is not None and amount < needed:
+            raise _NotChecked(
+                f"the model takes {format_bytes(needed)} of {where} in float32, and {format_bytes(amount)} are free"
+            )
 
-    def logits(loaded: Any) -> torch.Tensor:
-        prompt = torch.Generator().manual_seed(0)
-        ids = torch.randint(_text_config(loaded).vocab_size, (1, PROMPT_TOKENS), generator=prompt).to(device)
-        decoder = {"decoder_input_ids": ids} if loaded.config.is_encoder_decoder else {}
-        return loaded(input_ids=ids, **decoder)[0]
 
+def _compare(model: str, adapter: str, merged: Path, device: torch.device) -> dict[str, float]:
+    """How far what the merged model computes is from what model and adapter compute, over the largest output.
+
+    Raises:
+        CheckpointError: farther than rounding explains, or loading the merged model has to make values up.
+        _NotChecked: the model does not take the inputs that were made up for it, or has itself values that loading
+            makes up.
+    """
+    structure = load_structure(model)
+    cls: Any = type(structure)
+    inputs = sample_inputs(structure)
+    assert inputs is not None
     # In the folder's own dtype, which transformers 5 takes unasked and transformers 4 does not.
-    loaded = cls.from_pretrained(model, dtype="auto").float().to(device).eval()
-    before = logits(loaded)
-    expected = logits(load_adapter(loaded, adapter))
+    loaded, info = cls.from_pretrained(model, dtype="auto", output_loading_info=True)
+    missing = set(info["missing_keys"])
+    loaded = loaded.float().to(device)
+    try:
+        before = output_of(loaded, inputs)
+    except Exception as error:  # whatever a model says about inputs that are made up
+        raise _NotChecked(f"a {cls.__name__} does not take the inputs made up for it: {error}") from error
+    expected = output_of(load_adapter(loaded, adapter), inputs)
+    if expected.isnan().any() or not expected.isfinite().any():
+        raise _NotChecked(f"what a {cls.__name__} with the adapter computes of made-up inputs is not finite")
     del loaded
-    loaded = cls.from_pretrained(merged, dtype="auto")
-    tolerance = TOLERANCES[loaded.dtype]
-    found = logits(loaded.float().to(device).eval())
-    largest = expected.abs().max()
-    difference = ((found - expected).abs().max() / largest).item()
-    effect = ((before - expected).abs().max() / largest).item()
-    if not difference <= tolerance:
+    loaded, info = cls.from_pretrained(merged, dtype="auto", output_loading_info=True)
+    still_missing = set(info["missing_keys"])
+    if lost := sorted(still_missing - missing):
         raise CheckpointError(
-            f"the merged model's logits differ from those of model and adapter by {difference:.2g} of the largest, "
-            f"more than the {tolerance:.2g} that rounding explains; nothing was written"
+            f"the merged folder has no {', '.join(lost[:5])}, which the model's has; nothing was written"
         )
-    return {"difference": difference, "tolerance": tolerance, "effect": effect}
+    if still_missing:
+        raise _NotChecked(f"{model} has no {min(still_missing)}, which loading fills with random values")
+    tolerance = TOLERANCES[loaded.dtype]
+    found = output_of(loaded.float().to(device), inputs)
+    away = difference(found, expected)
+    if not away <= tolerance:
+        raise CheckpointError(
+            f"the merged model's output differs from that of model and adapter by {away:.2g} of the largest, more than "
+            f"the {tolerance:.2g} that rounding explains; nothing was written. Where the adapter changes a weight that "
+            "other layers share (a warning says so), no merged weight computes what it computes: --no-check writes it "
+            "all the same"
+        )
+    return {"difference": away, "tolerance": tolerance, "effect": difference(before, expected)}
