@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import pretrained
+from .beside import embedding_parameters, embeddings_in, embeddings_to_save, warn_embeddings, warn_unsaved
 from .checkpoint import KERNEL_SUFFIX, peft_config, read_adapter, write_adapter
 from .combine import combination
 from .config import C3AConfig
@@ -38,6 +39,7 @@ from .targets import (
     Target,
     base_module_names,
     base_modules,
+    base_name,
     check_file_values,
     embeddings_of,
     find_file_targets,
@@ -83,6 +85,8 @@ class AdapterManager:
         self._disabled = False
         # adapter name → layer name → what decided on the layer's block size
         self._chosen_by: dict[str, dict[str, str]] = {}
+        self._embeddings: dict[str, set[str]] = {}  # adapter name → embeddings that its file has brought
+        self._told_unsaved: set[str] = set()
 
     # What there is
 
@@ -166,7 +170,10 @@ class AdapterManager:
         targets = find_file_targets(self.model, file)
         saved = find_modules_to_save(self.model, config)
         replaced = check_file_values(self.model, file, saved)
+        if self._configs:
+            warn_embeddings(self.model, replaced, self._configs)
         self._inject(adapter_name, config, targets, saved, file.tensors, replaced)
+        self._embeddings[adapter_name] = embeddings_in(file, self.model)
 
     def add_weighted_adapter(
         self,
@@ -256,8 +263,13 @@ class AdapterManager:
                 raise AdapterStateError(f"{name} is offloaded: delete the adapter and load the other one in its place")
             if is_sharded(layer.c3a_kernel[adapter_name]):
                 raise AdapterStateError(f"{name} is sharded: load the adapter into the model before it is sharded")
-        for old, new in same_tensors(self.state_dict(adapter_name), read_adapter(directory)):
+        file = read_adapter(directory)
+        present = self.state_dict(adapter_name, save_embedding_layers=False)
+        held = embeddings_in(file, self.model)
+        present |= {name: p.detach() for name, p in embedding_parameters(self.model).items() if base_name(name) in held}
+        for old, new in same_tensors(present, file):
             old.copy_(new)
+        self._embeddings[adapter_name] = held
 
     def _inject(
         self,
@@ -535,6 +547,7 @@ class AdapterManager:
         for part in self._parts():
             part.delete_adapter(adapter_name)
         del self._configs[adapter_name], self._chosen_by[adapter_name]
+        self._embeddings.pop(adapter_name, None)
 
     def rename_adapter(self, old: str, new: str) -> None:
         """Give an adapter another name; its parameters stay the same objects.
@@ -551,6 +564,7 @@ class AdapterManager:
         self._configs = {new if name == old else name: config for name, config in self._configs.items()}
         self._chosen_by = {new if name == old else name: keys for name, keys in self._chosen_by.items()}
         self._active = [new if name == old else name for name in self._active]
+        self._embeddings = {new if name == old else name: held for name, held in self._embeddings.items()}
 
     # Merging
 
@@ -690,16 +704,32 @@ class AdapterManager:
 
     # Saving
 
-    def state_dict(self, adapter_name: str = "default") -> dict[str, Tensor]:
+    def state_dict(
+        self, adapter_name: str = "default", *, save_embedding_layers: bool | str = "auto"
+    ) -> dict[str, Tensor]:
         """An adapter's tensors under the names of its file, without PEFT's prefix "base_model.model.".
 
-        `<module>.c3a_kernel` for every layer, `<module>.<parameter>` for modules trained whole, and trained biases.
+        `<module>.c3a_kernel` for every layer, `<module>.<parameter>` for modules trained whole, trained biases, and
+        embeddings.
 
         Sharded tensors (DTensors, as of FSDP2) are put together, for which every process has to call.
 
+        Args:
+            adapter_name: which adapter.
+            save_embedding_layers: whether the model's input and output embeddings are among them. `"auto"`, as in PEFT:
+                where the vocabulary is not that of the base model (`resize_token_embeddings`), which is looked up on
+                this machine alone; besides, where they are trained, or the adapter's own file has brought them.
+
         Raises:
             AdapterNotFoundError: an unknown name.
+            AdapterStateError: an adapter is merged into embeddings that are among them.
+            ConfigError: a value of `save_embedding_layers` that means nothing.
         """
+        tensors = self._stored_tensors(adapter_name, save_embedding_layers)
+        return {name: gathered(tensor).detach() for name, tensor in tensors.items()}
+
+    def _stored_tensors(self, adapter_name: str, save_embedding_layers: bool | str) -> dict[str, Tensor]:
+        """What `state_dict` gives, as the model holds it."""
         self._known(adapter_name)
         tensors = {
             name + KERNEL_SUFFIX: stored_tensor(layer.c3a_kernel, adapter_name)
@@ -710,20 +740,45 @@ class AdapterManager:
             if adapter_name in module.modules_to_save:
                 values = module.modules_to_save[adapter_name].state_dict(keep_vars=True)
                 tensors |= {f"{name}.{key}": value for key, value in values.items()}
-        tensors |= self._biases(adapter_name, self._configs[adapter_name].bias)
-        return {name: gathered(tensor).detach() for name, tensor in tensors.items()}
+        config = self._configs[adapter_name]
+        tensors |= self._biases(adapter_name, config.bias)
+        held = self._embeddings.get(adapter_name, ())
+        embeddings = embeddings_to_save(self.model, config, save_embedding_layers, held=held)
+        for name, layer in self.layers():
+            if layer.merged and any(key.startswith(f"{name}.base_layer.") for key in embeddings):
+                raise AdapterStateError(
+                    f"{name} is to be saved beside the adapter, but {layer.merged_adapters} are merged into it: "
+                    "unmerge them first (model.c3a.unmerge_adapter()), or save with save_embedding_layers=False"
+                )
+        return tensors | embeddings
 
-    def save_pretrained(self, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike[str],
+        adapter_name: str = "default",
+        *,
+        save_embedding_layers: bool | str = "auto",
+    ) -> None:
         """Save an adapter to a folder, as PEFT does and reads it. PEFT reads adapters of linear layers alone.
+
+        Warns, once for each, about parameters that were made trainable after `apply` and are in no file.
 
         Where parameters are sharded (FSDP2), every process has to call; the first one writes, the others wait for it.
 
+        Args:
+            directory: the folder.
+            adapter_name: which adapter.
+            save_embedding_layers: whether the embeddings are saved with it, as in `state_dict`.
+
         Raises:
             AdapterNotFoundError: an unknown name.
+            AdapterStateError: an adapter is merged into embeddings that are to be saved.
             CheckpointError: it cannot be written.
+            ConfigError: a value of `save_embedding_layers` that means nothing.
         """
         sharded = any(map(is_sharded, self.model.parameters()))
-        tensors = self.state_dict(adapter_name)
+        tensors = self.state_dict(adapter_name, save_embedding_layers=save_embedding_layers)
+        self._warn_unsaved(tensors)
         block_sizes = {
             name: layer.block_size[adapter_name] for name, layer in self.layers() if adapter_name in layer.block_size
         }
@@ -746,6 +801,14 @@ class AdapterManager:
         finally:
             if sharded:
                 torch.distributed.barrier()
+
+    def _warn_unsaved(self, tensors: Mapping[str, Tensor]) -> None:
+        saved = [parameter for _, layer in self.layers() for parameter in layer.c3a_kernel.parameters()]
+        saved += [parameter for _, module in self._saved_modules() for parameter in module.parameters()]
+        for name, config in self._configs.items():
+            saved += self._biases(name, config.bias).values()
+        saved += [parameter for name, parameter in embedding_parameters(self.model).items() if name in tensors]
+        warn_unsaved(self.model, saved, self._told_unsaved)
 
     # What it looks like
 

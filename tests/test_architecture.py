@@ -36,6 +36,7 @@ ORDER = [
     "checkpoint",
     "combine",
     "targets",
+    "beside",
     "report",
     "pretrained",
     "row_names",
