@@ -26,6 +26,7 @@ __all__ = [
     "DEFAULT_TARGET_MODULES",
     "LAYERS_PATTERN_FORM",
     "MAX_PATTERNS",
+    "MODEL_CONFIG_NAME",
     "MODULES_TO_SAVE_FORM",
     "C3AConfig",
     "check_block_size",
@@ -42,6 +43,7 @@ __all__ = [
 ]
 
 CONFIG_NAME = "adapter_config.json"
+MODEL_CONFIG_NAME = "config.json"
 PEFT_TYPE = "C3A"
 # A configuration is a few kilobytes; one that lists every module of a large model is a few megabytes.
 MAX_CONFIG_BYTES = 16 * 2**20

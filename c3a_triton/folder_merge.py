@@ -24,12 +24,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .checkpoint import KERNEL_SUFFIX, AdapterFile, read_adapter
-from .config import CONFIG_NAME, flush_to_disk, temporary_path
+from .config import CONFIG_NAME, MODEL_CONFIG_NAME, flush_to_disk, temporary_path
 from .errors import AdapterStateError, C3AError, CheckpointError, ConfigError
 from .linear_like import is_transposed
 from .ops import add_circulant_
 from .report import format_bytes
-from .structure import MODEL_CONFIG_NAME, load_structure
+from .structure import load_structure
 from .targets import check_file_values, find_file_targets, find_modules_to_save, warn_tied
 
 __all__ = ["MergedFolder", "merge_folder"]

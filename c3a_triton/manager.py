@@ -333,6 +333,7 @@ class AdapterManager:
                 layer, adapter_name, target.block_size, init_weights, backend=backend, layer_name=target.name
             )
             layer.quantization_config = torchao_config_of(self.model)
+            layer._register_state_dict_hook(pretrained.warn_outer_save)
             kernel = layer.c3a_kernel[adapter_name]
             if self._configs:
                 layer.set_adapter(self._active)
@@ -740,9 +741,11 @@ class AdapterManager:
             if adapter_name in module.modules_to_save:
                 values = module.modules_to_save[adapter_name].state_dict(keep_vars=True)
                 tensors |= {f"{name}.{key}": value for key, value in values.items()}
-        config = self._configs[adapter_name]
-        tensors |= self._biases(adapter_name, config.bias)
-        held = self._embeddings.get(adapter_name, ())
+        tensors |= self._biases(adapter_name, self._configs[adapter_name].bias)
+        return tensors | self._embeddings_to_save(adapter_name, save_embedding_layers)
+
+    def _embeddings_to_save(self, adapter_name: str, save_embedding_layers: bool | str) -> dict[str, nn.Parameter]:
+        config, held = self._configs[adapter_name], self._embeddings.get(adapter_name, ())
         embeddings = embeddings_to_save(self.model, config, save_embedding_layers, held=held)
         for name, layer in self.layers():
             if layer.merged and any(key.startswith(f"{name}.base_layer.") for key in embeddings):
@@ -750,13 +753,32 @@ class AdapterManager:
                     f"{name} is to be saved beside the adapter, but {layer.merged_adapters} are merged into it: "
                     "unmerge them first (model.c3a.unmerge_adapter()), or save with save_embedding_layers=False"
                 )
-        return tensors | embeddings
+        return embeddings
+
+    def _tensors_in(
+        self, state_dict: Mapping[str, Tensor], adapter_name: str, save_embedding_layers: bool | str
+    ) -> dict[str, Tensor]:
+        """What `state_dict` gives, taken from the model's state_dict, which others have put together."""
+        self._known(adapter_name)
+        beside = self._biases(adapter_name, self._configs[adapter_name].bias)
+        beside |= self._embeddings_to_save(adapter_name, save_embedding_layers)
+        names = {unwrapped_name(name) for name in beside}
+        kernel_end, copy = f"{KERNEL_SUFFIX}.{adapter_name}", f".modules_to_save.{adapter_name}."
+        tensors = {}
+        for key, tensor in state_dict.items():
+            name = unwrapped_name(key)
+            if name.endswith(kernel_end):
+                tensors[name.removesuffix(f".{adapter_name}")] = tensor
+            elif copy in name or name in names:
+                tensors[name.replace(copy, ".")] = tensor
+        return tensors
 
     def save_pretrained(
         self,
         directory: str | os.PathLike[str],
         adapter_name: str = "default",
         *,
+        state_dict: Mapping[str, Tensor] | None = None,
         save_embedding_layers: bool | str = "auto",
     ) -> None:
         """Save an adapter to a folder, as PEFT does and reads it. PEFT reads adapters of linear layers alone.
@@ -768,6 +790,7 @@ class AdapterManager:
         Args:
             directory: the folder.
             adapter_name: which adapter.
+            state_dict: the model's, from which the values are taken instead; the caller alone writes then.
             save_embedding_layers: whether the embeddings are saved with it, as in `state_dict`.
 
         Raises:
@@ -776,8 +799,11 @@ class AdapterManager:
             CheckpointError: it cannot be written.
             ConfigError: a value of `save_embedding_layers` that means nothing.
         """
-        sharded = any(map(is_sharded, self.model.parameters()))
-        tensors = self.state_dict(adapter_name, save_embedding_layers=save_embedding_layers)
+        sharded = state_dict is None and any(map(is_sharded, self.model.parameters()))
+        if state_dict is None:
+            tensors = self.state_dict(adapter_name, save_embedding_layers=save_embedding_layers)
+        else:
+            tensors = self._tensors_in(state_dict, adapter_name, save_embedding_layers)
         self._warn_unsaved(tensors)
         block_sizes = {
             name: layer.block_size[adapter_name] for name, layer in self.layers() if adapter_name in layer.block_size
