@@ -453,8 +453,8 @@ def _read_json(path: Path) -> tuple[dict[str, Any], bytes]:
 def flush_to_disk(path: Path) -> None:
     """Waits until a file, or the names in a folder, are on disk.
 
-    Some file systems, such as mounted object stores, know no such request for folders, and Windows none at all: there
-    the names are not waited for.
+    Some file systems, such as mounted object stores, know no such request for folders, or let nobody open one, and
+    Windows has none at all: there the names are not waited for.
 
     Raises:
         OSError: the system reports a failure.
@@ -462,7 +462,12 @@ def flush_to_disk(path: Path) -> None:
     is_folder = path.is_dir()
     if is_folder and os.name != "posix":
         return
-    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    try:
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    except PermissionError:
+        if is_folder:
+            return
+        raise
     try:
         os.fsync(descriptor)
     except OSError as error:

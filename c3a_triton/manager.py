@@ -33,6 +33,7 @@ from .layer import BASE_ROW, KEEP_BASE, C3ALinear, check_adapter_name
 from .linear_like import gathered, geometry, is_sharded, stored_tensor
 from .modules_to_save import ModulesToSave
 from .quantized import hold_layout, release_layout, torchao_config_of
+from .renaming import with_names_of
 from .report import count_parameters, summary_table
 from .row_names import refuse_adapter_names
 from .targets import (
@@ -165,7 +166,7 @@ class AdapterManager:
             ConfigError: a configuration that is not C3A's or cannot be used.
         """
         self._check_free(adapter_name)
-        file = read_adapter(directory)
+        file = with_names_of(self.model, read_adapter(directory))
         config = replace(file.config, inference_mode=not is_trainable)
         targets = find_file_targets(self.model, file)
         saved = find_modules_to_save(self.model, config)
@@ -263,7 +264,7 @@ class AdapterManager:
                 raise AdapterStateError(f"{name} is offloaded: delete the adapter and load the other one in its place")
             if is_sharded(layer.c3a_kernel[adapter_name]):
                 raise AdapterStateError(f"{name} is sharded: load the adapter into the model before it is sharded")
-        file = read_adapter(directory)
+        file = with_names_of(self.model, read_adapter(directory))
         present = self.state_dict(adapter_name, save_embedding_layers=False)
         held = embeddings_in(file, self.model)
         present |= {name: p.detach() for name, p in embedding_parameters(self.model).items() if base_name(name) in held}

@@ -37,6 +37,7 @@ ORDER = [
     "combine",
     "targets",
     "beside",
+    "renaming",
     "report",
     "pretrained",
     "row_names",
