@@ -131,8 +131,10 @@ def write_adapter(
     new_config = write_temporary(config_path, content)
     try:
         save_file(stored, new_weights, metadata=metadata)
-        # The library makes files that only their owner can read; the weights are as readable as the configuration.
-        new_weights.chmod(new_config.stat().st_mode & 0o777)
+        # The library makes files that only their owner can read; the weights are as readable as the configuration. A
+        # courtesy: mounted object stores and network drives have modes of their own and forbid to change them.
+        with contextlib.suppress(OSError):
+            new_weights.chmod(new_config.stat().st_mode & 0o777)
         flush_to_disk(new_weights)
         _replace_both(new_config, config_path, new_weights, weights_path)
     except (OSError, SafetensorError) as error:

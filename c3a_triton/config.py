@@ -26,6 +26,7 @@ __all__ = [
     "DEFAULT_TARGET_MODULES",
     "LAYERS_PATTERN_FORM",
     "MAX_PATTERNS",
+    "MODEL_CONFIG_NAME",
     "MODULES_TO_SAVE_FORM",
     "C3AConfig",
     "check_block_size",
@@ -42,6 +43,7 @@ __all__ = [
 ]
 
 CONFIG_NAME = "adapter_config.json"
+MODEL_CONFIG_NAME = "config.json"
 PEFT_TYPE = "C3A"
 # A configuration is a few kilobytes; one that lists every module of a large model is a few megabytes.
 MAX_CONFIG_BYTES = 16 * 2**20
@@ -451,8 +453,8 @@ def _read_json(path: Path) -> tuple[dict[str, Any], bytes]:
 def flush_to_disk(path: Path) -> None:
     """Waits until a file, or the names in a folder, are on disk.
 
-    Some file systems, such as mounted object stores, know no such request for folders, and Windows none at all: there
-    the names are not waited for.
+    Some file systems, such as mounted object stores, know no such request for folders, or let nobody open one, and
+    Windows has none at all: there the names are not waited for.
 
     Raises:
         OSError: the system reports a failure.
@@ -460,7 +462,12 @@ def flush_to_disk(path: Path) -> None:
     is_folder = path.is_dir()
     if is_folder and os.name != "posix":
         return
-    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    try:
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    except PermissionError:
+        if is_folder:
+            return
+        raise
     try:
         os.fsync(descriptor)
     except OSError as error:

@@ -10,7 +10,6 @@ import copy
 import glob
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -25,13 +24,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .checkpoint import KERNEL_SUFFIX, AdapterFile, read_adapter
-from .config import CONFIG_NAME, flush_to_disk, temporary_path
+from .config import CONFIG_NAME, MODEL_CONFIG_NAME, flush_to_disk, temporary_path
 from .errors import AdapterStateError, C3AError, CheckpointError, ConfigError
 from .layer import C3ALinear
 from .linear_like import unmergeable
 from .manager import layer_class
+from .renaming import renaming_of, with_names_of
 from .report import format_bytes
-from .structure import MODEL_CONFIG_NAME, load_structure
+from .structure import load_structure
 from .targets import Target, check_file_values, find_file_targets, find_modules_to_save, warn_tied
 from .untying import clear_flags, plan_untying
 
@@ -313,6 +313,7 @@ def _read_tensor(file: Any, stored: _Stored) -> tuple[Tensor, bytearray]:
 
 
 def _plan(structure: nn.Module, adapter: AdapterFile, checkpoint: _Checkpoint) -> _Plan:
+    adapter = with_names_of(structure, adapter)
     targets = find_file_targets(structure, adapter)
     saved_modules = find_modules_to_save(structure, adapter.config)
     replaced = check_file_values(structure, adapter, saved_modules, on_meta=True)
@@ -435,42 +436,17 @@ def _equal(checkpoint: _Checkpoint, *keys: str) -> bool:
     return all(other == found[0] for other in found[1:])
 
 
-def _renaming(structure: Any) -> Callable[[str], str | None]:
-    """A checkpoint's key → the name that transformers gives it, None where it makes something else of the tensor."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, rename_source_key
-    except ModuleNotFoundError:  # transformers 4: patterns of the model's class, the first found counts
-        patterns: dict[str, str] = structure._checkpoint_conversion_mapping
-
-        def by_pattern(key: str) -> str:
-            found = next((pattern for pattern in patterns if re.search(pattern, key)), None)
-            return key if found is None else re.sub(found, patterns[found], key)
-
-        return by_pattern
-
-    transforms = get_model_conversion_mapping(structure)
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    renamings = [transform for transform in transforms if not isinstance(transform, WeightConverter)]
-
-    def by_transforms(key: str) -> str | None:
-        name, converted = rename_source_key(key, renamings, converters)
-        return name if converted is None else None
-
-    return by_transforms
-
-
 def _keys_by_name(structure: Any, checkpoint: _Checkpoint, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """The model's names → keys of its checkpoint, as transformers relates them: renamed, with or without the prefix.
 
     Tensors that transformers computes from several of the checkpoint have no key.
     """
-    renamed = _renaming(structure)
+    rename = renaming_of(structure)
     prefix = f"{structure.base_model_prefix}."
     keys = {}
     for key in checkpoint.tensors:
-        name = renamed(key)
-        if name is None:
+        name, converted = rename(key)
+        if converted:
             continue
         candidates = (name.removeprefix(prefix), prefix + name, name)
         found = next((candidate for candidate in candidates if candidate in tensors), None)
@@ -579,13 +555,23 @@ def _copy_other_files(model: Path, folder: Path, plan: _Plan) -> None:
         if path.name.startswith(".") or path.name in (CONFIG_NAME, INDEX_NAME):
             continue
         if path.is_dir() and path.name in _COPIED_FOLDERS:
-            shutil.copytree(path, folder / path.name)
+            _copy_folder(path, folder / path.name)
         elif path.is_file() and not path.name.endswith((*_WEIGHTS_SUFFIXES, ".index.json")):
             shutil.copyfile(path, folder / path.name)
     if plan.flags:
         path = folder / MODEL_CONFIG_NAME
         values = clear_flags(_read_json(path), plan.flags)
         path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_folder(source: Path, copy: Path) -> None:
+    """Copy what is in a folder, without modes and times, which not every file system takes."""
+    copy.mkdir()
+    for path in source.iterdir():
+        if path.is_dir():
+            _copy_folder(path, copy / path.name)
+        else:
+            shutil.copyfile(path, copy / path.name)
 
 
 def _flush(folder: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import pretrained
+from .beside import embedding_parameters, embeddings_in, embeddings_to_save, warn_embeddings, warn_unsaved
 from .checkpoint import KERNEL_SUFFIX, peft_config, read_adapter, write_adapter
 from .combine import combination
 from .config import C3AConfig
@@ -35,6 +36,7 @@ from .modules_to_save import ModulesToSave
 from .names import BASE_ROW, Scope
 from .ownership import check_owner, is_own, own_parts
 from .quantized import hold_layout, release_layout, torchao_config_of
+from .renaming import with_names_of
 from .report import count_parameters, summary_table
 from .row_names import RowNames
 from .samples import computes_the_same
@@ -42,6 +44,7 @@ from .targets import (
     Target,
     base_module_names,
     base_modules,
+    base_name,
     check_file_values,
     find_file_targets,
     find_modules_to_save,
@@ -91,6 +94,8 @@ class AdapterManager:
         self.wrappers = Wrappers()
         # Carried by its layers, through copies and pickles too. Layers without one were put there by their user.
         self._mark = uuid.uuid4().hex
+        self._embeddings: dict[str, set[str]] = {}  # adapter name → embeddings that its file has brought
+        self._told_unsaved: set[str] = set()
 
     # What there is
 
@@ -171,12 +176,15 @@ class AdapterManager:
         """
         self._check_free(adapter_name)
         check_owner(self.model, self._mark)
-        file = read_adapter(directory)
+        file = with_names_of(self.model, read_adapter(directory))
         config = replace(file.config, inference_mode=not is_trainable)
         targets = find_file_targets(self.model, file)
         saved = find_modules_to_save(self.model, config)
         replaced = check_file_values(self.model, file, saved)
+        if self._configs:
+            warn_embeddings(self.model, replaced, self._configs)
         self._inject(adapter_name, config, targets, saved, file.tensors, replaced)
+        self._embeddings[adapter_name] = embeddings_in(file, self.model)
 
     def add_weighted_adapter(
         self,
@@ -266,8 +274,13 @@ class AdapterManager:
                 raise AdapterStateError(f"{name} is offloaded: delete the adapter and load the other one in its place")
             if is_sharded(layer.c3a_kernel[adapter_name]):
                 raise AdapterStateError(f"{name} is sharded: load the adapter into the model before it is sharded")
-        for old, new in same_tensors(self.state_dict(adapter_name), read_adapter(directory)):
+        file = with_names_of(self.model, read_adapter(directory))
+        present = self.state_dict(adapter_name, save_embedding_layers=False)
+        held = embeddings_in(file, self.model)
+        present |= {name: p.detach() for name, p in embedding_parameters(self.model).items() if base_name(name) in held}
+        for old, new in same_tensors(present, file):
             old.copy_(new)
+        self._embeddings[adapter_name] = held
 
     def _inject(
         self,
@@ -332,6 +345,7 @@ class AdapterManager:
             )
             layer.quantization_config = torchao_config_of(self.model)
             layer._scope = self._scope
+            layer._register_state_dict_hook(pretrained.warn_outer_save)
             kernel = layer.c3a_kernel[adapter_name]
             if self._configs:
                 layer.set_adapter(self._active)
@@ -541,6 +555,7 @@ class AdapterManager:
         for part in self._parts():
             part.delete_adapter(adapter_name)
         del self._configs[adapter_name], self._chosen_by[adapter_name]
+        self._embeddings.pop(adapter_name, None)
 
     def rename_adapter(self, old: str, new: str) -> None:
         """Give an adapter another name; its parameters stay the same objects.
@@ -557,6 +572,7 @@ class AdapterManager:
         self._configs = {new if name == old else name: config for name, config in self._configs.items()}
         self._chosen_by = {new if name == old else name: keys for name, keys in self._chosen_by.items()}
         self._active = [new if name == old else name for name in self._active]
+        self._embeddings = {new if name == old else name: held for name, held in self._embeddings.items()}
 
     # Merging
 
@@ -732,16 +748,32 @@ class AdapterManager:
 
     # Saving
 
-    def state_dict(self, adapter_name: str = "default") -> dict[str, Tensor]:
+    def state_dict(
+        self, adapter_name: str = "default", *, save_embedding_layers: bool | str = "auto"
+    ) -> dict[str, Tensor]:
         """An adapter's tensors under the names of its file, without PEFT's prefix "base_model.model.".
 
-        `<module>.c3a_kernel` for every layer, `<module>.<parameter>` for modules trained whole, and trained biases.
+        `<module>.c3a_kernel` for every layer, `<module>.<parameter>` for modules trained whole, trained biases, and
+        embeddings.
 
         Sharded tensors (DTensors, as of FSDP2) are put together, for which every process has to call.
 
+        Args:
+            adapter_name: which adapter.
+            save_embedding_layers: whether the model's input and output embeddings are among them. `"auto"`, as in PEFT:
+                where the vocabulary is not that of the base model (`resize_token_embeddings`), which is looked up on
+                this machine alone; besides, where they are trained, or the adapter's own file has brought them.
+
         Raises:
             AdapterNotFoundError: an unknown name.
+            AdapterStateError: an adapter is merged into embeddings that are among them.
+            ConfigError: a value of `save_embedding_layers` that means nothing.
         """
+        tensors = self._stored_tensors(adapter_name, save_embedding_layers)
+        return {name: gathered(tensor).detach() for name, tensor in tensors.items()}
+
+    def _stored_tensors(self, adapter_name: str, save_embedding_layers: bool | str) -> dict[str, Tensor]:
+        """What `state_dict` gives, as the model holds it."""
         self._known(adapter_name)
         tensors = {
             name + KERNEL_SUFFIX: stored_tensor(layer.c3a_kernel, adapter_name)
@@ -753,19 +785,69 @@ class AdapterManager:
                 values = module.modules_to_save[adapter_name].state_dict(keep_vars=True)
                 tensors |= {f"{name}.{key}": value for key, value in values.items()}
         tensors |= self._biases(adapter_name, self._configs[adapter_name].bias)
-        return {name: gathered(tensor).detach() for name, tensor in tensors.items()}
+        return tensors | self._embeddings_to_save(adapter_name, save_embedding_layers)
 
-    def save_pretrained(self, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
+    def _embeddings_to_save(self, adapter_name: str, save_embedding_layers: bool | str) -> dict[str, nn.Parameter]:
+        config, held = self._configs[adapter_name], self._embeddings.get(adapter_name, ())
+        embeddings = embeddings_to_save(self.model, config, save_embedding_layers, held=held)
+        for name, layer in self.layers():
+            if layer.merged and any(key.startswith(f"{name}.base_layer.") for key in embeddings):
+                raise AdapterStateError(
+                    f"{name} is to be saved beside the adapter, but {layer.merged_adapters} are merged into it: "
+                    "unmerge them first (model.c3a.unmerge_adapter()), or save with save_embedding_layers=False"
+                )
+        return embeddings
+
+    def _tensors_in(
+        self, state_dict: Mapping[str, Tensor], adapter_name: str, save_embedding_layers: bool | str
+    ) -> dict[str, Tensor]:
+        """What `state_dict` gives, taken from the model's state_dict, which others have put together."""
+        self._known(adapter_name)
+        beside = self._biases(adapter_name, self._configs[adapter_name].bias)
+        beside |= self._embeddings_to_save(adapter_name, save_embedding_layers)
+        names = {unwrapped_name(name) for name in beside}
+        kernel_end, copy = f"{KERNEL_SUFFIX}.{adapter_name}", f".modules_to_save.{adapter_name}."
+        tensors = {}
+        for key, tensor in state_dict.items():
+            name = unwrapped_name(key)
+            if name.endswith(kernel_end):
+                tensors[name.removesuffix(f".{adapter_name}")] = tensor
+            elif copy in name or name in names:
+                tensors[name.replace(copy, ".")] = tensor
+        return tensors
+
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike[str],
+        adapter_name: str = "default",
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+        save_embedding_layers: bool | str = "auto",
+    ) -> None:
         """Save an adapter to a folder, as PEFT does and reads it. PEFT reads adapters of linear layers alone.
+
+        Warns, once for each, about parameters that were made trainable after `apply` and are in no file.
 
         Where parameters are sharded (FSDP2), every process has to call; the first one writes, the others wait for it.
 
+        Args:
+            directory: the folder.
+            adapter_name: which adapter.
+            state_dict: the model's, from which the values are taken instead; the caller alone writes then.
+            save_embedding_layers: whether the embeddings are saved with it, as in `state_dict`.
+
         Raises:
             AdapterNotFoundError: an unknown name.
+            AdapterStateError: an adapter is merged into embeddings that are to be saved.
             CheckpointError: it cannot be written.
+            ConfigError: a value of `save_embedding_layers` that means nothing.
         """
-        sharded = any(map(is_sharded, self.model.parameters()))
-        tensors = self.state_dict(adapter_name)
+        sharded = state_dict is None and any(map(is_sharded, self.model.parameters()))
+        if state_dict is None:
+            tensors = self.state_dict(adapter_name, save_embedding_layers=save_embedding_layers)
+        else:
+            tensors = self._tensors_in(state_dict, adapter_name, save_embedding_layers)
+        self._warn_unsaved(tensors)
         block_sizes = {
             name: layer.block_size[adapter_name] for name, layer in self.layers() if adapter_name in layer.block_size
         }
@@ -788,6 +870,14 @@ class AdapterManager:
         finally:
             if sharded:
                 torch.distributed.barrier()
+
+    def _warn_unsaved(self, tensors: Mapping[str, Tensor]) -> None:
+        saved = [parameter for _, layer in self.layers() for parameter in layer.c3a_kernel.parameters()]
+        saved += [parameter for _, module in self._saved_modules() for parameter in module.parameters()]
+        for name, config in self._configs.items():
+            saved += self._biases(name, config.bias).values()
+        saved += [parameter for name, parameter in embedding_parameters(self.model).items() if name in tensors]
+        warn_unsaved(self.model, saved, self._told_unsaved)
 
     # What it looks like
 

@@ -1,23 +1,32 @@
 """What a model of transformers has to be told while it is adapted in place. transformers is not imported."""
 
+import contextlib
+import importlib.util
 import os
 import re
+import sys
 import warnings
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
 
-from .config import CONFIG_NAME
+from .config import MODEL_CONFIG_NAME
 from .layer import C3ALinear
+from .linear_like import is_sharded
 from .targets import base_name, unwrapped_name
 from .tying import keep_ties, release_ties
 
-__all__ = ["SavePretrained", "prepare", "release"]
+__all__ = ["SavePretrained", "prepare", "release", "save_adapters", "warn_outer_save"]
 
 # Libraries whose forward of a causal model hands lm_head's weight to a fused loss and does not call lm_head.
 _FUSED_LOSSES = ("liger_kernel", "cut_cross_entropy")
-_CHECKPOINT_FOLDER = re.compile(r"checkpoint-\d+")
+# The Trainer's checkpoints; some releases write them under another name first.
+_CHECKPOINT_FOLDER = re.compile(r"(?:tmp-)?checkpoint-\d+")
 
 
 def prepare(model: nn.Module) -> None:
@@ -46,10 +55,15 @@ def release(model: nn.Module) -> None:
 
 
 class SavePretrained:
-    """`save_pretrained` of an adapted model: it warns that no plain model can load what it writes.
+    """`save_pretrained` of an adapted model: it adds the adapters to what the model writes, in their own form.
 
-    The Trainer's checkpoints are written through it, and resume. With `adapter_only` they leave out whatever is
-    frozen, which the Trainer does not need in order to resume.
+    The weights have names that no plain model knows: only a resuming Trainer can read them. `from_pretrained` must not
+    take them for a model with layers missing. An empty tensor under the plain name of an adapted weight makes it refuse
+    the file. Where PEFT is installed and the adapter knows its base model, the folder gets no `config.json` either: it
+    is an adapter's folder then, from which transformers loads the base model and the adapter.
+
+    With `adapter_only` whatever is frozen is left out, which the Trainer does not need in order to resume; and in a
+    folder that is no checkpoint of the Trainer, whatever is not in the adapters' files.
 
     Attributes:
         model: the adapted model.
@@ -68,21 +82,39 @@ class SavePretrained:
         **kwargs: Any,
     ) -> Any:
         """As the model's own method."""
-        if left_out := self._left_out():
-            state_dict = self.model.state_dict() if state_dict is None else state_dict
-            state_dict = {name: tensor for name, tensor in state_dict.items() if unwrapped_name(name) not in left_out}
-        if not (self.adapter_only and _is_resumed_or_complete(os.fspath(save_directory))):
+        is_checkpoint = _CHECKPOINT_FOLDER.fullmatch(os.path.basename(os.path.abspath(save_directory))) is not None
+        writes = bool(kwargs.get("is_main_process", args[0] if args else True))
+        # DeepSpeed's parts may not have been put together; then the dict is empty.
+        if writes and (state_dict or (state_dict is None and not any(map(is_sharded, self.model.parameters())))):
+            save_adapters(self.model, save_directory, state_dict)
+        if self.adapter_only and not is_checkpoint and not kwargs.get("push_to_hub"):
+            return None
+        if not (self.adapter_only and is_checkpoint):
             warnings.warn(
                 f"save_pretrained of a {type(self.model).__name__} with C3A adapters in place writes the layers under "
                 "names that from_pretrained does not know. Save the adapter with model.c3a.save_pretrained(directory), "
-                "or a plain model after model.c3a.merge_and_unload(). Only the Trainer, resuming, can read this",
+                "or a plain model after model.c3a.merge_and_unload(). Only the Trainer, resuming, can read this; the "
+                "adapter is beside it",
                 stacklevel=2,
             )
+        left_out = self._left_out()
+        state_dict = self.model.state_dict() if state_dict is None else state_dict
+        state_dict = {name: tensor for name, tensor in state_dict.items() if unwrapped_name(name) not in left_out}
         # FSDP2 changes the model's class, so that it is asked for late.
         save: Any = type(self.model).save_pretrained  # type: ignore[attr-defined]
-        if state_dict is not None:
-            kwargs["state_dict"] = state_dict
-        return save(self.model, save_directory, *args, **kwargs)
+        result = save(self.model, save_directory, *args, state_dict=state_dict | self._refused(), **kwargs)
+        default = self.model.c3a.adapters.get("default")  # type: ignore[union-attr, operator]
+        if writes and default is not None and default.base_model_name_or_path and importlib.util.find_spec("peft"):
+            Path(save_directory, MODEL_CONFIG_NAME).unlink(missing_ok=True)
+        return result
+
+    def _refused(self) -> dict[str, torch.Tensor]:
+        """A tensor that an adapted model passes over, and for which a plain one has another shape."""
+        layers: Any = self.model.c3a.layers()  # type: ignore[union-attr, operator]
+        weights = (
+            f"{unwrapped_name(name)}.weight" for name, layer in layers if "weight" in layer.base_layer._parameters
+        )
+        return {name: torch.empty(0) for name in islice(weights, 1)}
 
     def _left_out(self) -> set[str]:
         """Names of parameters that are not to be saved."""
@@ -96,10 +128,57 @@ class SavePretrained:
         return set(map(unwrapped_name, names))
 
 
-def _is_resumed_or_complete(directory: str) -> bool:
-    """Whether a folder is a checkpoint of the Trainer, or holds the adapter in its own form."""
-    folder = os.path.basename(os.path.normpath(directory))
-    return _CHECKPOINT_FOLDER.fullmatch(folder) is not None or os.path.exists(os.path.join(directory, CONFIG_NAME))
+def save_adapters(model: Any, directory: str | os.PathLike[str], state_dict: dict[str, Any] | None = None) -> None:
+    """Save all adapters of a model, as PEFT does: `"default"` in the folder itself, others in folders of their names.
+
+    Args:
+        model: the adapted model.
+        directory: the folder.
+        state_dict: the model's, where it was put together already. Without it every process has to call where
+            parameters are sharded.
+    """
+    for name in model.c3a.adapters:
+        folder = Path(directory) if name == "default" else Path(directory, name)
+        model.c3a.save_pretrained(folder, name, state_dict=state_dict)
+
+
+def warn_outer_save(layer: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """State-dict hook of adapted layers: who saves a model around them as a plain one is told, once for each save.
+
+    Whoever saves asks for the layers' state_dict, which tells nothing of what becomes of it. The callers do: a
+    `save_pretrained` is for `from_pretrained`, while a state_dict that a training loop keeps goes back to where it came
+    from.
+    """
+    if getattr(state_dict, "c3a_told", False):
+        return
+    found: tuple[int, str, str] | None = None
+    for depth, frame in enumerate(_callers(), start=2):
+        if frame.f_code is SavePretrained.__call__.__code__:
+            return
+        if found is None and frame.f_code.co_name in ("save_pretrained", "save"):
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, nn.Module) and hasattr(type(owner), "save_pretrained"):
+                found = depth + 1, frame.f_code.co_name, type(owner).__name__
+    if found is None:
+        return
+    stacklevel, method, outer = found
+    with contextlib.suppress(AttributeError):  # a dict of somebody's own
+        state_dict.c3a_told = True  # type: ignore[attr-defined]
+    name = unwrapped_name(prefix).removesuffix(".")
+    warnings.warn(
+        f"{method} of a {outer} that holds layers with C3A adapters ({name} and others) writes them under names that "
+        "from_pretrained does not know. Save the adapters with part.c3a.save_pretrained(directory), where part is the "
+        "module that was adapted, or a plain model after part.c3a.merge_and_unload()",
+        stacklevel=stacklevel,
+    )
+
+
+def _callers() -> Iterator[FrameType]:
+    """The frames that have led to the caller's, from the inside out."""
+    frame = sys._getframe(1).f_back
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 def _before_training_forward(model: Any, args: tuple[Any, ...]) -> None:

@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import CONFIG_NAME
+from .config import CONFIG_NAME, MODEL_CONFIG_NAME
 from .errors import C3AError, CheckpointError, ConfigError
 
-__all__ = ["MODEL_CONFIG_NAME", "load_structure", "transformers_package"]
-
-MODEL_CONFIG_NAME = "config.json"
+__all__ = ["load_structure", "transformers_package"]
 
 
 def transformers_package() -> Any:

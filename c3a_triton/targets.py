@@ -435,7 +435,7 @@ def check_file_values(
                 problems.append(f"{name}.{key} has shape {list(value.shape)}, in the model {list(tensor.shape)}")
     parameters = {base_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
     embeddings = _embedding_weights(model)
-    replaced = []
+    replaced: list[tuple[nn.Parameter, Tensor]] = []
     for name, value in left.items():
         # PEFT writes the biases of modules_to_save twice with bias="all".
         if ".modules_to_save." in name:
@@ -445,6 +445,13 @@ def check_file_values(
             problems.append(f"nothing in the model takes {name}")
         elif parameter.shape != value.shape:
             problems.append(f"{name} has shape {list(value.shape)}, in the model {list(parameter.shape)}")
+            if not name.endswith(".bias") and value.shape[1:] == parameter.shape[1:]:
+                problems[-1] += f": call model.resize_token_embeddings({len(value)}) before the adapter is loaded"
+        elif any(parameter is other and not value.equal(former) for other, former in replaced):
+            problems.append(
+                f"{name} is tied to another tensor in this model, and the file has different values for the two: load "
+                "the model with tie_word_embeddings=False"
+            )
         elif parameter.is_meta and not on_meta:
             problems.append(f"{name} cannot be replaced while the model keeps it on the meta device")
         else:

@@ -39,6 +39,8 @@ ORDER = [
     "checkpoint",
     "combine",
     "targets",
+    "beside",
+    "renaming",
     "report",
     "tying",
     "pretrained",

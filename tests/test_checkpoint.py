@@ -206,6 +206,27 @@ def test_form_of_the_files(tmp_path):
     assert len(modes) == 1
 
 
+def test_a_file_system_without_modes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As mounted object stores and network drives: modes cannot be changed, folders cannot be opened."""
+
+    def forbidden(*args: object, **kwargs: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    opened = os.open
+
+    def open_files(path: str | Path, *args: int, **kwargs: int) -> int:
+        return forbidden() if Path(path).is_dir() else opened(path, *args, **kwargs)
+
+    for name in ("chmod", "fchmod", "chown", "utime"):
+        monkeypatch.setattr(os, name, forbidden)
+    monkeypatch.setattr(os, "open", open_files)
+    config = C3AConfig(block_size=4, target_modules=["fc"])
+    for _ in range(2):  # a new folder, and one in which an adapter is replaced
+        tensors = save(tmp_path, config)
+        assert_same(read_adapter(tmp_path).tensors, tensors)
+    assert {path.name for path in tmp_path.iterdir()} == {CONFIG_NAME, WEIGHTS_NAME}
+
+
 def test_strided_shared_and_trainable_tensors_of_any_dtype(tmp_path):
     base = torch.randn(2, 8, 24)
     tensors = {

@@ -115,6 +115,22 @@ def test_files_keep_their_names_headers_and_neighbours(tmp_path, llama_folder):
             assert file.metadata() == {"format": "pt"}
 
 
+def test_a_file_system_without_modes_and_times(tmp_path, llama_folder, monkeypatch):
+    """As mounted object stores and network drives: templates in a folder of their own are copied all the same."""
+
+    def forbidden(*args, **kwargs):
+        raise PermissionError(1, "Operation not permitted")
+
+    templates = llama_folder / "additional_chat_templates" / "nested"
+    templates.mkdir(parents=True)
+    (templates / "tools.jinja").write_text("x")
+    adapter = adapter_of(transformers.AutoModelForCausalLM.from_pretrained(llama_folder), tmp_path / "adapter")
+    for name in ("chmod", "fchmod", "chown", "utime", "setxattr"):
+        monkeypatch.setattr(os, name, forbidden, raising=False)
+    merge_folder(llama_folder, adapter, tmp_path / "merged")
+    assert (tmp_path / "merged" / "additional_chat_templates" / "nested" / "tools.jinja").read_text() == "x"
+
+
 def test_transposed_weights_tied_embeddings(tmp_path):
     model = tiny_models.gpt2()
     model.save_pretrained(tmp_path / "model", max_shard_size="20KB")

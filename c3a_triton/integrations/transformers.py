@@ -9,7 +9,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from c3a_triton.errors import ConfigError
 from c3a_triton.linear_like import is_sharded
 from c3a_triton.manager import AdapterManager
-from c3a_triton.pretrained import SavePretrained
+from c3a_triton.pretrained import SavePretrained, save_adapters
 
 __all__ = ["SaveAdapterCallback"]
 
@@ -19,9 +19,10 @@ class SaveAdapterCallback(TrainerCallback):
 
         trainer = Trainer(model, args, train_dataset=data, callbacks=[SaveAdapterCallback()])
 
-    A checkpoint resumes as before, from the same base model; `c3a_triton.load_adapter` and PEFT load it too. At the end
-    of training the adapters are also saved to `args.output_dir`, which is what `trainer.push_to_hub` uploads. The
-    adapter `"default"` lies in the folder itself, others in folders of their names, as PEFT has it.
+    A checkpoint resumes as before, from the same base model; `c3a_triton.load_adapter` and PEFT load it too, and
+    `from_pretrained` does not take it for a whole model. At the end of training the adapters are also saved to
+    `args.output_dir`, which is what `trainer.push_to_hub` uploads; `trainer.save_model(folder)` writes them and nothing
+    else. The adapter `"default"` lies in the folder itself, others in folders of their names, as PEFT has it.
 
     The model must be one that `c3a_triton.apply` adapted: PEFT's models save only their adapters by themselves.
     """
@@ -59,5 +60,4 @@ class SaveAdapterCallback(TrainerCallback):
 def _save(args: TrainingArguments, model: Any, directory: Path) -> None:
     # Where tensors are sharded, every process is needed to put them together.
     if args.should_save or any(map(is_sharded, model.parameters())):
-        for name in model.c3a.adapters:
-            model.c3a.save_pretrained(directory if name == "default" else directory / name, name)
+        save_adapters(model, directory)
