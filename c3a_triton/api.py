@@ -1,6 +1,8 @@
 """The two calls that adapt a model: `apply` and `load_adapter`."""
 
+import contextlib
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -139,3 +141,8 @@ def _bind(manager: AdapterManager) -> None:
     manager.model.c3a = manager  # type: ignore[assignment]
     pretrained.prepare(manager.model)
     accept_adapter_names(manager.model)
+    if "trl" in sys.modules:
+        with contextlib.suppress(ImportError):  # of one that cannot be used there are no trainers either
+            from .integrations import trl
+
+            trl.patch_trl()

@@ -50,6 +50,7 @@ from .targets import (
     warn_tied,
     with_task_heads,
 )
+from .watched import Watch
 
 __all__ = ["AdapterManager"]
 
@@ -83,6 +84,7 @@ class AdapterManager:
         self._disabled = False
         # adapter name → layer name → what decided on the layer's block size
         self._chosen_by: dict[str, dict[str, str]] = {}
+        self._watch = Watch(model)
 
     # What there is
 
@@ -304,6 +306,7 @@ class AdapterManager:
         self._chosen_by[adapter_name] = {target.name: target.chosen_by for target in targets}
         if is_first:
             self._activate([adapter_name], inference_mode=config.inference_mode)
+        self._watch.begin()
 
     def _new_layer(
         self, adapter_name: str, config: C3AConfig, target: Target, tensors: Mapping[str, Tensor] | None
@@ -559,8 +562,13 @@ class AdapterManager:
         adapter_names: str | Iterable[str] | None = None,
         safe_merge: bool = False,
         keep_base: str | None = "cpu",
+        *,
+        merge_uncalled: bool = False,
     ) -> None:
         """Merge adapters into the base weights, which are kept for `unmerge_adapter`. Other active ones stay applied.
+
+        Layers that the model was seen never to call (a warning has named them) are left out, since their adapters
+        compute nothing, while their weights may well be read: the merged model computes what the adapted one did.
 
         What can be told beforehand is checked in every layer before any is changed. Where a layer fails nevertheless
         (memory runs out, a weight cannot be quantized again), those before it stay merged and the others apply their
@@ -571,6 +579,7 @@ class AdapterManager:
             safe_merge: refuse results that are not finite, before any layer is changed.
             keep_base: where the original weights are kept: `"cpu"`, `"device"`, or None, after which nothing can be
                 unmerged.
+            merge_uncalled: merge into layers that are never called, too.
 
         Raises:
             AdapterNotFoundError: an unknown name.
@@ -584,11 +593,15 @@ class AdapterManager:
             warnings.warn(f"{merged} are merged already, nothing to do", stacklevel=2)
         elif merged and set(names) - set(merged):
             warnings.warn(f"{merged} are merged already; merging the others too", stacklevel=2)
-        self._merge(names, safe_merge, keep_base, progressbar=False)
+        self._merge(names, safe_merge, keep_base, progressbar=False, merge_uncalled=merge_uncalled)
 
-    def _merge(self, names: list[str], safe_merge: bool, keep_base: str | None, progressbar: bool) -> None:
+    def _merge(
+        self, names: list[str], safe_merge: bool, keep_base: str | None, progressbar: bool, merge_uncalled: bool
+    ) -> None:
         work = [(name, layer, layer.unmerged(names)) for name, layer in self.layers()]
         work = [item for item in work if item[2]]
+        if not merge_uncalled:
+            work = self._watch.without_uncalled(work)
         for _, layer, left in work:
             layer.check_merge(left, finite=safe_merge)
         warn_tied(self.model, [name for name, _, _ in work], "merging changes both")
@@ -622,6 +635,8 @@ class AdapterManager:
         safe_merge: bool = False,
         progressbar: bool = False,
         adapter_names: str | Iterable[str] | None = None,
+        *,
+        merge_uncalled: bool = False,
     ) -> nn.Module:
         """Merge adapters for good and remove every trace of this library; `model.c3a` is gone afterwards.
 
@@ -631,6 +646,7 @@ class AdapterManager:
             safe_merge: as in `merge_adapter`.
             progressbar: count the layers on standard error.
             adapter_names: as in `merge_adapter`.
+            merge_uncalled: as in `merge_adapter`.
 
         Returns:
             The model, the same object.
@@ -639,7 +655,7 @@ class AdapterManager:
             AdapterNotFoundError, AdapterStateError: as `merge_adapter`.
         """
         names = self._active if adapter_names is None else self._known(adapter_names)
-        self._merge(names, safe_merge, None, progressbar)
+        self._merge(names, safe_merge, None, progressbar, merge_uncalled)
         self._remove(with_copies=True)
         return self.model
 
@@ -660,6 +676,7 @@ class AdapterManager:
 
     def _remove(self, *, with_copies: bool) -> None:
         tied_before = _embeddings_are_tied(self.model)
+        self._watch.end()
         # Every name under which a layer is known, not only the first.
         for name, module in list(self.model.named_modules(remove_duplicate=False)):
             if isinstance(module, C3ALinear):

@@ -37,6 +37,7 @@ ORDER = [
     "combine",
     "targets",
     "report",
+    "watched",
     "pretrained",
     "row_names",
     "manager",
