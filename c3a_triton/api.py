@@ -1,8 +1,6 @@
 """The two calls that adapt a model: `apply` and `load_adapter`."""
 
-import contextlib
 import os
-import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -141,8 +139,6 @@ def _bind(manager: AdapterManager) -> None:
     manager.model.c3a = manager  # type: ignore[assignment]
     pretrained.prepare(manager.model)
     accept_adapter_names(manager.model)
-    if "trl" in sys.modules:
-        with contextlib.suppress(ImportError):  # of one that cannot be used there are no trainers either
-            from .integrations import trl
+    from .integrations import trl
 
-            trl.patch_trl()
+    trl.patch_trl_when_imported()

@@ -8,6 +8,10 @@ itself.
 import copy
 import importlib
 import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -17,18 +21,46 @@ from c3a_triton.linear_like import is_sharded
 from c3a_triton.manager import AdapterManager
 from c3a_triton.pretrained import is_fused_by_trl, refuse_adapted_head
 
-__all__ = ["patch_trl", "reference_of", "unpatch_trl"]
+__all__ = ["patch_trl", "patch_trl_when_imported", "reference_of", "unpatch_trl"]
 
 # Where a trainer's class comes from a module that has one of these, it multiplies by the output layer's weight.
 _MULTIPLIES = ("add_fused_lm_head", "DistillationTrainer", "AsyncDistillationTrainer")
 _originals: dict[str, Any] = {}
+_TRAINERS = "trl.trainer.base_trainer"
+
+
+class _AtImport(MetaPathFinder):
+    """Patches TRL as soon as its trainers' base has been imported. TRL imports them when they are asked for."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if name != _TRAINERS:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_patch(module: ModuleType) -> None:
+                execute(module)
+                patch_trl()
+
+            spec.loader.exec_module = execute_and_patch  # type: ignore[method-assign]
+        return spec
+
+
+def patch_trl_when_imported() -> None:
+    """Call `patch_trl` now, if TRL's trainers are imported, or else when they are; `apply` and `load_adapter` do it."""
+    if _TRAINERS in sys.modules:
+        patch_trl()
+    elif not any(isinstance(finder, _AtImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AtImport())
 
 
 def patch_trl() -> None:
     """Let TRL's trainers take a copy of a model that is adapted in place as its reference. A second call does nothing.
 
-    `c3a_triton.apply` and `load_adapter` call it where trl is imported already. Trainers that multiply by the output
-    layer's weight then refuse a model whose output layer is adapted in place. Everything else is as before.
+    Trainers that multiply by the output layer's weight then refuse a model whose output layer is adapted in place.
+    Everything else is as before.
 
     Raises:
         ImportError: there is no trl, or one without `trl.trainer.utils`.
@@ -44,7 +76,8 @@ def patch_trl() -> None:
 
 
 def unpatch_trl() -> None:
-    """End `patch_trl`. Trainers that exist keep their references."""
+    """End `patch_trl` and `patch_trl_when_imported`. Trainers that exist keep their references."""
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _AtImport)]
     if "create_model_from_path" in _originals:
         _exchange("create_model_from_path", create_model_from_path, _originals.pop("create_model_from_path"))
     trainer = _base_trainer()
@@ -75,7 +108,7 @@ def reference_of(policy: nn.Module) -> nn.Module:
 def _base_trainer() -> Any:
     """The class from which TRL's trainers are derived; None in versions that have none."""
     try:
-        return getattr(importlib.import_module("trl.trainer.base_trainer"), "_BaseTrainer", None)
+        return getattr(importlib.import_module(_TRAINERS), "_BaseTrainer", None)
     except ModuleNotFoundError:
         return None
 
