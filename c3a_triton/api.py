@@ -159,3 +159,6 @@ def _bound(model: Any, backend: str) -> Iterator[AdapterManager]:
     pretrained.prepare(inner)
     if RowNames.of(inner) is None:
         RowNames((inner,), manager._scope, manager.check_rows)
+    from .integrations import trl
+
+    trl.patch_trl_when_imported()

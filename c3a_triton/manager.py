@@ -57,6 +57,7 @@ from .targets import (
     with_task_heads,
 )
 from .untying import Untying, plan_untying, tensors_by_name, untie
+from .watched import Watch
 from .wrapping import Wrappers
 
 __all__ = ["AdapterManager", "layer_class"]
@@ -96,6 +97,7 @@ class AdapterManager:
         self._mark = uuid.uuid4().hex
         self._embeddings: dict[str, set[str]] = {}  # adapter name → embeddings that its file has brought
         self._told_unsaved: set[str] = set()
+        self._watch = Watch(model)
 
     # What there is
 
@@ -327,6 +329,7 @@ class AdapterManager:
         self._chosen_by[adapter_name] = {target.name: target.chosen_by for target in targets}
         if is_first:
             self._activate([adapter_name], inference_mode=config.inference_mode)
+        self._watch.begin()
 
     def _new_layer(
         self, adapter_name: str, config: C3AConfig, target: Target, tensors: Mapping[str, Tensor] | None
@@ -581,8 +584,13 @@ class AdapterManager:
         adapter_names: str | Iterable[str] | None = None,
         safe_merge: bool = False,
         keep_base: str | None = "cpu",
+        *,
+        merge_uncalled: bool = False,
     ) -> None:
         """Merge adapters into the base weights, which are kept for `unmerge_adapter`. Other active ones stay applied.
+
+        Layers that the model was seen never to call (a warning has named them) are left out, since their adapters
+        compute nothing, while their weights may well be read: the merged model computes what the adapted one did.
 
         What can be told beforehand is checked in every layer before any is changed. Where a layer fails nevertheless
         (memory runs out, a weight cannot be quantized again), those before it stay merged and the others apply their
@@ -593,6 +601,7 @@ class AdapterManager:
             safe_merge: refuse results that are not finite, before any layer is changed.
             keep_base: where the original weights are kept: `"cpu"`, `"device"`, or None, after which nothing can be
                 unmerged.
+            merge_uncalled: merge into layers that are never called, too.
 
         Raises:
             AdapterNotFoundError: an unknown name.
@@ -606,11 +615,15 @@ class AdapterManager:
             warnings.warn(f"{merged} are merged already, nothing to do", stacklevel=2)
         elif merged and set(names) - set(merged):
             warnings.warn(f"{merged} are merged already; merging the others too", stacklevel=2)
-        self._merge(names, safe_merge, keep_base, progressbar=False)
+        self._merge(names, safe_merge, keep_base, progressbar=False, merge_uncalled=merge_uncalled)
 
-    def _merge(self, names: list[str], safe_merge: bool, keep_base: str | None, progressbar: bool) -> None:
+    def _merge(
+        self, names: list[str], safe_merge: bool, keep_base: str | None, progressbar: bool, merge_uncalled: bool
+    ) -> None:
         work = [(name, layer, layer.unmerged(names)) for name, layer in self.layers()]
         work = [item for item in work if item[2]]
+        if not merge_uncalled:
+            work = self._watch.without_uncalled(work)
         sharing: dict[
             Hashable, list[tuple[C3ALinear, list[str]]]
         ] = {}  # layers of one weight are merged into it together
@@ -654,6 +667,8 @@ class AdapterManager:
         safe_merge: bool = False,
         progressbar: bool = False,
         adapter_names: str | Iterable[str] | None = None,
+        *,
+        merge_uncalled: bool = False,
     ) -> nn.Module:
         """Merge adapters for good and remove every trace of this library; `model.c3a` is gone afterwards.
 
@@ -665,6 +680,7 @@ class AdapterManager:
             safe_merge: as in `merge_adapter`.
             progressbar: count the layers on standard error.
             adapter_names: as in `merge_adapter`.
+            merge_uncalled: as in `merge_adapter`.
 
         Returns:
             The model, the same object.
@@ -674,7 +690,7 @@ class AdapterManager:
         """
         names = self._active if adapter_names is None else self._known(adapter_names)
         untying = self._plan_untying()
-        self._merge(names, safe_merge, None, progressbar)
+        self._merge(names, safe_merge, None, progressbar, merge_uncalled)
         self._remove(with_copies=True)
         if untying is not None:
             untie(self.model, untying)
@@ -734,6 +750,7 @@ class AdapterManager:
         return replaced
 
     def _remove(self, *, with_copies: bool) -> None:
+        self._watch.end()
         self._put_plain(with_copies=with_copies)
         release_layout(self.model)
         self._configs.clear()

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -16,12 +16,22 @@ import torch
 from torch import nn
 
 from .config import MODEL_CONFIG_NAME
+from .errors import AdapterStateError
 from .layer import C3ALinear
 from .linear_like import is_sharded
-from .targets import base_name, unwrapped_name
+from .targets import base_name, embeddings_of, unwrapped_name
 from .tying import keep_ties, release_ties
 
-__all__ = ["SavePretrained", "prepare", "release", "save_adapters", "warn_outer_save"]
+__all__ = [
+    "SavePretrained",
+    "adapted_head",
+    "is_fused_by_trl",
+    "prepare",
+    "refuse_adapted_head",
+    "release",
+    "save_adapters",
+    "warn_outer_save",
+]
 
 # Libraries whose forward of a causal model hands lm_head's weight to a fused loss and does not call lm_head.
 _FUSED_LOSSES = ("liger_kernel", "cut_cross_entropy")
@@ -38,10 +48,10 @@ def prepare(model: nn.Module) -> None:
         return
     if "save_pretrained" not in model.__dict__:
         model.save_pretrained = SavePretrained(model)  # type: ignore[assignment]
-        model.register_forward_pre_hook(_before_training_forward)
+        model.register_forward_pre_hook(_before_training_forward, with_kwargs=True)
     keep_ties(model)
     _warn_quantized(model)
-    _warn_fused_loss(model)
+    _warn_fused_loss(model, {})
 
 
 def release(model: nn.Module) -> None:
@@ -52,6 +62,7 @@ def release(model: nn.Module) -> None:
     for key, hook in list(model._forward_pre_hooks.items()):
         if hook is _before_training_forward:
             del model._forward_pre_hooks[key]
+            model._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 class SavePretrained:
@@ -181,15 +192,19 @@ def _callers() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _before_training_forward(model: Any, args: tuple[Any, ...]) -> None:
+def _before_training_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook: what can only be seen when training starts.
 
     A reentrant checkpoint passes no gradient on to parameters unless one of its inputs wants one, and with a frozen
     base none does.
     """
-    if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
+    if torch.compiler.is_compiling():
         return
-    _warn_fused_loss(model)
+    trains = model.training and torch.is_grad_enabled()
+    if trains or "fused_lm_head" in kwargs:
+        _warn_fused_loss(model, kwargs)
+    if not trains:
+        return
     hooked = getattr(model, "_require_grads_hooks", None) or getattr(model, "_require_grads_hook", None)
     if hooked or not hasattr(model, "enable_input_require_grads"):
         return
@@ -217,16 +232,59 @@ def _warn_quantized(model: Any) -> None:
         )
 
 
-def _warn_fused_loss(model: Any) -> None:
-    # The class's own too: accelerate's hooks hide it.
-    modules = (str(getattr(forward, "__module__", None)) for forward in (model.forward, type(model).forward))
-    library = next((name for name in (module.partition(".")[0] for module in modules) if name in _FUSED_LOSSES), None)
-    head = getattr(model, "lm_head", None)
-    if library is not None and isinstance(head, C3ALinear):
-        warnings.warn(
-            f"{head.layer_name} is adapted, but the forward of {type(model).__name__} is that of {library}, whose "
-            "fused loss reads the weight of this layer and does not call it: its adapter is neither applied in "
-            f"training nor trained. Leave {head.layer_name} out of target_modules, or switch the fused linear "
-            "cross-entropy off",
-            stacklevel=4,
+def adapted_head(model: nn.Module) -> C3ALinear | None:
+    """A model's output layer, if it is adapted in place."""
+    head = embeddings_of(model)[1]
+    return head if isinstance(head, C3ALinear) else None
+
+
+def is_fused_by_trl(model: nn.Module) -> bool:
+    """Whether TRL has put a forward of its own, which does not call the output layer, in the place of the model's."""
+    return "trl" in _packages(model.__dict__.get("forward"))
+
+
+def refuse_adapted_head(model: nn.Module, trainer: str) -> None:
+    """Refuse to train a model whose output layer is adapted in place with a trainer that reads that layer's weight.
+
+    Raises:
+        AdapterStateError: it is adapted in place.
+    """
+    head = adapted_head(model)
+    if head is not None:
+        raise AdapterStateError(
+            f"{head.layer_name} is adapted, but {trainer} multiplies by the weight of this layer and does not call it: "
+            f"its adapter would be neither applied nor trained. Leave {head.layer_name} out of target_modules, or "
+            f'train it whole: modules_to_save=["{head.layer_name}"]'
         )
+
+
+def _packages(forward: Any) -> set[str]:
+    """The packages that the functions of a forward come from; functools.wraps hides the outer one's module."""
+    found: set[str] = set()
+    while forward is not None:
+        function = getattr(forward, "__func__", forward)
+        for module in (getattr(function, "__module__", None), getattr(function, "__globals__", {}).get("__name__")):
+            found.add(str(module).partition(".")[0])
+        forward = getattr(function, "__wrapped__", None)
+    return found
+
+
+def _warn_fused_loss(model: Any, kwargs: Mapping[str, Any]) -> None:
+    # The class's own forward too: accelerate's hooks hide it.
+    packages = _packages(model.forward) | _packages(type(model).forward)
+    library = next((name for name in _FUSED_LOSSES if name in packages), None)
+    if kwargs.get("fused_lm_head") is True:
+        if "trl" in (getattr(model, "model_tags", None) or ()):
+            refuse_adapted_head(model, "this trainer of TRL")
+        library = "trl"
+    if library is None or (head := adapted_head(model)) is None:
+        return
+    model.c3a._watch.tell(
+        [head.layer_name],
+        f"{{}} is adapted, but the forward of {type(model).__name__} is that of {library}, whose "
+        "fused loss reads the weight of this layer and does not call it: its adapter is neither applied in "
+        f"training nor trained. Leave {head.layer_name} out of target_modules, train it whole (modules_to_save), or "
+        "switch the fused linear cross-entropy off",
+        uncalled=False,
+        stacklevel=4,
+    )

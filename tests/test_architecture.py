@@ -43,6 +43,7 @@ ORDER = [
     "renaming",
     "report",
     "tying",
+    "watched",
     "pretrained",
     "row_names",
     "ownership",

@@ -462,6 +462,37 @@ def test_loading_a_further_adapter(kind: str, low_cpu_mem_usage: bool, tmp_path:
         check(model, ["default", "loaded"])
 
 
+@pytest.mark.parametrize("kind", OURS)
+def test_a_reference_adapter_has_the_values_of_the_one_it_stands_for(kind: str) -> None:
+    """What the trainers of TRL do with a PeftModel, in its words; C3A's names do not hold ".default."."""
+    model = adapted(kind, modules_to_save=["lm_head"])
+    expected = logits(model)
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all("default" in name for name in trained)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in trained:
+                parameter.add_(1)  # training
+    assert not torch.allclose(logits(model), expected)
+    model.set_adapter("ref")
+    torch.testing.assert_close(logits(model), expected)
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_other_adapters_of_the_same_configuration_are_initialised(kind: str) -> None:
+    model = adapted(kind)
+    model.add_adapter("other", model.peft_config["default"])
+    model.add_adapter("ref", config())
+    for layer in layers(model).values():
+        for name in ("other", "ref"):
+            assert not torch.equal(layer.c3a_kernel[name], layer.c3a_kernel["default"])
+
+
 def of_other_values(folder: Path, **changes: object) -> Path:
     """A folder with an adapter like `adapted`'s, of other values."""
     model = adapted("peft", **changes)

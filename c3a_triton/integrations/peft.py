@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from c3a_triton import layer
 from c3a_triton.dispatch import check_backend
 from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, ConfigError
-from c3a_triton.linear_like import is_sharded
+from c3a_triton.linear_like import is_sharded, stored_tensor
 from c3a_triton.names import BASE_ROW, Scope, expand_rows
 from c3a_triton.quantized import hold_layout, torchao_config_of
 from c3a_triton.row_names import RowNames
@@ -135,6 +135,7 @@ class C3AModel(peft_model.C3AModel):
         _create_and_replace(self, c3a_config, adapter_name, target, target_name, parent, current_key, **kwargs)
         built = getattr(parent, target_name)
         _convert_tuner(self)
+        _copy_reference(self.peft_config, c3a_config, adapter_name, built)
         # Into what PEFT has merged already, only PEFT can reach: it does not keep the original, it subtracts.
         if type(built) is peft_layer.C3ALinear and not built.merged:
             _convert_layer(built, current_key, self.backend, self)
@@ -212,6 +213,18 @@ def _disable_adapter(model: Any) -> Iterator[None]:
     context = model.base_model.disabled() if isinstance(model.base_model, C3AModel) else _DISABLE.old(model)
     with context:
         yield
+
+
+def _copy_reference(configs: Mapping[str, Any], config: Any, adapter_name: str, built: nn.Module) -> None:
+    """Give the adapter that is a trainer's reference the values of the one that it stands for.
+
+    TRL adds "ref" with the very configuration of "default" and then copies what has ".default." in its name, as LoRA's
+    parameters have it ("lora_A.default.weight"); C3A's kernels end with the adapter's name.
+    """
+    sources = [name for name, other in configs.items() if other is config and name != adapter_name]
+    if adapter_name == "ref" and sources and isinstance(built, peft_layer.C3ALayer) and sources[0] in built.c3a_kernel:
+        with torch.no_grad():
+            built.c3a_kernel["ref"].copy_(stored_tensor(built.c3a_kernel, sources[0]))
 
 
 def _check_rows(adapter_names: Sequence[str], layers: Sequence[C3ALinear], training: bool) -> None:
