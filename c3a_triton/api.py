@@ -13,7 +13,7 @@ from .dispatch import check_backend
 from .errors import AdapterStateError, ConfigError
 from .manager import AdapterManager
 from .row_names import accept_adapter_names
-from .wrapping import check_rebuild, unwrapped
+from .wrapping import check_rebuild, unwrapped, watch
 
 __all__ = ["apply", "load_adapter"]
 
@@ -158,3 +158,4 @@ def _bound(model: Any, backend: str) -> Iterator[AdapterManager]:
     inner.c3a = manager
     pretrained.prepare(inner)
     accept_adapter_names(inner)
+    watch(inner)

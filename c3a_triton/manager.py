@@ -52,7 +52,7 @@ from .targets import (
     warn_tied,
     with_task_heads,
 )
-from .wrapping import Wrappers
+from .wrapping import Wrappers, unwatch
 
 __all__ = ["AdapterManager"]
 
@@ -687,6 +687,7 @@ class AdapterManager:
             del self.model.c3a
             self.wrappers.forget()
             refuse_adapter_names(self.model)
+            unwatch(self.model)
         pretrained.release(self.model)
         config = getattr(self.model, "config", None)
         tied_after = _embeddings_are_tied(self.model)
