@@ -13,7 +13,7 @@ from .dispatch import check_backend
 from .errors import AdapterStateError, ConfigError
 from .manager import AdapterManager
 from .row_names import RowNames
-from .wrapping import check_rebuild, unwrapped
+from .wrapping import check_rebuild, unwrapped, watch
 
 __all__ = ["apply", "load_adapter"]
 
@@ -157,6 +157,7 @@ def _bound(model: Any, backend: str) -> Iterator[AdapterManager]:
             raise
     inner.c3a = manager
     pretrained.prepare(inner)
+    watch(inner)
     if RowNames.of(inner) is None:
         RowNames((inner,), manager._scope, manager.check_rows)
     from .integrations import trl

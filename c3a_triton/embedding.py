@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .errors import ConfigError
 from .layer import C3ALinear
+from .linear_like import stored_tensor
 from .ops import add_circulant_, circulant_matrix
 from .probe import behaviour
 
@@ -63,9 +64,10 @@ class C3AEmbedding(C3ALinear):
         if self._scale is not None:
             return delta if self._scale == 1.0 else delta * self._scale
         base: Any = self.get_base_layer()
-        scale = base.embed_scale
+        if not isinstance(base.embed_scale, Tensor):
+            return delta * base.embed_scale
         # Gemma rounds its scale to the weight's dtype, as all that are kept as tensors.
-        return delta * (scale.to(delta.device, base.weight.dtype) if isinstance(scale, Tensor) else scale)
+        return delta * stored_tensor(base, "embed_scale").to(delta.device, base.weight.dtype)
 
     def _delta_weight(self, kernel: Tensor, dtype: torch.dtype) -> Tensor:
         delta = circulant_matrix(kernel, dtype=dtype)[: self.out_features]

@@ -58,7 +58,7 @@ from .targets import (
 )
 from .untying import Untying, plan_untying, tensors_by_name, untie
 from .watched import Watch
-from .wrapping import Wrappers
+from .wrapping import Wrappers, unwatch
 
 __all__ = ["AdapterManager", "layer_class"]
 
@@ -761,6 +761,7 @@ class AdapterManager:
             if (hooks := RowNames.of(self.model)) is not None:
                 hooks.remove(self.model)
             self.wrappers.forget()
+            unwatch(self.model)
         pretrained.release(self.model)
 
     # Saving

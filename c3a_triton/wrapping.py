@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from .errors import AdapterStateError, ConfigError
+from .ownership import own_parts
 
-__all__ = ["Wrappers", "check_rebuild", "rebuild", "unwrapped"]
+__all__ = ["Wrappers", "check_rebuild", "rebuild", "unwatch", "unwrapped", "watch"]
 
 _ORDER = "Adapt the model first, with c3a_triton.apply(model, config), and wrap it afterwards"
 _FRESH = nn.Module().__dict__
@@ -213,3 +214,48 @@ class Wrappers:
         for wrapper in self._present():
             del wrapper.c3a
         self._known.clear()
+
+
+# A DDP that was put around an adapted model, and is not known
+
+
+def watch(model: nn.Module) -> None:
+    """Let a model that has its manager as `c3a` see, as it is trained in a DDP, that all its adapters are reduced."""
+    if _check_reduced not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_check_reduced)
+
+
+def unwatch(model: nn.Module) -> None:
+    """Undo `watch`."""
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if hook is _check_reduced:
+            del model._forward_pre_hooks[key]
+
+
+def _check_reduced(model: nn.Module, args: Any) -> None:
+    """Forward pre-hook: refuse to train what the DDP around the model does not reduce, once for each activation."""
+    if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
+        return
+    wrapper: Any = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    if wrapper is None or getattr(wrapper, "_use_python_reducer", False) or wrapper.parameters_to_ignore:
+        return
+    manager: Any = model.c3a
+    seen = (id(wrapper.reducer), manager._n_activations)
+    if wrapper.__dict__.get("_c3a_seen") == seen:
+        return
+    buckets = wrapper.reducer._get_zeros_like_grad_buckets()
+    reduced = {id(parameter) for bucket in buckets for parameter in bucket.parameters()}
+    left = [
+        f"{name}.{key}"
+        for name, part in own_parts(model, manager._mark)
+        for key, parameter in part.named_parameters()
+        if parameter.requires_grad and id(parameter) not in reduced
+    ]
+    if left:
+        raise AdapterStateError(
+            f"{left[0]}{f' and {len(left) - 1} more' if len(left) > 1 else ''} would be trained in each process apart: "
+            "when this DistributedDataParallel was built, it was not there, or not trained. Wrap the model again after "
+            "set_adapter, or add adapters through the wrapper (c3a_triton.apply(wrapper, ...)), which is then built "
+            "again as they are set"
+        )
+    wrapper._c3a_seen = seen

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import accelerate
 import oracle
 import peft
 import pytest
@@ -236,6 +237,16 @@ def test_rows_copies_and_a_scale_that_changes() -> None:
     update = layer(ids) - layer.base_layer(ids)
     layer.base_layer.embed_scale.fill_(1.0)
     torch.testing.assert_close(layer(ids) - layer.base_layer(ids), update / 50.6, rtol=1e-3, atol=1e-5)
+
+
+def test_a_scale_that_is_offloaded() -> None:
+    base = Scaled(50, WIDTH)
+    base.register_buffer("embed_scale", torch.tensor(50.6))
+    layer = C3AEmbedding(base, "default", 8, "gaussian")
+    expected = layer(torch.arange(50))
+    accelerate.cpu_offload(base, execution_device="cpu", offload_buffers=True)
+    assert base.embed_scale.is_meta
+    torch.testing.assert_close(layer(torch.arange(50)), expected, rtol=0, atol=0)
 
 
 def test_an_embedding_of_its_own_kind() -> None:

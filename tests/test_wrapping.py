@@ -119,6 +119,31 @@ def test_a_hook_that_came_later_is_seen_before_anything_changes() -> None:
     assert wrapper.c3a.active_adapters == ["default"]
 
 
+@pytest.mark.parametrize("around", [lambda model: model, nn.Sequential], ids=["the model", "a model around it"])
+def test_an_adapter_that_a_ddp_of_ones_own_does_not_reduce_is_not_trained(around: Any) -> None:
+    model: Any = c3a_triton.apply(build(), CONFIG)
+    wrapper = ddp(around(model), find_unused_parameters=True)
+    wrapper(X).sum().backward()
+    model.c3a.add_adapter("second", CONFIG)
+    wrapper(X).sum().backward()
+    for names in ("second", ["default", "second"]):
+        model.c3a.set_adapter(names)
+        with pytest.raises(
+            AdapterStateError, match=r"0\.c3a_kernel\.second and 1 more would be trained in each process"
+        ):
+            wrapper(X)
+        with torch.no_grad():
+            wrapper(X)
+        wrapper.eval()(X)
+        wrapper.train()
+    ddp(around(model))(X).sum().backward()
+    model.c3a.set_adapter("default")
+    wrapper(X).sum().backward()
+    assert pickle.loads(pickle.dumps(wrapper))(X).shape == (3, 4)
+    model.c3a.unload()
+    assert not model._forward_pre_hooks
+
+
 def test_copies_and_pickles_have_wrappers_of_their_own() -> None:
     wrapper = c3a_triton.apply(ddp(build()), CONFIG)
     for model in (copy.deepcopy(wrapper.module), pickle.loads(pickle.dumps(wrapper.module))):
