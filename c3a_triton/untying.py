@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from types import CodeType, FunctionType
 from typing import Any
@@ -20,7 +21,17 @@ from torch import Tensor, nn
 
 from .errors import AdapterStateError
 
-__all__ = ["FLAG", "Untying", "clear_flags", "flags", "plan_untying", "tensors_by_name", "untie", "with_flags"]
+__all__ = [
+    "FLAG",
+    "Untying",
+    "clear_flags",
+    "flags",
+    "plan_parts",
+    "plan_untying",
+    "tensors_by_name",
+    "untie",
+    "with_flags",
+]
 
 FLAG = "tie_word_embeddings"
 
@@ -62,9 +73,9 @@ def plan_untying(
             that is installed would tie the tensors again.
     """
     split = [names for names in _groups(before) if len({after[name] for name in names}) > 1]
-    config = getattr(model, "config", None)
-    if not split or config is None or not callable(getattr(type(model), "save_pretrained", None)):
+    if not split or not _is_of_transformers(model):
         return None
+    config = model.config
     shapes = _shapes(model)
     lengths = {shapes[name][:1] for names in split for name in names}
     if hasattr(model, "get_expanded_tied_weights_keys"):
@@ -92,6 +103,34 @@ def plan_untying(
             "transformers 4, stay true: merge with transformers 5, or keep the adapter unmerged"
         )
     return Untying((), _own(after, pairs, names))
+
+
+def plan_parts(
+    model: nn.Module,
+    before: Mapping[str, Hashable],
+    after: Mapping[str, Hashable],
+    same: Callable[[nn.Module, Names], bool],
+) -> list[tuple[nn.Module, Untying]]:
+    """`plan_untying` of a model, or of the models of transformers that a module of somebody's own holds."""
+    found: list[tuple[nn.Module, Untying]] = []
+    inner: tuple[str, ...] = ()
+    for prefix, part in model.named_modules():
+        start = f"{prefix}." if prefix else ""
+        if start.startswith(inner) or not _is_of_transformers(part):
+            continue
+        inner += (start,)
+
+        def within(keys: Mapping[str, Hashable], start: str = start) -> dict[str, Hashable]:
+            return {name.removeprefix(start): key for name, key in keys.items() if name.startswith(start)}
+
+        untying = plan_untying(part, within(before), within(after), same=partial(same, part))
+        if untying is not None:
+            found.append((part, untying))
+    return found
+
+
+def _is_of_transformers(model: Any) -> bool:
+    return getattr(model, "config", None) is not None and callable(getattr(type(model), "save_pretrained", None))
 
 
 def untie(model: Any, untying: Untying) -> None:

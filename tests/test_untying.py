@@ -201,6 +201,18 @@ def test_the_flag_in_a_part_of_the_configuration(tmp_path: Path) -> None:
     assert not torch.equal(loaded.lm_head.weight, loaded.get_input_embeddings().weight)
 
 
+def test_a_model_within_another(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"text": built("BartForConditionalGeneration"), "head": nn.Linear(32, 32)})
+    model = adapted(model, ["q_proj", "head"], ["lm_head"])
+    expected = output(model["text"])
+    text = model.c3a.merge_and_unload()["text"]
+    torch.testing.assert_close(output(text), expected)
+    text.save_pretrained(tmp_path / "text")
+    loaded, info = type(text).from_pretrained(tmp_path / "text", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert torch.equal(output(loaded), output(text))
+
+
 def test_a_model_that_computes_by_the_flag_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether its code can be read or not: a forward before and after shows it."""
     monkeypatch.setattr(untying, "_reads_flag", lambda model: False)
