@@ -50,7 +50,7 @@ from .targets import (
     warn_tied,
     with_task_heads,
 )
-from .untying import Untying, plan_parts, tensors_by_name, untie
+from .untying import Untying, homes_of, plan_parts, tensors_by_name, untie
 
 __all__ = ["AdapterManager", "layer_class"]
 
@@ -683,10 +683,10 @@ class AdapterManager:
         if all(module.active_module() is module.original_module for _, module in self._saved_modules()):
             return []
         with self._without_adapters(with_copies=False):
-            before = {name: id(tensor) for name, tensor in tensors_by_name(self.model)}
+            before, homes = {name: id(tensor) for name, tensor in tensors_by_name(self.model)}, homes_of(self.model)
         with self._without_adapters(with_copies=True):
             after = {name: id(tensor) for name, tensor in tensors_by_name(self.model)}
-            return plan_parts(self.model, before, after, computes_the_same)
+            return plan_parts(self.model, before, after, homes, computes_the_same)
 
     @contextmanager
     def _without_adapters(self, *, with_copies: bool) -> Iterator[None]:

@@ -176,7 +176,7 @@ def test_blocks_that_the_flag_ties_stay_tied() -> None:
     with torch.device("meta"):
         model = tf.Zamba2ForCausalLM(config)
     before = {name: id(tensor) for name, tensor in untying.tensors_by_name(model)}
-    found = untying.plan_untying(model, before, before | {"lm_head.weight": 0})
+    found = untying.plan_untying(model, before, before | {"lm_head.weight": 0}, untying.homes_of(model))
     assert found == untying.Untying((), ())
 
 
@@ -211,6 +211,17 @@ def test_a_model_within_another(tmp_path: Path) -> None:
     loaded, info = type(text).from_pretrained(tmp_path / "text", output_loading_info=True)
     assert not info["missing_keys"]
     assert torch.equal(output(loaded), output(text))
+
+
+def test_a_module_that_is_used_under_two_names() -> None:
+    """Transformers 4 and models of one's own have such: only one use is trained, and a saved model has but one."""
+    model = built("BartForConditionalGeneration")
+    model.model.encoder.embed_tokens = model.model.decoder.embed_tokens = model.model.shared
+    model = adapted(model, ["q_proj"], ["model.shared"])
+    expected = output(model)
+    with pytest.raises(AdapterStateError, match=r"belong to one module.*Keep the adapter unmerged"):
+        model.c3a.merge_and_unload()
+    assert torch.equal(output(model), expected)
 
 
 def test_a_model_that_computes_by_the_flag_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
