@@ -33,7 +33,7 @@ from .renaming import renaming_of, with_names_of
 from .report import format_bytes
 from .structure import load_structure
 from .targets import Target, check_file_values, find_file_targets, find_modules_to_save, warn_tied
-from .untying import clear_flags, plan_untying
+from .untying import clear_flags, homes_of, plan_untying
 
 __all__ = ["MergedFolder", "merge_folder"]
 
@@ -339,7 +339,8 @@ def _plan(structure: nn.Module, adapter: AdapterFile, checkpoint: _Checkpoint) -
     }
 
     config = _read_json(checkpoint.folder / MODEL_CONFIG_NAME)
-    untying = plan_untying(structure, one, one | {name: f"{name} saved" for name in saved}, config)
+    after = one | {name: f"{name} saved" for name in saved}
+    untying = plan_untying(structure, one, after, homes_of(structure), config)
     plan = _Plan(len(targets), flags=() if untying is None else untying.flags, untied=untying is not None)
     own = () if untying is None else untying.own
     for first, group in groups.items():

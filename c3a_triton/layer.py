@@ -20,6 +20,7 @@ from .linear_like import (
     gather_with,
     geometry,
     is_plain,
+    is_transposed,
     kernel_device,
     rounding_dtype,
     stored_tensor,
@@ -708,7 +709,7 @@ class C3ALinear(nn.Module):
         merged = self._finite_sum(weight, names) if safe_merge else None
         state = self._merge_state or find(access.place())
         if state is None:
-            state = MergeState(None if keep_base is None else access.keep(keep_base), keep_base)
+            state = MergeState(None if keep_base is None else access.keep(keep_base), keep_base, self._is_transposed)
         if merged is None:
             merged = weight if access.in_place else weight.clone()
             self._add_delta_(merged, names)
@@ -720,6 +721,10 @@ class C3ALinear(nn.Module):
         self.merged_adapters.extend(names)
         enter(state, self)
         self._refresh()
+
+    @property
+    def _is_transposed(self) -> bool:
+        return is_transposed(self.get_base_layer())
 
     def weight_place(self) -> Hashable | None:
         """What is equal for layers whose weight is the same memory, or None where that does not count."""
@@ -759,7 +764,8 @@ class C3ALinear(nn.Module):
         merged = weight.clone()
         self._add_delta_(merged, names)
         for other, its_names in beside:
-            other._add_delta_(merged, its_names)
+            same_order = other._is_transposed == self._is_transposed
+            other._add_delta_(merged if same_order else merged.t(), its_names)
         if not torch.isfinite(merged).all():
             raise AdapterStateError(
                 f"{self._label}: merging {names} gives a weight that is not finite; nothing was merged"
@@ -787,19 +793,22 @@ class C3ALinear(nn.Module):
         assert state is not None
         assert state.kept is not None
         others = state.others(self)
-        weight_access(self).restore(state.kept)
+        # Another layer may have kept it, in the order of a `Conv1D`.
+        same_order = isinstance(state.kept, nn.Module) or state.transposed == self._is_transposed
+        weight_access(self).restore(state.kept if same_order else state.kept.t())  # type: ignore[operator]
         for layer in [self, *others] if everyone else [self]:
             layer._merge_state = None
             layer.merged_adapters.clear()
             layer._refresh()
-        if left := [other for other in others if other.merged]:
-            access = weight_access(self)
+        left = [other for other in others if other.merged]
+        for other in left:
+            access = weight_access(other)
             weight = access.read()
-            for other in left:
-                other._add_delta_(weight, other.merged_adapters)
+            other._add_delta_(weight, other.merged_adapters)
             if not access.in_place:
-                self._write(access, weight)
-            state.mark = fingerprint(access.read())
+                other._write(access, weight)
+        if left:
+            state.mark = fingerprint(weight_access(left[-1]).read())
 
     def check_unmerge(self) -> None:
         """Raise what `unmerge` would raise, and change nothing.

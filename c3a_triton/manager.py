@@ -56,7 +56,7 @@ from .targets import (
     warn_tied,
     with_task_heads,
 )
-from .untying import Untying, plan_untying, tensors_by_name, untie
+from .untying import Untying, homes_of, plan_parts, tensors_by_name, untie
 from .watched import Watch
 from .wrapping import Wrappers, unwatch
 
@@ -689,11 +689,11 @@ class AdapterManager:
             AdapterNotFoundError, AdapterStateError: as `merge_adapter`.
         """
         names = self._active if adapter_names is None else self._known(adapter_names)
-        untying = self._plan_untying()
+        untyings = self._plan_untying()
         self._merge(names, safe_merge, None, progressbar, merge_uncalled)
         self._remove(with_copies=True)
-        if untying is not None:
-            untie(self.model, untying)
+        for part, untying in untyings:
+            untie(part, untying)
         return self.model
 
     def unload(self) -> nn.Module:
@@ -711,19 +711,19 @@ class AdapterManager:
         self._remove(with_copies=False)
         return self.model
 
-    def _plan_untying(self) -> Untying | None:
-        """What becomes of tensors that are tied to those of modules trained whole, or None where none are.
+    def _plan_untying(self) -> list[tuple[nn.Module, Untying]]:
+        """What becomes of tensors that are tied to those of modules trained whole, in each model of transformers.
 
         Raises:
             AdapterStateError: the model could not be saved as it is going to be.
         """
         if all(module.active_module() is module.original_module for _, module in self._saved_modules()):
-            return None
+            return []
         with self._without_adapters(with_copies=False):
-            before = {name: id(tensor) for name, tensor in tensors_by_name(self.model)}
+            before, homes = {name: id(tensor) for name, tensor in tensors_by_name(self.model)}, homes_of(self.model)
         with self._without_adapters(with_copies=True):
             after = {name: id(tensor) for name, tensor in tensors_by_name(self.model)}
-            return plan_untying(self.model, before, after, same=functools.partial(computes_the_same, self.model))
+            return plan_parts(self.model, before, after, homes, computes_the_same)
 
     @contextmanager
     def _without_adapters(self, *, with_copies: bool) -> Iterator[None]:

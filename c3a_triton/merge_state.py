@@ -15,15 +15,17 @@ class MergeState:
     Args:
         kept: the original, or None with `keep_base=None`.
         where: where it is kept, of `KEEP_BASE`.
+        transposed: whether the layer that kept it is a `Conv1D`, which has the matrix in the other order.
 
     Attributes:
         mark: fingerprint of the merged weight; None where it is known to have been changed.
         layers: those that have merged adapters into this weight. Copies and pickles of a layer enter themselves.
     """
 
-    def __init__(self, kept: Tensor | nn.Module | None, where: str | None) -> None:
+    def __init__(self, kept: Tensor | nn.Module | None, where: str | None, transposed: bool) -> None:
         self.kept = kept
         self.where = where
+        self.transposed = transposed
         self.mark: int | None = None
         self.layers: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -51,7 +53,7 @@ class MergeState:
         """The state of a layer whose weight was moved: one of its own if others of that weight did not follow."""
         if all(other.weight_place() == layer.weight_place() for other in others):
             return self
-        own = MergeState(self.kept, self.where)
+        own = MergeState(self.kept, self.where, self.transposed)
         own.mark, layer._merge_state = self.mark, own
         self.layers.discard(layer)
         return own

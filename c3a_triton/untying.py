@@ -12,7 +12,8 @@ import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
+from itertools import chain, combinations
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -20,7 +21,18 @@ from torch import Tensor, nn
 
 from .errors import AdapterStateError
 
-__all__ = ["FLAG", "Untying", "clear_flags", "flags", "plan_untying", "tensors_by_name", "untie", "with_flags"]
+__all__ = [
+    "FLAG",
+    "Untying",
+    "clear_flags",
+    "flags",
+    "homes_of",
+    "plan_parts",
+    "plan_untying",
+    "tensors_by_name",
+    "untie",
+    "with_flags",
+]
 
 FLAG = "tie_word_embeddings"
 
@@ -45,6 +57,7 @@ def plan_untying(
     model: Any,
     before: Mapping[str, Hashable],
     after: Mapping[str, Hashable],
+    homes: Mapping[str, Hashable],
     values: Mapping[str, Any] | None = None,
     same: Callable[[Names], bool] = lambda paths: True,
 ) -> Untying | None:
@@ -54,17 +67,25 @@ def plan_untying(
         model: the model, under the names that transformers gives its tensors.
         before: name → something that is equal for those that were one tensor.
         after: name → something that is equal for those that are one tensor now.
+        homes: name → what `homes_of` said of it before.
         values: the configuration as it is saved; by default what `model.config` makes of itself.
         same: a further test: whether the model computes the same if the flags of these configurations become false.
 
     Raises:
         AdapterStateError: the flag cannot be cleared without changing what the model computes, and the transformers
-            that is installed would tie the tensors again.
+            that is installed would tie the tensors again; or a module that the model uses under several names was
+            trained under one of them.
     """
     split = [names for names in _groups(before) if len({after[name] for name in names}) > 1]
-    config = getattr(model, "config", None)
-    if not split or config is None or not callable(getattr(type(model), "save_pretrained", None)):
+    if not split or not _is_of_transformers(model):
         return None
+    config = model.config
+    for one, other in (pair for names in split for pair in combinations(names, 2)):
+        if homes[one] == homes[other] and after[one] != after[other]:
+            raise AdapterStateError(
+                f"{one} and {other} belong to one module of this {type(model).__name__}, of which only one use was "
+                "trained (modules_to_save): what is saved cannot hold both. Keep the adapter unmerged"
+            )
     shapes = _shapes(model)
     lengths = {shapes[name][:1] for names in split for name in names}
     if hasattr(model, "get_expanded_tied_weights_keys"):
@@ -92,6 +113,35 @@ def plan_untying(
             "transformers 4, stay true: merge with transformers 5, or keep the adapter unmerged"
         )
     return Untying((), _own(after, pairs, names))
+
+
+def plan_parts(
+    model: nn.Module,
+    before: Mapping[str, Hashable],
+    after: Mapping[str, Hashable],
+    homes: Mapping[str, Hashable],
+    same: Callable[[nn.Module, Names], bool],
+) -> list[tuple[nn.Module, Untying]]:
+    """`plan_untying` of a model, or of the models of transformers that a module of somebody's own holds."""
+    found: list[tuple[nn.Module, Untying]] = []
+    inner: tuple[str, ...] = ()
+    for prefix, part in model.named_modules():
+        start = f"{prefix}." if prefix else ""
+        if start.startswith(inner) or not _is_of_transformers(part):
+            continue
+        inner += (start,)
+
+        def within(keys: Mapping[str, Hashable], start: str = start) -> dict[str, Hashable]:
+            return {name.removeprefix(start): key for name, key in keys.items() if name.startswith(start)}
+
+        untying = plan_untying(part, within(before), within(after), within(homes), same=partial(same, part))
+        if untying is not None:
+            found.append((part, untying))
+    return found
+
+
+def _is_of_transformers(model: Any) -> bool:
+    return getattr(model, "config", None) is not None and callable(getattr(type(model), "save_pretrained", None))
 
 
 def untie(model: Any, untying: Untying) -> None:
@@ -163,6 +213,12 @@ def clear_flags(values: Mapping[str, Any], paths: Iterable[str]) -> dict[str, An
 def tensors_by_name(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, parameter or buffer) of a model, each under all of its names."""
     return chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+
+
+def homes_of(model: nn.Module) -> dict[str, Hashable]:
+    """Name → the module that a parameter or buffer belongs to, which may be known under several names itself."""
+    owners = {name: id(module) for name, module in model.named_modules(remove_duplicate=False)}
+    return {name: (owners[name.rpartition(".")[0]], name.rpartition(".")[2]) for name, _ in tensors_by_name(model)}
 
 
 def _is_in(path: str, top: str) -> bool:

@@ -195,6 +195,32 @@ def test_the_warning_about_it(recwarn):
     assert all("Where that is not meant, leave it unmerged" in message for message in said)
 
 
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_a_weight_that_one_layer_transposes(order):
+    """A `Conv1D` multiplies by what a linear layer multiplies by the transpose of."""
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+
+    class Square(Tied):
+        def __init__(self):
+            super().__init__()
+            self.b = conv1d(8, 8)
+            self.b.weight = self.a.weight
+
+    model = adapted(Square)
+    before = bits(model)
+    deltas = {"a": model.a.get_delta_weight("default"), "b": model.b.get_delta_weight("default").t()}
+    model.c3a.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(bits(model), before + deltas["a"] + deltas["b"])
+    model.c3a.unmerge_adapter()
+    for first in "ab":
+        model.get_submodule(first).merge()
+        model.get_submodule("ab".replace(first, "")).merge()
+        model.get_submodule(order[0]).unmerge()
+        torch.testing.assert_close(bits(model), before + deltas[order[1]])
+        model.get_submodule(order[1]).unmerge()
+        assert torch.equal(bits(model), before)
+
+
 def test_without_the_original():
     model = adapted()
     expected = summed(model, "a", "b")

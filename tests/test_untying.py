@@ -176,7 +176,7 @@ def test_blocks_that_the_flag_ties_stay_tied() -> None:
     with torch.device("meta"):
         model = tf.Zamba2ForCausalLM(config)
     before = {name: id(tensor) for name, tensor in untying.tensors_by_name(model)}
-    found = untying.plan_untying(model, before, before | {"lm_head.weight": 0})
+    found = untying.plan_untying(model, before, before | {"lm_head.weight": 0}, untying.homes_of(model))
     assert found == untying.Untying((), ())
 
 
@@ -199,6 +199,29 @@ def test_the_flag_in_a_part_of_the_configuration(tmp_path: Path) -> None:
     loaded = type(merged).from_pretrained(tmp_path / "merged")
     assert torch.equal(loaded.lm_head.weight, merged.lm_head.weight)
     assert not torch.equal(loaded.lm_head.weight, loaded.get_input_embeddings().weight)
+
+
+def test_a_model_within_another(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"text": built("BartForConditionalGeneration"), "head": nn.Linear(32, 32)})
+    model = adapted(model, ["q_proj", "head"], ["lm_head"])
+    expected = output(model["text"])
+    text = model.c3a.merge_and_unload()["text"]
+    torch.testing.assert_close(output(text), expected)
+    text.save_pretrained(tmp_path / "text")
+    loaded, info = type(text).from_pretrained(tmp_path / "text", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert torch.equal(output(loaded), output(text))
+
+
+def test_a_module_that_is_used_under_two_names() -> None:
+    """Transformers 4 and models of one's own have such: only one use is trained, and a saved model has but one."""
+    model = built("BartForConditionalGeneration")
+    model.model.encoder.embed_tokens = model.model.decoder.embed_tokens = model.model.shared
+    model = adapted(model, ["q_proj"], ["model.shared"])
+    expected = output(model)
+    with pytest.raises(AdapterStateError, match=r"belong to one module.*Keep the adapter unmerged"):
+        model.c3a.merge_and_unload()
+    assert torch.equal(output(model), expected)
 
 
 def test_a_model_that_computes_by_the_flag_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
