@@ -178,7 +178,9 @@ class Subject:
             raise BaseFails(f"its output is not deterministic ({off:.1e})")
 
     def _probe(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        self.call(model, inputs)
+        output = self.call(model, inputs)
+        if any(torch.isnan(value).any() for _, value in output):
+            raise ValueError("its output is not finite")
 
     def call(self, model: nn.Module, inputs: dict[str, Any] | None = None, grad: bool = False) -> Outputs:
         """The model's output, with the same random numbers every time."""

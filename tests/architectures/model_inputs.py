@@ -96,17 +96,18 @@ def _improved(
     if found := _MISMATCH.search(message):
         kind = next((k for k in ("video", "image", "audio") if k in message.lower()), "image")
         token = _field(config, f"{kind}_token_id", f"{kind}_token_index", "media_token_id", "image_token_id")
-        per_row = int(found[2]) // ROWS
-        if token is None or "input_ids" not in inputs or not 0 < per_row < 2000 or int(found[2]) % ROWS:
+        features = int(found[2])
+        if features > 1000 * ROWS:  # some count numbers, not vectors
+            features //= int(_field(config, "hidden_size", default=64))
+        if token is None or "input_ids" not in inputs or not features or features % ROWS:
             return None
         ids = tokens()
-        ids = torch.cat([ids[:, :2], torch.full((ROWS, per_row), int(token)), ids[:, 2:]], 1)
+        ids[ids == int(token)] = 6 if int(token) != 6 else 7
+        ids = torch.cat([ids[:, :2], torch.full((ROWS, features // ROWS), int(token)), ids[:, 2:]], 1)
         changed = {**inputs, "input_ids": ids}
-        if "mm_token_type_ids" in inputs:
-            changed["mm_token_type_ids"] = (ids == int(token)).long()
-        for key in ("token_type_ids", "attention_mask"):
-            if key in inputs:
-                changed[key] = torch.ones_like(ids) if key == "attention_mask" else (ids == int(token)).long()
+        is_token = (ids == int(token)).long()
+        of_length = {"mm_token_type_ids": is_token, "token_type_ids": is_token, "attention_mask": torch.ones_like(ids)}
+        changed |= {key: value for key, value in of_length.items() if key in inputs}
         return None if torch.equal(ids, inputs["input_ids"]) else changed
     return None
 
@@ -122,6 +123,10 @@ def _candidates(model: Any, parameters: Any, random: Any, tokens: Any) -> Iterat
         for times in dict.fromkeys((int(_field(config, "temporal_patch_size", default=1)), 1)):
             patches = random(ROWS * 16, channels * times * patch[0] * patch[1])
             yield {"hidden_states": patches, "grid_thw": torch.tensor([[1, 4, 4]] * ROWS)}
+    if "pixel_position_ids" in parameters:
+        positions = torch.tensor([[n % 4, n // 4] for n in range(16)]).repeat(ROWS, 1, 1)
+        size = int(_field(config, "patch_size", default=8))
+        yield {"pixel_values": random(ROWS, 16, 3 * size**2), "pixel_position_ids": positions}
     text: list[dict[str, Any]] = [{}]
     if "input_ids" in parameters:
         text = [{"input_ids": tokens()}]
@@ -191,14 +196,15 @@ def _media(config: Any, parameters: Any, random: Any) -> dict[str, list[Any]]:
                     {
                         name: random(ROWS * 16, channels * int(t) * patch * patch),
                         grid: torch.tensor([[1, 4, 4]] * ROWS),
+                        **(
+                            {"image_merge_sizes": torch.tensor([1] * ROWS)} if "image_merge_sizes" in parameters else {}
+                        ),
                     },
                 )
         elif grid == "image_sizes":
-            found[name] = [
-                {name: random(ROWS, channels, height, width), grid: torch.tensor([[height, width]] * ROWS)},
-                {name: random(ROWS, 5, channels, height, width), grid: torch.tensor([[height, width]] * ROWS)},
-                *found[name],
-            ]
+            sizes = torch.tensor([[height, width]] * ROWS)
+            shapes = ((ROWS, channels, height, width), (ROWS, 2, channels, height, width))
+            found[name] = [found[name][0], *({name: random(*shape), grid: sizes} for shape in shapes), *found[name][1:]]
         elif grid == "spatial_shapes":
             patch = int(_field(config, "patch_size", default=8))
             found[name].insert(0, {
@@ -351,6 +357,27 @@ def _large_image(model: Any, random: Any, tokens: Any) -> Iterator[Inputs]:
     yield {"pixel_values": random(ROWS, 3, 256, 256)}
 
 
+def _tiles(model: Any, random: Any, tokens: Any) -> Iterator[Inputs]:
+    vision = model.config.vision_config
+    tiles, size = vision.max_num_tiles, vision.image_size
+    ids = tokens()
+    ids[:, 0] = model.config.image_token_index
+    yield {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": random(ROWS, 1, tiles, 3, size, size),
+        "aspect_ratio_ids": torch.ones(ROWS, 1, dtype=torch.long),
+        "aspect_ratio_mask": torch.tensor([[[1] + [0] * (tiles - 1)]] * ROWS),
+        "cross_attention_mask": torch.tensor([[1] + [0] * (tiles - 1)]).repeat(ROWS, LENGTH, 1, 1),
+    }
+    yield {"input_ids": tokens()}
+
+
+def _regions(model: Any, random: Any, tokens: Any) -> Iterator[Inputs]:
+    features = {"visual_feats": random(ROWS, 4, model.config.visual_feat_dim), "visual_pos": random(ROWS, 4, 4)}
+    yield {"input_ids": tokens(), **features}
+
+
 def _line(model: Any, random: Any, tokens: Any) -> Iterator[Inputs]:
     yield {"pixel_values": random(ROWS, 3, 48, 320)}
 
@@ -378,6 +405,8 @@ SPECIAL: dict[str, Callable[..., Any]] = {
     "DecisionTransformerModel": _decisions,
     "clap": _spectrogram_and_text,
     "encodec": _waveform,
+    "MllamaForConditionalGeneration": _tiles,
+    "lxmert": _regions,
     "depth_pro": _large_image,
     "lightglue": _pairs,
     "superglue": _pairs,

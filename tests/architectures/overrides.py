@@ -121,6 +121,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "sam3_tracker": {"low_res_mask_size": 16},
     "depth_pro": {"patch_size": 64},
     "audio-spectrogram-transformer": {"max_length": 64},
+    "encodec": {"codebook_dim": 64},
+    "clap": {"audio_config.spec_size": 256},
+    "clap_audio_model": {"spec_size": 256},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
 }

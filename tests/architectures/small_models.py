@@ -171,7 +171,9 @@ def small_config(config_class: Any, name: str = "") -> Any:
     values = _small(default.to_dict(), ids)
     for key in ("transformers_version", "architectures", "torch_dtype", "dtype", "_name_or_path"):
         values.pop(key, None)
-    if any(isinstance(values.get(key), dict) for key in ("vision_config", "thinker_config")):
+    if "mrope_section" in getattr(config_class, "ignore_keys_at_rope_validation", ()) or any(
+        isinstance(values.get(key), dict) for key in ("vision_config", "thinker_config")
+    ):
         _add_mrope_sections(values)
     for path, value in overrides.items():
         *parents, last = path.split(".")
@@ -190,14 +192,12 @@ def small_config(config_class: Any, name: str = "") -> Any:
 def _add_mrope_sections(values: dict[str, Any]) -> None:
     """Split the rotary dimensions for time, height and width as HEAD wants it; defaults are for larger heads."""
     for key, value in values.items():
-        if (
-            key == "rope_parameters"
-            and isinstance(value, dict)
-            and "rope_type" in value
-            and "vision" not in values.get("model_type", "")
-        ):
-            value.setdefault("mrope_section", [4, 2, 2])
-        elif isinstance(value, dict):
+        if not isinstance(value, dict):
+            continue
+        if key == "rope_parameters" and "rope_type" in value and "vision" not in values.get("model_type", ""):
+            half = int(HEAD * (value.get("partial_rotary_factor") or 1)) // 2
+            value.setdefault("mrope_section", [half // 2, half // 4, half // 4])
+        else:
             _add_mrope_sections(value)
 
 
@@ -261,6 +261,8 @@ def _layers_to_keep(values: dict[str, Any]) -> tuple[int, list[int]] | None:
 def _small_list(key: str, value: list[Any], ids: dict[int, int], chosen: Any) -> list[Any]:
     if value and all(isinstance(entry, dict) for entry in value):
         return [_small(entry, ids) for entry in value]
+    if key == "image_grid_pinpoints":
+        return [[64, 64]]
     if chosen and len(value) == chosen[0]:
         return [value[index] for index in chosen[1]]
     if not value or not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in value):
