@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: test test-triton36 test-compat test-gpu-software nightly lint demo bench gpu-cache gpu-rehearsal hub dist clean
+.PHONY: test test-triton36 test-compat test-gpu-software nightly scan architectures lint demo bench gpu-cache gpu-rehearsal hub dist clean
 
 test: $(VENV)/.installed
 	# A file stays in one worker, so that kernels are compiled once; files go by name, because the longest comes early so.
@@ -30,7 +30,7 @@ test-gpu-software: .venv-gpu/.installed
 
 # What takes too long for every change: kills at a hundred moments each, every byte of a file flipped, all cases compiled
 # for all cards, 5,000 sequences of operations, 20,000 steps, the GPU machine's software, ten minutes of fuzzing, under
-# atheris where it installs (it has no wheels for every Python and machine).
+# atheris where it installs (it has no wheels for every Python and machine), and the scan over all architectures.
 FUZZ_SECONDS ?= 600
 nightly: $(VENV)/.installed
 	NIGHTLY=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -s tests/faults tests/test_aot.py
@@ -38,6 +38,18 @@ nightly: $(VENV)/.installed
 	$(MAKE) test-gpu-software
 	$(BIN)/pip install -q atheris || true
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/fuzz.py --seconds $(FUZZ_SECONDS)
+	$(MAKE) scan
+
+# Adapters on every architecture that transformers builds small, a process each. An interrupted scan goes on where it
+# was (delete $(SCAN) to begin anew); it fails where something differs without a word.
+SCAN ?= out/architectures.jsonl
+scan: $(VENV)/.installed
+	nice -n 15 $(BIN)/python tests/architectures/scan.py --out $(SCAN)
+
+# The scan, and its results, good or bad, as the committed record and the tables of docs/reliability.md.
+architectures:
+	-$(MAKE) scan
+	$(BIN)/python tests/architectures/table.py $(SCAN) --summary out/architectures.md --docs
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
