@@ -231,8 +231,10 @@ def _linear(
     same tensors again without counting versions.
     """
     y = _product_of_rows(_rows(x), weight, bias, kernels, scale, transpose, backend, source)
+    if x.dim() == 2 and not y._is_view():
+        return y
     # Not a view for autograd: what a Function returns as a view cannot be modified in place by its user.
-    return y if x.dim() == 2 else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
+    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -313,14 +313,19 @@ def test_what_is_kept_for_backward(device, backend):
     assert saved(w.detach()) == w.numel() * 4  # x is kept for dw alone
 
 
-def test_outputs_can_be_modified_in_place(device):
+@pytest.mark.parametrize("backend", [*ALL, "fold"])
+def test_outputs_can_be_modified_in_place(device, backend):
+    """As nn.Linear's can, which models do (Llama 4 adds routed experts to the shared one)."""
     x, _, (w,) = operands(device, torch.float32, 6, 2, 2, 4)
-    w.requires_grad_()
-    y = c3a_linear(x.view(2, 3, 8), torch.zeros(8, 8, device=device), None, [w])
-    y += 1
-    y.relu_()
-    y.sum().backward()
-    assert w.grad.any()
+    weight = torch.randn(8, 8, device=device)
+    for shape in ((6, 8), (2, 3, 8)):
+        grads = []
+        for in_place in (True, False):
+            w = w.detach().requires_grad_()
+            y = c3a_linear(x.view(shape), weight, None, [w], backend=backend)
+            y = y.add_(1).relu_() if in_place else (y + 1).relu()
+            grads += torch.autograd.grad(y.sum(), w)
+        torch.testing.assert_close(*grads)
 
 
 @pytest.mark.parametrize("backend", ALL)
