@@ -135,7 +135,6 @@ class C3ALinear(nn.Module):
     base_layer: nn.Module
     c3a_kernel: nn.ParameterDict
     _kernels: tuple[Tensor, ...] | None
-    _owner: str | None = None  # of the manager that made it, the mark
 
     def __init__(
         self,

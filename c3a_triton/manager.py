@@ -3,7 +3,6 @@
 import functools
 import os
 import sys
-import uuid
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -88,13 +87,12 @@ class AdapterManager:
         self.backend = backend
         self._configs: dict[str, C3AConfig] = {}
         self._active: list[str] = []
+        self._n_activations = 0
         self._inference_mode = False  # whether the active ones were left frozen
-        self._scope = Scope()
+        self._scope = Scope(managed=True)
         # adapter name → layer name → what decided on the layer's block size
         self._chosen_by: dict[str, dict[str, str]] = {}
         self.wrappers = Wrappers()
-        # Carried by its layers, through copies and pickles too. Layers without one were put there by their user.
-        self._mark = uuid.uuid4().hex
         self._embeddings: dict[str, set[str]] = {}  # adapter name → embeddings that its file has brought
         self._told_unsaved: set[str] = set()
         self._watch = Watch(model)
@@ -113,15 +111,15 @@ class AdapterManager:
 
     def layers(self) -> Iterator[tuple[str, C3ALinear]]:
         """(name, layer) of every adapted layer."""
-        for name, part in own_parts(self.model, self._mark):
+        for name, part in own_parts(self.model, self._scope):
             if isinstance(part, C3ALinear):
                 yield name, part
 
     def _saved_modules(self) -> list[tuple[str, ModulesToSave]]:
-        return [(name, part) for name, part in own_parts(self.model, self._mark) if isinstance(part, ModulesToSave)]
+        return [(name, part) for name, part in own_parts(self.model, self._scope) if isinstance(part, ModulesToSave)]
 
     def _parts(self) -> list[C3ALinear | ModulesToSave]:
-        return [part for _, part in own_parts(self.model, self._mark)]
+        return [part for _, part in own_parts(self.model, self._scope)]
 
     def _known(self, adapter_names: str | Iterable[str]) -> list[str]:
         """The names as a list, each once, if all are known."""
@@ -154,7 +152,7 @@ class AdapterManager:
             ShapeError: a block size that does not divide a layer's widths.
         """
         self._check_free(adapter_name)
-        check_owner(self.model, self._mark)
+        check_owner(self.model, self._scope)
         config = with_task_heads(self.model, C3AConfig.from_any(config))
         if config.base_model_name_or_path is None:
             config = replace(config, base_model_name_or_path=model_name_or_path(self.model))
@@ -177,7 +175,7 @@ class AdapterManager:
             ConfigError: a configuration that is not C3A's or cannot be used.
         """
         self._check_free(adapter_name)
-        check_owner(self.model, self._mark)
+        check_owner(self.model, self._scope)
         file = with_names_of(self.model, read_adapter(directory))
         config = replace(file.config, inference_mode=not is_trainable)
         targets = find_file_targets(self.model, file)
@@ -316,15 +314,15 @@ class AdapterManager:
             parameter.detach().copy_(value)
         for target, (layer, kernel) in zip(targets, layers, strict=True):
             layer._install(adapter_name, kernel, trainable=False)
-            layer._owner = self._mark
             if layer is not target.module:
                 self._replace(target.name, layer)
         for (name, module), (wrapper, module_copy) in zip(saved, copies, strict=True):
             wrapper.install(adapter_name, module_copy)
-            wrapper._owner = self._mark
             if wrapper is not module:
                 self._replace(name, wrapper)
         self._scope.trials.clear()  # the new layers were in none
+        for part in self._parts():
+            part._scope = self._scope
         self._configs[adapter_name] = config
         self._chosen_by[adapter_name] = {target.name: target.chosen_by for target in targets}
         if is_first:
@@ -347,7 +345,6 @@ class AdapterManager:
                 layer, adapter_name, target.block_size, init_weights, backend=backend, layer_name=target.name
             )
             layer.quantization_config = torchao_config_of(self.model)
-            layer._scope = self._scope
             layer._register_state_dict_hook(pretrained.warn_outer_save)
             kernel = layer.c3a_kernel[adapter_name]
             if self._configs:
@@ -367,7 +364,6 @@ class AdapterManager:
         self, name: str, module: nn.Module, tensors: Mapping[str, Tensor] | None
     ) -> tuple[ModulesToSave, nn.Module]:
         wrapper = module if isinstance(module, ModulesToSave) else ModulesToSave(module, name)
-        wrapper._scope = self._scope
         module_copy = wrapper.new_copy()
         if tensors is not None:
             module_copy.load_state_dict({key: tensors[f"{name}.{key}"] for key in module_copy.state_dict()})
@@ -405,6 +401,7 @@ class AdapterManager:
         for part in self._parts():
             part.set_adapter(names, inference_mode)
         self._active = list(names)
+        self._n_activations += 1
         self._inference_mode = inference_mode
         for name, config in self._configs.items():
             for parameter in self._biases(name, config.bias).values():
@@ -740,12 +737,13 @@ class AdapterManager:
         replaced: list[tuple[str, nn.Module]] = []
         # Every name under which a layer is known, not only the first.
         for name, module in list(self.model.named_modules(remove_duplicate=False)):
-            if isinstance(module, C3ALinear) and is_own(module, self._mark):
-                self._replace(name, module.base_layer)
-            elif isinstance(module, ModulesToSave) and is_own(module, self._mark):
-                self._replace(name, module.active_module() if with_copies else module.original_module)
-            else:
+            if not is_own(module, self._scope):
                 continue
+            if isinstance(module, C3ALinear):
+                plain = module.base_layer
+            else:
+                plain = module.active_module() if with_copies else module.original_module
+            self._replace(name, plain)
             replaced.append((name, module))
         return replaced
 

@@ -32,7 +32,6 @@ class ModulesToSave(nn.Module):
 
     original_module: nn.Module
     modules_to_save: nn.ModuleDict
-    _owner: str | None = None  # of the manager that made it, the mark
     was_read = False
     """Whether anything of the module was read through this one, which a model may do in place of a call."""
 

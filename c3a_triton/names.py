@@ -122,7 +122,11 @@ _KEYS = itertools.count()
 class Scope:
     """The layers of one model, for which a call's adapters hold; a copy of the model has a scope of its own.
 
+    Args:
+        managed: whether a manager has made it, whose layers those are that have it.
+
     Attributes:
+        managed: as given.
         watched: whether a layer has to ask for the present call at all.
         is_open: whether a context (`using`, `disable_adapter`) is open in any thread or task.
         layouts: layer name → what is wrong with dividing its input among the rows of the batch; None if nothing is.
@@ -131,7 +135,8 @@ class Scope:
         why_unknown: why a probe has told nothing, as a part of a message.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, managed: bool = False) -> None:
+        self.managed = managed
         self.watched = False
         self.is_open = False
         self.layouts: dict[str, str | None] = {}
@@ -145,7 +150,7 @@ class Scope:
         _SCOPES[self.key] = self
 
     def __reduce__(self) -> Any:
-        return Scope, ()
+        return Scope, (self.managed,)
 
     # Entering and leaving
 

@@ -247,7 +247,7 @@ def _check_reduced(model: nn.Module, args: Any) -> None:
     reduced = {id(parameter) for bucket in buckets for parameter in bucket.parameters()}
     left = [
         f"{name}.{key}"
-        for name, part in own_parts(model, manager._mark)
+        for name, part in own_parts(model, manager._scope)
         for key, parameter in part.named_parameters()
         if parameter.requires_grad and id(parameter) not in reduced
     ]
