@@ -63,7 +63,6 @@ class Watch:
         self._is_new = self._wants_gradients = True
         if self._before not in self.model._forward_pre_hooks.values():
             self.model.register_forward_pre_hook(self._before, with_kwargs=True)
-            self.model.register_forward_hook(self._after)
 
     def end(self) -> None:
         """Take all hooks away."""
@@ -108,6 +107,9 @@ class Watch:
     def _before(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if _is_traced() or getattr(model, "_is_replica", False):
             return
+        trains = model.training and torch.is_grad_enabled()
+        if not (self._is_new or self._waits or (trains and self._wants_gradients)):
+            return
         if self._is_new:
             self._is_new = False
             self._put_hooks()
@@ -118,11 +120,14 @@ class Watch:
         self._has_embeddings = any(kwargs.get(name) is not None for name in ("inputs_embeds", "decoder_inputs_embeds"))
         self._thread = threading.get_ident()
         self._n_frames = _n_compiled_frames()
+        if self._after not in model._forward_hooks.values():
+            model.register_forward_hook(self._after)
 
     def _after(self, model: nn.Module, args: Any, output: Any) -> None:
         if _is_traced() or self._thread != threading.get_ident():
             return
         self._thread = None
+        _remove(model, self._after)
         trains = model.training and torch.is_grad_enabled()
         ran, self._ran = {*self._ran, model}, []
         decided = [part for module, parts in self._waits if module in ran for part in parts]

@@ -107,7 +107,7 @@ def test_what_is_never_called_is_told_once_and_not_merged(build: Callable[[], nn
     assert "never called" in said[0]
     assert ": v." in said[0]
     # The first training step is still to be watched where there was none.
-    assert hooks(model) == ([] if how == "train" else ["", ""]) + ["v"]
+    assert hooks(model) == ([] if how == "train" else [""]) + ["v"]
     with pytest.warns(UserWarning, match=r"left out of the merge: v, .*merge_uncalled=True"):
         model.c3a.merge_adapter()
     torch.testing.assert_close(model(X), y)
