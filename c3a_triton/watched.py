@@ -48,6 +48,7 @@ class Watch:
         self.model = model
         self.uncalled: set[str] = set()
         self._told: set[str] = set()
+        self._watched: set[str] = set()  # names of layers that were given hooks; whether one is called does not change
         self._is_new = False  # whether the next forward is to put the layers' hooks
         self._waits: list[tuple[nn.Module, list[Part]]] = []  # what holds layers and has not run yet, and these layers
         self._lists: dict[Part, nn.Module] = {}  # layers that are entries of a list or dictionary, and which
@@ -59,7 +60,7 @@ class Watch:
         self._wants_gradients = False
 
     def begin(self) -> None:
-        """Watch the next whole forward and the next backward pass in training."""
+        """Watch new layers in the next whole forward, and all in the next backward pass in training."""
         self._is_new = self._wants_gradients = True
         if self._before not in self.model._forward_pre_hooks.values():
             self.model.register_forward_pre_hook(self._before, with_kwargs=True)
@@ -85,16 +86,16 @@ class Watch:
         more = f", … ({len(new)} layers)" if len(new) > _N_NAMED else ""
         warnings.warn(message.format(", ".join(new[:_N_NAMED]) + more), stacklevel=stacklevel + 1)
 
-    def without_uncalled(self, work: list[Any]) -> list[Any]:
+    def without_uncalled(self, work: list[Any], stacklevel: int) -> list[Any]:
         """Tuples (name, layer, …) of what is to be merged, without uncalled layers; a warning names those."""
         left_out = [layer.layer_name for _, layer, *_ in work if layer.layer_name in self.uncalled]
         if left_out:
             more = f", … ({len(left_out)} layers)" if len(left_out) > _N_NAMED else ""
             warnings.warn(
-                f"left out of the merge: {', '.join(left_out[:_N_NAMED])}{more}, whose adapters compute nothing, since "
-                f"the {type(self.model).__name__} does not call these layers. The merged model computes what the "
-                "adapted one did; merge_uncalled=True merges them as well",
-                stacklevel=4,
+                f"left out of the merge: {', '.join(left_out[:_N_NAMED])}{more}. The {type(self.model).__name__} does "
+                "not call these layers, so that what adapters have there computes nothing. The merged model computes "
+                "what the adapted one did; merge_uncalled=True merges them as well",
+                stacklevel=stacklevel + 1,
             )
         return [item for item in work if item[1].layer_name not in self.uncalled]
 
@@ -164,8 +165,9 @@ class Watch:
         holders: dict[nn.Module, list[Part]] = {}
         modules = dict(base_modules(self.model))
         for name, part in modules.items():
-            if not isinstance(part, (C3ALinear, ModulesToSave)):
+            if not isinstance(part, (C3ALinear, ModulesToSave)) or part.layer_name in self._watched:
                 continue
+            self._watched.add(part.layer_name)
             _put(part, self._note_call)
             holder = name.rpartition(".")[0]
             container = modules.get(holder)
@@ -177,7 +179,7 @@ class Watch:
             while holder and isinstance(modules.get(holder), _CONTAINERS):
                 holder = holder.rpartition(".")[0]
             holders.setdefault(modules.get(holder, self.model), []).append(part)
-        self._waits = list(holders.items())
+        self._waits += holders.items()
         for module in holders:
             if module is not self.model:
                 _put(module, self._note_run)
