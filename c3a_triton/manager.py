@@ -601,7 +601,7 @@ class AdapterManager:
         work = [(name, layer, layer.unmerged(names)) for name, layer in self.layers()]
         work = [item for item in work if item[2]]
         if not merge_uncalled:
-            work = self._watch.without_uncalled(work, stacklevel=3)
+            work = self._watch.without_uncalled(work)
         for _, layer, left in work:
             layer.check_merge(left, finite=safe_merge)
         warn_tied(self.model, [name for name, _, _ in work], "merging changes both")
@@ -646,7 +646,7 @@ class AdapterManager:
             safe_merge: as in `merge_adapter`.
             progressbar: count the layers on standard error.
             adapter_names: as in `merge_adapter`.
-            merge_uncalled: as in `merge_adapter`, and take over trained copies that are never called.
+            merge_uncalled: as in `merge_adapter`.
 
         Returns:
             The model, the same object.
@@ -656,10 +656,7 @@ class AdapterManager:
         """
         names = self._active if adapter_names is None else self._known(adapter_names)
         self._merge(names, safe_merge, None, progressbar, merge_uncalled)
-        copies = self._saved_modules()
-        if not merge_uncalled:
-            copies = self._watch.without_uncalled(copies, stacklevel=2)
-        self._remove(with_copies=True, copies=[copy for _, copy in copies])
+        self._remove(with_copies=True)
         return self.model
 
     def unload(self) -> nn.Module:
@@ -677,7 +674,7 @@ class AdapterManager:
         self._remove(with_copies=False)
         return self.model
 
-    def _remove(self, *, with_copies: bool, copies: Sequence[ModulesToSave] = ()) -> None:
+    def _remove(self, *, with_copies: bool) -> None:
         tied_before = _embeddings_are_tied(self.model)
         self._watch.end()
         # Every name under which a layer is known, not only the first.
@@ -685,7 +682,7 @@ class AdapterManager:
             if isinstance(module, C3ALinear):
                 self._replace(name, module.base_layer)
             elif isinstance(module, ModulesToSave):
-                self._replace(name, module.active_module() if module in copies else module.original_module)
+                self._replace(name, module.active_module() if with_copies else module.original_module)
         release_layout(self.model)
         self._configs.clear()
         self._chosen_by.clear()

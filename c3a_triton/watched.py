@@ -86,7 +86,7 @@ class Watch:
         more = f", … ({len(new)} layers)" if len(new) > _N_NAMED else ""
         warnings.warn(message.format(", ".join(new[:_N_NAMED]) + more), stacklevel=stacklevel + 1)
 
-    def without_uncalled(self, work: list[Any], stacklevel: int) -> list[Any]:
+    def without_uncalled(self, work: list[Any]) -> list[Any]:
         """Tuples (name, layer, …) of what is to be merged, without uncalled layers; a warning names those."""
         left_out = [layer.layer_name for _, layer, *_ in work if layer.layer_name in self.uncalled]
         if left_out:
@@ -95,7 +95,7 @@ class Watch:
                 f"left out of the merge: {', '.join(left_out[:_N_NAMED])}{more}. The {type(self.model).__name__} does "
                 "not call these layers, so that what adapters have there computes nothing. The merged model computes "
                 "what the adapted one did; merge_uncalled=True merges them as well",
-                stacklevel=stacklevel + 1,
+                stacklevel=4,
             )
         return [item for item in work if item[1].layer_name not in self.uncalled]
 
