@@ -18,8 +18,6 @@ __all__ = ["SavePretrained", "adapted_head", "is_fused_by_trl", "prepare", "refu
 
 # Libraries whose forward of a causal model hands lm_head's weight to a fused loss and does not call lm_head.
 _FUSED_LOSSES = ("liger_kernel", "cut_cross_entropy")
-# What diffusers' fuse_qkv_projections puts together.
-_FUSED_PROJECTIONS = {"to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"}
 _CHECKPOINT_FOLDER = re.compile(r"checkpoint-\d+")
 
 
@@ -33,24 +31,24 @@ def prepare(model: nn.Module) -> None:
     if "save_pretrained" not in model.__dict__:
         model.save_pretrained = SavePretrained(model)  # type: ignore[assignment]
         model.register_forward_pre_hook(_before_training_forward, with_kwargs=True)
+    _warn_quantized(model)
+    _warn_fused_loss(model, {})
     for module in model.modules():
         if callable(getattr(type(module), "fuse_qkv_projections", None)):
             module.fuse_qkv_projections = FuseProjections(module)  # type: ignore[assignment]
-    _warn_quantized(model)
-    _warn_fused_loss(model, {})
 
 
 def release(model: nn.Module) -> None:
     """Undo `prepare`."""
     if isinstance(model.__dict__.get("save_pretrained"), SavePretrained):
         del model.save_pretrained
-    for module in model.modules():
-        if isinstance(module.__dict__.get("fuse_qkv_projections"), FuseProjections):
-            del module.fuse_qkv_projections
     for key, hook in list(model._forward_pre_hooks.items()):
         if hook is _before_training_forward:
             del model._forward_pre_hooks[key]
             model._forward_pre_hooks_with_kwargs.pop(key, None)
+    for module in model.modules():
+        if isinstance(module.__dict__.get("fuse_qkv_projections"), FuseProjections):
+            del module.fuse_qkv_projections
 
 
 class SavePretrained:
@@ -104,33 +102,6 @@ class SavePretrained:
         return set(map(unwrapped_name, names))
 
 
-class FuseProjections:
-    """`fuse_qkv_projections` of a model of diffusers: it copies weights, and adapters would be left behind.
-
-    Attributes:
-        model: the model, or a part of it, that has the method.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's own method.
-
-        Raises:
-            AdapterStateError: a projection that would be fused is adapted.
-        """
-        for name, module in self.model.named_modules():
-            if isinstance(module, C3ALinear) and name.rpartition(".")[2] in _FUSED_PROJECTIONS:
-                raise AdapterStateError(
-                    f"fuse_qkv_projections would copy the weight of {module.layer_name} into a layer of its own and "
-                    "leave the adapter behind: call model.c3a.merge_and_unload() first, or fuse the projections before "
-                    'adapting the fused ones ("to_qkv", "to_kv")'
-                )
-        fuse: Any = type(self.model).fuse_qkv_projections  # type: ignore[attr-defined]
-        return fuse(self.model, *args, **kwargs)
-
-
 def _is_resumed_or_complete(directory: str) -> bool:
     """Whether a folder is a checkpoint of the Trainer, or holds the adapter in its own form."""
     folder = os.path.basename(os.path.normpath(directory))
@@ -175,6 +146,37 @@ def _warn_quantized(model: Any) -> None:
             "own can go on as it is",
             stacklevel=4,
         )
+
+
+# What diffusers' fuse_qkv_projections puts together.
+_FUSED_PROJECTIONS = {"to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"}
+
+
+class FuseProjections:
+    """`fuse_qkv_projections` of a model of diffusers: it copies weights, and adapters would be left behind.
+
+    Attributes:
+        model: the model, or a part of it, that has the method.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own method.
+
+        Raises:
+            AdapterStateError: a projection that would be fused is adapted.
+        """
+        for name, module in self.model.named_modules():
+            if isinstance(module, C3ALinear) and name.rpartition(".")[2] in _FUSED_PROJECTIONS:
+                raise AdapterStateError(
+                    f"fuse_qkv_projections would copy the weight of {module.layer_name} into a layer of its own and "
+                    "leave the adapter behind: call model.c3a.merge_and_unload() first, or fuse the projections before "
+                    'adapting the fused ones ("to_qkv", "to_kv")'
+                )
+        fuse: Any = type(self.model).fuse_qkv_projections  # type: ignore[attr-defined]
+        return fuse(self.model, *args, **kwargs)
 
 
 def adapted_head(model: nn.Module) -> C3ALinear | None:
