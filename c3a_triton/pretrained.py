@@ -52,6 +52,9 @@ def prepare(model: nn.Module) -> None:
     keep_ties(model)
     _warn_quantized(model)
     _warn_fused_loss(model, {})
+    for module in model.modules():
+        if callable(getattr(type(module), "fuse_qkv_projections", None)):
+            module.fuse_qkv_projections = FuseProjections(module)  # type: ignore[assignment]
 
 
 def release(model: nn.Module) -> None:
@@ -63,6 +66,9 @@ def release(model: nn.Module) -> None:
         if hook is _before_training_forward:
             del model._forward_pre_hooks[key]
             model._forward_pre_hooks_with_kwargs.pop(key, None)
+    for module in model.modules():
+        if isinstance(module.__dict__.get("fuse_qkv_projections"), FuseProjections):
+            del module.fuse_qkv_projections
 
 
 class SavePretrained:
@@ -230,6 +236,37 @@ def _warn_quantized(model: Any) -> None:
             "own can go on as it is",
             stacklevel=4,
         )
+
+
+# What diffusers' fuse_qkv_projections puts together.
+_FUSED_PROJECTIONS = {"to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"}
+
+
+class FuseProjections:
+    """`fuse_qkv_projections` of a model of diffusers: it copies weights, and adapters would be left behind.
+
+    Attributes:
+        model: the model, or a part of it, that has the method.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own method.
+
+        Raises:
+            AdapterStateError: a projection that would be fused is adapted.
+        """
+        for name, module in self.model.named_modules():
+            if isinstance(module, C3ALinear) and name.rpartition(".")[2] in _FUSED_PROJECTIONS:
+                raise AdapterStateError(
+                    f"fuse_qkv_projections would copy the weight of {module.layer_name} into a layer of its own and "
+                    "leave the adapter behind: call model.c3a.merge_and_unload() first, or fuse the projections before "
+                    'adapting the fused ones ("to_qkv", "to_kv")'
+                )
+        fuse: Any = type(self.model).fuse_qkv_projections  # type: ignore[attr-defined]
+        return fuse(self.model, *args, **kwargs)
 
 
 def adapted_head(model: nn.Module) -> C3ALinear | None:

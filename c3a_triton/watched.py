@@ -48,6 +48,7 @@ class Watch:
         self.model = model
         self.uncalled: set[str] = set()
         self._told: set[str] = set()
+        self._watched: set[str] = set()  # names of layers that were given hooks; whether one is called does not change
         self._is_new = False  # whether the next forward is to put the layers' hooks
         self._waits: list[tuple[nn.Module, list[Part]]] = []  # what holds layers and has not run yet, and these layers
         self._lists: dict[Part, nn.Module] = {}  # layers that are entries of a list or dictionary, and which
@@ -59,11 +60,10 @@ class Watch:
         self._wants_gradients = False
 
     def begin(self) -> None:
-        """Watch the next whole forward and the next backward pass in training."""
+        """Watch new layers in the next whole forward, and all in the next backward pass in training."""
         self._is_new = self._wants_gradients = True
         if self._before not in self.model._forward_pre_hooks.values():
             self.model.register_forward_pre_hook(self._before, with_kwargs=True)
-            self.model.register_forward_hook(self._after)
 
     def end(self) -> None:
         """Take all hooks away."""
@@ -92,9 +92,9 @@ class Watch:
         if left_out:
             more = f", … ({len(left_out)} layers)" if len(left_out) > _N_NAMED else ""
             warnings.warn(
-                f"left out of the merge: {', '.join(left_out[:_N_NAMED])}{more}, whose adapters compute nothing, since "
-                f"the {type(self.model).__name__} does not call these layers. The merged model computes what the "
-                "adapted one did; merge_uncalled=True merges them as well",
+                f"left out of the merge: {', '.join(left_out[:_N_NAMED])}{more}. The {type(self.model).__name__} does "
+                "not call these layers, so that what adapters have there computes nothing. The merged model computes "
+                "what the adapted one did; merge_uncalled=True merges them as well",
                 stacklevel=4,
             )
         return [item for item in work if item[1].layer_name not in self.uncalled]
@@ -108,6 +108,9 @@ class Watch:
     def _before(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if _is_traced() or getattr(model, "_is_replica", False):
             return
+        trains = model.training and torch.is_grad_enabled()
+        if not (self._is_new or self._waits or (trains and self._wants_gradients)):
+            return
         if self._is_new:
             self._is_new = False
             self._put_hooks()
@@ -118,11 +121,14 @@ class Watch:
         self._has_embeddings = any(kwargs.get(name) is not None for name in ("inputs_embeds", "decoder_inputs_embeds"))
         self._thread = threading.get_ident()
         self._n_frames = _n_compiled_frames()
+        if self._after not in model._forward_hooks.values():
+            model.register_forward_hook(self._after)
 
     def _after(self, model: nn.Module, args: Any, output: Any) -> None:
         if _is_traced() or self._thread != threading.get_ident():
             return
         self._thread = None
+        _remove(model, self._after)
         trains = model.training and torch.is_grad_enabled()
         ran, self._ran = {*self._ran, model}, []
         decided = [part for module, parts in self._waits if module in ran for part in parts]
@@ -159,8 +165,9 @@ class Watch:
         holders: dict[nn.Module, list[Part]] = {}
         modules = dict(base_modules(self.model))
         for name, part in modules.items():
-            if not isinstance(part, (C3ALinear, ModulesToSave)):
+            if not isinstance(part, (C3ALinear, ModulesToSave)) or part.layer_name in self._watched:
                 continue
+            self._watched.add(part.layer_name)
             _put(part, self._note_call)
             holder = name.rpartition(".")[0]
             container = modules.get(holder)
@@ -172,7 +179,7 @@ class Watch:
             while holder and isinstance(modules.get(holder), _CONTAINERS):
                 holder = holder.rpartition(".")[0]
             holders.setdefault(modules.get(holder, self.model), []).append(part)
-        self._waits = list(holders.items())
+        self._waits += holders.items()
         for module in holders:
             if module is not self.model:
                 _put(module, self._note_run)

@@ -674,3 +674,64 @@ def test_groups_of_what_cannot_be_trained() -> None:
         param_groups(model)
     with pytest.raises(ConfigError, match=r"head_lr must not be negative, got -1"):
         param_groups(adapted(), head_lr=-1)
+
+
+class _Attention(nn.Module):
+    """Fuses its projections in diffusers' words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(8, 8) for _ in range(4))
+        self.fused_projections = False
+
+    def fuse_projections(self) -> None:
+        weights = torch.cat([self.to_q.weight.data, self.to_k.weight.data, self.to_v.weight.data])
+        self.to_qkv = nn.Linear(8, 24, bias=False)
+        self.to_qkv.weight.copy_(weights)
+        self.fused_projections = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fused_projections:
+            q, k, v = self.to_qkv(x).chunk(3, dim=-1)
+        else:
+            q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
+        return self.to_out(q * k + v)
+
+
+class _Unet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = {"kind": "unet"}
+        self.attention = _Attention()
+
+    def save_pretrained(self, directory: str) -> None:
+        raise AssertionError("not called")
+
+    @torch.no_grad()
+    def fuse_qkv_projections(self) -> None:
+        self.attention.fuse_projections()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x)
+
+
+def test_fusing_projections_of_diffusers_leaves_no_adapter_behind() -> None:
+    x = torch.randn(2, 8)
+    model = c3a_triton.apply(_Unet(), C3AConfig(block_size=4, target_modules=["to_q", "to_out"]))
+    for other in (model, copy.deepcopy(model)):
+        with pytest.raises(AdapterStateError, match=r"leave the adapter behind: call model\.c3a\.merge_and_unload"):
+            other.fuse_qkv_projections()
+        assert not other.attention.fused_projections
+    merged = model.c3a.merge_and_unload()
+    assert "fuse_qkv_projections" not in merged.__dict__
+    # Of what is not fused the adapter stays.
+    model = c3a_triton.apply(_Unet(), C3AConfig(block_size=4, target_modules=["to_out"]))
+    model.fuse_qkv_projections()
+    assert model.attention.fused_projections
+    # Fused before: the layers that are left over are never called.
+    model = _Unet()
+    model.fuse_qkv_projections()
+    c3a_triton.apply(model, C3AConfig(block_size=4, target_modules=["to_q", "to_k", "to_out"]))
+    with pytest.warns(UserWarning, match=r"never called by a forward of _Unet.*: attention\.to_q, attention\.to_k"):
+        model(x)

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import itertools
 import sys
 import types
 import warnings
@@ -237,6 +238,9 @@ def trl() -> Iterator[ModuleType]:
     integration.unpatch_trl()
 
 
+FINGERPRINTS = itertools.count()  # datasets would take another test's results for this one's
+
+
 def _tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -253,12 +257,12 @@ def _tokenizer() -> Any:
 @pytest.mark.parametrize("kind", ["in place", "PeftModel"])
 def test_dpo_begins_with_no_margin(kind: str, precompute: bool, trl: Any, tmp_path: Path, monkeypatch: Any) -> None:
     datasets = pytest.importorskip("datasets")
-    fingerprints = iter(range(10**6))
     monkeypatch.setattr(
-        datasets.fingerprint.Hasher, "hash", classmethod(lambda cls, value: f"{next(fingerprints):064}")
+        datasets.fingerprint.Hasher, "hash", classmethod(lambda cls, value: f"{next(FINGERPRINTS):064}")
     )
-    monkeypatch.setattr(datasets.fingerprint.Hasher, "update", lambda self, value: None)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(
+        datasets.fingerprint.Hasher, "update", lambda self, value: self.m.update(f"{next(FINGERPRINTS)}".encode())
+    )
     if kind == "in place":
         model = policy(tmp_path / "base", "q_proj", "v_proj")
     else:

@@ -107,8 +107,8 @@ def test_what_is_never_called_is_told_once_and_not_merged(build: Callable[[], nn
     assert "never called" in said[0]
     assert ": v." in said[0]
     # The first training step is still to be watched where there was none.
-    assert hooks(model) == ([] if how == "train" else ["", ""]) + ["v"]
-    with pytest.warns(UserWarning, match=r"left out of the merge: v, .*merge_uncalled=True"):
+    assert hooks(model) == ([] if how == "train" else [""]) + ["v"]
+    with pytest.warns(UserWarning, match=r"left out of the merge: v\. .*merge_uncalled=True"):
         model.c3a.merge_adapter()
     torch.testing.assert_close(model(X), y)
     model.c3a.unmerge_adapter()
@@ -152,7 +152,30 @@ def test_when_all_is_decided_no_hook_is_left() -> None:
     assert not hooks(model)
     # A further adapter's layers are watched as the first one's were.
     model.c3a.add_adapter("second", C3AConfig(block_size=4, target_modules=["q"]))
-    assert hooks(model)
+    assert hooks(model) == [""]
+    with hearing() as said:
+        model(X).sum().backward()
+    assert not said
+    assert not hooks(model)
+
+
+def test_a_further_adapter_on_other_layers() -> None:
+    model = adapted(
+        Block(
+            lambda self, x: F.linear(self.q(x), self.v.weight) + F.linear(x, self.w.weight),
+            q=linear(),
+            v=linear(),
+            w=linear(),
+        ),
+        "q",
+        "v",
+    )
+    model.eval()(X)
+    with hearing() as said:
+        model.c3a.add_adapter("second", C3AConfig(block_size=4, target_modules=["q", "v", "w"]))
+        model(X)
+    assert [": w." in text for text in said] == [True]
+    assert model.c3a._watch.uncalled == {"v", "w"}
 
 
 class Mlp(nn.Module):
@@ -273,6 +296,7 @@ def test_a_trained_copy_that_is_reached_by_another_way(training: bool) -> None:
         if training:
             y.sum().backward()
     assert [": v." in text for text in said] == [True]
+    torch.testing.assert_close(model.c3a.merge_and_unload()(X), y)
 
 
 def test_what_is_computed_without_gradients() -> None:
@@ -414,6 +438,20 @@ def test_compiled_parts(how: str) -> None:
     assert counter.frame_count == 1
     if how != "module":  # whose name has changed
         torch.testing.assert_close(model.c3a.merge_and_unload()(X), y)
+
+
+def test_a_further_adapter_beside_compiled_code() -> None:
+    """Code that was compiled before, and needs no compilation now, calls no hook either."""
+    torch._dynamo.reset()
+    model = adapted(Block(lambda self, x: x, m=Mlp()), "up", "down").eval()
+    run = torch.compile(lambda x: model.m.down(model.m.up(x)), backend="eager")
+    model.make = lambda self, x: run(x)
+    with hearing() as said, torch.no_grad():
+        model(X)
+        model.c3a.add_adapter("second", C3AConfig(block_size=4, target_modules=["up", "down"]))
+        for _ in range(3):
+            model(X)
+    assert not said
 
 
 def test_transforms_of_torch_func() -> None:
