@@ -52,7 +52,7 @@ class RowNames:
         self.scope = scope
         self._check = check
         for module in roots[0].modules():
-            if any(module is root for root in roots) or hasattr(module, "main_input_name"):
+            if any(module is root for root in roots) or hasattr(type(module), "main_input_name"):
                 module.register_forward_pre_hook(self.before, with_kwargs=True)
                 module.register_forward_hook(self.after, always_call=True)
 
