@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import spectra
-from .config import C3AConfig, check_block_size, suggest_block_size
+from .config import C3AConfig, check_block_size, plain, suggest_block_size
 from .dispatch import check_backend
 from .errors import AdapterNotFoundError, AdapterStateError, BackendError, ConfigError, ShapeError
 from .linear_like import (
@@ -461,10 +461,11 @@ class C3ALinear(nn.Module):
             block_size = _DEFAULT_BLOCK_SIZE if config is None else config.block_size
         if init_weights is None:
             init_weights = "xavier_uniform" if config is None else config.init_weights
+        init_weights = plain(init_weights)
         if block_size == "auto":
             rank = None if config is None else config.rank
             block_size = suggest_block_size(*self._geometry.divided, rank=rank)
-        b: int = block_size  # type: ignore[assignment]
+        b: int = plain(block_size)
         check_block_size(b, *self._geometry.divided, self._label + self._geometry.what)
         base = self.get_base_layer()
         shape = self._geometry.kernel_shape(b)
