@@ -782,7 +782,7 @@ class AdapterManager:
         state_dict: Mapping[str, Tensor] | None = None,
         save_embedding_layers: bool | str = "auto",
     ) -> None:
-        """Save an adapter to a folder, as PEFT does and reads it. PEFT reads adapters of linear layers alone.
+        """Save an adapter to a folder, as PEFT does and reads it. PEFT reads adapters of `nn.Linear` alone.
 
         Warns, once for each, about parameters that were made trainable after `apply` and are in no file.
 
@@ -809,11 +809,12 @@ class AdapterManager:
         block_sizes = {
             name: layer.block_size[adapter_name] for name, layer in self.layers() if adapter_name in layer.block_size
         }
-        own = [name for name, layer in self.layers() if name in block_sizes and layer.kind != "linear"]
+        adapted = ((name, layer.get_base_layer()) for name, layer in self.layers() if name in block_sizes)
+        own = [name for name, base in adapted if not isinstance(base, nn.Linear)]
         if own:
             warnings.warn(
-                f"PEFT adapts linear layers alone: it cannot load this adapter, which has {len(own)} others "
-                f"({', '.join(own[:3])}{', …' if len(own) > 3 else ''}); c3a_triton.load_adapter does",
+                f"PEFT adapts linear layers alone (nn.Linear): it cannot load this adapter, which has {len(own)} "
+                f"others ({', '.join(own[:3])}{', …' if len(own) > 3 else ''}); c3a_triton.load_adapter does",
                 stacklevel=2,
             )
         try:
