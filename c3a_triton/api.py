@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from . import pretrained
+from .beside import watch_statistics
 from .config import C3AConfig
 from .dispatch import check_backend
 from .errors import AdapterStateError, ConfigError
@@ -139,3 +140,4 @@ def _bind(manager: AdapterManager) -> None:
     manager.model.c3a = manager  # type: ignore[assignment]
     pretrained.prepare(manager.model)
     accept_adapter_names(manager.model)
+    watch_statistics(manager.model)

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from . import pretrained
-from .beside import embedding_parameters, embeddings_in, embeddings_to_save, warn_embeddings, warn_unsaved
+from .beside import (
+    embedding_parameters,
+    embeddings_in,
+    embeddings_to_save,
+    unwatch_statistics,
+    warn_embeddings,
+    warn_statistics,
+    warn_unsaved,
+)
 from .checkpoint import KERNEL_SUFFIX, peft_config, read_adapter, write_adapter
 from .combine import combination
 from .config import C3AConfig
@@ -690,6 +698,7 @@ class AdapterManager:
             del self.model.c3a
             refuse_adapter_names(self.model)
         pretrained.release(self.model)
+        unwatch_statistics(self.model)
         config = getattr(self.model, "config", None)
         tied_after = _embeddings_are_tied(self.model)
         if (
@@ -837,6 +846,7 @@ class AdapterManager:
             saved += self._biases(name, config.bias).values()
         saved += [parameter for name, parameter in embedding_parameters(self.model).items() if name in tensors]
         warn_unsaved(self.model, saved, self._told_unsaved)
+        warn_statistics(self.model, self._told_unsaved)  # of compiled models, whose calls nobody sees
 
     # What it looks like
 
