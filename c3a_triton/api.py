@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from . import pretrained
+from .beside import watch_statistics
 from .config import C3AConfig
 from .dispatch import check_backend
 from .errors import AdapterStateError, ConfigError
@@ -158,6 +159,7 @@ def _bound(model: Any, backend: str) -> Iterator[AdapterManager]:
     inner.c3a = manager
     pretrained.prepare(inner)
     watch(inner)
+    watch_statistics(inner)
     if RowNames.of(inner) is None:
         RowNames((inner,), manager._scope, manager.check_rows)
     from .integrations import trl

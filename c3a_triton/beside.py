@@ -1,4 +1,4 @@
-"""What is trained beside an adapter: embeddings, which its file takes along, and parameters that it does not hold."""
+"""What training changes beside an adapter: embeddings, which its file takes along, and what no file of it holds."""
 
 import warnings
 from collections.abc import Collection, Iterable
@@ -14,7 +14,16 @@ from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
 from .targets import base_modules, base_name, embeddings_of, unwrapped_name
 
-__all__ = ["embedding_parameters", "embeddings_in", "embeddings_to_save", "warn_embeddings", "warn_unsaved"]
+__all__ = [
+    "embedding_parameters",
+    "embeddings_in",
+    "embeddings_to_save",
+    "unwatch_statistics",
+    "warn_embeddings",
+    "warn_statistics",
+    "warn_unsaved",
+    "watch_statistics",
+]
 
 
 def embedding_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -151,3 +160,56 @@ def warn_unsaved(model: nn.Module, saved: Iterable[nn.Parameter], told: set[str]
             'bias="c3a_only" or "all") when the model is adapted, or save them yourself',
             stacklevel=4,
         )
+
+
+def watch_statistics(model: nn.Module) -> None:
+    """Let the first training call of an adapted model warn as `warn_statistics` does."""
+    if any(_tracks(module) for _, module in base_modules(model)):
+        unwatch_statistics(model)
+        model.register_forward_pre_hook(_before_forward)
+
+
+def unwatch_statistics(model: nn.Module) -> None:
+    """Undo `watch_statistics`."""
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if hook is _before_forward:
+            del model._forward_pre_hooks[key]
+
+
+def _before_forward(model: Any, args: Any) -> None:
+    if model.training and not torch.compiler.is_compiling() and warn_statistics(model, model.c3a._told_unsaved):
+        unwatch_statistics(model)
+
+
+def warn_statistics(model: nn.Module, told: set[str]) -> bool:
+    """Warn, once for each, about layers in training mode that collect running statistics, which no file holds.
+
+    Those that `modules_to_save` copies are not meant: their statistics are in the file.
+
+    Args:
+        model: the adapted model.
+        told: the names that were told before, to which those told now are added.
+
+    Returns:
+        Whether there are such layers.
+    """
+    names = [unwrapped_name(name) for name, module in base_modules(model) if module.training and _tracks(module)]
+    if new := [name for name in names if name not in told]:
+        told.update(new)
+        more = f" and {len(new) - 5} more" if len(new) > 5 else ""
+        warnings.warn(
+            f"{', '.join(new[:5])}{more} go on collecting running statistics in training, although the base is frozen, "
+            "and the adapter's file does not hold them: loaded again, the model computes with the base's. Name these "
+            "layers in modules_to_save, or keep them as they are: eval() on each after model.train(), or momentum = 0",
+            stacklevel=4,
+        )
+    return bool(names)
+
+
+def _tracks(module: Any) -> bool:
+    """Whether a layer changes statistics of its own in training, as BatchNorm's relatives do."""
+    return (
+        bool(getattr(module, "track_running_stats", False))
+        and getattr(module, "running_mean", None) is not None
+        and getattr(module, "momentum", None) != 0
+    )

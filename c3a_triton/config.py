@@ -8,10 +8,12 @@ import re
 import reprlib
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields, replace
+from enum import Enum
 from fractions import Fraction
 from functools import lru_cache
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,6 +35,7 @@ __all__ = [
     "check_re_syntax",
     "compile_pattern",
     "flush_to_disk",
+    "plain",
     "read_config_file",
     "replace_file",
     "shown",
@@ -110,6 +113,37 @@ def shown(value: object) -> str:
     return _SHORT.repr(value)
 
 
+def plain(value: Any) -> Any:
+    """A value as JSON knows it: what PEFT takes where it asks for an int, a bool, a string, a list or a dict.
+
+    Numbers, strings and arrays of numpy, members of enumerations, sequences and mappings of any kind (OmegaConf's) and
+    sets, which are sorted. Whatever else stays as it is.
+    """
+    if isinstance(value, Enum):
+        return plain(value.value)
+    if type(value).__module__.partition(".")[0] == "numpy" and hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    if isinstance(value, Mapping):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if isinstance(value, Set):
+        return sorted(
+            map(plain, value), key=lambda item: (type(item).__name__, item if isinstance(item, int) else str(item))
+        )
+    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray, memoryview)):
+        return [plain(item) for item in value]
+    return value
+
+
+def _described(value: object) -> str:
+    """A value and its type, and those of what a list holds, for a message."""
+    kinds = sorted({type(item).__name__ for item in value}) if isinstance(value, list) else []
+    return f"{shown(value)}, a {type(value).__name__}" + (f" of {' and '.join(kinds)}" if kinds else "")
+
+
 def _is_positive_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
@@ -170,21 +204,20 @@ def compile_pattern(pattern: str, form: str = "{}") -> "regex.Pattern[str]":
 
 
 def _name_list(value: Any, what: str) -> list[str]:
-    """A list of non-empty names, each once: a list's or tuple's order is kept, a set is sorted."""
-    if not isinstance(value, (list, tuple, set, frozenset)) or not all(
-        isinstance(name, str) and name for name in value
-    ):
-        raise ConfigError(f"{what} must be a list of non-empty names, got {shown(value)}")
+    """A list of non-empty names, each once, in their order."""
+    if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
+        raise ConfigError(f"{what} must be a list of non-empty names, got {_described(value)}")
     if len(value) > MAX_NAMES:
         raise ConfigError(f"{what} has {len(value)} names, more than {MAX_NAMES}: write a regular expression")
-    return sorted(value) if isinstance(value, (set, frozenset)) else list(dict.fromkeys(value))
+    return list(dict.fromkeys(value))
 
 
 @dataclass
 class C3AConfig:
     """How a model is adapted. The fields are those of PEFT's C3A configuration, and mean the same.
 
-    Lists may be given as tuples or sets, and are kept as lists. Every value is checked when the configuration is built.
+    Values may be given as what stands for them: tuples, sets and OmegaConf's lists for lists, any mapping for a dict,
+    numpy's numbers and strings. They are kept as plain ones, and each is checked when the configuration is built.
 
     Args:
         block_size: b, the size of the circulant blocks; it has to divide both widths of every adapted layer. `"auto"`
@@ -227,47 +260,55 @@ class C3AConfig:
     peft_type: ClassVar[str] = PEFT_TYPE
 
     def __post_init__(self) -> None:
+        for item in fields(self):
+            try:
+                setattr(self, item.name, plain(getattr(self, item.name)))
+            except RecursionError as error:
+                raise ConfigError(f"{item.name} is nested too deeply") from error
         self._check_block_sizes()
         self._check_modules()
         self._check_layers()
         self._check_patterns()
         if not isinstance(self.init_weights, bool) and self.init_weights not in INIT_WEIGHTS:
             raise ConfigError(
-                f"init_weights must be True, False or one of {INIT_WEIGHTS}, got {shown(self.init_weights)}"
+                f"init_weights must be True, False or one of {INIT_WEIGHTS}, got {_described(self.init_weights)}"
             )
         if self.bias not in BIASES:
-            raise ConfigError(f"bias must be one of {BIASES}, got {shown(self.bias)}")
+            raise ConfigError(f"bias must be one of {BIASES}, got {_described(self.bias)}")
         if not isinstance(self.inference_mode, bool):
-            raise ConfigError(f"inference_mode must be True or False, got {shown(self.inference_mode)}")
-        self.task_type = getattr(self.task_type, "value", self.task_type)
+            raise ConfigError(f"inference_mode must be True or False, got {_described(self.inference_mode)}")
         for name in ("task_type", "base_model_name_or_path", "revision", "peft_version"):
             value = getattr(self, name)
             if isinstance(value, os.PathLike):
                 setattr(self, name, os.fspath(value))
             elif not (value is None or isinstance(value, str)):
-                raise ConfigError(f"{name} must be a string or None, got {shown(value)}")
-        if not (self.auto_mapping is None or isinstance(self.auto_mapping, Mapping)):
-            raise ConfigError(f"auto_mapping must be a dict or None, got {shown(self.auto_mapping)}")
+                raise ConfigError(f"{name} must be a string or None, got {_described(value)}")
+        if not (self.auto_mapping is None or isinstance(self.auto_mapping, dict)):
+            raise ConfigError(f"auto_mapping must be a dict or None, got {_described(self.auto_mapping)}")
 
     def _check_block_sizes(self) -> None:
         if self.block_size != "auto" and not _is_positive_int(self.block_size):
-            raise ConfigError(f'block_size must be a positive integer or "auto", got {shown(self.block_size)}')
+            raise ConfigError(f'block_size must be a positive integer or "auto", got {_described(self.block_size)}')
         if self.rank is not None and not _is_positive_int(self.rank):
-            raise ConfigError(f"rank must be a positive integer or None, got {shown(self.rank)}")
+            raise ConfigError(f"rank must be a positive integer or None, got {_described(self.rank)}")
         if self.rank is not None and self.block_size != "auto":
             raise ConfigError(
                 f"rank={self.rank} has no meaning beside block_size={self.block_size}: "
                 'set block_size="auto" or leave rank out'
             )
         pattern = {} if self.block_size_pattern is None else self.block_size_pattern
-        if not isinstance(pattern, Mapping):
-            raise ConfigError(f"block_size_pattern must be a dict of patterns and block sizes, got {shown(pattern)}")
+        if not isinstance(pattern, dict):
+            raise ConfigError(
+                f"block_size_pattern must be a dict of patterns and block sizes, got {_described(pattern)}"
+            )
         for key, size in pattern.items():
             if not isinstance(key, str) or not key:
                 raise ConfigError(f"block_size_pattern: a key must be a non-empty regular expression, got {shown(key)}")
             if not _is_positive_int(size):
-                raise ConfigError(f"block_size_pattern[{shown(key)}] must be a positive integer, got {shown(size)}")
-        self.block_size_pattern = dict(pattern)
+                raise ConfigError(
+                    f"block_size_pattern[{shown(key)}] must be a positive integer, got {_described(size)}"
+                )
+        self.block_size_pattern = pattern
 
     def _check_modules(self) -> None:
         if isinstance(self.target_modules, str):
@@ -292,14 +333,11 @@ class C3AConfig:
                         "put the layers into the regular expression"
                     )
         layers = self.layers_to_transform
-        if isinstance(layers, (list, tuple, set, frozenset, range)):
-            layers = sorted(layers) if isinstance(layers, (set, frozenset)) else list(layers)
         if layers is not None and not all(
             isinstance(index, int) and not isinstance(index, bool)
             for index in (layers if isinstance(layers, list) else [layers])
         ):
-            raise ConfigError(f"layers_to_transform must be a layer index or a list of them, got {shown(layers)}")
-        self.layers_to_transform = layers
+            raise ConfigError(f"layers_to_transform must be a layer index or a list of them, got {_described(layers)}")
         if self.layers_pattern is not None and not isinstance(self.layers_pattern, str):
             self.layers_pattern = _name_list(self.layers_pattern, "layers_pattern")
 
@@ -340,8 +378,7 @@ class C3AConfig:
         """
         if not isinstance(values, Mapping):
             raise ConfigError(f"a configuration must be a dict, got {type(values).__name__}")
-        peft_type = values.get("peft_type", PEFT_TYPE)
-        peft_type = getattr(peft_type, "value", peft_type)
+        peft_type = plain(values.get("peft_type", PEFT_TYPE))
         if peft_type != PEFT_TYPE:
             raise ConfigError(
                 f"this is the configuration of a {shown(peft_type)} adapter; only {PEFT_TYPE!r} can be used here"
@@ -522,6 +559,7 @@ def valid_block_sizes(in_features: int, out_features: int) -> list[int]:
     Raises:
         ShapeError: a width that is not a positive integer.
     """
+    in_features, out_features = plain(in_features), plain(out_features)
     if not (_is_positive_int(in_features) and _is_positive_int(out_features)):
         raise ShapeError(
             f"widths must be positive integers, got in_features={in_features!r}, out_features={out_features!r}"
@@ -547,9 +585,10 @@ def suggest_block_size(
         ShapeError: a width that is not a positive integer.
     """
     sizes = valid_block_sizes(in_features, out_features)
+    in_features, out_features, rank, max_params = map(plain, (in_features, out_features, rank, max_params))
     for name, value in (("rank", rank), ("max_params", max_params)):
         if value is not None and not _is_positive_int(value):
-            raise ConfigError(f"{name} must be a positive integer or None, got {shown(value)}")
+            raise ConfigError(f"{name} must be a positive integer or None, got {_described(value)}")
     area = in_features * out_features
     if max_params is not None:
         if area // sizes[-1] > max_params:
@@ -577,8 +616,9 @@ def check_block_size(block_size: int, in_features: int, out_features: int, layer
         ConfigError: it is not a positive integer.
         ShapeError: it does not divide both widths; the message names the layer and the nearest sizes that do.
     """
+    block_size = plain(block_size)
     if not _is_positive_int(block_size):
-        raise ConfigError(f"{layer}: block_size must be a positive integer, got {block_size!r}")
+        raise ConfigError(f"{layer}: block_size must be a positive integer, got {_described(block_size)}")
     wrong = [
         f"{name}={width}"
         for name, width in (("in_features", in_features), ("out_features", out_features))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import spectra
-from .config import C3AConfig, check_block_size, suggest_block_size
+from .config import C3AConfig, check_block_size, plain, suggest_block_size
 from .dispatch import check_backend
 from .errors import AdapterNotFoundError, AdapterStateError, BackendError, ConfigError, ShapeError
 from .linear_like import (
@@ -276,7 +276,7 @@ class C3ALinear(nn.Module):
         kernels = self._kernels
         if kernels is None or any(w.device != x.device or w.dtype not in _COMPUTED_DTYPES for w in kernels):
             kernels = tuple(self._kernel_on(name, x.device) for name in self._applied_names())
-        if kernels:
+        if kernels and torch._C._get_tracing_state() is None:
             self._check_base_output(x, y)
         for kernel in _sums_by_block_size(kernels):
             y = y + self._delta(x, kernel, self._exact_backend).to(y.dtype)
@@ -477,10 +477,11 @@ class C3ALinear(nn.Module):
             block_size = _DEFAULT_BLOCK_SIZE if config is None else config.block_size
         if init_weights is None:
             init_weights = "xavier_uniform" if config is None else config.init_weights
+        init_weights = plain(init_weights)
         if block_size == "auto":
             rank = None if config is None else config.rank
             block_size = suggest_block_size(*self._geometry.divided, rank=rank)
-        b: int = block_size  # type: ignore[assignment]
+        b: int = plain(block_size)
         check_block_size(b, *self._geometry.divided, self._label + self._geometry.what)
         base = self.get_base_layer()
         shape = self._geometry.kernel_shape(b)

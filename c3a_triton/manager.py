@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from . import pretrained
-from .beside import embedding_parameters, embeddings_in, embeddings_to_save, warn_embeddings, warn_unsaved
+from .beside import (
+    embedding_parameters,
+    embeddings_in,
+    embeddings_to_save,
+    unwatch_statistics,
+    warn_embeddings,
+    warn_statistics,
+    warn_unsaved,
+)
 from .checkpoint import KERNEL_SUFFIX, peft_config, read_adapter, write_adapter
 from .combine import combination
 from .config import C3AConfig
@@ -761,6 +769,7 @@ class AdapterManager:
             self.wrappers.forget()
             unwatch(self.model)
         pretrained.release(self.model)
+        unwatch_statistics(self.model)
 
     # Saving
 
@@ -840,7 +849,7 @@ class AdapterManager:
         state_dict: Mapping[str, Tensor] | None = None,
         save_embedding_layers: bool | str = "auto",
     ) -> None:
-        """Save an adapter to a folder, as PEFT does and reads it. PEFT reads adapters of linear layers alone.
+        """Save an adapter to a folder, as PEFT does and reads it. PEFT reads adapters of `nn.Linear` alone.
 
         Warns, once for each, about parameters that were made trainable after `apply` and are in no file.
 
@@ -867,11 +876,12 @@ class AdapterManager:
         block_sizes = {
             name: layer.block_size[adapter_name] for name, layer in self.layers() if adapter_name in layer.block_size
         }
-        own = [name for name, layer in self.layers() if name in block_sizes and layer.kind != "linear"]
+        adapted = ((name, layer.get_base_layer()) for name, layer in self.layers() if name in block_sizes)
+        own = [name for name, base in adapted if not isinstance(base, nn.Linear)]
         if own:
             warnings.warn(
-                f"PEFT adapts linear layers alone: it cannot load this adapter, which has {len(own)} others "
-                f"({', '.join(own[:3])}{', …' if len(own) > 3 else ''}); c3a_triton.load_adapter does",
+                f"PEFT adapts linear layers alone (nn.Linear): it cannot load this adapter, which has {len(own)} "
+                f"others ({', '.join(own[:3])}{', …' if len(own) > 3 else ''}); c3a_triton.load_adapter does",
                 stacklevel=2,
             )
         try:
@@ -894,6 +904,7 @@ class AdapterManager:
             saved += self._biases(name, config.bias).values()
         saved += [parameter for name, parameter in embedding_parameters(self.model).items() if name in tensors]
         warn_unsaved(self.model, saved, self._told_unsaved)
+        warn_statistics(self.model, self._told_unsaved)  # of compiled models, whose calls nobody sees
 
     # What it looks like
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from . import dispatch, fourier, launch, launch_fft, reference, spectra
+from . import dispatch, fourier, launch, launch_fft, reference, spectra, traced
 from ._ops import add_op_namespace_prefix
 from ._ops import ops as registered_ops
 from .errors import BackendError, ShapeError
@@ -59,6 +59,8 @@ def circulant_linear(x: Tensor, w: Tensor, *, scale: float | None = None, backen
         x = _autocast(x)
         with torch.autocast(x.device.type, enabled=False):
             return circulant_linear(x, w, scale=scale, backend=backend)
+    if torch._C._get_tracing_state() is not None:
+        return traced.linear(x, None, None, (w,), scale)
     kernels = (w,)
     _check(x, None, None, kernels)
     return _apply(x, None, None, kernels, 1.0 / x.shape[-1] if scale is None else scale, backend)
@@ -95,6 +97,8 @@ def c3a_linear(
         x, weight, bias = _autocast(x), _autocast(weight), None if bias is None else _autocast(bias)
         with torch.autocast(x.device.type, enabled=False):
             return c3a_linear(x, weight, bias, kernels, backend=backend)
+    if torch._C._get_tracing_state() is not None:
+        return traced.linear(x, weight, bias, kernels, None)
     _check(x, weight, bias, kernels)
     return _apply(x, weight, bias, kernels, 1.0 / x.shape[-1], backend)
 
@@ -110,6 +114,8 @@ def circulant_matrix(w: Tensor, *, scale: float | None = None, dtype: torch.dtyp
     Returns:
         `(out_blocks * b, in_blocks * b)`, differentiable in w.
     """
+    if traced.is_tracing():
+        return traced.circulant_matrix(_at_least_float32(w), scale, dtype or w.dtype)
     _check_kernel(w)
     scale = 1.0 / (w.shape[1] * w.shape[2]) if scale is None else scale
     dtype = dtype or w.dtype
@@ -209,6 +215,8 @@ def _apply(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, kernels: Sequence[Tensor], scale: float, backend: str
 ) -> Tensor:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not _is_plain(x):
+        if torch.onnx.is_in_onnx_export():
+            return traced.linear(x, weight, bias, kernels, scale)
         return _linear_call(x, weight, bias, kernels, scale, False, backend)
     if torch.is_grad_enabled():
         return _C3ALinear.apply(x, weight, bias, scale, backend, *kernels)

@@ -278,18 +278,24 @@ def _warn_about(model: nn.Module, config: C3AConfig, targets: list[Target], name
         everything = C3AConfig(target_modules=".*", exclude_modules=config.exclude_modules)
         if all(match_target(everything, name) for name in names):
             warnings.warn(f"exclude_modules={config.exclude_modules!r} matches no module", stacklevel=2)
-    _warn_shared(model, adapted)
+    _warn_shared(model, adapted, "adapted")
     warn_tied(model, adapted, "the adapter changes only what this layer computes, but merging it would change both")
 
 
-def _warn_shared(model: nn.Module, adapted: list[str]) -> None:
-    names: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(id(module), []).append(name)
-    wanted = set(adapted)
-    shared = [others for others in names.values() if len(others) > 1 and others[0] in wanted]
-    for others in shared:
-        warnings.warn(f"{' and '.join(others)} are one module: only its use as {others[0]} is adapted", stacklevel=2)
+def _warn_shared(model: nn.Module, chosen: list[str], done: str) -> None:
+    """Warn about modules with several places in a model, of which only the first gets another module.
+
+    A place is a name within a parent: in a block that the model uses several times a layer has one, for all its uses.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    places: dict[int, dict[tuple[int, str], str]] = {}
+    for name, module in modules.items():
+        parent, _, child = name.rpartition(".")
+        places.setdefault(id(module), {}).setdefault((id(modules[parent]), child), name)
+    wanted = set(chosen)
+    for names in map(list, map(dict.values, places.values())):
+        if len(names) > 1 and names[0] in wanted:
+            warnings.warn(f"{' and '.join(names)} are one module: only its use as {names[0]} is {done}", stacklevel=2)
 
 
 def tied_names(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
@@ -344,6 +350,7 @@ def find_modules_to_save(model: nn.Module, config: C3AConfig) -> list[tuple[str,
     if idle := [entry for entry in entries if not any(name.endswith(entry) for name, _ in modules)]:
         hints = "".join(near_names(entry, [name for name, _ in modules]) for entry in idle[:5])
         warnings.warn(f"modules_to_save: {', '.join(map(shown, idle[:20]))} match no module.{hints}", stacklevel=2)
+    _warn_shared(model, [name for name, _ in found], "trained whole (modules_to_save)")
     warn_tied(model, [name for name, _ in found], "modules_to_save gives it a copy of its own")
     return found
 

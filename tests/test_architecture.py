@@ -16,6 +16,7 @@ ORDER = [
     "config",
     "patterns",
     "reference",
+    "traced",
     "fourier",
     "tiles",
     "launch",
@@ -78,7 +79,18 @@ TUNING = [
     "tuner",
     "commands",
 ]
-CORE = {"errors", "reference", "fourier", "tiles", "launch", "spectra", "launch_fft", "launch_grouped", "tuned"}
+CORE = {
+    "errors",
+    "reference",
+    "traced",
+    "fourier",
+    "tiles",
+    "launch",
+    "spectra",
+    "launch_fft",
+    "launch_grouped",
+    "tuned",
+}
 CORE |= {"dispatch", "_ops", "ops", "ops_rows"}
 LAUNCHERS = {"launch", "launch_grouped"}
 # A package has one place; its files also import from each other.

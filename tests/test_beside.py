@@ -207,3 +207,77 @@ def test_what_adapters_train_is_not_named(tmp_path: Path) -> None:
         model.c3a.save_pretrained(tmp_path / "other", "other")
         plain = c3a_triton.apply(nn.Sequential(nn.Linear(4, 4)), C3AConfig(block_size=2, target_modules=["0"]))
         plain.c3a.save_pretrained(tmp_path / "plain")
+
+
+# Running statistics
+
+
+class Net(nn.Module):
+    """Linear layers and norms, of which some collect statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.norms = nn.Sequential(*(nn.BatchNorm1d(8) for _ in range(7)))
+        self.head = nn.Sequential(nn.Unflatten(1, (2, 4)), nn.InstanceNorm1d(2, track_running_stats=True))
+        self.others = nn.Sequential(
+            nn.LayerNorm(8), nn.BatchNorm1d(8, momentum=0.0), nn.BatchNorm1d(8, track_running_stats=False)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.others(self.norms(self.linear(x))))
+
+
+def bare() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+def net(**config: Any) -> Any:
+    return c3a_triton.apply(bare(), C3AConfig(**({"block_size": 4, "target_modules": ["linear"]} | config)))
+
+
+STATISTICS = r"norms.0, norms.1, norms.2, norms.3, norms.4 and 3 more go on collecting .*modules_to_save"
+
+
+def test_statistics_that_go_on_being_collected_are_named_once() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = net()
+        model.eval()(torch.randn(4, 8))
+    model.train()
+    with pytest.warns(UserWarning, match=STATISTICS) as told:
+        model(torch.randn(4, 8))
+    assert len(told) == 1
+    assert "others" not in str(told[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model(torch.randn(4, 8))
+        copy.deepcopy(model)(torch.randn(4, 8))
+    model.c3a.unload()
+    assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("how", ["saved", "eval", "momentum"])
+def test_statistics_that_are_saved_or_stay(how: str, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = net(modules_to_save=["norms", "head"] if how == "saved" else None).train()
+        for module in model.modules():
+            if isinstance(module, (nn.BatchNorm1d, nn.InstanceNorm1d)) and how != "saved":
+                module.eval() if how == "eval" else setattr(module, "momentum", 0)
+        model(torch.randn(4, 8))
+        model.c3a.save_pretrained(tmp_path)
+        model.eval()
+        x = torch.randn(4, 8)
+        if how == "saved":
+            assert torch.equal(c3a_triton.load_adapter(bare().eval(), tmp_path)(x), model(x))
+
+
+def test_statistics_of_a_compiled_model_are_told_when_it_is_saved(tmp_path: Path) -> None:
+    model = net().train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        torch.compile(model, backend="eager", fullgraph=True)(torch.randn(4, 8))
+    with pytest.warns(UserWarning, match=STATISTICS):
+        model.c3a.save_pretrained(tmp_path)

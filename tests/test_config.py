@@ -1,12 +1,19 @@
+import collections
+import collections.abc
+import enum
+import json
 import math
 import os
 import warnings
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 from versions import PEFT
 
+import c3a_triton
 from c3a_triton.config import (
     CONFIG_NAME,
     DEFAULT_RANK,
@@ -127,6 +134,142 @@ def test_lists_are_normalised():
     assert config.layers_to_transform == [0, 1]
     assert config.block_size_pattern == {}
     assert C3AConfig(target_modules="ALL-LINEAR").target_modules == "all-linear"
+
+
+class Task(str, enum.Enum):
+    LM = "CAUSAL_LM"
+
+
+class Width(enum.IntEnum):
+    WIDE = 8
+
+
+class Name(str):
+    """A string of somebody's own, as numpy and YAML readers have them."""
+
+
+class ListLike(collections.abc.Sequence):
+    """A list that is none, as OmegaConf's."""
+
+    def __init__(self, *items: object) -> None:
+        self.items = items
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+PLAIN = {
+    "block_size": 8,
+    "target_modules": ["q_proj", "v_proj"],
+    "block_size_pattern": {"a": 4},
+    "layers_to_transform": [0, 1],
+    "layers_pattern": ["layers"],
+    "modules_to_save": ["head"],
+    "init_weights": True,
+    "inference_mode": False,
+    "task_type": "CAUSAL_LM",
+    "auto_mapping": {"a": [1, {"b": "c"}]},
+}
+
+
+def numpys():
+    return {
+        "block_size": np.int64(8),
+        "target_modules": np.array(["q_proj", "v_proj"]),
+        "block_size_pattern": {np.str_("a"): np.int32(4)},
+        "layers_to_transform": np.arange(2),
+        "layers_pattern": [np.str_("layers")],
+        "modules_to_save": (np.str_("head"),),
+        "init_weights": np.bool_(True),
+        "inference_mode": np.bool_(False),
+        "task_type": np.str_("CAUSAL_LM"),
+        "auto_mapping": {"a": (np.int64(1), {"b": np.str_("c")})},
+    }
+
+
+def containers():
+    return {
+        "block_size": Width.WIDE,
+        "target_modules": frozenset({"v_proj", "q_proj"}),
+        "block_size_pattern": collections.UserDict({Name("a"): 4}),
+        "layers_to_transform": ListLike(0, np.int64(1)),
+        "layers_pattern": ListLike(Name("layers")),
+        "modules_to_save": collections.UserList(["head"]),
+        "task_type": Task.LM,
+        "init_weights": True,
+        "auto_mapping": collections.OrderedDict(a=ListLike(1, collections.ChainMap({"b": Name("c")}))),
+    }
+
+
+def omegaconfs():
+    omegaconf = pytest.importorskip("omegaconf")
+    config = omegaconf.OmegaConf.create(PLAIN | {"block_size": "${width}", "width": 8})
+    return {name: config[name] for name in PLAIN}
+
+
+@pytest.mark.parametrize("values", [numpys, containers, omegaconfs])
+def test_what_stands_for_plain_values_is_taken(values, tmp_path):
+    values = values()
+    for config in (C3AConfig(**values), C3AConfig.from_dict(values), C3AConfig.from_any(peft.C3AConfig(**values))):
+        found = json.loads(config.to_json())  # JSON takes nothing but plain ones
+        assert {name: found[name] for name in PLAIN} == PLAIN
+        for name in PLAIN:
+            assert repr(getattr(config, name)) == repr(PLAIN[name])
+    model = c3a_triton.apply(
+        nn.ModuleDict({"q_proj": nn.Linear(8, 8), "a": nn.Linear(8, 8)}),
+        {
+            "block_size": values["block_size"],
+            "target_modules": ["q_proj", "a"],
+            "block_size_pattern": values["block_size_pattern"],
+        },
+    )
+    model.c3a.save_pretrained(tmp_path)
+    assert c3a_triton.load_adapter(nn.ModuleDict({"q_proj": nn.Linear(8, 8), "a": nn.Linear(8, 8)}), tmp_path)
+
+
+def test_layers_and_rules_take_numpys_numbers():
+    layer = c3a_triton.C3ALinear(nn.Linear(8, 8), block_size=np.int64(4), init_weights=np.bool_(True))
+    assert repr(layer.block_size) == "{'default': 4}"
+    assert not layer.c3a_kernel["default"].any()
+    assert repr(suggest_block_size(np.int64(64), np.int32(64), rank=np.int64(4))) == repr(
+        suggest_block_size(64, 64, rank=4)
+    )
+    assert repr(valid_block_sizes(np.int64(8), np.int64(4))) == "[1, 2, 4]"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("block_size", np.bool_(True), 'positive integer or "auto", got True, a bool'),
+        ("block_size", np.float64(8), "got 8.0, a float"),
+        ("block_size", "8", "got '8', a str"),
+        ("block_size_pattern", {"a": np.bool_(True)}, "got True, a bool"),
+        ("layers_to_transform", np.array([True]), "got \\[True\\], a list of bool"),
+        ("target_modules", ["q_proj", np.int64(3)], r"got \['q_proj', 3\], a list of int and str"),
+        ("target_modules", (name for name in "ab"), "a generator"),
+        ("target_modules", b"q_proj", "a bytes"),
+        ("init_weights", np.int64(1), "got 1, a int"),
+    ],
+)
+def test_errors_name_the_type(field, value, message):
+    with pytest.raises(ConfigError, match=message):
+        C3AConfig(**{field: value})
+
+
+def test_sets_are_ordered():
+    layers = C3AConfig(target_modules={"b", "a", "c"}, layers_to_transform={10, 9, 2})
+    assert (layers.target_modules, layers.layers_to_transform) == (["a", "b", "c"], [2, 9, 10])
+
+
+def test_what_is_nested_too_deeply():
+    value = []
+    for _ in range(100_000):
+        value = [value]
+    with pytest.raises(ConfigError, match="auto_mapping is nested too deeply"):
+        C3AConfig(auto_mapping={"a": value})
 
 
 def test_dict_round_trip_keeps_every_field_and_the_order_of_patterns():

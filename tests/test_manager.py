@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -726,6 +727,43 @@ def test_saving_and_loading(folder: Path) -> None:
     assert trainable(model) == names
     model.c3a.set_adapter("second")
     torch.testing.assert_close(logits(model), torch.load(folder.parent / "logits.pt"))
+
+
+class Foreign(nn.Module):
+    """A linear layer of somebody's own class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features = self.out_features = 4
+        self.weight = nn.Parameter(torch.eye(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.t()
+
+
+class OwnLinear(nn.Linear):
+    """PEFT takes it, as every nn.Linear."""
+
+
+@pytest.mark.parametrize(
+    ("model", "target", "named"),
+    [
+        (gpt2, "c_attn", r"2 others \(transformer.h.0.attn.c_attn, transformer.h.1.attn.c_attn\)"),
+        (lambda: nn.Sequential(Foreign()), "0", r"1 others \(0\)"),
+        (lambda: nn.Sequential(OwnLinear(4, 4)), "0", None),
+    ],
+    ids=["Conv1D", "foreign", "subclass"],
+)
+def test_files_that_peft_cannot_load_are_told(
+    tmp_path: Path, model: Callable[[], nn.Module], target: str, named: str | None
+) -> None:
+    model = apply(model(), C3AConfig(block_size=2, target_modules=[target]))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model.c3a.save_pretrained(tmp_path)
+    assert len(told) == (named is not None)
+    for warning in told:
+        assert re.search(f"PEFT adapts linear layers alone.*{named}", str(warning.message))
 
 
 def _edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:

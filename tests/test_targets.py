@@ -7,6 +7,7 @@ import torch
 from tiny_models import MLP, bert_classifier, gpt2, llama, llama_classifier
 from torch import nn
 
+import c3a_triton
 from c3a_triton.config import C3AConfig
 from c3a_triton.errors import ConfigError, ShapeError
 from c3a_triton.layer import C3ALinear
@@ -134,6 +135,26 @@ def test_what_is_warned_about() -> None:
     model.third = model.second
     with pytest.warns(UserWarning, match="second and third are one module"):
         names(model, target_modules=["second"])
+
+
+def test_a_block_that_is_used_several_times_is_adapted_in_every_use() -> None:
+    model = nn.ModuleDict(
+        {"layers": nn.ModuleList([MLP()] * 3), "last": nn.ModuleList([nn.ModuleList([MLP()] * 2)] * 2)}
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        c3a_triton.apply(model, C3AConfig(block_size=2, target_modules=["second"], modules_to_save=["first"]))
+    for block in (*model["layers"], *(inner for outer in model["last"] for inner in outer)):
+        assert isinstance(block.second, C3ALinear)
+        assert isinstance(block.first, ModulesToSave)
+    # Two blocks of one layer: only the first is another afterwards.
+    for config in ({"target_modules": ["second"]}, {"target_modules": ["first"], "modules_to_save": ["second"]}):
+        model = nn.ModuleList([MLP(), MLP()])
+        model[1].second = model[0].second
+        how = "trained whole" if "modules_to_save" in config else "adapted"
+        with pytest.warns(UserWarning, match=f"0.second and 1.second are .* as 0.second is {how}"):
+            c3a_triton.apply(model, C3AConfig(block_size=2, **config))
+        assert type(model[1].second) is nn.Linear
 
 
 def test_attention_that_never_calls_its_projection() -> None:

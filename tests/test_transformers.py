@@ -222,7 +222,8 @@ def test_checkpoints_load_as_what_they_are_or_not_at_all(tmp_path: Path, only_ad
     model = adapted()
     trainer(model, tmp_path / "other", steps=1, callbacks=callbacks, save_steps=1).train()
     for load in (auto.from_pretrained, type(model).from_pretrained):
-        with pytest.raises(RuntimeError, match="mismatch"):
+        # transformers 4 looks for the base model even so, which has no name.
+        with pytest.raises((RuntimeError, OSError), match="mismatch|connect|None"):
             load(tmp_path / "other" / "checkpoint-1")
 
 
