@@ -120,9 +120,17 @@ def _candidates(model: Any, parameters: Any, random: Any, tokens: Any) -> Iterat
             int(_field(config, "in_channels", "num_channels", default=3)),
             _pair(_field(config, "patch_size")),
         )
-        for times in dict.fromkeys((int(_field(config, "temporal_patch_size", default=1)), 1)):
+        for times in dict.fromkeys((int(_field(config, "temporal_patch_size", "patch_temporal", default=1)), 1)):
             patches = random(ROWS * 16, channels * times * patch[0] * patch[1])
-            yield {"hidden_states": patches, "grid_thw": torch.tensor([[1, 4, 4]] * ROWS)}
+            for shaped in (patches, patches.unflatten(1, (channels * times, patch[0], patch[1]))):
+                yield {"hidden_states": shaped, "grid_thw": torch.tensor([[1, 4, 4]] * ROWS)}
+    if "target_sizes" in parameters and "input_ids" not in parameters:
+        size = int(_field(config, "patch_size", default=8))
+        sizes = torch.tensor([[4, 4]] * ROWS)
+        yield {"pixel_values": random(1, 3, size, ROWS * 16 * size), "target_sizes": sizes}
+    if {"audio_mel", "audio_mel_mask"} <= set(parameters):
+        mels = int(_field(config, "input_feat_size", default=128))
+        yield {"audio_mel": random(ROWS, 64, mels), "audio_mel_mask": torch.zeros(ROWS, 64, dtype=torch.bool)}
     if "pixel_position_ids" in parameters:
         positions = torch.tensor([[n % 4, n // 4] for n in range(16)]).repeat(ROWS, 1, 1)
         size = int(_field(config, "patch_size", default=8))
@@ -189,16 +197,15 @@ def _media(config: Any, parameters: Any, random: Any) -> dict[str, list[Any]]:
         )
         if grid in ("image_grid_thw", "grid_thw"):
             patch = int(_field(config, "patch_size", default=8))
-            times = _field(config, "temporal_patch_size", default=1)
+            times = _field(config, "temporal_patch_size", "patch_temporal", default=1)
+            merge_sizes = {"image_merge_sizes", "merge_sizes"} & set(parameters)
             for t in (times, 1):
                 found[name].insert(
                     0,
                     {
                         name: random(ROWS * 16, channels * int(t) * patch * patch),
                         grid: torch.tensor([[1, 4, 4]] * ROWS),
-                        **(
-                            {"image_merge_sizes": torch.tensor([1] * ROWS)} if "image_merge_sizes" in parameters else {}
-                        ),
+                        **{key: torch.tensor([1] * ROWS) for key in merge_sizes},
                     },
                 )
         elif grid == "image_sizes":
@@ -330,8 +337,8 @@ def _queries(model: Any, random: Any, tokens: Any) -> Iterator[Inputs]:
 
 def _questions(model: Any, random: Any, tokens: Any) -> Iterator[Inputs]:
     yield {
-        "input_ids": tokens()[:1], "marks": torch.tensor([[3, 5]]), "num_options": torch.tensor([[2]]),
-        "question_type_ids": torch.tensor([[0]]),
+        "input_ids": tokens()[:1], "marks": torch.tensor([[3, 5]]), "num_options": torch.tensor([[2, 2]]),
+        "question_type_ids": torch.tensor([[0, 1]]),
     }  # fmt: skip
 
 
@@ -373,6 +380,11 @@ def _tiles(model: Any, random: Any, tokens: Any) -> Iterator[Inputs]:
     yield {"input_ids": tokens()}
 
 
+def _task(model: Any, random: Any, tokens: Any) -> Iterator[Inputs]:
+    length = int(_field(model.config, "task_seq_len", default=77))
+    yield {"pixel_values": random(ROWS, 3, IMAGE, IMAGE), "task_inputs": tokens(length)}
+
+
 def _regions(model: Any, random: Any, tokens: Any) -> Iterator[Inputs]:
     features = {"visual_feats": random(ROWS, 4, model.config.visual_feat_dim), "visual_pos": random(ROWS, 4, 4)}
     yield {"input_ids": tokens(), **features}
@@ -407,6 +419,7 @@ SPECIAL: dict[str, Callable[..., Any]] = {
     "encodec": _waveform,
     "MllamaForConditionalGeneration": _tiles,
     "lxmert": _regions,
+    "OneFormerForUniversalSegmentation": _task,
     "depth_pro": _large_image,
     "lightglue": _pairs,
     "superglue": _pairs,

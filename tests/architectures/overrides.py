@@ -105,6 +105,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "vision_config.width_coefficient": 1.0,
         "vision_config.depth_coefficient": 0.25,
         "vision_config.hidden_dim": 1280,
+        "projection_dim": 320,
     },
     "align_vision_model": {"width_coefficient": 1.0, "depth_coefficient": 0.25, "hidden_dim": 1280},
     "swin2sr": {"embed_dim": 48},
@@ -124,6 +125,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "encodec": {"codebook_dim": 64},
     "clap": {"audio_config.spec_size": 256},
     "clap_audio_model": {"spec_size": 256},
+    "lilt": {"hidden_size": 96},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
 }

@@ -117,7 +117,7 @@ _AT_MOST_BY_VALUE = {
     ),
     33: "spectrogram_bins",
     65: "keypoint_decoder_dim",
-    80: "num_mel_bins n_mel_bins",
+    80: "model_in_dim num_mel_bins n_mel_bins",
     0: "num_kv_shared_layers",
 }
 _AT_MOST = {name: value for value, names in _AT_MOST_BY_VALUE.items() for name in names.split()}
@@ -215,6 +215,8 @@ def _small(values: dict[str, Any], ids: dict[int, int]) -> dict[str, Any]:
             }
         elif key == "head_dim" and value is None:
             values[key] = HEAD
+        elif key == "vocab_size" and value is None:
+            values[key] = VOCABULARY
         elif key in ("image_token_id", "image_token_index") and value is None:
             values[key] = VOCABULARY - 28
         elif isinstance(value, dict):
@@ -264,7 +266,10 @@ def _small_list(key: str, value: list[Any], ids: dict[int, int], chosen: Any) ->
     if key == "image_grid_pinpoints":
         return [[64, 64]]
     if chosen and len(value) == chosen[0]:
-        return [value[index] for index in chosen[1]]
+        kept = [value[index] for index in chosen[1]]
+        if key.endswith("heads_per_layer"):
+            return [HEADS if entry == max(value) else HEADS // 2 for entry in kept]
+        return kept
     if not value or not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in value):
         return value
     if _ID.match(key):
