@@ -385,6 +385,17 @@ def _task(model: Any, random: Any, tokens: Any) -> Iterator[Inputs]:
     yield {"pixel_values": random(ROWS, 3, IMAGE, IMAGE), "task_inputs": tokens(length)}
 
 
+def _interleaved(model: Any, random: Any, tokens: Any) -> Iterator[Inputs]:
+    size = model.config.vision_config.image_size
+    ids = tokens()
+    yield {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": random(ROWS, 1, 3, size, size),
+        "image_attention_mask": torch.ones(ROWS, LENGTH, 1, dtype=torch.long),
+    }
+
+
 def _regions(model: Any, random: Any, tokens: Any) -> Iterator[Inputs]:
     features = {"visual_feats": random(ROWS, 4, model.config.visual_feat_dim), "visual_pos": random(ROWS, 4, 4)}
     yield {"input_ids": tokens(), **features}
@@ -419,6 +430,7 @@ SPECIAL: dict[str, Callable[..., Any]] = {
     "encodec": _waveform,
     "MllamaForConditionalGeneration": _tiles,
     "lxmert": _regions,
+    "IdeficsForVisionText2Text": _interleaved,
     "OneFormerForUniversalSegmentation": _task,
     "depth_pro": _large_image,
     "lightglue": _pairs,

@@ -11,6 +11,7 @@ _RESNET = {
 }  # fmt: skip
 _LAST_STAGE = {"backbone_config": {**_RESNET, "out_features": ["stage4"]}}
 _LAST_STAGES = {"backbone_config": {**_RESNET, "out_features": ["stage2", "stage3", "stage4"]}}
+_ALL_STAGES = {"backbone_config": {**_RESNET, "out_features": ["stage1", "stage2", "stage3", "stage4"]}}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "detr": _LAST_STAGE,
     "conditional_detr": _LAST_STAGE,
@@ -18,7 +19,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "table-transformer": _LAST_STAGE,
     "deformable_detr": _LAST_STAGES,
     "omdet-turbo": _LAST_STAGES,
-    "BeitForSemanticSegmentation": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
+    "BeitForSemanticSegmentation": {
+        "num_hidden_layers": 4,
+        "out_indices": [1, 2, 3, 4],
+        "out_features": ["stage1", "stage2", "stage3", "stage4"],
+    },
+    "DetrForSegmentation": {**_ALL_STAGES, "encoder_attention_heads": 8, "decoder_attention_heads": 8},
+    "ernie4_5_vl_moe": {"text_config.rope_parameters.mrope_section": [3, 3, 2]},
+    "pix2struct": {"vision_config.patch_embed_hidden_size": 768},
+    "pix2struct_vision_model": {"patch_embed_hidden_size": 768},
     "Data2VecVisionForSemanticSegmentation": {
         "num_hidden_layers": 4,
         "out_indices": [0, 1, 2, 3],
@@ -98,7 +107,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mistral4": {"head_dim": 32},
     "step3p7": {"text_config.sliding_window": 8},
     "moonshine_streaming": {"num_key_value_heads": 4},
-    "fun_asr_nano": {"adaptor_config.intermediate_size": 64},
+    "fun_asr_nano": {"adaptor_config.intermediate_size": 16},
     "efficientloftr": {"hidden_size": 256},
     "qwen3_omni_moe": {"talker_config.text_config.shared_expert_intermediate_size": 64},
     "align": {

@@ -217,7 +217,7 @@ def _small(values: dict[str, Any], ids: dict[int, int]) -> dict[str, Any]:
             values[key] = HEAD
         elif key == "vocab_size" and value is None:
             values[key] = VOCABULARY
-        elif key in ("image_token_id", "image_token_index") and value is None:
+        elif key in ("image_token_id", "image_token_index", "video_token_index") and value is None:
             values[key] = VOCABULARY - 28
         elif isinstance(value, dict):
             values[key] = value if key in ("id2label", "label2id", "task_specific_params") else _small(value, ids)

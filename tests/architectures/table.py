@@ -24,7 +24,7 @@ STATUSES = ("silent", "failed", "crash", "timeout", "warned", "refused", "base",
 # The checks in their order, as in checks.py, which imports torch.
 CHECKS = (
     "apply", "zero", "forward", "backward", "trained", "rows", "one_name", "load", "merge", "unmerge", "unload",
-    "saved_merge", "folder_merge", "process",
+    "saved_merge", "folder_merge", "head_load", "head_unload", "head_saved_merge", "head_folder_merge", "process",
 )  # fmt: skip
 
 Results = list[dict[str, Any]]

@@ -25,7 +25,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaFor
 def test_an_architecture_passes(name: str) -> None:
     result = checks.check_model(*small_models.find(name))
     assert result["status"] == "pass", result
-    assert list(result["results"]) == list(checks.CHECKS)
+    with_head = name != "ViTForImageClassification"
+    assert list(result["results"]) == [check for check in checks.CHECKS if with_head or not check.startswith("head_")]
 
 
 class ReadsItsWeight(LlamaMLP):
