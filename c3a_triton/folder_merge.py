@@ -29,11 +29,14 @@ from .errors import AdapterStateError, C3AError, CheckpointError, ConfigError
 from .layer import C3ALinear
 from .linear_like import unmergeable
 from .manager import layer_class
+from .names import Scope
 from .renaming import renaming_of, with_names_of
 from .report import format_bytes
+from .samples import output_of, sample_inputs
 from .structure import load_structure
 from .targets import Target, check_file_values, find_file_targets, find_modules_to_save, warn_tied
 from .untying import clear_flags, homes_of, plan_untying
+from .watched import Watch
 
 __all__ = ["MergedFolder", "merge_folder"]
 
@@ -116,6 +119,7 @@ def merge_folder(
     *,
     force: bool = False,
     device: torch.device | str = "cpu",
+    merge_uncalled: bool = False,
     verify: Callable[[Path], None] | None = None,
     progress: Callable[[str], None] = lambda message: None,
 ) -> MergedFolder:
@@ -132,6 +136,7 @@ def merge_folder(
         output: the folder to write.
         force: replace `output` where it is the folder of a model.
         device: where the sums are computed.
+        merge_uncalled: merge layers too that the model never calls, whose adapters compute nothing in it.
         verify: called with the complete folder before it gets its name; what it raises undoes the merge.
         progress: told what is being done.
 
@@ -147,7 +152,7 @@ def merge_folder(
     structure = load_structure(model)
     _refuse_quantized(model)
     checkpoint = _read_checkpoint(model)
-    plan = _plan(structure, read_adapter(adapter), checkpoint)
+    plan = _plan(structure, read_adapter(adapter), checkpoint, merge_uncalled)
     device = torch.device(device)
 
     temporary = temporary_path(output)
@@ -312,9 +317,11 @@ def _read_tensor(file: Any, stored: _Stored) -> tuple[Tensor, bytearray]:
 # What is to be done
 
 
-def _plan(structure: nn.Module, adapter: AdapterFile, checkpoint: _Checkpoint) -> _Plan:
+def _plan(structure: nn.Module, adapter: AdapterFile, checkpoint: _Checkpoint, merge_uncalled: bool) -> _Plan:
     adapter = with_names_of(structure, adapter)
     targets = find_file_targets(structure, adapter)
+    if not merge_uncalled:
+        targets = _called(structure, targets)
     saved_modules = find_modules_to_save(structure, adapter.config)
     replaced = check_file_values(structure, adapter, saved_modules, on_meta=True)
     warn_tied(structure, [target.name for target in targets], "merging changes both")
@@ -347,6 +354,39 @@ def _plan(structure: nn.Module, adapter: AdapterFile, checkpoint: _Checkpoint) -
         if first in changes or any(name in saved or any(name in names for names in own) for name in group):
             _plan_group(plan, group, tuple(tensors[first].shape), changes.get(first, []), saved, own, keys, checkpoint)
     return plan
+
+
+def _called(structure: Any, targets: list[Target]) -> list[Target]:
+    """The targets without those that a forward of the model does not call, of which a warning tells, as in memory.
+
+    All of them where that cannot be seen: inputs that are not known, or a forward that needs values.
+    """
+    inputs = sample_inputs(structure)
+    if inputs is None:
+        return targets
+    watch, scope = Watch(structure), Scope()
+    layers = [layer_class(target.module)(target.module, block_size=target.block_size) for target in targets]
+    places = [(*_parent_of(structure, target.name), target.module) for target in targets]
+    try:
+        for (parent, child, _), layer, target in zip(places, layers, targets, strict=True):
+            layer.layer_name, layer._scope = target.name, scope
+            setattr(parent, child, layer)
+        watch.begin()
+        with scope.bound(disabled=True):
+            output_of(structure, inputs)
+    except Exception:  # made-up inputs without values: whatever a model says about them, it says nothing of its layers
+        return targets
+    finally:
+        watch.end()
+        for parent, child, module in places:
+            setattr(parent, child, module)
+    work = watch.without_uncalled([(target.name, layer, target) for layer, target in zip(layers, targets, strict=True)])
+    return [target for _, _, target in work]
+
+
+def _parent_of(structure: nn.Module, name: str) -> tuple[nn.Module, str]:
+    parent, _, child = name.rpartition(".")
+    return structure.get_submodule(parent), child
 
 
 def _tied(

@@ -66,13 +66,12 @@ class Watch:
             self.model.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def end(self) -> None:
-        """Take all hooks away."""
+        """Take all hooks away; what was seen stays."""
         for module in self.model.modules():
             _remove(module, self._before, self._after, self._note_call, self._note_run)
         self._stop_gradients()
         self._is_new = False
         self._waits, self._lists = [], {}
-        self.uncalled.clear()
 
     def tell(self, names: Iterable[str], message: str, *, uncalled: bool = True, stacklevel: int = 2) -> None:
         """Warn of those layers that were not told of before; `message` has a place for their names, `{}`."""

@@ -281,6 +281,21 @@ def test_what_is_no_product_with_its_weight_is_refused_as_in_memory(tmp_path, mo
     assert not (tmp_path / "merged").exists()
 
 
+def test_layers_that_are_never_called_are_left_out_as_in_memory(tmp_path):
+    config = transformers.MambaConfig(
+        vocab_size=32, hidden_size=24, state_size=4, num_hidden_layers=1, time_step_rank=4
+    )
+    model = transformers.MambaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    options = {"target_modules": ["dt_proj", "in_proj"], "block_size": 4, "init_weights": False}
+    adapter = adapter_of(model, tmp_path / "adapter", **options)
+    with pytest.warns(UserWarning, match="left out of the merge: backbone.layers.0.mixer.dt_proj"):
+        merged = merge_folder(tmp_path / "model", adapter, tmp_path / "merged")
+    assert merged.changed == ("backbone.layers.0.mixer.in_proj.weight",)
+    merged = merge_folder(tmp_path / "model", adapter, tmp_path / "all", merge_uncalled=True)
+    assert len(merged.changed) == 2
+
+
 def test_adapters_of_peft(tmp_path):
     peft = pytest.importorskip("peft")
     model = tiny_models.llama()

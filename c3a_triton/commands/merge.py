@@ -57,6 +57,12 @@ def add(subparsers: Any) -> None:
         "that differs by more than rounding explains, nothing is written. By default it is done where the model fits "
         "into memory and its inputs are known; with --check it is an error where they are not",
     )
+    parser.add_argument(
+        "--merge-uncalled",
+        action="store_true",
+        help="merge layers too that the model never calls; by default they are left out, because "
+        "adapters there compute nothing",
+    )
     parser.set_defaults(run=_run)
 
 
@@ -89,6 +95,7 @@ def _run(args: argparse.Namespace) -> int:
         args.output,
         force=args.force,
         device=device,
+        merge_uncalled=args.merge_uncalled,
         verify=None if args.check is False or not_checked else verify,
         progress=_tell,
     )
