@@ -220,10 +220,16 @@ class Watch:
 
     def _judge_gradients(self, without: list[Part]) -> None:
         self._stop_gradients()
-        waiting = {part for _, parts in self._waits for part in parts}
+        # What holds layers and has other methods than forward (Gemma 3n's AltUp) was at work if it called one of them.
+        waiting = {part for _, parts in self._waits for part in parts if all(map(self._is_uncalled, parts))}
+        at_work = {part for _, parts in self._waits for part in parts} - waiting
         without = [part for part in without if part not in waiting]
         uncalled = [part for part in without if self._is_uncalled(part)]
-        self._tell_uncalled(part for part in uncalled if isinstance(part, ModulesToSave) and self._is_passed_by(part))
+        self._tell_uncalled(
+            part
+            for part in uncalled
+            if part in at_work or (isinstance(part, ModulesToSave) and self._is_passed_by(part))
+        )
         self.tell(
             [part.layer_name for part in without if part not in uncalled],
             "called, but the first backward pass gave no gradient to what is trained there: {}. Either the loss does "

@@ -278,6 +278,32 @@ def test_a_block_that_another_call_uses_on_its_own() -> None:
     assert not said
 
 
+class Methods(nn.Module):
+    """Its forward is not what computes: a model calls other methods, one of which reads a weight in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.v = linear(), linear()
+
+    def begin(self, x: Tensor) -> Tensor:
+        return self.q(x)
+
+    def end(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.v.weight.clamp(-1, 1)) if self.training else self.v(x)
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_methods_in_place_of_a_forward(evaluated: bool) -> None:
+    model = adapted(Block(lambda self, x: self.a.end(self.a.begin(x)), a=Methods()), "q", "v")
+    with hearing() as said:
+        if evaluated:
+            model.eval()(X)
+        model.train()(X).sum().backward()
+    assert len(said) == 1
+    assert "a.v" in said[0]
+    assert "a.q" not in said[0]
+
+
 def test_a_trained_copy_that_is_read() -> None:
     model = adapted(reads_a_weight(), "q", modules_to_save=["v"]).train()
     with hearing() as said:
