@@ -257,6 +257,11 @@ class C3ALinear(nn.Module):
         gather_with(self, self._stored_kernels())
         if kind == "probe":
             self._scope.note(self._label, x)
+        if kind == "base" and self.merged_adapters:
+            raise AdapterStateError(
+                f"{self._label}: {self.merged_adapters} were merged while adapters are disabled (disable_adapter) in a "
+                "thread, which cannot compute the base alone any more: unmerge them first"
+            )
         if self._disable_adapters or kind == "probe":
             kind = "base"
         elif adapter_names is not None and kind != "base":

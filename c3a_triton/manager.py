@@ -145,6 +145,13 @@ class AdapterManager:
                 f"there is an adapter {name!r} already: choose another name, or delete that one first"
             )
 
+    def _check_unused(self, name: str) -> None:
+        if name in self._scope.names_in_use():
+            raise AdapterStateError(
+                f"rows are computed with the adapter {name!r} (using() or adapter_names=), in this thread or another: "
+                "they would get the base model alone. Leave the context first"
+            )
+
     # Adding and loading
 
     def add_adapter(self, adapter_name: str, config: C3AConfig | Mapping[str, Any] | Any) -> None:
@@ -454,14 +461,17 @@ class AdapterManager:
         The names belong to this thread or asyncio task. Another one that calls the model meanwhile has to say what it
         wants, with a context of its own (`using(None)` for the active adapters) or `adapter_names=`, or is refused: a
         thread that was started within the context does not know its names
-        (`contextvars.copy_context().run(function)` tells it). A backward pass that computes layers again (gradient
-        checkpointing) uses the names of its forward pass, within the context and after it.
+        (`contextvars.copy_context().run(function)` tells it). A generator that yields within the context lets whoever
+        iterates compute with its names, and computes with theirs: enter it anew for each step. A backward pass that
+        computes layers again (gradient checkpointing) uses the names of its forward pass, within the context and after
+        it.
 
         Where a layer sees several consecutive rows for one of the batch (beams, flattened sequences, windows), each
         gets its name. Whether its rows follow from the batch at all is tried out in two calls of the base model, with
-        one and with two of the rows, before the first call of a form with different names. Where some layer's do not
-        (sequence-first models, relative positions, routed tokens), the model is called once for each adapter, with its
-        rows; where that cannot be either (there is a cache, or a loss over all rows), the layer is refused by name.
+        one and with two of the rows, before the first call of a form with different names (before the first four where
+        a layer sees tokens without a batch, which may be routed). Where some layer's do not (sequence-first models,
+        relative positions, routed tokens), the model is called once for each adapter, with its rows; where that cannot
+        be either (there is a cache, or a loss over all rows), the layer is refused by name.
         `model(..., adapter_names=...)` is the same for one call.
 
         Args:
@@ -478,15 +488,14 @@ class AdapterManager:
         """The names for the rows of a batch, if they can be used; raises as `using`."""
         if adapter_names is None:
             return None
-        if isinstance(adapter_names, str):
+        names = () if isinstance(adapter_names, str) else tuple(adapter_names)
+        if not names or not all(isinstance(name, str) for name in names):
             raise ConfigError(f"using() takes a list with one adapter name per row, got {adapter_names!r}")
-        if not adapter_names:
-            raise ConfigError("using() takes a list with one adapter name per row, got none")
-        self._known(name for name in adapter_names if name != BASE_ROW)
+        self._known(name for name in names if name != BASE_ROW)
         merged = sorted({name for _, layer in self.layers() for name in layer.merged_adapters})
         if merged:
             raise AdapterStateError(f"rows cannot have adapters of their own while {merged} are merged: unmerge first")
-        return tuple(adapter_names)
+        return names
 
     def set_backend(self, name: str, layers: str | Iterable[str] | None = None) -> None:
         """Choose how the adapters of linear layers are computed.
@@ -546,9 +555,10 @@ class AdapterManager:
 
         Raises:
             AdapterNotFoundError: an unknown name.
-            AdapterStateError: the adapter is merged.
+            AdapterStateError: the adapter is merged, or rows are computed with it (`using`).
         """
         self._known(adapter_name)
+        self._check_unused(adapter_name)
         if any(adapter_name in layer.merged_adapters for _, layer in self.layers()):
             raise AdapterStateError(f"adapter {adapter_name!r} is merged: unmerge it before deleting it")
         if adapter_name in self._active:
@@ -570,10 +580,11 @@ class AdapterManager:
 
         Raises:
             AdapterNotFoundError: an unknown name.
-            AdapterStateError: the new name is taken.
+            AdapterStateError: the new name is taken, or rows are computed with the adapter (`using`).
             ConfigError: a name that cannot be used.
         """
         self._known(old)
+        self._check_unused(old)
         self._check_free(new)
         for part in self._parts():
             part.rename_adapter(old, new)

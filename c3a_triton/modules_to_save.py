@@ -6,18 +6,109 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .errors import AdapterStateError, ConfigError
 from .layer import C3ALinear
 from .linear_like import whole
 from .names import BASE_ROW, Scope, row_indices, uncompiled
 
-__all__ = ["ModulesToSave"]
+__all__ = ["CopiesByCall", "ModulesToSave"]
 
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
-class ModulesToSave(nn.Module):
+class CopiesByCall(nn.Module):
+    """What a module with a copy per adapter computes in a call: the active one's, or those that hold for it."""
+
+    original_module: nn.Module
+    modules_to_save: nn.ModuleDict
+    layer_name: str
+    _scope: Scope
+
+    def _is_disabled(self) -> bool:
+        """Whether the original computes, set by `enable_adapters`."""
+        raise NotImplementedError
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the original computes, set by `enable_adapters`, or within `disable_adapter`."""
+        return self._is_disabled() or (self._scope.watched and self._scope.kind() == "base")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the copies that hold for this call, or the original, make of it."""
+        kind = self._scope.kind() if self._scope.watched and not self._is_disabled() else "active"
+        if kind == "active":
+            return self._forward_active(*args, **kwargs)
+        if kind == "ask":
+            return self._uncompiled_forward(*args, **kwargs)
+        if kind == "rows":
+            return self._forward_rows(*args, **kwargs)
+        if kind == "probe" and (x := _first_tensor(args, kwargs)) is not None:
+            self._scope.note(self.layer_name, x)
+        return self.original_module(*args, **kwargs)
+
+    def _forward_active(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    @uncompiled
+    def _uncompiled_forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    def _forward_rows(self, *args: Any, **kwargs: Any) -> Tensor:
+        x = _first_tensor(args, kwargs)
+        if x is None or not x.dim():
+            raise AdapterStateError(f"{self.layer_name}: its input has no tensor whose rows could go their own ways")
+        compiling = torch.compiler.is_compiling()
+        if compiling:
+            present = tuple(self.modules_to_save)  # which of them the rows have is known when the graph runs
+            rows = row_indices(self._scope, x, self.layer_name, present)
+        else:
+            call = self._scope.present()
+            assert call is not None
+            assert call.names is not None
+            self._scope.check_layout(self.layer_name, x, call)
+            present = tuple(
+                name for name in dict.fromkeys(call.names) if name != BASE_ROW and name in self.modules_to_save
+            )
+            rows = call.rows(present, x.shape[0])
+        y: Tensor | None = None
+        for i in range(-1, len(present)):
+            module = self.original_module if i < 0 else self.modules_to_save[present[i]]
+            chosen = None if compiling else (rows == i).nonzero().squeeze(1).to(x.device)
+            if chosen is not None and not len(chosen):
+                continue
+            own_args, own_kwargs = (args, kwargs) if chosen is None else _of_rows((args, kwargs), chosen, x.shape[0])
+            part = module(*own_args, **own_kwargs)
+            if not isinstance(part, Tensor):
+                raise AdapterStateError(
+                    f"{self.layer_name}: rows can go through a module that returns a tensor, not {type(part).__name__}"
+                )
+            if chosen is None:
+                mine = (rows == i).to(part.device).view(-1, *(1,) * (part.dim() - 1))
+                y = part if y is None else torch.where(mine, part, y)
+            else:
+                y = part.new_zeros(x.shape[0], *part.shape[1:]) if y is None else y
+                y = y.index_copy(0, chosen.to(part.device), part)
+        assert y is not None
+        return y
+
+
+def _first_tensor(args: Any, kwargs: Any) -> Tensor | None:
+    return next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+
+
+def _of_rows(arguments: Any, chosen: Tensor, n_rows: int) -> Any:
+    """The arguments with these rows alone of every tensor that has a row for each of the batch's."""
+
+    def part(leaf: Any) -> Any:
+        has_rows = isinstance(leaf, Tensor) and leaf.shape[:1] == (n_rows,)
+        return leaf.index_select(0, chosen.to(leaf.device)) if has_rows else leaf
+
+    return pytree.tree_map(part, arguments)
+
+
+class ModulesToSave(CopiesByCall):
     """A module with a trainable copy per adapter: the active adapter's computes, or the original where there is none.
 
     Attributes that this module lacks are those of whichever computes, so that a model may still read `lm_head.weight`.
@@ -30,8 +121,6 @@ class ModulesToSave(nn.Module):
         ConfigError: a module that has no forward of its own, or is adapted itself.
     """
 
-    original_module: nn.Module
-    modules_to_save: nn.ModuleDict
     was_read = False
     """Whether a tensor of the module was read through this one, which a model may do in place of a call."""
 
@@ -94,11 +183,6 @@ class ModulesToSave(nn.Module):
             )
         return names[0] if names else None
 
-    @property
-    def disable_adapters(self) -> bool:
-        """Whether the original computes, set by `enable_adapters`, or within `disable_adapter`."""
-        return self._disabled or (self._scope.watched and self._scope.kind() == "base")
-
     def enable_adapters(self, enabled: bool) -> None:
         """Let the active copy compute, trainable, or the original, everything frozen."""
         self._disabled = not enabled
@@ -126,55 +210,11 @@ class ModulesToSave(nn.Module):
             return self.original_module
         return self.modules_to_save[self._active]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the active copy, or the original, makes of it."""
-        kind = self._scope.kind() if self._scope.watched and not self._disabled else "active"
-        if kind == "ask":
-            return self._uncompiled_forward(*args, **kwargs)
-        if kind == "rows":
-            return self._forward_rows(*args, **kwargs)
-        if kind == "probe" and args and isinstance(args[0], Tensor):
-            self._scope.note(self.layer_name, args[0])
-        module = self.original_module if kind in ("base", "probe") else self.active_module()
-        return module(*args, **kwargs)
+    def _is_disabled(self) -> bool:
+        return self._disabled
 
-    @uncompiled
-    def _uncompiled_forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.forward(*args, **kwargs)
-
-    def _forward_rows(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        compiling = torch.compiler.is_compiling()
-        if compiling:
-            present = tuple(self.modules_to_save)  # which of them the rows have is known when the graph runs
-            rows = row_indices(self._scope, x, self.layer_name, present)
-        else:
-            call = self._scope.present()
-            assert call is not None
-            assert call.names is not None
-            self._scope.check_layout(self.layer_name, x, call)
-            present = tuple(
-                name for name in dict.fromkeys(call.names) if name != BASE_ROW and name in self.modules_to_save
-            )
-            rows = call.rows(present, x.shape[0])
-        y: Tensor | None = None
-        for i in range(-1, len(present)):
-            module = self.original_module if i < 0 else self.modules_to_save[present[i]]
-            chosen = None if compiling else (rows == i).nonzero().squeeze(1).to(x.device)
-            if chosen is not None and not len(chosen):
-                continue
-            part = module(x if chosen is None else x.index_select(0, chosen), *args, **kwargs)
-            if not isinstance(part, Tensor):
-                raise AdapterStateError(
-                    f"{self.layer_name}: rows can go through a module that returns a tensor, not {type(part).__name__}"
-                )
-            if chosen is None:
-                mine = (rows == i).to(part.device).view(-1, *(1,) * (part.dim() - 1))
-                y = part if y is None else torch.where(mine, part, y)
-            else:
-                y = part.new_zeros(x.shape[0], *part.shape[1:]) if y is None else y
-                y = y.index_copy(0, chosen.to(part.device), part)
-        assert y is not None
-        return y
+    def _forward_active(self, *args: Any, **kwargs: Any) -> Any:
+        return self.active_module()(*args, **kwargs)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Give the original another parameter, as who ties weights does; the trained copies keep theirs."""

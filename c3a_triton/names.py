@@ -11,7 +11,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -48,14 +48,15 @@ def expand_rows(names: Sequence[str], n_rows: int, *, exact: bool = False) -> li
 
 
 class Layout(NamedTuple):
-    """What a probe saw of a layer's input: its first dimension, and sums over its first and its second half."""
+    """What a probe saw of a layer's input: its dimensions, the first one, and sums over all and over its first half."""
 
+    n_dims: int
     n_rows: int
     whole: tuple[float, float]
     first_half: tuple[float, float]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Call:
     """What holds in one context.
 
@@ -63,13 +64,19 @@ class Call:
         names: an adapter's name for each row of the batch; None for the active adapters.
         disabled: whether the base model computes alone.
         n_rows: the batch of the call of the model that is under way, or None outside of any.
+        tried: whether trials with fewer rows have shown what layers see in calls of this form.
         probe: where layers note the layout of what they see, while a probe runs; the base model computes then.
+        graphs: whether it began where operations are recorded for a backward pass.
+        repeats: whether layers were called in such a way that a backward pass may call them again.
     """
 
     names: tuple[str, ...] | None = None
     disabled: bool = False
     n_rows: int | None = None
+    tried: bool = False
     probe: dict[str, list[Layout]] | None = None
+    graphs: bool = False
+    repeats: bool = False
     _rows: dict[tuple[tuple[str, ...], int], Tensor] = field(default_factory=dict)
 
     @property
@@ -94,27 +101,34 @@ class Call:
         return found
 
 
+def _nothing() -> None:
+    return None
+
+
 class _Local(threading.local):
     """What compiled code sees of a thread's context: it can read a thread's attributes, but no context variables."""
 
     def __init__(self) -> None:  # once in each thread: a class's default value would be one for compiled code
         self.kind = "unset"
         self.n_calls = 0  # of the model, that began with names of their own
+        self.again: Callable[[], Call | None] = _nothing  # what a backward pass computes layers again with
 
 
-class _Entry(NamedTuple):
-    """What has to be put back when a `Call` ends."""
+@dataclass(eq=False)
+class _Entry:
+    """A `Call` that has begun, and where."""
 
-    call: Call
-    before: Call | None
-    kind_before: str
+    call: Call | None  # None when it has ended and no backward pass may ask for it
     is_open: bool
     thread: int
     started: int  # torch's number for the next node of this thread's autograd graph
+    order: int
 
 
-_CALLS: ContextVar[Mapping["Scope", Call]] = ContextVar("c3a_triton_calls", default={})  # noqa: B039 (never changed)
-_LOCK = threading.Lock()
+# Innermost last. What has ended is taken out wherever it is: generators that take turns end in any order.
+_CALLS: ContextVar[Mapping["Scope", tuple[Call, ...]]] = ContextVar("c3a_triton_calls", default={})  # noqa: B039 (never changed)
+_LOCK = threading.RLock()  # memory is collected, and calls with it, at any moment
+_ORDER = itertools.count()
 _SCOPES: weakref.WeakValueDictionary[int, "Scope"] = weakref.WeakValueDictionary()
 _KEYS = itertools.count()
 
@@ -129,24 +143,26 @@ class Scope:
         managed: as given.
         watched: whether a layer has to ask for the present call at all.
         is_open: whether a context (`using`, `disable_adapter`) is open in any thread or task.
+        is_hidden: whether one is, or has ended but holds in a copy that a thread or task has made of it.
         layouts: layer name → what is wrong with dividing its input among the rows of the batch; None if nothing is.
-        trials: form of a call → what trials with fewer rows have told: the batch's dimension of each of its outputs,
-            None for outputs without one; None where they failed.
+        trials: form of a call → what trials with fewer rows have told (`row_names`).
         why_unknown: why a probe has told nothing, as a part of a message.
     """
 
     def __init__(self, managed: bool = False) -> None:
         self.managed = managed
         self.watched = False
-        self.is_open = False
+        self.is_open = self.is_hidden = False
         self.layouts: dict[str, str | None] = {}
-        self.trials: dict[Any, list[int | None] | None] = {}
+        self.trials: dict[Any, Any] = {}
         self.why_unknown = ""
         self.local = _Local()
         self.key = next(_KEYS)
+        self._calls: set[weakref.ref[Call]] = set()  # all that some context, or a backward pass to come, still has
         self._open: list[_Entry] = []
         self._past: deque[tuple[_Entry, int]] = deque()
-        self._forgotten = False
+        self._forgotten: dict[int, int] = {}  # thread → where the last call ended that is remembered no longer
+        self._silent: dict[int, tuple[int, int]] = {}  # thread → from where to where it may have made nodes without one
         _SCOPES[self.key] = self
 
     def __reduce__(self) -> Any:
@@ -161,16 +177,17 @@ class Scope:
             is_open: whether other threads must not compute meanwhile without a context of their own.
             changes: fields of `Call`.
         """
+        self.local.again = _nothing
         calls = _CALLS.get()
-        before = calls.get(self)
-        call = replace(before or Call(), _rows={}, **changes)
-        entry = _Entry(
-            call, before, self.local.kind, is_open, threading.get_ident(), torch._C._autograd._get_sequence_nr()
-        )
+        before = calls.get(self, ())
+        call = replace(self.said() or Call(), _rows={}, graphs=torch.is_grad_enabled(), repeats=False, **changes)
+        started = torch._C._autograd._get_sequence_nr()
+        entry = _Entry(call, is_open, threading.get_ident(), started, next(_ORDER))
         with _LOCK:
+            self._calls.add(weakref.ref(call, self._drop))
             self._open.append(entry)
             self._watch()
-        _CALLS.set({**calls, self: call})
+        _CALLS.set({**calls, self: (*before, call)})
         # Tasks take turns in one thread: compiled code has to ask for the context there.
         self.local.kind = "ask" if _in_event_loop() else call.kind
         return entry
@@ -178,32 +195,55 @@ class Scope:
     def leave(self, entry: _Entry) -> None:
         """End what `enter` began."""
         calls = dict(_CALLS.get())
-        calls.pop(self, None)
-        if entry.before is not None:
-            calls[self] = entry.before
+        stack = tuple(call for call in calls.pop(self, ()) if call is not entry.call)
+        if stack:
+            calls[self] = stack
         _CALLS.set(calls)
-        if threading.get_ident() == entry.thread:
-            self.local.kind = entry.kind_before
+        ended, thread = torch._C._autograd._get_sequence_nr(), threading.get_ident()
         with _LOCK:
             self._open = [other for other in self._open if other is not entry]
-            ended = torch._C._autograd._get_sequence_nr()
-            if ended > entry.started and threading.get_ident() == entry.thread:
+            if any(other.thread == thread for other in self._open):
+                self.local.kind = "ask" if _in_event_loop() or not stack else stack[-1].kind
+            else:
+                self.local.kind = "unset"
+            if entry.call is not None and entry.call.repeats and ended > entry.started and thread == entry.thread:
                 self._past.append((entry, ended))
                 if len(self._past) > _MOST_PAST_CALLS:
-                    self._past.popleft()
-                    self._forgotten = True
+                    forgotten, end = self._past.popleft()
+                    self._forgotten[forgotten.thread] = end
+            else:
+                entry.call = None
+            self._watch()
+
+    def _drop(self, call: "weakref.ref[Call]") -> None:
+        with _LOCK:
+            self._calls.discard(call)
             self._watch()
 
     def _watch(self) -> None:
         self.is_open = any(entry.is_open for entry in self._open)
-        self.watched = bool(self._open or self._past)
+        self.is_hidden = self.is_open or len(self._calls) > len(self._open) + len(self._past)
+        self.watched = bool(self._calls)
+
+    def names_in_use(self) -> set[str]:
+        """The adapters that some thread or task computes with by name."""
+        with _LOCK:
+            past = {id(entry.call) for entry, _ in self._past}
+            calls = [call for ref in self._calls if (call := ref()) is not None and id(call) not in past]
+        return {name for call in calls for name in call.names or ()}
+
+    def note_silence(self) -> None:
+        """Note that a call for which nothing was said begins or ends here, with a graph."""
+        thread, number = threading.get_ident(), torch._C._autograd._get_sequence_nr()
+        first, _ = self._silent.get(thread, (number, number))
+        self._silent[thread] = first, number
 
     @contextmanager
-    def bound(self, *, is_open: bool = True, **changes: Any) -> Iterator[Call]:
+    def bound(self, *, is_open: bool = True, **changes: Any) -> Iterator[None]:
         """`enter` and `leave`."""
         entry = self.enter(is_open=is_open, **changes)
         try:
-            yield entry.call
+            yield
         finally:
             self.leave(entry)
 
@@ -220,8 +260,13 @@ class Scope:
             return "active" if call is None else call.kind
         kind: str = self.local.kind
         if kind == "unset":
-            return "ask" if self.is_open else "active"
+            return "ask" if self.is_hidden else "active"
         return kind
+
+    def said(self) -> Call | None:
+        """What was said in this context, or None."""
+        stack = _CALLS.get().get(self)
+        return stack[-1] if stack else None
 
     def present(self) -> Call | None:
         """What holds for a layer that is called now, or None where nothing was said.
@@ -234,8 +279,11 @@ class Scope:
             node = torch._C._current_autograd_node()
             if node is not None:
                 return self._of_node(node._sequence_nr())
-        call = _CALLS.get().get(self)
-        if call is None and self.is_open:
+        call = self.said()
+        if call is not None:
+            # Checkpoints call layers without a graph, or hook into what a graph saves.
+            call.repeats = call.repeats or _may_repeat(call)
+        elif self.is_open:
             raise AdapterStateError(
                 "using() or disable_adapter() is open in another thread or task of this process, and nothing was said "
                 "in this one, which would compute with the active adapters. Enter using(names) here too (using(None) "
@@ -246,17 +294,26 @@ class Scope:
     def _of_node(self, number: int) -> Call | None:
         """What held when the node of the autograd graph that is run backward was made: each thread counts its own."""
         with _LOCK:
-            spans = [(entry, ended) for entry, ended in self._past if entry.started <= number < ended]
-            spans += [(entry, number + 1) for entry in self._open if entry.started <= number]
-            innermost = {entry.thread: entry for entry, _ in sorted(spans, key=lambda span: span[0].started)}
-            forgotten = self._forgotten and number < self._past[0][0].started
-        calls = {(entry.call.kind, entry.call.names): entry.call for entry in innermost.values()}
-        if len(calls) > 1 or (not calls and forgotten):
+            spans = [entry for entry, ended in self._past if entry.started <= number < ended]
+            spans += [entry for entry in self._open if entry.started <= number]
+            innermost = {entry.thread: entry.call for entry in sorted(spans, key=lambda entry: entry.order)}
+            silent = any(
+                first <= number < last and thread not in innermost for thread, (first, last) in self._silent.items()
+            )
+            forgotten = any(number < end for end in self._forgotten.values())
+        calls = {(call.kind, call.names): call for call in innermost.values() if call is not None}
+        if len(calls) > 1 or (calls and silent) or (not calls and forgotten):
             raise AdapterStateError(
                 "a backward pass computes layers again (gradient checkpointing), and it cannot be told with which "
-                "adapters its forward pass was made: " + ("several threads" if calls else "too many calls ago")
+                "adapters its forward pass was made: "
+                + ("several threads call the model for training" if calls else "too many calls ago")
             )
-        return next(iter(calls.values()), None)
+        if calls:
+            self.local.again = weakref.ref(next(iter(calls.values())))
+        elif number < self._silent.get(threading.get_ident(), (0, 0))[1]:
+            return None
+        # A later node was made by a backward pass that computes layers again: checkpoints within checkpoints.
+        return self.local.again()
 
     # Rows
 
@@ -266,7 +323,9 @@ class Scope:
         assert call is not None
         assert call.probe is not None
         half = x[: x.shape[0] // 2] if x.dim() else x
-        call.probe.setdefault(layer_name, []).append(Layout(x.shape[0] if x.dim() else 0, _sums(x), _sums(half)))
+        call.probe.setdefault(layer_name, []).append(
+            Layout(x.dim(), x.shape[0] if x.dim() else 0, _sums(x), _sums(half))
+        )
 
     def learn(self, of_one_row: Mapping[str, list[Layout]], of_two_rows: Mapping[str, list[Layout]]) -> None:
         """Take from trials with one row and with two what is wrong with the layout of each layer's input."""
@@ -296,7 +355,11 @@ class Scope:
             # [T, batch, ...] with as many tokens as rows looks like [batch, T, ...].
             square = x.dim() > 2 and x.shape[1] == batch
             problem = None if n_rows == batch and not square else "cannot be told to follow from it" + self.why_unknown
+        if problem is None and call.tried and layer_name not in self.layouts and x.dim() == 2:
+            problem = "depends on what the rows hold"
         if problem is not None:
+            if call.tried:  # from the next call on, each adapter has a call of its own
+                self.layouts[layer_name] = problem
             raise ShapeError(
                 f"{layer_name}: {len(names)} adapter names for a batch of {batch} rows, and this layer's input has the "
                 f"shape {tuple(x.shape)}, whose first dimension {problem}: its rows have no adapters of their own. "
@@ -318,6 +381,12 @@ def _problem(of_one_row: list[Layout], of_two_rows: list[Layout]) -> str | None:
         if not all(abs(a - b) <= tolerance for a, b in zip(one.whole, two.first_half, strict=True)):
             return "is not in its order"
     return None
+
+
+def _may_repeat(call: Call) -> bool:
+    return (call.graphs and not torch.is_grad_enabled()) or (
+        torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    )
 
 
 def _in_event_loop() -> bool:

@@ -6,6 +6,7 @@ If it cannot in some layer, the model is called once for each adapter.
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .errors import ShapeError
+from .errors import AdapterStateError, ShapeError
 from .linear_like import is_sharded
 from .names import Layout, Scope, expand_rows, uncompiled
 
@@ -25,6 +26,10 @@ __all__ = ["RowNames"]
 _BATCHES = ("inputs_embeds", "input_ids", "decoder_input_ids", "decoder_inputs_embeds", "pixel_values")
 
 
+# Trials with rows that differ, where a layer sees tokens without a batch.
+_ENOUGH_TRIALS = 4
+
+
 class _Begun(NamedTuple):
     """A call of a model that is under way."""
 
@@ -32,9 +37,22 @@ class _Begun(NamedTuple):
     module: nn.Module
     entry: Any
     divided: "_Divided | None"
+    given: bool  # whether the names are of this call alone
 
 
 _CALLS: ContextVar[tuple[_Begun, ...]] = ContextVar("c3a_triton_model_calls", default=())
+
+
+class _Trial(NamedTuple):
+    """What trials with fewer rows have told.
+
+    Attributes:
+        batch_dims: the batch's dimension of each output, None for outputs without one; None where they failed.
+        n_to_come: how many more there will be.
+    """
+
+    batch_dims: list[int | None] | None
+    n_to_come: int
 
 
 class RowNames:
@@ -76,14 +94,21 @@ class RowNames:
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Forward pre-hook: turn `adapter_names=` into what holds for this call, and note the batch's size."""
-        if "adapter_names" not in kwargs and (torch.compiler.is_compiling() or not self.scope.watched):
-            return None
+        if "adapter_names" not in kwargs:
+            if torch.compiler.is_compiling():
+                return None
+            if not self.scope.watched:
+                if torch.is_grad_enabled():
+                    self.scope.note_silence()
+                return None
         begin = self._begin_uncompiled if torch.compiler.is_compiling() else self._begin
         return begin(module, args, kwargs)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook, after errors too: what `before` began ends, and other adapters' rows are computed."""
         if not self.scope.local.n_calls:
+            if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+                self.scope.note_silence()
             return None
         return (self._end_uncompiled if torch.compiler.is_compiling() else self._end)(module, output)
 
@@ -92,24 +117,26 @@ class RowNames:
         given = "adapter_names" in kwargs
         names = self._check(kwargs["adapter_names"]) if given else None
         kwargs = {key: value for key, value in kwargs.items() if key != "adapter_names"}
+        call = self.scope.said() if names is not None else self.scope.present()
         if names is None:
-            call = self.scope.present()
+            if call is None and torch.is_grad_enabled():
+                self.scope.note_silence()
             if call is None or call.kind != "rows" or call.n_rows is not None:
                 return (args, kwargs) if given else None
             names = call.names
         assert names is not None
         n_rows = _batch_size(module, args, kwargs)
-        rest = None
+        rest, tried = None, False
         if n_rows is not None:
             # Only generation makes several consecutive rows of one; a batch that was put together twice looks alike.
             if n_rows % len(names) or (n_rows != len(names) and not hasattr(module, "generation_config")):
                 raise ShapeError(f"{len(names)} adapter names for a batch of {n_rows} rows: give one name per row")
-            if n_rows > 1 and len(set(names)) > 1:
-                rest = self._divided(module, args, kwargs, expand_rows(names, n_rows))
+            if n_rows > 1 and len(set(names)) > 1 and not (call is not None and call.disabled):
+                rest, tried = self._divided(module, args, kwargs, expand_rows(names, n_rows))
         if rest is not None:
             (args, kwargs), names, n_rows = rest.part(0)
-        entry = self.scope.enter(names=names, n_rows=n_rows)
-        _CALLS.set((*_CALLS.get(), _Begun(self, module, entry, rest)))
+        entry = self.scope.enter(names=names, n_rows=n_rows, tried=tried)
+        _CALLS.set((*_CALLS.get(), _Begun(self, module, entry, rest, given)))
         self.scope.local.n_calls += 1
         return args, kwargs
 
@@ -118,6 +145,11 @@ class RowNames:
         if not calls or calls[-1].hooks is not self or calls[-1].module is not module:
             return None
         self._leave()
+        if calls[-1].given and (inspect.isgenerator(output) or inspect.isawaitable(output)):
+            raise AdapterStateError(
+                f"{type(module).__name__} returns a {type(output).__name__}, which computes when the call with its "
+                "adapter_names has ended: enter using(names) around all of it instead"
+            )
         divided = calls[-1].divided
         if divided is None or output is None:
             return None
@@ -141,18 +173,25 @@ class RowNames:
         while any(call.hooks is self and call.module is module for call in _CALLS.get()):
             self._leave()
 
-    def _divided(self, module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> "_Divided | None":
-        """How to call the model once for each adapter, if it has layers whose rows cannot be told; or None."""
+    def _divided(
+        self, module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]
+    ) -> tuple["_Divided | None", bool]:
+        """How to call the model once for each adapter, if it has layers whose rows cannot be told; or None.
+
+        Besides, whether trials have shown what its layers see.
+        """
         call = _Arguments(args, kwargs, len(names))
-        form = (id(module), *call.form())
-        if form not in self.scope.trials:
+        # Replicas of a module have its hooks.
+        form = (id(module._forward_pre_hooks), *call.form())
+        trial = self.scope.trials.get(form, _Trial(None, _ENOUGH_TRIALS))
+        if trial.n_to_come:
             if any(map(is_sharded, module.parameters())):
-                return None  # processes that do not all try it out would wait for one another
-            self.scope.trials[form] = self._try_out(module, call)
-        batch_dims = self.scope.trials[form]
+                return None, False  # processes that do not all try it out would wait for one another
+            trial = self.scope.trials[form] = self._try_out(module, call, trial.n_to_come)
+        batch_dims = trial.batch_dims
         problems = {name: problem for name, problem in self.scope.layouts.items() if problem}
         if batch_dims is None or not problems:
-            return None
+            return None, batch_dims is not None
         groups: dict[str, list[int]] = {}
         for row, name in enumerate(names):
             groups.setdefault(name, []).append(row)
@@ -163,33 +202,39 @@ class RowNames:
                 f"this layer's input {problems[layer]}, so that each adapter's rows need a call of the model of their "
                 f"own; but {what}. Give all rows one adapter, or adapt the model without this layer (exclude_modules)"
             )
-        return _Divided(call, groups, batch_dims, layer)
+        return _Divided(call, groups, batch_dims, layer), True
 
-    def _try_out(self, module: nn.Module, call: "_Arguments") -> list[int | None] | None:
+    def _try_out(self, module: nn.Module, call: "_Arguments", n_to_come: int) -> "_Trial":
         """Learn how the layers' inputs and the model's outputs follow from the batch."""
         noted: list[dict[str, list[Layout]]] = []
         outputs = []
+        other = call.other_row()
         try:
             with _undisturbed(module):
-                for rows in ([0], [0, call.n_rows - 1]):
+                for rows in ([0], [0, other or call.n_rows - 1]):
                     args, kwargs = call.of_rows(rows)
-                    with self.scope.bound(is_open=False, probe={}) as present:
+                    probe: dict[str, list[Layout]] = {}
+                    with self.scope.bound(is_open=False, probe=probe):
                         outputs.append(
                             [getattr(leaf, "shape", ()) for leaf in pytree.tree_leaves(module(*args, **kwargs))]
                         )
-                    assert present.probe is not None
-                    noted.append(present.probe)
+                    noted.append(probe)
         except Exception as error:  # a model need not take fewer rows: nothing is known then, and layers may refuse
             self.scope.why_unknown = f" (a trial with fewer rows failed: {type(error).__name__}: {error})"
-            return None
+            return _Trial(None, 0)
         self.scope.learn(*noted)
+        # Tokens that are routed by what they hold may fall like rows by chance, and do where the rows are alike.
+        are_tokens = any(layout.n_dims == 2 for layouts in noted[1].values() for layout in layouts)
+        n_to_come = 0 if not are_tokens or any(self.scope.layouts.values()) else n_to_come - (other is not None)
         one, two = outputs
-        return [_doubled(*shapes) for shapes in zip(one, two, strict=True)] if len(one) == len(two) else None
+        dims = [_doubled(*shapes) for shapes in zip(one, two, strict=True)] if len(one) == len(two) else None
+        return _Trial(dims, n_to_come)
 
 
 def _doubled(one: Sequence[int], two: Sequence[int]) -> int | None:
-    """The dimension that is twice as large for twice the rows."""
-    return next((i for i, sizes in enumerate(zip(one, two, strict=False)) if sizes[1] == 2 * sizes[0]), None)
+    """The one dimension that is another, twice as large, for twice the rows."""
+    other = [i for i, sizes in enumerate(zip(one, two, strict=False)) if sizes[0] != sizes[1]]
+    return other[0] if len(one) == len(two) and len(other) == 1 and two[other[0]] == 2 * one[other[0]] else None
 
 
 class _Arguments:
@@ -209,6 +254,12 @@ class _Arguments:
         """Equal for calls whose layers see the same layouts."""
         dims = [leaf.dim() if isinstance(leaf, Tensor) else None for leaf in self._leaves]
         return str(self._structure), *zip(dims, self._has_rows, strict=True)
+
+    def other_row(self) -> int | None:
+        """A row that is not as the first one, if there is one: the last of them."""
+        tensors = [leaf for leaf, has_rows in zip(self._leaves, self._has_rows, strict=True) if has_rows]
+        rows = range(self.n_rows - 1, 0, -1)
+        return next((row for row in rows if any(not torch.equal(leaf[0], leaf[row]) for leaf in tensors)), None)
 
     def undividable(self) -> str | None:
         """Why the call cannot be made for some of the rows at a time, or None."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_models import IDS, MLP, llama
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import c3a_triton
 from c3a_triton import C3AConfig
@@ -175,6 +176,121 @@ def test_an_interrupted_call_leaves_nothing() -> None:
     torch.testing.assert_close(model(x, adapter_names=["one"] * 3), active)
 
 
+def test_what_a_context_was_copied_with_holds_when_the_context_has_ended() -> None:
+    model, x = adapted(MLP(), block_size=6), torch.randn(3, 12)
+    single = alone(model, lambda: model(x))
+    with model.c3a.using(["two"] * 3):
+        copied = contextvars.copy_context()
+    torch.testing.assert_close(model(x), single["one"])
+    torch.testing.assert_close(copied.run(model, x), single["two"])
+    del copied
+    assert not model.c3a._scope.watched
+
+
+def test_contexts_of_generators_end_in_any_order() -> None:
+    model, x = adapted(MLP(), block_size=6), torch.randn(3, 12)
+    single = alone(model, lambda: model(x))
+
+    def stream(name: str) -> Iterator[Tensor]:
+        with model.c3a.using([name] * 3):
+            yield model(x)
+            yield model(x)
+
+    first, second = stream("one"), stream("two")
+    next(first), next(second)
+    first.close()
+    torch.testing.assert_close(next(second), single["two"])
+    second.close()
+    with (
+        ThreadPoolExecutor(1) as pool,
+        model.c3a.using(["two"] * 3),
+    ):  # nothing is left of them to be mistaken for names
+        assert pool.submit(lambda: model.c3a._scope.said()).result() is None
+    assert model.c3a._scope.said() is None
+
+
+def test_adapters_whose_names_are_in_use_stay() -> None:
+    model, x = adapted(MLP(), block_size=6), torch.randn(3, 12)
+    with model.c3a.using(["two"] * 3):
+        expected = model(x)
+        for verb in (lambda: model.c3a.delete_adapter("two"), lambda: model.c3a.rename_adapter("two", "three")):
+            with pytest.raises(AdapterStateError, match="rows are computed with the adapter 'two'"):
+                verb()
+        model.c3a.rename_adapter("one", "other")
+        torch.testing.assert_close(model(x), expected)
+    model.c3a.rename_adapter("two", "three")
+
+
+def test_a_merge_in_another_thread_does_not_pass_for_the_base() -> None:
+    model, x = adapted(MLP(), block_size=6), torch.randn(3, 12)
+
+    def merge() -> None:
+        with model.c3a.using(None):
+            model.c3a.merge_adapter()
+
+    with ThreadPoolExecutor(1) as pool, model.c3a.disable_adapter():
+        pool.submit(merge).result()
+        with pytest.raises(AdapterStateError, match="merged while adapters are disabled"):
+            model(x)
+
+
+def test_outputs_that_compute_later_are_refused() -> None:
+    class Streaming(MLP):
+        def forward(self, x: Tensor) -> Iterator[Tensor]:
+            yield super().forward(x)
+
+    model, x = adapted(Streaming(), block_size=6), torch.randn(3, 12)
+    with pytest.raises(AdapterStateError, match="returns a generator"):
+        model(x, adapter_names=["two"] * 3)
+    with model.c3a.using(["two"] * 3):
+        expected = next(iter(model(x)))
+    model.c3a.set_adapter("two")
+    torch.testing.assert_close(expected, next(model(x)))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_are_computed_again_with_the_innermost_names(reentrant: bool) -> None:
+    """Contexts within contexts, and checkpoints within checkpoints; what no checkpoint needs is not remembered."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.on = nn.Linear(8, 8), nn.Linear(8, 8), False
+
+        def again(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+            return checkpoint(function, x, use_reentrant=reentrant) if self.on else function(x)
+
+        def forward(self, x: Tensor) -> Tensor:
+            inner = lambda x: self.second(torch.tanh(x))  # noqa: E731
+            return self.again(lambda x: torch.tanh(self.first(self.again(inner, x))), x.clone().requires_grad_())
+
+    model, x = adapted(Checkpointed()), torch.randn(3, 8)
+    for _, layer in model.c3a.layers():
+        layer.c3a_kernel.requires_grad_(True)
+
+    def grads(loss: Tensor) -> dict[str, Tensor]:
+        model.zero_grad()
+        loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    with torch.enable_grad():
+        expected = grads(model(x, adapter_names=NAMES).sum())
+        with model.c3a.disable_adapter():
+            assert not grads(model(x).sum())
+        assert not model.c3a._scope.watched
+        model.on = True
+        with model.c3a.using(NAMES[::-1]):
+            loss = model(x, adapter_names=NAMES).sum()
+            with model.c3a.using(NAMES):
+                nested = model(x).sum()
+            with model.c3a.disable_adapter():
+                base = model(x).sum()
+        model(x).sum()
+        torch.testing.assert_close(grads(loss), expected)
+        torch.testing.assert_close(grads(nested), expected)
+        assert not grads(base)
+
+
 # Compiled code
 
 
@@ -233,6 +349,30 @@ def test_compiled_code_asks_where_it_cannot_see() -> None:
         pytest.raises(AdapterStateError, match="another thread"),
     ):
         pool.submit(compiled, x).result()
+
+
+def test_no_task_leaves_compiled_code_asking() -> None:
+    torch.compiler.reset()  # how often one class is compiled is limited, whichever tests did it
+    model, x = adapted(MLP(), block_size=6), torch.randn(3, 12)
+    expected = model(x)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+
+    async def main() -> None:
+        entered = asyncio.Event()
+
+        async def first() -> None:
+            with model.c3a.using(["one"] * 3):
+                await entered.wait()
+
+        async def second() -> None:
+            with model.c3a.using(["two"] * 3):
+                entered.set()
+                await asyncio.sleep(0.01)
+
+        await asyncio.gather(first(), second())
+
+    asyncio.run(main())
+    torch.testing.assert_close(compiled(x), expected)
 
 
 # Inputs that do not follow from the batch
@@ -307,6 +447,40 @@ def test_rows_of_any_layout_equal_one_by_one(kind: type[nn.Module], n_tokens: in
         own = alone(model, lambda row=row: model(ids[row : row + 1]))[name][0]
         for found in (y, named, trained):
             torch.testing.assert_close(found[row], own, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("first", [[[5] * 6] * 2, [[5] * 6, [7] * 6], [[3, 5, 7, 9, 11, 13]] * 2])
+def test_what_routed_tokens_show_by_chance_is_not_taken_for_a_rule(first: list[list[int]]) -> None:
+    """Rows that are alike give each expert as many tokens."""
+    torch.manual_seed(0)
+    model, names = adapted(Routed()), NAMES[:2]
+    model(torch.tensor(first), adapter_names=names)
+    for _ in range(20):
+        ids = torch.randint(1, 32, (2, 6))
+        rows = []
+        for row, name in enumerate(names):
+            with model.c3a.using([name]):
+                rows.append(model(ids[row : row + 1])[0])
+        torch.testing.assert_close(model(ids, adapter_names=names), torch.stack(rows), rtol=1e-4, atol=1e-5)
+
+
+def test_outputs_of_pairs_of_rows_are_refused() -> None:
+    class Pairs(Relative):
+        def forward(self, ids: Tensor) -> Tensor:
+            y = super().forward(ids).flatten(1)
+            return y @ y.T
+
+    with pytest.raises(ShapeError, match=r"is of no single row"):
+        adapted(Pairs())(torch.randint(1, 32, (4, 6)), adapter_names=["one", "two"] * 2)
+
+
+def test_replicas_are_tried_out_once() -> None:
+    model, x = adapted(MLP(), block_size=6), torch.randn(3, 12)
+    expected = model(x, adapter_names=NAMES)
+    known = len(model.c3a._scope.trials)
+    replica = model._replicate_for_data_parallel()
+    torch.testing.assert_close(replica(x, adapter_names=NAMES), expected)
+    assert len(model.c3a._scope.trials) == known
 
 
 def test_what_is_tried_out_leaves_no_trace() -> None:

@@ -10,8 +10,10 @@ import inspect
 import io
 import json
 import pickle
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -1032,3 +1034,81 @@ def test_what_rows_refuse() -> None:
         model(input_ids=IDS, adapter_names=["default"] * 3)
     model.unmerge_adapter()
     check(model, ["default"])
+
+
+class _Headed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.mid, self.head = (
+            nn.Linear(12, 24),
+            nn.Sequential(nn.Linear(24, 24), nn.ReLU()),
+            nn.Linear(24, 6),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(input=self.mid(self.first(x)))
+
+
+def test_modules_that_are_trained_whole_in_threads() -> None:
+    """What holds for a call is written into no wrapper, of whatever class the module is."""
+    torch.manual_seed(0)
+    whole = config(block_size=6, target_modules=["first"], modules_to_save=["mid", "head"])
+    model = peft.get_peft_model(_Headed(), whole, "one")
+    model.add_adapter("two", whole)
+    model.add_adapter("bare", config(block_size=6, target_modules=["first"]))
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data.mul_(2 + ("two" in name))
+    c3a_triton.apply(model)
+    x = torch.randn(4, 12)
+    names = ["one", "two", "bare", "__base__"]
+
+    def disabled(meanwhile: Callable[[], object]) -> Tensor:
+        with torch.no_grad(), model.eval().disable_adapter():
+            meanwhile()
+            return model(x)
+
+    with torch.no_grad():
+        single = []
+        for name in names[:3]:
+            model.eval().set_adapter(name)
+            single.append(model(x))
+        for active in ("bare", "one"):
+            model.set_adapter(active)
+            base = disabled(lambda: None)
+            rows = torch.stack([y[row] for row, y in enumerate([*single, base])])
+            torch.testing.assert_close(model(x, adapter_names=names), rows)
+        # Two threads that enter in one order and leave in the same; a third that names its adapters meanwhile.
+        begun, left = threading.Event(), threading.Event()
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(disabled, lambda: begun.wait(60))
+
+            def second() -> Tensor:
+                def meanwhile() -> None:
+                    begun.set()
+                    left.wait(60)
+
+                return disabled(meanwhile)
+
+            later = pool.submit(second)
+            torch.testing.assert_close(first.result(), base)
+            torch.testing.assert_close(model(x, adapter_names=names), rows)
+            left.set()
+            torch.testing.assert_close(later.result(), base)
+        torch.testing.assert_close(model(x), single[0])
+        with model.disable_adapter():
+            copied = copy.deepcopy(model)
+        torch.testing.assert_close(copied(x), single[0])
+
+
+def test_an_adapter_is_not_deleted_from_under_its_rows() -> None:
+    model = peft.get_peft_model(_Headed(), config(block_size=6, target_modules=["first"]), "one").eval()
+    model.add_adapter("two", config(block_size=6, target_modules=["first"]))
+    c3a_triton.apply(model)
+    x, seen = torch.randn(3, 12), []
+    handle = model.base_model.model.first.register_forward_pre_hook(lambda *_: seen.append(model.delete_adapter("two")))
+    with pytest.raises(AdapterStateError, match="rows are computed with the adapter 'two'"):
+        model(x, adapter_names=["two"] * 3)
+    handle.remove()
+    assert "two" in model.peft_config
+    model.delete_adapter("two")

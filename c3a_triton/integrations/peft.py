@@ -8,7 +8,6 @@ alone or ties a compiled graph to an adapter's name (`_BESIDE`).
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,15 +15,15 @@ from peft import PeftModel, PeftType
 from peft.tuners.c3a import layer as peft_layer
 from peft.tuners.c3a import model as peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils import hotswap
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils import hotswap, other
 from torch import Tensor, nn
 
 from c3a_triton import layer
 from c3a_triton.dispatch import check_backend
 from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, ConfigError
 from c3a_triton.linear_like import is_sharded, stored_tensor
-from c3a_triton.names import BASE_ROW, Scope, expand_rows
+from c3a_triton.modules_to_save import CopiesByCall
+from c3a_triton.names import BASE_ROW, Scope
 from c3a_triton.quantized import hold_layout, torchao_config_of
 from c3a_triton.row_names import RowNames
 
@@ -160,7 +159,7 @@ class C3AModel(peft_model.C3AModel):
             return
         layers = [module for module in self.modules() if isinstance(module, C3ALinear)]
         _check_rows(adapter_names, layers, self.training)
-        self._watch_wrappers()
+        self._convert_wrappers()
         with self._scope.bound(is_open=False, names=tuple(adapter_names)):
             yield
 
@@ -170,41 +169,37 @@ class C3AModel(peft_model.C3AModel):
         for module in self.modules():
             if isinstance(module, C3ALinear) and module.merged:
                 module.unmerge()
-        wrappers = self._watch_wrappers()
-        before = [module.disable_adapters for module in wrappers]
+        self._convert_wrappers()
         with self._scope.bound(disabled=True):
-            for module in wrappers:
-                module.enable_adapters(False)
-            try:
-                yield
-            finally:
-                for module, was_disabled in zip(wrappers, before, strict=True):
-                    module.enable_adapters(not was_disabled)
+            yield
 
-    def _watch_wrappers(self) -> list[Any]:
-        """PEFT's wrappers of modules that are trained whole, which are told what holds for a call from now on."""
-        found = [
-            (name, module) for name, module in self.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)
-        ]
-        for name, module in found:
-            if not any(getattr(hook, "func", None) == self._tell for hook in module._forward_pre_hooks.values()):
-                module.register_forward_pre_hook(partial(self._tell, name), with_kwargs=True)
-        return [module for _, module in found]
+    def _convert_wrappers(self) -> None:
+        for name, module in self.named_modules():
+            if type(module) is other.ModulesToSaveWrapper:
+                module.__dict__.update(_scope=self._scope, layer_name=name)
+                module.__class__ = ModulesToSaveWrapper
 
-    def _tell(self, name: str, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        call = self._scope.present() if self._scope.watched else None
-        if call is None or call.kind in ("base", "active"):
-            return None
-        if module.disable_adapters:
-            raise AdapterStateError(f"{name}: disable_adapter() is open in another thread of this process")
-        x = args[0]
-        if call.kind == "probe":
-            self._scope.note(name, x)
-            return args, kwargs | {"adapter_names": [BASE_ROW] * x.shape[0]}
-        self._scope.check_layout(name, x, call)
-        names = list(call.names or ())
-        names = names[:1] * x.shape[0] if len(set(names)) == 1 else expand_rows(names, x.shape[0])
-        return args, kwargs | {"adapter_names": names}
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's.
+
+        Raises:
+            AdapterStateError: rows are computed with the adapter.
+        """
+        if adapter_name in self._scope.names_in_use():
+            raise AdapterStateError(f"rows are computed with the adapter {adapter_name!r}, in this thread or another")
+        super().delete_adapter(adapter_name)
+
+
+class ModulesToSaveWrapper(CopiesByCall, other.ModulesToSaveWrapper):
+    """PEFT's module that is trained whole, where names of rows, or none, hold for a call and not for all threads."""
+
+    _disable_adapters: bool
+
+    def _is_disabled(self) -> bool:
+        return self._disable_adapters
+
+    def _forward_active(self, *args: Any, **kwargs: Any) -> Any:
+        return other.ModulesToSaveWrapper.forward(self, *args, **kwargs)
 
 
 @contextmanager
