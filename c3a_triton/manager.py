@@ -888,7 +888,7 @@ class AdapterManager:
             if not sharded or torch.distributed.get_rank() == 0:
                 write_adapter(
                     directory,
-                    self._configs[adapter_name],
+                    pretrained.with_auto_mapping(self.model, self._configs[adapter_name]),
                     {unwrapped_name(name): tensor for name, tensor in tensors.items()},
                     block_sizes={unwrapped_name(name): b for name, b in block_sizes.items()},
                     module_names=[unwrapped_name(name) for name in base_module_names(self.model)],
