@@ -384,7 +384,7 @@ def test_merge(run, folders, tmp_path):
     code, out, _ = run("merge", *arguments, "--force")
     assert code == 0
     assert out.startswith(f"4 layers merged into {tmp_path / 'merged'} (")
-    assert "so small" not in out
+    assert "such an effect" not in out
     assert "not checked" not in out
 
 
@@ -396,7 +396,7 @@ def test_merge_says_what_its_check_does_not_tell(run, folders, tmp_path, monkeyp
     arguments = ("--model", folders / "model", "--adapter", folders / "adapter", "--output", tmp_path / "merged")
     code, out, _ = run("merge", *arguments)
     assert code == 0
-    assert "an effect so small is not checked" in out
+    assert "such an effect is not checked" in out
     assert "the inputs reach 3 of the 4 adapted layers" in out
 
 

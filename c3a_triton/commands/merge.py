@@ -117,11 +117,9 @@ def _run(args: argparse.Namespace) -> int:
             f"adapter changes them by {checked['effect']:.2g}"
         )
         if checked["effect"] <= checked["tolerance"]:
-            print("that is no more than what is allowed: an effect so small is not checked, and may be lost in rounding")
+            print("that is no more than what is allowed: such an effect is not checked, and may be lost in rounding")
         if (reached := checked["reached"]) < merged.layers:
-            print(
-                f"of inputs that reach {reached:.0f} of the {merged.layers} adapted layers: the others are not checked"
-            )
+            print(f"the inputs reach {reached:.0f} of the {merged.layers} adapted layers: the others are not checked")
     return 0
 
 
