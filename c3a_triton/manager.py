@@ -705,6 +705,13 @@ class AdapterManager:
             AdapterNotFoundError, AdapterStateError: as `merge_adapter`.
         """
         names = self._active if adapter_names is None else self._known(adapter_names)
+        swapped = {*names} ^ {*self._active}
+        if other := [name for name, module in self._saved_modules() if swapped & module.modules_to_save.keys()]:
+            warnings.warn(
+                f"{' and '.join(other)} (modules_to_save) stay as the active adapters {self._active} have them, not as "
+                f"those that are merged: call model.c3a.set_adapter({names}) first",
+                stacklevel=2,
+            )
         untyings = self._plan_untying()
         self._merge(names, safe_merge, None, progressbar, merge_uncalled)
         self._remove(with_copies=True)
@@ -827,7 +834,8 @@ class AdapterManager:
         config, held = self._configs[adapter_name], self._embeddings.get(adapter_name, ())
         embeddings = embeddings_to_save(self.model, config, save_embedding_layers, held=held)
         for name, layer in self.layers():
-            if layer.merged and any(key.startswith(f"{name}.base_layer.") for key in embeddings):
+            own = list(layer.get_base_layer().parameters()) if layer.merged else ()
+            if any(parameter is other for parameter in own for other in embeddings.values()):
                 raise AdapterStateError(
                     f"{name} is to be saved beside the adapter, but {layer.merged_adapters} are merged into it: "
                     "unmerge them first (model.c3a.unmerge_adapter()), or save with save_embedding_layers=False"
@@ -899,7 +907,7 @@ class AdapterManager:
             if not sharded or torch.distributed.get_rank() == 0:
                 write_adapter(
                     directory,
-                    self._configs[adapter_name],
+                    pretrained.with_auto_mapping(self.model, self._configs[adapter_name]),
                     {unwrapped_name(name): tensor for name, tensor in tensors.items()},
                     block_sizes={unwrapped_name(name): b for name, b in block_sizes.items()},
                     module_names=[unwrapped_name(name) for name in base_module_names(self.model)],

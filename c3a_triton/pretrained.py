@@ -7,6 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import MODEL_CONFIG_NAME
+from .config import MODEL_CONFIG_NAME, C3AConfig
 from .errors import AdapterStateError
 from .layer import C3ALinear
 from .linear_like import is_sharded
@@ -31,6 +32,7 @@ __all__ = [
     "release",
     "save_adapters",
     "warn_outer_save",
+    "with_auto_mapping",
 ]
 
 # Libraries whose forward of a causal model hands lm_head's weight to a fused loss and does not call lm_head.
@@ -159,6 +161,18 @@ def save_adapters(model: Any, directory: str | os.PathLike[str], state_dict: dic
         model.c3a.save_pretrained(folder, name, state_dict=state_dict)
 
 
+def with_auto_mapping(model: nn.Module, config: C3AConfig) -> C3AConfig:
+    """A configuration with the model's class, as PEFT saves it where `task_type` does not say how to load the model.
+
+    By it PEFT's `AutoPeftModelForCausalLM.from_pretrained` and the like find the base model.
+    """
+    if config.task_type is not None or not hasattr(type(model), "from_pretrained"):
+        return config
+    # FSDP2 makes a class for the model, which nobody can import; the one that it was made of counts.
+    own = next(cls for cls in type(model).__mro__ if getattr(sys.modules[cls.__module__], cls.__name__, None) is cls)
+    return replace(config, auto_mapping={"base_model_class": own.__name__, "parent_library": own.__module__})
+
+
 def warn_outer_save(layer: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     """State-dict hook of adapted layers: who saves a model around them as a plain one is told, once for each save.
 
@@ -173,8 +187,8 @@ def warn_outer_save(layer: nn.Module, state_dict: dict[str, Any], prefix: str, l
         if frame.f_code is SavePretrained.__call__.__code__:
             return
         if found is None and frame.f_code.co_name in ("save_pretrained", "save"):
-            owner = frame.f_locals.get("self")
-            if isinstance(owner, nn.Module) and hasattr(type(owner), "save_pretrained"):
+            owner = frame.f_locals.get(next(iter(frame.f_code.co_varnames), ""))
+            if hasattr(type(owner), "save_pretrained"):
                 found = depth + 1, frame.f_code.co_name, type(owner).__name__
     if found is None:
         return

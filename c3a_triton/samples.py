@@ -12,54 +12,76 @@ from torch import Tensor, nn
 
 from .untying import with_flags
 
-__all__ = ["computes_the_same", "difference", "output_of", "sample_inputs"]
+__all__ = ["computes_the_same", "difference", "first_output", "output_of", "sample_inputs"]
 
 # Above that a forward on a CPU takes longer than what it would tell is worth.
 _MOST_PARAMETERS = 4 * 10**9
 _TOLERANCE = 1e-3
 
 
-def sample_inputs(model: Any, n_tokens: int = 16) -> dict[str, Tensor] | None:
-    """Random inputs for a model's forward, on the CPU, or None where what it takes is not known here.
+def sample_inputs(model: Any, n_tokens: int = 16) -> list[dict[str, Tensor]]:
+    """Random inputs for a model's forward, on the CPU, the likeliest first; none where what it takes is not known here.
 
-    Tokens, pictures, sound and its spectra are known, of the sizes that the configuration says.
+    Tokens, pictures, sound and its spectra are known, of the sizes that the configuration says: what the model calls
+    its main input, and all of them that its forward has a name for.
     """
     config = model.config
-    text = config.get_text_config()
-    generator = torch.Generator().manual_seed(0)
-    main = getattr(model, "main_input_name", "input_ids")
     parameters = inspect.signature(type(model).forward).parameters
-    decoder = "decoder_input_ids" in parameters and getattr(config, "is_encoder_decoder", True)
+    generator = torch.Generator().manual_seed(0)
 
-    def ids(n_words: int) -> Tensor:
-        return torch.randint(n_words, (1, n_tokens), generator=generator)
+    def ids(**which: bool) -> Tensor | None:
+        n_words = getattr(_text_config(config, **which), "vocab_size", None) or getattr(config, "vocab_size", None)
+        return torch.randint(n_words, (1, n_tokens), generator=generator) if n_words else None
 
-    inputs: dict[str, Tensor] = {}
-    if main == "input_ids" and (n_words := getattr(text, "vocab_size", 0)):
-        inputs["input_ids"] = ids(n_words)
-    elif main == "pixel_values":
-        vision: Any = next((part for part in _parts(config) if getattr(part, "image_size", None)), None)
-        if vision is not None:
-            size = vision.image_size if isinstance(vision.image_size, (list, tuple)) else [vision.image_size] * 2
-            shape = (1, getattr(vision, "num_channels", 3), *size)
-            inputs["pixel_values"] = torch.randn(shape, generator=generator)
-    elif main == "input_values":
-        inputs["input_values"] = torch.randn((1, 4000), generator=generator)
-    elif main == "input_features":
-        bins = next((part.num_mel_bins for part in _parts(config) if getattr(part, "num_mel_bins", None)), None)
-        if bins is not None:
-            length = 2 * getattr(config, "max_source_positions", 100)
-            # As Whisper's, or as everyone else's.
-            shape = (1, bins, length) if hasattr(config, "max_source_positions") else (1, length, bins)
-            inputs["input_features"] = torch.randn(shape, generator=generator)
-    if not inputs:
+    made = {
+        "input_ids": ids(),
+        "pixel_values": _picture(config, generator),
+        "input_values": torch.randn((1, 4000), generator=generator),
+        "input_features": _spectra(config, generator),
+    }
+    known = {name: value for name, value in made.items() if value is not None}
+    beside = {}
+    if "decoder_input_ids" in parameters and getattr(config, "is_encoder_decoder", True):
+        words = ids(decoder=True)
+        if words is None:
+            return []
+        beside = {"decoder_input_ids": words}
+    main = getattr(model, "main_input_name", "input_ids")
+    first = {name: value for name, value in known.items() if name == main}
+    whole = {name: value for name, value in known.items() if name in parameters}
+    return [inputs | beside for inputs in (first, whole if whole.keys() != first.keys() else {}) if inputs]
+
+
+def _text_config(config: Any, **which: bool) -> Any:
+    """The part of a configuration that tells of words; None where several do."""
+    try:
+        return config.get_text_config(**which)
+    except ValueError:
         return None
-    if decoder:
-        words = getattr(config.get_text_config(decoder=True), "vocab_size", None) or getattr(text, "vocab_size", None)
-        if not words:
-            return None
-        inputs["decoder_input_ids"] = ids(words)
-    return inputs
+
+
+def _picture(config: Any, generator: torch.Generator) -> Tensor | None:
+    parts = [part for part in _parts(config) if getattr(part, "image_size", None) or hasattr(part, "num_channels")]
+    if not parts:
+        return None
+    vision: Any = next((part for part in parts if getattr(part, "image_size", None)), parts[0])
+    # Without a size of their own they are convolutional, and take any.
+    size = getattr(vision, "image_size", None) or 224
+    return torch.randn(
+        (1, getattr(vision, "num_channels", 3), *(size if isinstance(size, (list, tuple)) else [size] * 2)),
+        generator=generator,
+    )
+
+
+def _spectra(config: Any, generator: torch.Generator) -> Tensor | None:
+    names = ("num_mel_bins", "input_feat_per_channel")
+    bins = next((getattr(part, name) for part in _parts(config) for name in names if getattr(part, name, None)), None)
+    if bins is None:
+        return None
+    # As Whisper's, or as everyone else's.
+    is_whispers = hasattr(config, "max_source_positions") and hasattr(config, "num_mel_bins")
+    length = 2 * config.max_source_positions if is_whispers else 200
+    return torch.randn((1, bins, length) if is_whispers else (1, length, bins), generator=generator)
 
 
 def _parts(config: Any) -> Iterator[Any]:
@@ -68,6 +90,21 @@ def _parts(config: Any) -> Iterator[Any]:
     for value in vars(config).values():
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
             yield from _parts(value)
+
+
+def first_output(model: Any, choices: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
+    """The first of these inputs that a model takes, and `output_of` them.
+
+    Raises:
+        Exception: what the model says about the first of them, if it takes none.
+    """
+    errors: list[Exception] = []
+    for inputs in choices:
+        try:
+            return inputs, output_of(model, inputs)
+        except Exception as error:  # whatever a model says about inputs that are made up
+            errors.append(error)
+    raise errors[0]
 
 
 @torch.no_grad()
@@ -107,11 +144,11 @@ def computes_the_same(model: Any, paths: tuple[str, ...]) -> bool:
     parameters: list[nn.Parameter] = list(model.parameters())
     if any(p.is_meta for p in parameters) or sum(p.numel() for p in parameters) > _MOST_PARAMETERS:
         return True
-    inputs = sample_inputs(model, n_tokens=4)
-    if inputs is None:
+    choices = sample_inputs(model, n_tokens=4)
+    if not choices:
         return True
     try:
-        expected = output_of(model, inputs)
+        inputs, expected = first_output(model, choices)
     except Exception:  # inputs that are made up: whatever a model says about them, it says nothing about the flag
         return True
     with with_flags(model.config, paths):

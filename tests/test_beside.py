@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 from safetensors.torch import load_file
 from tiny_models import IDS, bert_classifier, llama, logits
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BartConfig, BartModel
 
 import c3a_triton
 from c3a_triton import AdapterStateError, C3AConfig, CheckpointError, ConfigError, load_adapter
@@ -175,6 +175,18 @@ def test_embeddings_that_take_the_place_of_anothers(base: Path, tmp_path: Path) 
         model.get_input_embeddings().weight[33] = 7
     with pytest.warns(UserWarning, match="embed_tokens.*take the place of the model's, for 'default', 'same' too"):
         load_adapter(model, tmp_path / "one", "other")
+
+
+def test_embeddings_into_which_a_layer_that_is_tied_to_them_is_merged(tmp_path: Path) -> None:
+    """The file would hold the merged weight, and loading would add the update to it once more."""
+    sizes = {f"{part}_{what}": 1 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    model = BartModel(BartConfig(vocab_size=32, d_model=16, **sizes))
+    c3a_triton.apply(model, C3AConfig(block_size=4, target_modules=["encoder.embed_tokens"]))
+    model.c3a.merge_adapter()
+    with pytest.raises(AdapterStateError, match="encoder.embed_tokens is to be saved beside the adapter"):
+        model.c3a.save_pretrained(tmp_path, save_embedding_layers=True)
+    model.c3a.unmerge_adapter()
+    model.c3a.save_pretrained(tmp_path, save_embedding_layers=True)
 
 
 def test_what_was_made_trainable_is_named_once(tmp_path: Path) -> None:

@@ -384,6 +384,20 @@ def test_merge(run, folders, tmp_path):
     code, out, _ = run("merge", *arguments, "--force")
     assert code == 0
     assert out.startswith(f"4 layers merged into {tmp_path / 'merged'} (")
+    assert "such an effect" not in out
+    assert "not checked" not in out
+
+
+def test_merge_says_what_its_check_does_not_tell(run, folders, tmp_path, monkeypatch):
+    """An effect within the tolerance, and layers that the inputs pass by."""
+    monkeypatch.setattr(merge, "TOLERANCES", {torch.float32: 100.0})
+    compare = merge._compare
+    monkeypatch.setattr(merge, "_compare", lambda *args: compare(*args) | {"reached": 3})
+    arguments = ("--model", folders / "model", "--adapter", folders / "adapter", "--output", tmp_path / "merged")
+    code, out, _ = run("merge", *arguments)
+    assert code == 0
+    assert "such an effect is not checked" in out
+    assert "the inputs reach 3 of the 4 adapted layers" in out
 
 
 def test_merge_checks_before_the_output_appears(run, folders, tmp_path, monkeypatch):
@@ -430,7 +444,7 @@ def test_merge_checks_what_the_folder_has_lost(run, folders, tmp_path, monkeypat
     assert "the merged folder has no lm_head.weight, which the model's has" in failed(run, "merge", *arguments)
 
 
-@pytest.mark.parametrize("build", ["vit", "bert_classifier", "t5", "gpt2"])
+@pytest.mark.parametrize("build", ["vit", "bert_classifier", "t5", "gpt2", "clip", "segformer"])
 def test_merge_checks_models_of_all_sorts(run, tmp_path, build):
     model = getattr(tiny_models, build)()
     model.save_pretrained(tmp_path / "model")
@@ -441,6 +455,25 @@ def test_merge_checks_models_of_all_sorts(run, tmp_path, build):
     assert code == 0, err
     found = json.loads(out)["check"]
     assert found["difference"] <= found["tolerance"] < found["effect"]
+
+
+@pytest.mark.parametrize(
+    ("build", "targets", "reason"),
+    [
+        ("musicgen", ["k_proj"], "a MusicgenForConditionalGeneration does not take the inputs made up for it"),
+        ("llava", r"model\.vision_tower\..*fc1", "reach none of the adapted layers"),
+    ],
+)
+def test_merge_says_where_a_check_would_say_nothing(run, tmp_path, build, targets, reason):
+    """Where several parts of the configuration tell of words, and where what is made up is text alone."""
+    model = getattr(tiny_models, build)()
+    model.save_pretrained(tmp_path / "model")
+    c3a_triton.apply(model, C3AConfig(block_size=8, target_modules=targets)).c3a.save_pretrained(tmp_path / "adapter")
+    arguments = ("--model", tmp_path / "model", "--adapter", tmp_path / "adapter", "--output", tmp_path / "merged")
+    assert reason in failed(run, "merge", *arguments, "--check")
+    code, out, err = run("merge", *arguments, "--json")
+    assert code == 0, err
+    assert reason in json.loads(out)["not_checked"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -2,11 +2,14 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
+import c3a_triton
+from c3a_triton import C3AConfig
 from c3a_triton.errors import AdapterStateError, ConfigError, ShapeError
 from c3a_triton.layer import C3ALinear
 from c3a_triton.modules_to_save import ModulesToSave
@@ -89,3 +92,18 @@ def test_what_cannot_be_trained_whole() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             ModulesToSave(module, "head")
+
+
+def test_merging_others_than_the_active_ones_says_whose_copies_stay() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    c3a_triton.apply(model, C3AConfig(block_size=4, target_modules=["0"], modules_to_save=["1"]))
+    model.c3a.add_adapter("other", C3AConfig(block_size=4, target_modules=["0"]))
+    alike = copy.deepcopy(model)
+    with pytest.warns(
+        UserWarning, match=r"1 \(modules_to_save\) stay as .*\['default'\].*set_adapter\(\['other'\]\) first"
+    ):
+        model.c3a.merge_and_unload(adapter_names="other")
+    alike.c3a.set_adapter("other")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        alike.c3a.merge_and_unload(adapter_names=["other"])

@@ -1,6 +1,7 @@
 """transformers around an adapted model: the Trainer, checkpointing, generation, device maps, kinds of models."""
 
 import copy
+import importlib
 import io
 import json
 import pickle
@@ -215,8 +216,9 @@ def test_checkpoints_load_as_what_they_are_or_not_at_all(tmp_path: Path, only_ad
         llama().save_pretrained(tmp_path / "base")
         model = c3a_triton.apply(auto.from_pretrained(tmp_path / "base"), LLAMA)
         trainer(model, tmp_path / "run", steps=1, callbacks=callbacks, save_steps=1).train()
-        for load in (auto.from_pretrained, type(model).from_pretrained):
-            loaded = load(tmp_path / "run" / "checkpoint-1")
+        peft = importlib.import_module("peft")
+        for load in (auto, type(model), peft.AutoPeftModelForCausalLM, peft.AutoPeftModel):
+            loaded = load.from_pretrained(tmp_path / "run" / "checkpoint-1")
             torch.testing.assert_close(logits(loaded), logits(model.eval()), atol=1e-4, rtol=1e-4)
     # A base that nobody can find again.
     model = adapted()
@@ -301,6 +303,17 @@ class Dense(nn.Module):
         torch.save(self.state_dict(), folder / "pytorch_model.bin")
 
 
+class Pipeline:
+    """No module itself, and of an author who says "this"."""
+
+    def __init__(self, part: nn.Module) -> None:
+        self.part = part
+
+    def save_pretrained(this, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        torch.save(this.part.state_dict(), folder / "pytorch_model.bin")
+
+
 def outer() -> Any:
     return Outer(llama().config)
 
@@ -316,6 +329,7 @@ def test_saving_a_model_around_an_adapted_part_warns_as_the_model_does(tmp_path:
         (copy.deepcopy(around), "save_pretrained", r"Outer that holds"),
         (sentences, "save_pretrained", r"Sentences that holds .*\(linear and"),
         (part, "save", r"Sentences that holds"),
+        (Pipeline(part[0]), "save_pretrained", r"Pipeline that holds"),
     ):
         with pytest.warns(UserWarning, match=said) as told:
             getattr(model, method)(tmp_path / str(id(model)))

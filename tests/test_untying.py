@@ -83,7 +83,7 @@ def adapted(model: nn.Module, targets: list[str], saved: list[str]) -> nn.Module
 
 
 def output(model: nn.Module) -> torch.Tensor:
-    return output_of(model, sample_inputs(model))
+    return output_of(model, sample_inputs(model)[0])
 
 
 CASES = [(name, ["lm_head"]) for name in MODELS if name != "BertForMaskedLM"]

@@ -1,15 +1,26 @@
 """Models of transformers with random weights, small enough to be built in every test."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MusicgenConfig,
+    MusicgenForConditionalGeneration,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -70,6 +81,43 @@ def vit() -> ViTForImageClassification:
         num_labels=3,
     )
     return ViTForImageClassification(config).eval()
+
+
+_ENCODER = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def clip() -> CLIPModel:
+    torch.manual_seed(0)
+    text = {"vocab_size": 32, "max_position_embeddings": 32, "projection_dim": 24, "eos_token_id": 2}
+    vision = {"image_size": 8, "patch_size": 4, "projection_dim": 24}
+    return CLIPModel(CLIPConfig(text_config=_ENCODER | text, vision_config=_ENCODER | vision, projection_dim=24)).eval()
+
+
+def segformer() -> SegformerForSemanticSegmentation:
+    torch.manual_seed(0)
+    stages: dict[str, Any] = {"hidden_sizes": [16] * 4, "depths": [1] * 4, "num_attention_heads": [1] * 4}
+    return SegformerForSemanticSegmentation(
+        SegformerConfig(**stages, mlp_ratios=[2] * 4, decoder_hidden_size=16, num_labels=2)
+    ).eval()
+
+
+def llava() -> LlavaForConditionalGeneration:
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(**_ENCODER, image_size=8, patch_size=4)
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=LlamaConfig(**_LLAMA), image_token_index=31)
+    ).eval()
+
+
+def musicgen() -> MusicgenForConditionalGeneration:
+    torch.manual_seed(0)
+    decoder = {"vocab_size": 32, "hidden_size": 24, "ffn_dim": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MusicgenConfig(
+        text_encoder={"model_type": "t5", "vocab_size": 32, "d_model": 24, "d_kv": 12, "d_ff": 48, "num_layers": 1},
+        audio_encoder={"model_type": "encodec", "num_filters": 2, "hidden_size": 8, "codebook_dim": 8},
+        decoder=decoder | {"num_codebooks": 1},
+    )
+    return MusicgenForConditionalGeneration(config).eval()
 
 
 def logits(model: nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
