@@ -33,7 +33,7 @@ class ModulesToSave(nn.Module):
     original_module: nn.Module
     modules_to_save: nn.ModuleDict
     was_read = False
-    """Whether anything of the module was read through this one, which a model may do in place of a call."""
+    """Whether a tensor of the module was read through this one, which a model may do in place of a call."""
 
     def __init__(self, original_module: nn.Module, layer_name: str = "") -> None:
         super().__init__()
@@ -187,6 +187,7 @@ class ModulesToSave(nn.Module):
             # Private names belong to whoever looks for them here, and before __init__ has run there is nothing to ask.
             if name.startswith("_") or "modules_to_save" not in self.__dict__.get("_modules", {}):
                 raise
-        if not torch.compiler.is_compiling():
+        value = getattr(self.active_module(), name)
+        if isinstance(value, Tensor) and not torch.compiler.is_compiling():
             self.__dict__["was_read"] = True
-        return getattr(self.active_module(), name)
+        return value
