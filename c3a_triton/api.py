@@ -160,7 +160,8 @@ def _bound(model: Any, backend: str) -> Iterator[AdapterManager]:
     pretrained.prepare(inner)
     watch(inner)
     watch_statistics(inner)
-    if RowNames.of(inner) is None:
+    hooks = RowNames.of(inner)
+    if hooks is None or hooks.scope is not manager._scope:
         RowNames((inner,), manager._scope, manager.check_rows)
     from .integrations import trl
 

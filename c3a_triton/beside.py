@@ -209,7 +209,8 @@ def warn_statistics(model: nn.Module, told: set[str]) -> bool:
 def _tracks(module: Any) -> bool:
     """Whether a layer changes statistics of its own in training, as BatchNorm's relatives do."""
     return (
-        bool(getattr(module, "track_running_stats", False))
+        not isinstance(module, ModulesToSave)
+        and bool(getattr(module, "track_running_stats", False))
         and getattr(module, "running_mean", None) is not None
         and getattr(module, "momentum", None) != 0
     )

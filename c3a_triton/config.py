@@ -8,6 +8,7 @@ import re
 import reprlib
 import uuid
 import warnings
+from collections import UserString
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
@@ -116,15 +117,17 @@ def shown(value: object) -> str:
 def plain(value: Any) -> Any:
     """A value as JSON knows it: what PEFT takes where it asks for an int, a bool, a string, a list or a dict.
 
-    Numbers, strings and arrays of numpy, members of enumerations, sequences and mappings of any kind (OmegaConf's) and
-    sets, which are sorted. Whatever else stays as it is.
+    Numbers, strings and arrays of numpy, members of enumerations, paths, sequences and mappings of any kind
+    (OmegaConf's) and sets, which are sorted. Whatever else stays as it is.
     """
     if isinstance(value, Enum):
         return plain(value.value)
     if type(value).__module__.partition(".")[0] == "numpy" and hasattr(value, "tolist"):
         return value.tolist()
-    if isinstance(value, str):
+    if isinstance(value, (str, UserString)):
         return str(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if isinstance(value, Integral) and not isinstance(value, bool):
         return int(value)
     if isinstance(value, Mapping):
@@ -279,12 +282,14 @@ class C3AConfig:
             raise ConfigError(f"inference_mode must be True or False, got {_described(self.inference_mode)}")
         for name in ("task_type", "base_model_name_or_path", "revision", "peft_version"):
             value = getattr(self, name)
-            if isinstance(value, os.PathLike):
-                setattr(self, name, os.fspath(value))
-            elif not (value is None or isinstance(value, str)):
+            if not (value is None or isinstance(value, str)):
                 raise ConfigError(f"{name} must be a string or None, got {_described(value)}")
         if not (self.auto_mapping is None or isinstance(self.auto_mapping, dict)):
             raise ConfigError(f"auto_mapping must be a dict or None, got {_described(self.auto_mapping)}")
+        try:
+            json.dumps(self.auto_mapping)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"auto_mapping has to be written as JSON: {error}") from error
 
     def _check_block_sizes(self) -> None:
         if self.block_size != "auto" and not _is_positive_int(self.block_size):

@@ -361,9 +361,6 @@ def _called(structure: Any, targets: list[Target]) -> list[Target]:
 
     All of them where that cannot be seen: inputs that are not known, or a forward that needs values.
     """
-    inputs = sample_inputs(structure)
-    if inputs is None:
-        return targets
     watch, scope = Watch(structure), Scope()
     layers = [layer_class(target.module)(target.module, block_size=target.block_size) for target in targets]
     places = [(*_parent_of(structure, target.name), target.module) for target in targets]
@@ -373,9 +370,11 @@ def _called(structure: Any, targets: list[Target]) -> list[Target]:
             setattr(parent, child, layer)
         watch.begin()
         with scope.bound(disabled=True):
-            output_of(structure, inputs)
-    except Exception:  # made-up inputs without values: whatever a model says about them, it says nothing of its layers
-        return targets
+            for inputs in sample_inputs(structure):
+                # Made up, and without values: whatever a model says about them, it says nothing of its layers.
+                with contextlib.suppress(Exception):
+                    output_of(structure, inputs)
+                    break
     finally:
         watch.end()
         for parent, child, module in places:

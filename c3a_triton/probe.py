@@ -87,13 +87,25 @@ def _own_forward(module: nn.Module) -> Callable[..., Any]:
 
 
 def _key(module: nn.Module, forward: Callable[..., Any]) -> tuple[Any, ...] | None:
-    """What decides on a layer's behaviour, or None where there is more to it than its class and plain attributes."""
+    """What decides on a layer's behaviour, or None where there is more to it than classes, shapes and plain attributes.
+
+    The values of parameters do not: a copy has random ones. Those of buffers do.
+    """
     own = {name: value for name, value in module.__dict__.items() if name not in _FRESH and name not in _PASSING}
-    if module._modules or set(module._parameters) - {"weight", "bias"} or module._buffers:
+    tensors = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
+    if module._buffers or not all(map(_is_simple, own.values())):
         return None
-    if not all(isinstance(value, _SIMPLE) for value in own.values()):
+    if not all(tensor.is_floating_point() for tensor in tensors.values()):
         return None
-    return type(module), forward, module._parameters.get("bias") is None, *sorted(own.items(), key=lambda item: item[0])
+    parts = {name: _key(part, type(part).forward) for name, part in module._modules.items() if part is not None}
+    if None in parts.values():
+        return None
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    return type(module), forward, *(tuple(sorted(found.items())) for found in (own, shapes, parts))
+
+
+def _is_simple(value: Any) -> bool:
+    return isinstance(value, _SIMPLE) or (isinstance(value, tuple) and all(map(_is_simple, value)))
 
 
 # What accelerate and others leave on an instance, which a copy must not take along.

@@ -71,6 +71,8 @@ class RowNames:
         self._check = check
         for module in roots[0].modules():
             if any(module is root for root in roots) or hasattr(type(module), "main_input_name"):
+                if (other := RowNames.of(module)) is not None:  # of an adapted model of which this one is a part
+                    other._remove_from(module)
                 module.register_forward_pre_hook(self.before, with_kwargs=True)
                 module.register_forward_hook(self.after, always_call=True)
 
@@ -83,14 +85,17 @@ class RowNames:
     def remove(self, model: nn.Module) -> None:
         """Remove the hooks."""
         for module in model.modules():
-            for key, hook in list(module._forward_pre_hooks.items()):
-                if getattr(hook, "__self__", None) is self:
-                    del module._forward_pre_hooks[key]
-                    module._forward_pre_hooks_with_kwargs.pop(key, None)
-            for key, hook in list(module._forward_hooks.items()):
-                if getattr(hook, "__self__", None) is self:
-                    del module._forward_hooks[key]
-                    module._forward_hooks_always_called.pop(key, None)
+            self._remove_from(module)
+
+    def _remove_from(self, module: nn.Module) -> None:
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if getattr(hook, "__self__", None) is self:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__self__", None) is self:
+                del module._forward_hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Forward pre-hook: turn `adapter_names=` into what holds for this call, and note the batch's size."""

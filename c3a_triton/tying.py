@@ -34,11 +34,18 @@ def bare(model: nn.Module) -> Iterator[None]:
 
 
 class _BareMethod:
-    """A method of the model's class, called while the model is bare: it knows its layers by their names and classes."""
+    """A method of the model's class, called while the model is bare: it knows its layers by their names and classes.
 
-    def __init__(self, model: nn.Module, name: str) -> None:
+    Args:
+        model: the model of transformers.
+        name: the method's name.
+        root: the adapted model, of which it may be a part.
+    """
+
+    def __init__(self, model: nn.Module, name: str, root: nn.Module) -> None:
         self.model = model
         self.name = name
+        self.root = root
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the class's method."""
@@ -54,7 +61,7 @@ class _ResizeTokenEmbeddings(_BareMethod):
             AdapterStateError: another size for an embedding that is adapted or trained whole; nothing has changed.
         """
         wanted = _wanted_rows(self.model, *args, **kwargs)
-        held = _held_embeddings(self.model)
+        held = _held_embeddings(self.model, self.root)
         if changed := [name for name, weight in held if wanted is not None and _n_rows(weight) != wanted]:
             size = _n_rows(dict(held)[changed[0]])
             raise AdapterStateError(
@@ -82,12 +89,12 @@ def _n_rows(weight: Tensor) -> int:
     return getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 leaves it empty
 
 
-def _held_embeddings(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """(name, weight) of what has adapters or copies among the embeddings and all that is tied to them."""
+def _held_embeddings(model: nn.Module, root: nn.Module) -> list[tuple[str, Tensor]]:
+    """(name, weight) of what in `root` has adapters or copies among the embeddings, and what is tied to them."""
     with bare(model):
         weights = [getattr(module, "weight", None) for module in embeddings_of(model)]
     held = []
-    for name, module in base_modules(model):
+    for name, module in base_modules(root):
         if isinstance(module, C3ALinear):
             weight = getattr(module.get_base_layer(), "weight", None)
         elif isinstance(module, ModulesToSave):
@@ -107,7 +114,7 @@ def keep_ties(model: nn.Module) -> None:
     for part in model.modules():
         for name, method in _METHODS.items():
             if callable(getattr(type(part), name, None)) and name not in part.__dict__:
-                setattr(part, name, method(part, name))
+                setattr(part, name, method(part, name, model))
 
 
 def release_ties(model: nn.Module) -> None:

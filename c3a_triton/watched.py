@@ -39,13 +39,15 @@ class Watch:
 
     Args:
         model: the model whose forward is watched.
+        merging: what merging does with a layer that is not called, for the message.
 
     Attributes:
         uncalled: names of the layers that were told of as never called, and were not called since.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, merging: str = "merging leaves it out (merge_uncalled=True does not)") -> None:
         self.model = model
+        self._merging = merging
         self.uncalled: set[str] = set()
         self._told: set[str] = set()
         self._watched: set[str] = set()  # names of layers that were given hooks; whether one is called does not change
@@ -154,9 +156,8 @@ class Watch:
             [part.layer_name for part in parts],
             f"never called by a forward of {type(self.model).__name__}, though what holds them ran: {{}}. The model "
             "reads their weights, has them elsewhere as well (a list, a fused or tied layer) or does not use them. "
-            "What adapters add there is neither computed nor trained, and merging leaves it out (merge_uncalled=True "
-            "does not). Leave these layers out of target_modules and modules_to_save. Where only other inputs need "
-            "them, nothing is wrong",
+            f"What adapters add there is neither computed nor trained, and {self._merging}. Leave these layers out of "
+            "target_modules and modules_to_save. Where only other inputs need them, nothing is wrong",
             stacklevel=3,
         )
 
@@ -167,6 +168,8 @@ class Watch:
             if not isinstance(part, (C3ALinear, ModulesToSave)) or part.layer_name in self._watched:
                 continue
             self._watched.add(part.layer_name)
+            if isinstance(part, ModulesToSave):
+                part.was_read = False  # by whomever, but not by the model's forward
             _put(part, self._note_call)
             holder = name.rpartition(".")[0]
             container = modules.get(holder)
@@ -233,7 +236,8 @@ class Watch:
         self.tell(
             [part.layer_name for part in without if part not in uncalled],
             "called, but the first backward pass gave no gradient to what is trained there: {}. Either the loss does "
-            "not depend on these layers, or the model computes them without gradients (torch.no_grad, detach)",
+            "not depend on these layers, or the model computes them without gradients (torch.no_grad, detach, "
+            "reentrant checkpoints whose inputs have none). Where only other losses need them, nothing is wrong",
             uncalled=False,
             stacklevel=3,
         )

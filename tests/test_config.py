@@ -5,9 +5,11 @@ import json
 import math
 import os
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -257,6 +259,14 @@ def test_layers_and_rules_take_numpys_numbers():
 def test_errors_name_the_type(field, value, message):
     with pytest.raises(ConfigError, match=message):
         C3AConfig(**{field: value})
+
+
+def test_paths_and_what_json_cannot_hold():
+    config = C3AConfig(base_model_name_or_path=Path("a/b"), auto_mapping={"c": [Path("d")]})
+    assert json.loads(config.to_json())["auto_mapping"] == {"c": ["d"]}
+    assert C3AConfig(target_modules=collections.UserString("all-linear")).target_modules == "all-linear"
+    with pytest.raises(ConfigError, match="auto_mapping has to be written as JSON: Object of type dtype"):
+        C3AConfig(auto_mapping={"dtype": torch.float16})
 
 
 def test_sets_are_ordered():

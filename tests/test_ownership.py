@@ -119,3 +119,29 @@ def test_copies_pickles_and_layers_of_ones_own_are_not_foreign() -> None:
     by_hand = nn.Sequential(C3ALinear(nn.Linear(8, 8), "mine", block_size=4), nn.Linear(8, 8))
     c3a_triton.apply(by_hand, CONFIG)
     assert len(list(by_hand.c3a.layers())) == 2
+
+
+class Encoding(nn.Module):
+    """A model with a model in it that may be called by itself, as transformers' encoders are."""
+
+    main_input_name = "x"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head = Encoder(), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.encoder(x))
+
+
+class Encoder(Tower):
+    main_input_name = "x"
+
+
+def test_rows_of_a_part_that_has_a_manager_of_its_own() -> None:
+    model, x = Encoding(), torch.randn(2, 8)
+    y = model.encoder(x)
+    c3a_triton.apply(model, C3AConfig(block_size=4, target_modules=["head"], exclude_modules=["encoder.head"]))
+    c3a_triton.apply(model.encoder, CONFIG)
+    torch.testing.assert_close(model.encoder(x, adapter_names=["__base__"] * 2), y)
+    assert not torch.allclose(model.encoder(x, adapter_names=["default"] * 2), y)

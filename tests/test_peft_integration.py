@@ -10,6 +10,7 @@ import inspect
 import io
 import json
 import pickle
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -1112,3 +1113,40 @@ def test_an_adapter_is_not_deleted_from_under_its_rows() -> None:
     handle.remove()
     assert "two" in model.peft_config
     model.delete_adapter("two")
+
+
+# Layers that are never called, and what is left of a model
+
+
+class Reading(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.read = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.called(x), self.read.weight)
+
+
+@pytest.mark.parametrize("kind", OURS)
+@pytest.mark.parametrize("training", [True, False])
+def test_layers_that_are_never_called_are_told_of_once(training: bool, kind: str) -> None:
+    model = adapted(kind, Reading(), target_modules=["called", "read"]).train(training)
+    model = copy.deepcopy(model)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model(torch.randn(2, 8)).sum().backward()
+    assert len(said) == 1
+    assert re.search(r"never called by a forward of Reading.*: \S*read\. .*PEFT merges it", str(said[0].message))
+
+
+@pytest.mark.parametrize("verb", ["unload", "merge_and_unload"])
+@pytest.mark.parametrize("kind", OURS)
+def test_nothing_is_left_on_the_model(kind: str, verb: str) -> None:
+    model = getattr(adapted(kind), verb)()
+    assert not [name for name, m in model.named_modules() if m._forward_pre_hooks or m._forward_hooks]
+    y = logits(model)
+    c3a_triton.apply(model, {"block_size": 4, "target_modules": TARGETS, "init_weights": "gaussian"})
+    assert not torch.allclose(logits(model), y)
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=IDS, adapter_names=["__base__"] * len(IDS)).logits, y)

@@ -171,6 +171,27 @@ def test_one_trial_serves_layers_that_differ_in_their_weights_alone(monkeypatch:
         behaviour(FalconLinear(8, 6, bias=False))
 
 
+def test_one_trial_serves_layers_with_further_parameters_and_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Normed(nn.Linear):
+        def __init__(self, eps: float = 1e-5) -> None:
+            super().__init__(8, 6)
+            self.scale, self.norm = nn.Parameter(torch.ones(6)), nn.LayerNorm(8, eps)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(self.norm(x)) * self.scale
+
+    assert behaviour(Normed()).kind == "other"
+    monkeypatch.setattr(probe, "_try_linear", lambda *args: pytest.fail("tried again"))
+    assert behaviour(Normed()).kind == "other"
+    wider = Normed()
+    wider.scale = nn.Parameter(torch.ones(1))
+    buffered = Normed()
+    buffered.register_buffer("mask", torch.ones(6))
+    for another in (Normed(1e-3), wider, buffered):
+        with pytest.raises(pytest.fail.Exception):
+            behaviour(another)
+
+
 class Routed(nn.Module):
     def __init__(self) -> None:
         super().__init__()

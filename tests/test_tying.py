@@ -147,3 +147,12 @@ def test_whoever_ties_by_hand_ties_the_base(fields: dict[str, Any]) -> None:
     head.weight = other
     assert (head.base_layer if hasattr(head, "base_layer") else head.original_module).weight is other
     assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("fields", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}], ids=str)
+def test_resizing_a_part_is_refused_for_what_is_tied_outside_of_it(fields: dict[str, Any]) -> None:
+    model = trained("llama", {"target_modules": ["q_proj"]} | fields)
+    before = state(model)
+    with pytest.raises(AdapterStateError, match=r"lm_head.* for 32 tokens, not 40"):
+        model.model.resize_token_embeddings(40)
+    assert state(model) == before

@@ -313,6 +313,14 @@ def test_a_trained_copy_that_is_read() -> None:
     assert model.v.modules_to_save["default"].weight.grad is not None
 
 
+def test_a_trained_copy_that_others_read() -> None:
+    model = adapted(in_a_list(), "q", modules_to_save=["v"]).eval()
+    assert model.v.weight.shape == (8, model.v.in_features)  # somebody looks before the model runs
+    with hearing() as said, torch.no_grad():
+        model(X)
+    assert [": v." in text for text in said] == [True]
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_trained_copy_that_is_reached_by_another_way(training: bool) -> None:
     model = adapted(in_a_list(), "q", modules_to_save=["v"]).train(training)

@@ -24,8 +24,9 @@ from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, ConfigErr
 from c3a_triton.linear_like import is_sharded, stored_tensor
 from c3a_triton.modules_to_save import CopiesByCall
 from c3a_triton.names import BASE_ROW, Scope
-from c3a_triton.quantized import hold_layout, torchao_config_of
+from c3a_triton.quantized import hold_layout, release_layout, torchao_config_of
 from c3a_triton.row_names import RowNames
+from c3a_triton.watched import Watch
 
 __all__ = ["C3ALinear", "C3AModel", "convert", "patch_peft", "unpatch_peft"]
 
@@ -114,12 +115,16 @@ class C3ALinear(layer.C3ALinear, peft_layer.C3ALinear):
 
 
 class C3AModel(peft_model.C3AModel):
-    """PEFT's tuner, whose layers are converted as it builds them, and which gives each row of a batch its adapter."""
+    """PEFT's tuner, whose layers are converted as it builds them, and which gives each row of a batch its adapter.
+
+    It tells of layers that the model never calls, as models do that are adapted in place; PEFT merges them all.
+    """
 
     backend = "auto"
     """What layers that are built from now on get."""
 
     _scope: Scope
+    _watch: Watch
 
     def _create_and_replace(
         self,
@@ -141,6 +146,15 @@ class C3AModel(peft_model.C3AModel):
         if isinstance(built, C3ALinear):
             built._scope = self._scope
         self._scope.trials.clear()
+        self._watch.begin()
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+        self._watch.end()
+        if (hooks := RowNames.of(self)) is not None:
+            hooks.remove(self)
+        release_layout(self)
+        return unloaded
 
     def _cast_adapter_dtype(self, *args: Any, **kwargs: Any) -> None:
         super()._cast_adapter_dtype(*args, **kwargs)
@@ -418,5 +432,7 @@ def _convert_tuner(module: Any) -> bool:
         module.__class__ = C3AModel
         module._scope = Scope()
         RowNames((module, module.model), module._scope, tuple)
+        module._watch = Watch(module.model, "PEFT merges it all the same, which changes what reads the weight")
+        module._watch.begin()
         hold_layout(module)  # a layer that is not adapted must pass gradients on to those below it, too
     return type(module) is C3AModel
