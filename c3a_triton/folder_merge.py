@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -110,6 +111,7 @@ class _Plan:
     added: dict[str, tuple[tuple[int, ...], str | None, Change | None]] = field(default_factory=dict)
     flags: tuple[str, ...] = ()  # the parts of the configuration in which tie_word_embeddings becomes false
     untied: bool = False
+    unseen: bool = False  # whether it is not known which layers the model calls
 
 
 def merge_folder(
@@ -153,6 +155,13 @@ def merge_folder(
     _refuse_quantized(model)
     checkpoint = _read_checkpoint(model)
     plan = _plan(structure, read_adapter(adapter), checkpoint, merge_uncalled)
+    if plan.unseen and verify is None:
+        warnings.warn(
+            f"without its weights it cannot be seen whether this {type(structure).__name__} calls all {plan.layers} "
+            "adapted layers: what is merged into others changes what the model computes. Compare the merged model with "
+            "model and adapter (`c3a-triton merge` does)",
+            stacklevel=2,
+        )
     device = torch.device(device)
 
     temporary = temporary_path(output)
@@ -320,8 +329,8 @@ def _read_tensor(file: Any, stored: _Stored) -> tuple[Tensor, bytearray]:
 def _plan(structure: nn.Module, adapter: AdapterFile, checkpoint: _Checkpoint, merge_uncalled: bool) -> _Plan:
     adapter = with_names_of(structure, adapter)
     targets = find_file_targets(structure, adapter)
-    if not merge_uncalled:
-        targets = _called(structure, targets)
+    called = targets if merge_uncalled else _called(structure, targets)
+    targets = targets if called is None else called
     saved_modules = find_modules_to_save(structure, adapter.config)
     replaced = check_file_values(structure, adapter, saved_modules, on_meta=True)
     warn_tied(structure, [target.name for target in targets], "merging changes both")
@@ -349,6 +358,7 @@ def _plan(structure: nn.Module, adapter: AdapterFile, checkpoint: _Checkpoint, m
     after = one | {name: f"{name} saved" for name in saved}
     untying = plan_untying(structure, one, after, homes_of(structure), config)
     plan = _Plan(len(targets), flags=() if untying is None else untying.flags, untied=untying is not None)
+    plan.unseen = called is None
     own = () if untying is None else untying.own
     for first, group in groups.items():
         if first in changes or any(name in saved or any(name in names for names in own) for name in group):
@@ -356,10 +366,10 @@ def _plan(structure: nn.Module, adapter: AdapterFile, checkpoint: _Checkpoint, m
     return plan
 
 
-def _called(structure: Any, targets: list[Target]) -> list[Target]:
+def _called(structure: Any, targets: list[Target]) -> list[Target] | None:
     """The targets without those that a forward of the model does not call, of which a warning tells, as in memory.
 
-    All of them where that cannot be seen: inputs that are not known, or a forward that needs values.
+    None where that cannot be seen: inputs that are not known, or a forward that needs values.
     """
     watch, scope = Watch(structure), Scope()
     layers = [layer_class(target.module)(target.module, block_size=target.block_size) for target in targets]
@@ -375,6 +385,8 @@ def _called(structure: Any, targets: list[Target]) -> list[Target]:
                 with contextlib.suppress(Exception):
                     output_of(structure, inputs)
                     break
+            else:
+                return None
     finally:
         watch.end()
         for parent, child, module in places:

@@ -271,6 +271,8 @@ class C3ALinear(nn.Module):
             rows = torch.tensor([index.get(name, -1) for name in names], device="cpu")
             return self._forward_rows(present, rows, x, *args, **kwargs)
         if kind == "rows":
+            if x.dim() == 1 and self.kind == "linear":  # a single vector, which is no batch
+                return self._forward_rows(*self._rows_of_call(x[None]), x[None], *args, **kwargs)[0]
             return self._forward_rows(*self._rows_of_call(x), x, *args, **kwargs)
         y = self.base_layer(x, *args, **kwargs)
         dtype = x.dtype if x.is_floating_point() else y.dtype

@@ -8,7 +8,7 @@ If it cannot in some layer, the model is called once for each adapter.
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -133,8 +133,10 @@ class RowNames:
         n_rows = _batch_size(module, args, kwargs)
         rest, tried = None, False
         if n_rows is not None:
-            # Only generation makes several consecutive rows of one; a batch that was put together twice looks alike.
-            if n_rows % len(names) or (n_rows != len(names) and not hasattr(module, "generation_config")):
+            # Only generation makes several consecutive rows of one, and packed images; a batch that was put together
+            # twice looks alike, but it does not matter if all rows have one adapter.
+            may_repeat = hasattr(module, "generation_config") or len(set(names)) == 1
+            if n_rows % len(names) or (n_rows != len(names) and not may_repeat):
                 raise ShapeError(f"{len(names)} adapter names for a batch of {n_rows} rows: give one name per row")
             if n_rows > 1 and len(set(names)) > 1 and not (call is not None and call.disabled):
                 rest, tried = self._divided(module, args, kwargs, expand_rows(names, n_rows))
@@ -161,7 +163,9 @@ class RowNames:
         outputs = [output]
         for number in range(1, len(divided.groups)):
             (args, kwargs), names, n_rows = divided.part(number)
-            with self.scope.bound(is_open=False, names=names, n_rows=n_rows):
+            # What is drawn in evaluation (SpeechT5's dropout, masks of pictures) is drawn for all rows alike.
+            same = nullcontext() if module.training else divided.random_numbers.replayed()
+            with self.scope.bound(is_open=False, names=names, n_rows=n_rows), same:
                 outputs.append(module(*args, **kwargs))
         return divided.joined(outputs)
 
@@ -207,7 +211,7 @@ class RowNames:
                 f"this layer's input {problems[layer]}, so that each adapter's rows need a call of the model of their "
                 f"own; but {what}. Give all rows one adapter, or adapt the model without this layer (exclude_modules)"
             )
-        return _Divided(call, groups, batch_dims, layer), True
+        return _Divided(call, groups, batch_dims, layer, _RandomNumbers(module)), True
 
     def _try_out(self, module: nn.Module, call: "_Arguments", n_to_come: int) -> "_Trial":
         """Learn how the layers' inputs and the model's outputs follow from the batch."""
@@ -310,8 +314,14 @@ class _Divided:
     """A call of the model that is made once for each adapter."""
 
     def __init__(
-        self, call: _Arguments, groups: dict[str, list[int]], batch_dims: list[int | None], layer_name: str
+        self,
+        call: _Arguments,
+        groups: dict[str, list[int]],
+        batch_dims: list[int | None],
+        layer_name: str,
+        random_numbers: "_RandomNumbers",
     ) -> None:
+        self.random_numbers = random_numbers
         self._call = call
         self.groups = list(groups.items())
         self._batch_dims = batch_dims
@@ -331,7 +341,7 @@ class _Divided:
         for i, first in enumerate(flattened[0][0]):
             parts = [leaf[i] for leaf, _ in flattened]
             dim = self._batch_dims[i] if i < len(self._batch_dims) else None
-            if isinstance(first, Tensor) and dim is not None:
+            if isinstance(first, Tensor) and dim is not None and _fit(parts, dim):
                 leaves.append(torch.cat(parts, dim).index_select(dim, inverse.to(first.device)))
             elif all(_same(first, part) for part in parts) or (_is_cache(first) and _join_caches(parts, inverse)):
                 leaves.append(first)
@@ -339,10 +349,15 @@ class _Divided:
                 raise ShapeError(
                     f"{self._layer_name}: the rows of its input have no adapters of their own, so that the model is "
                     f"called once for each adapter; but of its outputs a {type(first).__name__} is of no single row, "
-                    "such as a loss. Call the model without labels, give all rows one adapter, or adapt the model "
-                    "without this layer (exclude_modules)"
+                    "such as a loss, or of another length for each. Call the model without labels, give all rows one "
+                    "adapter, or adapt the model without this layer (exclude_modules)"
                 )
         return pytree.tree_unflatten(leaves, flattened[0][1])
+
+
+def _fit(parts: Sequence[Tensor], dim: int) -> bool:
+    """Whether tensors differ in size in this dimension alone."""
+    return len({(*part.shape[:dim], *part.shape[dim + 1 :]) for part in parts}) == 1
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -351,15 +366,31 @@ def _same(one: Any, other: Any) -> bool:
     return isinstance(one, (type(None), bool, int, float, str)) and one == other
 
 
+class _RandomNumbers:
+    """What the generators of a model's devices would draw now."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._devices = sorted({w.device.index for w in module.parameters() if w.device.type == "cuda"})
+        self._states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._devices)]
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Within it that is drawn; afterwards they go on where they were."""
+        with torch.random.fork_rng(self._devices):
+            torch.set_rng_state(self._states[0])
+            for device, state in zip(self._devices, self._states[1:], strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield
+
+
 @contextmanager
 def _undisturbed(module: nn.Module) -> Iterator[None]:
     """For a call that must leave no trace: no graph, no dropout, no statistics, and random numbers as they were."""
     training = [part for part in module.modules() if part.training]
-    devices = {parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"}
     for part in training:
         part.training = False
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices):
+        with torch.no_grad(), _RandomNumbers(module).replayed():
             yield
     finally:
         for part in training:
@@ -368,7 +399,8 @@ def _undisturbed(module: nn.Module) -> Iterator[None]:
 
 def _batch_size(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> int | None:
     """The first dimension of what the module computes from, or None where that is no tensor."""
-    named = [kwargs.get(name) for name in (getattr(module, "main_input_name", ""), *_BATCHES)]
+    main = getattr(module, "main_input_name", "")  # some have several
+    named = [kwargs.get(name) for name in (*([main] if isinstance(main, str) else main), *_BATCHES)]
     for value in (*pytree.tree_leaves(args), *named, *pytree.tree_leaves(dict(kwargs))):
         if isinstance(value, Tensor) and value.dim():
             return value.shape[0]

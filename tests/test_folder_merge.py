@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import pytest
@@ -294,6 +295,20 @@ def test_layers_that_are_never_called_are_left_out_as_in_memory(tmp_path):
     assert merged.changed == ("backbone.layers.0.mixer.in_proj.weight",)
     merged = merge_folder(tmp_path / "model", adapter, tmp_path / "all", merge_uncalled=True)
     assert len(merged.changed) == 2
+
+
+def test_where_it_cannot_be_seen_which_layers_are_called_it_is_said(tmp_path, monkeypatch):
+    llama = transformers.models.llama.modeling_llama.LlamaMLP
+    forward = llama.forward
+    monkeypatch.setattr(llama, "forward", lambda self, x: forward(self, x) if x.sum() != 0 else x)
+    model = tiny_models.llama()
+    model.save_pretrained(tmp_path / "model")
+    adapter = adapter_of(model, tmp_path / "adapter")
+    with pytest.warns(UserWarning, match="cannot be seen whether this LlamaForCausalLM calls all"):
+        merge_folder(tmp_path / "model", adapter, tmp_path / "merged")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merge_folder(tmp_path / "model", adapter, tmp_path / "checked", verify=lambda folder: None)
 
 
 def test_adapters_of_peft(tmp_path):

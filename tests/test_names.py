@@ -532,6 +532,49 @@ def test_a_layer_whose_rows_cannot_be_told_is_refused_by_name() -> None:
             torch.compile(model, backend="eager")(ids)
 
 
+class Lone(TimeFirst):
+    """A layer sees a single vector for the whole batch, and something is drawn in evaluation."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        vector = self.first(self.embed.weight[0])
+        return self.head(torch.tanh(self.embed(ids) + vector)) * torch.rand(ids.shape[1], 1)
+
+
+def test_a_vector_for_all_rows_and_random_numbers() -> None:
+    model, ids = adapted(Lone()), torch.randint(1, 32, (3, 6))
+
+    def call(ids: Tensor, names: tuple[str, ...]) -> Tensor:
+        torch.manual_seed(0)
+        return model(ids, adapter_names=names)
+
+    together = call(ids, NAMES)
+    for row, name in enumerate(NAMES):
+        torch.testing.assert_close(together[row], call(ids[row : row + 1], (name,))[0])
+    after = torch.rand(3)
+    call(ids[:1], NAMES[:1])
+    assert torch.equal(torch.rand(3), after)
+
+
+def test_outputs_of_another_length_for_each_row_are_refused() -> None:
+    class Lengths(TimeFirst):
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids)[:, : int(ids[:, 0].max())]
+
+    model = adapted(Lengths())
+    ids = torch.tensor([[3, 1, 1, 1], [3, 2, 2, 2], [2, 1, 2, 1]])
+    with pytest.raises(ShapeError, match="first: .* of another length for each"):
+        model(ids, adapter_names=NAMES)
+
+
+def test_any_number_of_rows_with_one_adapter() -> None:
+    """Packed images: so many patches for so many names."""
+    model, ids = adapted(TimeFirst()), torch.randint(1, 32, (6, 5))
+    model.c3a.set_adapter("two")
+    expected = model(ids)
+    model.c3a.set_adapter("one")
+    torch.testing.assert_close(model(ids, adapter_names=["two"] * 3), expected)
+
+
 def test_a_batch_that_is_not_as_named() -> None:
     model = adapted(TimeFirst())
     for n_rows in (2, 4, 6):

@@ -229,7 +229,7 @@ class Subject:
             "saved_merge": ("reload", "from_pretrained"),
         }.get(
             name,
-            ("reload", "from_pretrained")
+            ("reload", "from_pretrained", "never called", "calls all")
             if name.startswith("head_")
             else ("merg", "tied", "saved", "reload", "one tensor", "never called", "not called", "reads"),
         )
