@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .checkpoint import AdapterFile
 from .config import C3AConfig, shown
 from .errors import ConfigError
+from .hooks import remove_hooks
 from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
 from .targets import base_modules, base_name, embeddings_of, unwrapped_name
@@ -171,9 +172,7 @@ def watch_statistics(model: nn.Module) -> None:
 
 def unwatch_statistics(model: nn.Module) -> None:
     """Undo `watch_statistics`."""
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if hook is _before_forward:
-            del model._forward_pre_hooks[key]
+    remove_hooks(model, lambda hook: hook is _before_forward)
 
 
 def _before_forward(model: Any, args: Any) -> None:

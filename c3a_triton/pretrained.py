@@ -18,6 +18,7 @@ from torch import nn
 
 from .config import MODEL_CONFIG_NAME, C3AConfig
 from .errors import AdapterStateError
+from .hooks import remove_hooks
 from .layer import C3ALinear
 from .linear_like import is_sharded
 from .targets import base_name, embeddings_of, unwrapped_name
@@ -64,10 +65,7 @@ def release(model: nn.Module) -> None:
     if isinstance(model.__dict__.get("save_pretrained"), SavePretrained):
         del model.save_pretrained
     release_ties(model)
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if hook is _before_training_forward:
-            del model._forward_pre_hooks[key]
-            model._forward_pre_hooks_with_kwargs.pop(key, None)
+    remove_hooks(model, lambda hook: hook is _before_training_forward)
     for module in model.modules():
         if isinstance(module.__dict__.get("fuse_qkv_projections"), FuseProjections):
             del module.fuse_qkv_projections

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .errors import AdapterStateError, ShapeError
+from .hooks import remove_hooks
 from .linear_like import is_sharded
 from .names import Layout, Scope, expand_rows, uncompiled
 
@@ -88,14 +89,7 @@ class RowNames:
             self._remove_from(module)
 
     def _remove_from(self, module: nn.Module) -> None:
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if getattr(hook, "__self__", None) is self:
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-        for key, hook in list(module._forward_hooks.items()):
-            if getattr(hook, "__self__", None) is self:
-                del module._forward_hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
+        remove_hooks(module, lambda hook: getattr(hook, "__self__", None) is self)
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Forward pre-hook: turn `adapter_names=` into what holds for this call, and note the batch's size."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from .hooks import remove_hooks
 from .layer import C3ALinear
 from .linear_like import is_sharded
 from .modules_to_save import ModulesToSave
@@ -296,11 +297,7 @@ def _put(module: nn.Module, hook: Callable[..., None]) -> None:
 
 
 def _remove(module: nn.Module, *hooks: Callable[..., None]) -> None:
-    for registered in (module._forward_pre_hooks, module._forward_hooks):
-        for key, hook in list(registered.items()):
-            if hook in hooks:
-                registered.pop(key, None)
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
+    remove_hooks(module, lambda hook: hook in hooks)
 
 
 def _is_traced() -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .errors import AdapterStateError, ConfigError
+from .hooks import remove_hooks
 from .ownership import own_parts
 
 __all__ = ["Wrappers", "check_rebuild", "rebuild", "unwatch", "unwrapped", "watch"]
@@ -227,9 +228,7 @@ def watch(model: nn.Module) -> None:
 
 def unwatch(model: nn.Module) -> None:
     """Undo `watch`."""
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if hook is _check_reduced:
-            del model._forward_pre_hooks[key]
+    remove_hooks(model, lambda hook: hook is _check_reduced)
 
 
 def _check_reduced(model: nn.Module, args: Any) -> None:
