@@ -198,7 +198,8 @@ class _C3ALinear(torch.autograd.Function):
         # x serves the gradients of weight and kernels, weight that of x, kernels both. What is not needed is not kept.
         keep_x = needs_weight or any(needs_w)
         ctx.save_for_backward(x if keep_x else None, weight if needs_x else None, *kernels)
-        return _linear(x, weight, bias, kernels, scale, False, backend, source=x)
+        y = _linear(x, weight, bias, kernels, scale, False, backend, source=x)
+        return _as_own(y, y.shape) if y._is_view() else y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -239,10 +240,12 @@ def _linear(
     same tensors again without counting versions.
     """
     y = _product_of_rows(_rows(x), weight, bias, kernels, scale, transpose, backend, source)
-    if x.dim() == 2 and not y._is_view():
-        return y
-    # Not a view for autograd: what a Function returns as a view cannot be modified in place by its user.
-    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
+    return y if x.dim() == 2 else _as_own(y, (*x.shape[:-1], y.shape[1]))
+
+
+def _as_own(y: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Not a view for autograd: what a Function returns as a view cannot be modified in place by its user."""
+    return torch.ops.aten._unsafe_view.default(y, shape)
 
 
 def _rows(x: Tensor) -> Tensor:
