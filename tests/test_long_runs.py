@@ -80,7 +80,7 @@ def check_memory(steps: int) -> None:
     step = steps_of(c3a_triton.apply(new_model(), CONFIG))
     tracemalloc.start()  # before the first step: what turns over is counted from the beginning, and has not grown
     try:
-        for i in range(100):
+        for i in range(min(steps, 500)):  # what is built once, at whatever step
             step(i)
         alive, handed_out, held = tensors_alive(), handed_out_bytes(), python_bytes()
         for i in range(steps):
