@@ -152,15 +152,20 @@ def warn_unsaved(model: nn.Module, saved: Iterable[nn.Parameter], told: set[str]
         # FSDP1 keeps kernels in flat parameters of its own.
         if parameter.requires_grad and id(parameter) not in known and not name.endswith("_flat_param")
     ]
-    if new := [name for name in names if name not in told]:
-        told.update(new)
-        more = f" and {len(new) - 5} more" if len(new) > 5 else ""
+    if new := _untold(names, told):
         warnings.warn(
-            f"trained, but not saved with the adapter: {', '.join(new[:5])}{more}. They are parameters of the base "
+            f"trained, but not saved with the adapter: {new}. They are parameters of the base "
             "model that were made trainable after apply: name their modules in modules_to_save (biases: "
             'bias="c3a_only" or "all") when the model is adapted, or save them yourself',
             stacklevel=4,
         )
+
+
+def _untold(names: list[str], told: set[str]) -> str:
+    """The first of the names that were not told before, as text, or nothing; they are told now."""
+    new = [name for name in names if name not in told]
+    told.update(new)
+    return ", ".join(new[:5]) + (f" and {len(new) - 5} more" if len(new) > 5 else "")
 
 
 def watch_statistics(model: nn.Module) -> None:
@@ -193,11 +198,9 @@ def warn_statistics(model: nn.Module, told: set[str]) -> bool:
         Whether there are such layers.
     """
     names = [unwrapped_name(name) for name, module in base_modules(model) if module.training and _tracks(module)]
-    if new := [name for name in names if name not in told]:
-        told.update(new)
-        more = f" and {len(new) - 5} more" if len(new) > 5 else ""
+    if new := _untold(names, told):
         warnings.warn(
-            f"{', '.join(new[:5])}{more} go on collecting running statistics in training, although the base is frozen, "
+            f"{new} go on collecting running statistics in training, although the base is frozen, "
             "and the adapter's file does not hold them: loaded again, the model computes with the base's. Name these "
             "layers in modules_to_save, or keep them as they are: eval() on each after model.train(), or momentum = 0",
             stacklevel=4,

@@ -467,11 +467,11 @@ class AdapterManager:
         it.
 
         Where a layer sees several consecutive rows for one of the batch (beams, flattened sequences, windows), each
-        gets its name. Whether its rows follow from the batch at all is tried out in two calls of the base model, with
+        gets its name. Whether its rows follow from the batch at all is tried out in a few calls of the base model, with
         one and with two of the rows, before the first call of a form with different names (before the first four where
         a layer sees tokens without a batch, which may be routed). Where some layer's do not (sequence-first models,
-        relative positions, routed tokens), the model is called once for each adapter, with its rows; where that cannot
-        be either (there is a cache, or a loss over all rows), the layer is refused by name.
+        relative positions, routed tokens), the model is called once for each adapter, with its rows; where its
+        outputs cannot be joined (a loss over all rows), the layer is refused by name.
         `model(..., adapter_names=...)` is the same for one call.
 
         Args:

@@ -80,19 +80,7 @@ TUNING = [
     "tuner",
     "commands",
 ]
-CORE = {
-    "errors",
-    "reference",
-    "traced",
-    "fourier",
-    "tiles",
-    "launch",
-    "spectra",
-    "launch_fft",
-    "launch_grouped",
-    "tuned",
-}
-CORE |= {"dispatch", "_ops", "ops", "ops_rows"}
+CORE = {*ORDER[: ORDER.index("ops_rows") + 1]} - {"hooks", "config", "patterns"}
 LAUNCHERS = {"launch", "launch_grouped"}
 # A package has one place; its files also import from each other.
 PACKAGES = sorted(path.parent.name for path in (ROOT / "c3a_triton").glob("*/__init__.py"))

@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 import c3a_triton
 from c3a_triton import C3AConfig, C3AError, circulant_matrix
 from c3a_triton.folder_merge import merge_folder
+from c3a_triton.targets import embeddings_of
 
 # What a check can come to, the worst last. "base": the model itself does not do what the check needs.
 OUTCOMES = ("pass", "base", "refused", "warned", "failed", "silent")
@@ -529,10 +530,7 @@ class Subject:
 
     def _head(self) -> str | None:
         """The name of the output embeddings, or None."""
-        try:
-            head = self.base.get_output_embeddings()
-        except (AttributeError, NotImplementedError):
-            return None
+        _, head = embeddings_of(self.base)
         return next((name for name, module in self.base.named_modules() if module is head and name), None)
 
     def _check_head(self, head: str, folder: Path, problem: str | None) -> None:
