@@ -2,7 +2,8 @@
 
 Whether a layer's input can be divided among the rows of the batch is a property of the model. It is tried out, where
 rows have different adapters, with calls of the base model: with the batch's first row alone, and beside another; again
-with other rows where layers see tokens without a batch, which may fall like rows by chance. If it cannot in some layer, the model is called once for each adapter.
+with other rows where layers see tokens without a batch, which may fall like rows by chance. If it cannot in some layer,
+the model is called once for each adapter.
 """
 
 import copy
