@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from . import pretrained
+from ._public import public
 from .beside import watch_statistics
 from .config import C3AConfig
 from .dispatch import check_backend
@@ -21,6 +22,7 @@ __all__ = ["apply", "load_adapter"]
 Model = TypeVar("Model", bound=nn.Module)
 
 
+@public
 def apply(
     model: Model,
     cfg: C3AConfig | Mapping[str, Any] | Any = None,
@@ -67,6 +69,7 @@ def apply(
     return model
 
 
+@public
 def load_adapter(
     model: Model,
     directory: str | os.PathLike[str],

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 import regex
 
+from ._public import public
 from .errors import CheckpointError, ConfigError, ShapeError
 
 __all__ = [
@@ -215,6 +216,7 @@ def _name_list(value: Any, what: str) -> list[str]:
     return list(dict.fromkeys(value))
 
 
+@public
 @dataclass
 class C3AConfig:
     """How a model is adapted. The fields are those of PEFT's C3A configuration, and mean the same.
@@ -558,6 +560,7 @@ def replace_file(path: Path, content: bytes) -> None:
         raise CheckpointError(f"cannot write {path}: {error}") from error
 
 
+@public
 def valid_block_sizes(in_features: int, out_features: int) -> list[int]:
     """The block sizes that a layer of these widths can take: the common divisors, ascending.
 
@@ -574,6 +577,7 @@ def valid_block_sizes(in_features: int, out_features: int) -> list[int]:
     return small + [common // divisor for divisor in reversed(small) if divisor * divisor != common]
 
 
+@public
 def suggest_block_size(
     in_features: int, out_features: int, *, rank: int | None = None, max_params: int | None = None
 ) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._public import public
 from .layer import C3ALinear
 from .linear_like import as_weight
 from .ops import circulant_matrix
@@ -13,6 +14,7 @@ from .ops import circulant_matrix
 __all__ = ["C3AConv2d"]
 
 
+@public
 class C3AConv2d(C3ALinear):
     """An `nn.Conv2d` with C3A adapters: y = conv(x, W) + Σ conv(x, ΔW_a), with the base's padding, stride and groups.
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._public import public
 from .errors import ConfigError
 from .layer import C3ALinear
 from .linear_like import stored_tensor
@@ -17,6 +18,7 @@ from .probe import behaviour
 __all__ = ["C3AEmbedding"]
 
 
+@public
 class C3AEmbedding(C3ALinear):
     """An `nn.Embedding` with C3A adapters: y[t] = s · (E[v_t] + Σ ΔE_a[v_t]), where s is 1 for torch's own.
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from . import dispatch
+from ._public import public
 from .config import check_block_size
 from .errors import ConfigError
 from .layer import C3ALinear
@@ -26,6 +27,7 @@ _NOTES = (
 )
 
 
+@public
 def explain(
     layer_or_shapes: C3ALinear | AdapterManager | nn.Module | Shape | Iterable[Shape],
     tokens: int | Sequence[int] = (1, 1024, 8192),

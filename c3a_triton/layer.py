@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import spectra
+from ._public import public
 from .config import C3AConfig, check_block_size, plain, suggest_block_size
 from .dispatch import check_backend
 from .errors import AdapterNotFoundError, AdapterStateError, BackendError, ConfigError, ShapeError
@@ -98,6 +99,7 @@ class _WatchedParameters(dict[str, Any]):
         return dict, (dict(self),)
 
 
+@public
 class C3ALinear(nn.Module):
     """A linear layer with C3A adapters: y = base(x) + Σ x ΔW_aᵀ over the active adapters, each of the same x.
 

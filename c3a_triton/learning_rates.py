@@ -4,11 +4,13 @@ from typing import Any
 
 from torch import nn
 
+from ._public import public
 from .errors import AdapterStateError, ConfigError
 
 __all__ = ["param_groups"]
 
 
+@public
 def param_groups(
     model: nn.Module,
     *,

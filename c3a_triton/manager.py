@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import pretrained
+from ._public import public
 from .beside import (
     embedding_parameters,
     embeddings_in,
@@ -70,6 +71,7 @@ from .wrapping import Wrappers, unwatch
 __all__ = ["AdapterManager", "layer_class"]
 
 
+@public
 class AdapterManager:
     """The C3A adapters of a model, with PEFT's verbs. `c3a_triton.apply` makes it and binds it to the model as `c3a`.
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from . import dispatch, fourier, launch, launch_fft, reference, spectra, traced
 from ._ops import add_op_namespace_prefix
 from ._ops import ops as registered_ops
+from ._public import public
 from .errors import BackendError, ShapeError
 
 __all__ = ["add_circulant_", "c3a_linear", "circulant_linear", "circulant_matrix"]
@@ -33,6 +34,7 @@ _T = TypeVar("_T")
 # Public calls
 
 
+@public
 def circulant_linear(x: Tensor, w: Tensor, *, scale: float | None = None, backend: str = "auto") -> Tensor:
     """x ΔWᵀ with the block-circulant ΔW[M·b + j, N·b + p] = scale · w[M, N, (p − j) mod b] (C3A, arXiv 2407.19342).
 
@@ -66,6 +68,7 @@ def circulant_linear(x: Tensor, w: Tensor, *, scale: float | None = None, backen
     return _apply(x, None, None, kernels, 1.0 / x.shape[-1] if scale is None else scale, backend)
 
 
+@public
 def c3a_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, kernels: Sequence[Tensor], *, backend: str = "auto"
 ) -> Tensor:
@@ -103,6 +106,7 @@ def c3a_linear(
     return _apply(x, weight, bias, kernels, 1.0 / x.shape[-1], backend)
 
 
+@public
 def circulant_matrix(w: Tensor, *, scale: float | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """The dense ΔW of `circulant_linear`.
 

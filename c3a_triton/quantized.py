@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._public import public
 from .errors import AdapterStateError, ConfigError
 
 __all__ = [
@@ -38,6 +39,7 @@ class LinearLike:
 _registry: dict[type[nn.Module], LinearLike] = {}
 
 
+@public
 def register_linear_like(
     layer_class: type[nn.Module],
     *,

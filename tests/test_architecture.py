@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = [
+    "_public",
     "errors",
     "hooks",
     "config",

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from c3a_triton import __version__, dispatch, structure, targets
+from c3a_triton._public import public
 from c3a_triton.benchmark import peers
 from c3a_triton.config import CONFIG_NAME, C3AConfig, replace_file
 from c3a_triton.errors import CheckpointError, ConfigError
@@ -103,6 +104,7 @@ class TuningResult:
         return file
 
 
+@public
 def autotune(
     model_or_config: nn.Module | str | os.PathLike[str] | Any,
     budget: int | str | None = None,
