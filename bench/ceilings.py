@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from c3a_triton import launch, launch_fft
 from c3a_triton.benchmark import cases, layer, timing
 from c3a_triton.errors import BackendError
+from c3a_triton.operator import launch, launch_fft
 
 from . import launch_hooks, plots, report, runs
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from c3a_triton import dispatch
+from c3a_triton.operator import dispatch
 
 from . import ROOT, report, runs, token_sweep
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from c3a_triton import ops
 from c3a_triton.benchmark import cases, gate, peers, timing
+from c3a_triton.operator import ops
 
 from . import report
 

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from c3a_triton import launch, tiles
 from c3a_triton.benchmark import cases, gate, layer
+from c3a_triton.operator import launch, tiles
 
 from . import ROOT, checks, guards, kernel_cases, launch_hooks, native_tests, processes, report, runs, sanitize
 

@@ -14,8 +14,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from c3a_triton import launch, launch_fft, launch_grouped, ops, ops_rows, reference, tiles
 from c3a_triton.benchmark import gate
+from c3a_triton.operator import launch, launch_fft, launch_grouped, ops, ops_rows, reference, tiles
 
 from . import ROOT, guards, overhead
 

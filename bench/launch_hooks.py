@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
-from c3a_triton import launch
+from c3a_triton.operator import launch
 
 __all__ = ["caught", "noted"]
 

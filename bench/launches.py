@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from c3a_triton import launch, ops
 from c3a_triton.benchmark import cases, peers
+from c3a_triton.operator import launch, ops
 
 from . import overhead, report
 

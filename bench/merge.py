@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from c3a_triton import ops, reference
 from c3a_triton.benchmark import cases, gate, models, peers, timing
+from c3a_triton.operator import ops, reference
 
 from . import plots, report, runs
 

@@ -21,8 +21,8 @@ from unittest import mock
 
 import torch
 
-from c3a_triton import dispatch, launch, ops
 from c3a_triton.benchmark import cases, layer, peers, timing
+from c3a_triton.operator import dispatch, launch, ops
 
 from . import launch_hooks, plots, report, runs
 

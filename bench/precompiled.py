@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from c3a_triton import launch
+from c3a_triton.operator import launch
 
 from . import ROOT, precompile, processes, report, runs, specialisations
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from c3a_triton import dispatch, launch_fft
 from c3a_triton.benchmark import cases, layer
-from c3a_triton.tuned import Times
+from c3a_triton.operator import dispatch, launch_fft
+from c3a_triton.operator.tuned import Times
 from c3a_triton.tuning.costs import PEFT_C3A, PEFT_LORA, Case, Setting, predicted_times
 
 from . import ROOT, ceilings, committed, model, op, report, runs

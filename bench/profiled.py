@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd import DeviceType
 
-from c3a_triton import launch, launch_fft, launch_grouped
 from c3a_triton.benchmark import cases
+from c3a_triton.operator import launch, launch_fft, launch_grouped
 
 from . import launch_hooks, op, report, runs
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from c3a_triton.machine import cpu_name, package_versions
-from c3a_triton.report import format_bytes, format_seconds
+from c3a_triton.adapters.report import format_bytes, format_seconds
+from c3a_triton.benchmark.machine import cpu_name, package_versions
 
 from . import ROOT
 

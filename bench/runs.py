@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
-from c3a_triton import dispatch
 from c3a_triton.benchmark import gate, peers, timing
 from c3a_triton.errors import BackendError
+from c3a_triton.operator import dispatch
 
 from . import ROOT, report
 

@@ -32,8 +32,8 @@ from unittest import mock
 
 import torch
 
-from c3a_triton import dispatch, launch
 from c3a_triton.benchmark import gate, layer
+from c3a_triton.operator import dispatch, launch
 
 from . import ROOT, kernel_cases, launch_hooks, overhead
 

@@ -15,9 +15,9 @@ from unittest import mock
 
 import torch
 
-from c3a_triton import dispatch, launch, tiles
 from c3a_triton.benchmark import timing
-from c3a_triton.tiles import Lookup, TileConfig
+from c3a_triton.operator import dispatch, launch, tiles
+from c3a_triton.operator.tiles import Lookup, TileConfig
 from c3a_triton.tuning import tile_search
 
 from . import overhead, profiled, report, runs

@@ -1,8 +1,8 @@
 """Every backend's product alone, by tokens: `python -m bench.token_sweep --out DIR`.
 
-What the constants of the cost model in `c3a_triton.dispatch` are fitted from: device time of x ΔWᵀ and of both its
-gradients, of the base layer's own product and its gradient of x, beside what the model predicts; and the few ceilings
-of the same card. The table ends with the fitted constants.
+What the constants of the cost model in `c3a_triton.operator.dispatch` are fitted from: device time of x ΔWᵀ and of both
+its gradients, of the base layer's own product and its gradient of x, beside what the model predicts; and the few
+ceilings of the same card. The table ends with the fitted constants.
 """
 
 import statistics
@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from c3a_triton import circulant_linear, dispatch, launch
+from c3a_triton import circulant_linear
 from c3a_triton.benchmark import cases, gate, layer, peers, timing
-from c3a_triton.dispatch import Ceilings
+from c3a_triton.operator import dispatch, launch
+from c3a_triton.operator.dispatch import Ceilings
 
 from . import ceilings, plots, report, runs
 
@@ -247,7 +248,7 @@ def tables(records: runs.Records) -> list[str]:
         rows.append(["Python's and the driver's seconds per launch", "-", f"{host:.3g}"])
     if rows:
         lines += ["", "### The cost model's constants", ""]
-        lines.append(report.format_table(["c3a_triton.dispatch.CEILINGS", "committed", "fitted"], rows))
+        lines.append(report.format_table(["c3a_triton.operator.dispatch.CEILINGS", "committed", "fitted"], rows))
     return lines
 
 

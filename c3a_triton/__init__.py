@@ -8,10 +8,14 @@ adapts a model in place; `model.c3a` is its `AdapterManager`.
 import importlib
 from typing import Any
 
+from .adapters.conv import C3AConv2d
+from .adapters.embedding import C3AEmbedding
+from .adapters.explanation import explain
+from .adapters.layer import C3ALinear
+from .adapters.learning_rates import param_groups
+from .adapters.manager import AdapterManager
 from .api import apply, load_adapter
-from .config import C3AConfig, suggest_block_size, valid_block_sizes
-from .conv import C3AConv2d
-from .embedding import C3AEmbedding
+from .bases.quantized import register_linear_like
 from .errors import (
     AdapterNotFoundError,
     AdapterStateError,
@@ -21,12 +25,8 @@ from .errors import (
     ConfigError,
     ShapeError,
 )
-from .explanation import explain
-from .layer import C3ALinear
-from .learning_rates import param_groups
-from .manager import AdapterManager
-from .ops import c3a_linear, circulant_linear, circulant_matrix
-from .quantized import register_linear_like
+from .files.config import C3AConfig, suggest_block_size, valid_block_sizes
+from .operator.ops import c3a_linear, circulant_linear, circulant_matrix
 
 __version__ = "0.1.0"
 

@@ -7,15 +7,15 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from . import pretrained
 from ._public import public
-from .beside import watch_statistics
-from .config import C3AConfig
-from .dispatch import check_backend
+from .adapters import pretrained
+from .adapters.beside import watch_statistics
+from .adapters.manager import AdapterManager
+from .adapters.row_names import RowNames
+from .adapters.wrapping import check_rebuild, unwrapped, watch
 from .errors import AdapterStateError, ConfigError
-from .manager import AdapterManager
-from .row_names import RowNames
-from .wrapping import check_rebuild, unwrapped, watch
+from .files.config import C3AConfig
+from .operator.dispatch import check_backend
 
 __all__ = ["apply", "load_adapter"]
 
@@ -42,7 +42,7 @@ def apply(
         model: the model; afterwards `model.c3a` is its `AdapterManager`. An adapted one gets a further adapter.
         cfg: a `C3AConfig`, a `peft.C3AConfig` or a dict; None means `C3AConfig()`.
         adapter_name: the adapter's name; PEFT's adapters keep theirs.
-        backend: how adapters are computed, a name of `c3a_triton.dispatch.BACKENDS`.
+        backend: how adapters are computed, a name of `c3a_triton.operator.dispatch.BACKENDS`.
 
     Returns:
         The model, the same object.

@@ -25,8 +25,8 @@ __all__ = ["main"]
 PROG = "c3a-triton"
 # (module, function) that adds each command, in the order of the help text.
 COMMANDS = (
-    ("tuning.commands", "add_autotune"),
-    ("tuning.commands", "add_cache"),
+    ("commands.autotune", "add_autotune"),
+    ("commands.autotune", "add_cache"),
     ("commands.inspect", "add"),
     ("commands.merge", "add"),
     ("commands.bench", "add"),

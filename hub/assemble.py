@@ -3,10 +3,9 @@
     DIR/build.toml, DIR/torch-ext/c3a_triton/     for the hub's builder, which adds `_ops.py` and the metadata itself
     DIR/build/torch-cpu/, DIR/build/torch-cuda/   the same files with both, as the `kernels` package loads them
 
-The sources are those of the package: what `ops.py` and `ops_rows.py` import, directly or not, and nothing else.
+The sources are those of the package: the folders `operator` and `kernels`, and the two files that they stand on.
 """
 
-import ast
 import base64
 import hashlib
 import json
@@ -19,29 +18,18 @@ import tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 HUB = ROOT / "hub"
+STANDS_ON = ("_public.py", "errors.py")  # and _ops.py
 
 
 def sources() -> dict[str, bytes]:
     """Path in the kernel → content, without `_ops.py`."""
-    files = {path.name: path.read_bytes() for path in sorted((HUB / "torch-ext" / "c3a_triton").glob("*.py"))}
-    waiting = ["ops", "ops_rows"]
-    while waiting:
-        name = waiting.pop()
-        if name == "kernels":
-            files |= {f"kernels/{path.name}": path.read_bytes() for path in sorted((ROOT / "kernels").glob("*.py"))}
-        elif f"{name}.py" not in files and name != "_ops":
-            files[f"{name}.py"] = (ROOT / "c3a_triton" / f"{name}.py").read_bytes()
-            waiting += imported(files[f"{name}.py"])
-    return files
-
-
-def imported(source: bytes) -> list[str]:
-    """The modules of its own package that a file imports, wherever in the file."""
-    names: list[str] = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
-            names += [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
-    return names
+    package = ROOT / "c3a_triton"
+    own = HUB / "torch-ext" / "c3a_triton"
+    found = {path.relative_to(own): path for path in own.glob("*.py")}
+    found |= {path.relative_to(ROOT): path for path in (ROOT / "kernels").glob("*.py")}
+    found |= {path.relative_to(package): path for path in (package / "operator").rglob("*.py")}
+    found |= {Path(name): package / name for name in STANDS_ON}
+    return {path.as_posix(): found[path].read_bytes() for path in sorted(found)}
 
 
 def ops_module(namespace: str) -> bytes:

@@ -16,7 +16,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from bench.precompile import resources
-from c3a_triton import launch, launch_fft, launch_grouped
+from c3a_triton.operator import launch, launch_fft, launch_grouped
 
 CARD = sys.argv[1]
 CAPABILITY = int(CARD.removeprefix("sm_"))

@@ -36,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     if torch.cuda.is_available():
         raise pytest.UsageError("--card is for machines without a GPU; on this one tests run on the card that is there")
-    from c3a_triton import dispatch, launch
+    from c3a_triton.operator import dispatch, launch
 
     def forget() -> None:
         dispatch.refresh()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from c3a_triton import spectra
+from c3a_triton.operator import spectra
 
 
 class GraphMemory(TorchDispatchMode):

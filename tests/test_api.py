@@ -5,10 +5,10 @@ import torch
 from tiny_models import MLP, llama, logits
 from torch import nn
 
+from c3a_triton.adapters.manager import AdapterManager
 from c3a_triton.api import apply, load_adapter
-from c3a_triton.config import C3AConfig
 from c3a_triton.errors import AdapterStateError, ConfigError
-from c3a_triton.manager import AdapterManager
+from c3a_triton.files.config import C3AConfig
 
 CONFIG = C3AConfig(block_size=4, target_modules=["q_proj", "v_proj"])
 

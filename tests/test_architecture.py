@@ -1,6 +1,9 @@
-"""The order of the house: every file imports only from those before it, the core nothing else but torch and triton."""
+"""The order of the house: a folder stands on those before it, a file imports no file that imports it, and the operator
+needs nothing but torch, triton and the standard library.
+"""
 
 import ast
+import graphlib
 import importlib.util
 import os
 import re
@@ -11,136 +14,102 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ORDER = [
-    "_public",
-    "errors",
-    "hooks",
-    "config",
-    "patterns",
-    "reference",
-    "traced",
-    "fourier",
-    "tiles",
-    "launch",
-    "spectra",
-    "launch_fft",
-    "launch_grouped",
-    "tuned",
-    "dispatch",
-    "_ops",
-    "ops",
-    "ops_rows",
-    "quantized",
-    "probe",
-    "linear_like",
-    "names",
-    "merge_state",
-    "layer",
-    "conv",
-    "embedding",
-    "modules_to_save",
-    "checkpoint",
-    "combine",
-    "targets",
-    "beside",
-    "renaming",
-    "report",
-    "tying",
-    "watched",
-    "pretrained",
-    "row_names",
-    "ownership",
-    "wrapping",
-    "untying",
-    "samples",
-    "manager",
-    "learning_rates",
-    "explanation",
-    "integrations",
-    "api",
-    "machine",
-    "structure",
-    "folder_merge",
-    "benchmark",
-    "commands",
-    "tuning",
-    "__init__",
-    "cli",
-    "__main__",
-]
-TUNING = [
-    "groups",
-    "costs",
-    "measurement",
-    "tile_search",
-    "solver",
-    "outcome",
-    "settings",
-    "plots",
-    "page",
-    "tuner",
-    "commands",
-]
-CORE = {*ORDER[: ORDER.index("ops_rows") + 1]} - {"hooks", "config", "patterns"}
-LAUNCHERS = {"launch", "launch_grouped"}
-# A package has one place; its files also import from each other.
-PACKAGES = sorted(path.parent.name for path in (ROOT / "c3a_triton").glob("*/__init__.py"))
-PACKAGE_FILES = sorted(path for name in PACKAGES for path in (ROOT / "c3a_triton" / name).glob("*.py"))
-KERNELS = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
+PACKAGE = ROOT / "c3a_triton"
+# Rooms in their order: a room imports from itself and from those that it stands on, here named one by one.
+GROUND = {"_public", "errors", "_ops"}
+STANDS_ON = {
+    "_public": set(),
+    "_ops": set(),
+    "errors": {"_public"},
+    "kernels": set(),
+    "operator": GROUND | {"kernels"},
+    "files": GROUND,
+    "bases": GROUND | {"files"},
+    "adapters": GROUND | {"operator", "files", "bases"},
+    "integrations": GROUND | {"operator", "files", "bases", "adapters"},
+    "api": GROUND | {"operator", "files", "bases", "adapters", "integrations"},
+}
+STANDS_ON["benchmark"] = STANDS_ON["api"] | {"api"}
+STANDS_ON["tuning"] = STANDS_ON["benchmark"] | {"benchmark", "__version__"}
+STANDS_ON["__init__"] = STANDS_ON["tuning"] | {"tuning"}
+STANDS_ON["commands"] = STANDS_ON["__init__"]
+STANDS_ON["cli"] = STANDS_ON["commands"] | {"commands", "__version__"}
+STANDS_ON["__main__"] = {"cli"}
+ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+FILES = sorted(PACKAGE.rglob("*.py")) + sorted((ROOT / "kernels").glob("*.py"))
+MOST_LINES = 970
 
 
-def imports(path: Path, package: str) -> set[str]:
-    """Absolute names of everything a file imports, wherever in the file."""
+def module_of(path: Path) -> str:
+    """The module that a file is."""
+    relative = path.relative_to(ROOT).with_suffix("")
+    parts = relative.parts if relative.parts[0] == "c3a_triton" else ("c3a_triton", *relative.parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of everything that a file imports, wherever in the file."""
+    module = module_of(path)
+    package = module if path.stem == "__init__" else module.rpartition(".")[0]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            module = f"{package}.{node.module or ''}".rstrip(".") if node.level == 1 else str(node.module)
-            assert node.level <= 1, f"{path}: {ast.unparse(node)}"
-            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+            source = "." * node.level + (node.module or "")
+            base = importlib.util.resolve_name(source, package) if node.level else source
+            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
     return found
 
 
-def ours(names: set[str]) -> set[str]:
-    """Files of the package among imported names."""
-    known = {*ORDER, "kernels", "integrations"}
-    return {name.split(".")[1] for name in names if name.startswith("c3a_triton.")} & known
+def room_of(module: str) -> str:
+    """The folder that a module is in, or the file itself if it is in none."""
+    return [*module.split("."), "__init__"][1]
 
 
-def test_every_file_has_its_place():
-    assert {path.stem for path in (ROOT / "c3a_triton").glob("*.py")} | set(PACKAGES) == set(ORDER)
+MODULES = {module_of(path): path for path in FILES}
+
+
+def ours(path: Path) -> set[str]:
+    """The package's own files that a file imports."""
+    return {name for name in imports(path) if name in MODULES} - {"c3a_triton", module_of(path)}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_room_stands_on_those_below(module):
+    room = room_of(module)
+    names = imports(MODULES[module])
+    rooms = {room_of(name) for name in names if name.startswith("c3a_triton.")}
+    assert rooms - {room} <= STANDS_ON[room]
+
+
+def test_no_circles():
+    graph = {module: ours(path) for module, path in MODULES.items()}
+    packages = {module for module, path in MODULES.items() if path.stem == "__init__"}
+    # Whoever imports from a package's file imports the package, which has nothing in it.
+    list(graphlib.TopologicalSorter({m: found - packages for m, found in graph.items()}).static_order())
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_files_are_of_a_length_to_be_read(path):
+    assert len(path.read_text().splitlines()) <= MOST_LINES
+
+
+def test_the_map_shows_every_file():
+    """`docs/architecture.md` and `ls` agree."""
+    content = (ROOT / "docs" / "architecture.md").read_text()
+    told = {
+        name for line in re.findall(r"^\| `[^|]*", content, re.MULTILINE) for name in re.findall(r"`([^`]+)`", line)
+    }
+    files = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py")}
+    assert told == {path.as_posix() for path in files if path.name != "__init__.py" or path.parent == Path()}
 
 
 def test_every_package_is_installed():
     """Packages are listed in pyproject.toml, where a new one is easily forgotten."""
     content = (ROOT / "pyproject.toml").read_text()
     listed = ast.literal_eval(re.search(r"^packages = (\[[^]]*\])", content, re.MULTILINE)[1])
-    assert sorted(listed) == sorted(["c3a_triton", *(f"c3a_triton.{name}" for name in [*PACKAGES, "kernels"])])
-
-
-@pytest.mark.parametrize("path", PACKAGE_FILES, ids=lambda path: f"{path.parent.name}.{path.stem}")
-def test_files_of_packages_import_only_from_those_before(path):
-    package = path.parent.name
-    allowed = set(ORDER[: ORDER.index(package) + 1])
-    assert ours(imports(path, f"c3a_triton.{package}")) <= allowed
-
-
-@pytest.mark.parametrize("name", [name for name in ORDER if name not in PACKAGES])
-def test_files_import_only_from_those_before(name):
-    allowed = set(ORDER[: ORDER.index(name)]) | ({"kernels"} if name in LAUNCHERS else set())
-    assert ours(imports(ROOT / "c3a_triton" / f"{name}.py", "c3a_triton")) <= allowed
-
-
-def test_every_file_of_the_tuner_has_its_place():
-    assert {path.stem for path in (ROOT / "c3a_triton" / "tuning").glob("*.py")} == {*TUNING, "__init__"}
-
-
-@pytest.mark.parametrize("name", TUNING)
-def test_files_of_the_tuner_import_only_from_those_before(name):
-    names = imports(ROOT / "c3a_triton" / "tuning" / f"{name}.py", "c3a_triton.tuning")
-    own = {other.split(".")[2] for other in names if other.startswith("c3a_triton.tuning.")} & set(TUNING)
-    assert own <= set(TUNING[: TUNING.index(name)])
+    assert sorted(listed) == sorted([*(module_of(path) for path in FILES if path.name == "__init__.py")])
 
 
 def test_what_the_tuner_needs_is_imported_when_it_is_needed():
@@ -148,28 +117,23 @@ def test_what_the_tuner_needs_is_imported_when_it_is_needed():
     code = f"""
 import sys, torch
 before = set(sys.modules)
-import c3a_triton.tuning.commands
+import c3a_triton.commands.autotune
 print([name for name in {heavy!r} if name in set(sys.modules) - before])
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
     assert result.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("name", sorted(CORE))
-def test_the_core_stands_on_torch_triton_and_the_standard_library(name):
-    names = imports(ROOT / "c3a_triton" / f"{name}.py", "c3a_triton")
-    roots = {module.split(".")[0] for module in names}
-    foreign = roots - set(sys.stdlib_module_names) - {"torch", "triton", "c3a_triton"}
-    assert not foreign
-    assert ours(names) <= CORE | {"kernels"}
+@pytest.mark.parametrize("path", sorted((PACKAGE / "operator").rglob("*.py")), ids=module_of)
+def test_the_operator_stands_on_torch_triton_and_the_standard_library(path):
+    roots = {module.split(".")[0] for module in imports(path)}
+    assert roots <= {"torch", "triton", "c3a_triton", *sys.stdlib_module_names}
 
 
-@pytest.mark.parametrize("name", KERNELS)
-def test_kernels_are_triton_only(name):
-    names = imports(ROOT / "kernels" / f"{name}.py", "c3a_triton.kernels")
-    roots = {module.split(".")[0] for module in names} - set(sys.stdlib_module_names)
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=module_of)
+def test_kernels_are_triton_only(path):
+    roots = {module.split(".")[0] for module in imports(path)} - set(sys.stdlib_module_names)
     assert roots <= {"triton", "c3a_triton"}
-    assert all(module.startswith("c3a_triton.kernels") for module in names if module.startswith("c3a_triton"))
 
 
 def test_import_is_light():

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, BartConfig, BartModel
 
 import c3a_triton
 from c3a_triton import AdapterStateError, C3AConfig, CheckpointError, ConfigError, load_adapter
-from c3a_triton.checkpoint import WEIGHTS_NAME
+from c3a_triton.files.checkpoint import WEIGHTS_NAME
 
 CONFIG = C3AConfig(block_size=4, target_modules=["q_proj"], init_weights="gaussian")
 NEW_IDS = torch.cat([IDS, IDS + 24], dim=1)  # tokens 32 and 33 are new

@@ -12,8 +12,8 @@ import torch
 from clock import Clock
 
 from bench import ceilings, launches, model, op, runs, token_sweep
-from c3a_triton import dispatch, launch
 from c3a_triton.benchmark import cases, gate, layer, models, peers, timing
+from c3a_triton.operator import dispatch, launch
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 

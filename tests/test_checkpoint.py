@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from versions import PEFT
 
-from c3a_triton import checkpoint
-from c3a_triton.checkpoint import WEIGHTS_NAME, read_adapter, write_adapter
-from c3a_triton.config import CONFIG_NAME, C3AConfig
 from c3a_triton.errors import CheckpointError, ConfigError
-from c3a_triton.patterns import block_size_for, match_target
+from c3a_triton.files import checkpoint
+from c3a_triton.files.checkpoint import WEIGHTS_NAME, read_adapter, write_adapter
+from c3a_triton.files.config import CONFIG_NAME, C3AConfig
+from c3a_triton.files.patterns import block_size_for, match_target
 
 peft = pytest.importorskip("peft")
 

@@ -18,9 +18,9 @@ pytest.importorskip("transformers")
 import tiny_models
 
 import c3a_triton
-from c3a_triton import C3AConfig, cli, folder_merge
+from c3a_triton import C3AConfig, cli
 from c3a_triton.benchmark import gate, layer, peers
-from c3a_triton.commands import bench, doctor, merge
+from c3a_triton.commands import bench, doctor, folder_merge, merge
 from c3a_triton.commands.options import module_choice
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -402,8 +402,9 @@ def test_merge_says_what_its_check_does_not_tell(run, folders, tmp_path, monkeyp
 
 def test_merge_checks_before_the_output_appears(run, folders, tmp_path, monkeypatch):
     """A merge that is wrong, here by twice the update: the check sees it, and nothing is left."""
-    add = c3a_triton.layer.add_circulant_
-    monkeypatch.setattr(c3a_triton.layer, "add_circulant_", lambda weight, kernels: add(weight, [*kernels, *kernels]))
+    layer = c3a_triton.adapters.layer
+    add = layer.add_circulant_
+    monkeypatch.setattr(layer, "add_circulant_", lambda weight, kernels: add(weight, [*kernels, *kernels]))
     arguments = ("--model", folders / "model", "--adapter", folders / "adapter", "--output", tmp_path / "merged")
     for check in ([], ["--check"]):
         assert "more than the 0.0001 that rounding explains" in failed(run, "merge", *arguments, *check)

@@ -10,7 +10,7 @@ from tiny_models import llama, llama_classifier, logits
 from torch import Tensor
 
 from c3a_triton import C3AConfig, apply, load_adapter
-from c3a_triton.combine import combination
+from c3a_triton.adapters.combine import combination
 from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, ConfigError, ShapeError
 
 PRUNING = ["ties", "dare_linear", "dare_ties", "magnitude_prune"]

@@ -19,7 +19,8 @@ pytest.importorskip("transformers")
 from tiny_models import MLP, llama
 
 import c3a_triton
-from c3a_triton import C3AConfig, launch, launch_fft
+from c3a_triton import C3AConfig
+from c3a_triton.operator import launch, launch_fft
 
 CONFIG = C3AConfig(block_size=4, target_modules=["q_proj", "v_proj", "down_proj"], init_weights="gaussian")
 MLP_CONFIG = C3AConfig(block_size=3, target_modules="all-linear", init_weights="gaussian")

@@ -16,7 +16,8 @@ from torch import nn
 from versions import PEFT
 
 import c3a_triton
-from c3a_triton.config import (
+from c3a_triton.errors import CheckpointError, ConfigError, ShapeError
+from c3a_triton.files.config import (
     CONFIG_NAME,
     DEFAULT_RANK,
     DEFAULT_TARGET_MODULES,
@@ -25,7 +26,6 @@ from c3a_triton.config import (
     suggest_block_size,
     valid_block_sizes,
 )
-from c3a_triton.errors import CheckpointError, ConfigError, ShapeError
 
 peft = pytest.importorskip("peft")
 

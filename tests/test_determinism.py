@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import c3a_triton
-from c3a_triton.embedding import C3AEmbedding
+from c3a_triton.adapters.embedding import C3AEmbedding
 
 STEPS = 200
 pytestmark = pytest.mark.filterwarnings("ignore:PEFT adapts linear layers alone")

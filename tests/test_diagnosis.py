@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from bench import diagnosis, gpu, kernel_cases, native_tests, processes, report, runs
-from c3a_triton import launch, tiles
 from c3a_triton.benchmark import cases, layer, timing
+from c3a_triton.operator import launch, tiles
 
 CPU = torch.device("cpu")
 F32 = torch.float32

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import c3a_triton
-from c3a_triton import C3AConfig, ConfigError, ShapeError, dispatch, explain
+from c3a_triton import C3AConfig, ConfigError, ShapeError, explain
+from c3a_triton.operator import dispatch
 
 
 def rows(text):

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from c3a_triton import launch, launch_fft, tiles
 from c3a_triton.errors import BackendError, ShapeError
-from c3a_triton.launch_fft import fft_backward, fft_product, fft_weight_grad
+from c3a_triton.operator import launch, launch_fft, tiles
+from c3a_triton.operator.launch_fft import fft_backward, fft_product, fft_weight_grad
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
 

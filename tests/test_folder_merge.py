@@ -19,8 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import c3a_triton
-from c3a_triton import AdapterStateError, C3AConfig, CheckpointError, ConfigError, folder_merge
-from c3a_triton.folder_merge import INDEX_NAME, SINGLE_NAME, merge_folder
+from c3a_triton import AdapterStateError, C3AConfig, CheckpointError, ConfigError
+from c3a_triton.commands import folder_merge
+from c3a_triton.commands.folder_merge import INDEX_NAME, SINGLE_NAME, merge_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -506,7 +507,7 @@ def elsewhere(tmp_path_factory) -> tuple[Path, int]:
     script = f"""
     import os, re, signal, sys
     from pathlib import Path
-    from c3a_triton.folder_merge import merge_folder
+    from c3a_triton.commands.folder_merge import merge_folder
     folder, peaks = Path(sys.argv[1]), []
     def merge(name, output):
         merge_folder(folder / name, folder / (name + "-adapter"), folder / output)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from bench import guards, kernel_cases, launch_hooks, overhead, report, runs, sanitize
-from c3a_triton import launch, ops
 from c3a_triton.benchmark import gate
+from c3a_triton.operator import launch, ops
 
 KERNELS = sorted((bench_package.ROOT / "kernels").glob("*.py"))
 CPU = torch.device("cpu")

@@ -43,8 +43,8 @@ def test_it_is_copied_whole_and_stands_on_its_own(assembled: Path) -> None:
                 else:
                     continue
                 assert roots <= {"torch", "triton", *sys.stdlib_module_names}, name
-            origin = ROOT / ("kernels" if name.parent.name else "c3a_triton") / name.name
-            if name.name not in ("__init__.py", "layers.py", "_ops.py"):
+            origin = ROOT / name if name.parts[0] == "kernels" else ROOT / "c3a_triton" / name
+            if str(name) not in ("__init__.py", "layers.py", "_ops.py"):
                 assert path.read_bytes() == origin.read_bytes()
     # The hub's builder writes this one.
     assert not (assembled / "torch-ext" / "c3a_triton" / "_ops.py").exists()

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from c3a_triton import launch, tiles
 from c3a_triton.errors import BackendError, ShapeError
+from c3a_triton.operator import launch, tiles
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from transformers.pytorch_utils import Conv1D
 
-from c3a_triton.config import C3AConfig
+from c3a_triton.adapters.layer import C3ALinear
 from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, BackendError, ConfigError, ShapeError
-from c3a_triton.layer import C3ALinear
-from c3a_triton.reference import circulant_matrix
+from c3a_triton.files.config import C3AConfig
+from c3a_triton.operator.reference import circulant_matrix
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

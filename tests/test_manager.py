@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import IDS, MLP, bert_classifier, gpt2, llama, llama_classifier, logits
 from torch import Tensor, nn
 
-import c3a_triton.manager
+import c3a_triton.adapters.manager
+from c3a_triton.adapters.layer import C3ALinear
+from c3a_triton.adapters.manager import AdapterManager
 from c3a_triton.api import apply, load_adapter
-from c3a_triton.config import C3AConfig
 from c3a_triton.errors import (
     AdapterNotFoundError,
     AdapterStateError,
@@ -30,8 +31,7 @@ from c3a_triton.errors import (
     ConfigError,
     ShapeError,
 )
-from c3a_triton.layer import C3ALinear
-from c3a_triton.manager import AdapterManager
+from c3a_triton.files.config import C3AConfig
 
 QV = C3AConfig(block_size=4, target_modules=["q_proj", "v_proj"])
 ALL = C3AConfig(block_size=2, target_modules="all-linear")
@@ -198,7 +198,7 @@ def test_a_failure_while_layers_are_built_leaves_the_model_as_it_was(monkeypatch
             super().__init__(*args, **kwargs)
             built.append(self)
 
-    monkeypatch.setattr(c3a_triton.manager, "C3ALinear", Failing)
+    monkeypatch.setattr(c3a_triton.adapters.manager, "C3ALinear", Failing)
     model = llama()
     before = snapshot(model)
     with pytest.raises(MemoryError):

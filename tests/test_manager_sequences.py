@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import c3a_triton
-from c3a_triton.dispatch import TRITON_BACKENDS
+from c3a_triton.adapters.layer import C3ALinear
 from c3a_triton.errors import C3AError
-from c3a_triton.layer import C3ALinear
+from c3a_triton.operator.dispatch import TRITON_BACKENDS
 
 LAYERS = ("embed", "first", "conv1d", "conv2d", "last")
 TARGETS = (LAYERS, LAYERS, ("first", "last"), ("conv1d", "conv2d"), ("embed", "last"), ("first",))

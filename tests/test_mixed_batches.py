@@ -19,9 +19,10 @@ from tiny_models import IDS, MLP, llama, llama_classifier, logits
 from torch import Tensor, nn
 
 import c3a_triton
-from c3a_triton import C3AConfig, C3ALinear, launch, launch_grouped
+from c3a_triton import C3AConfig, C3ALinear
 from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, BackendError, ShapeError
-from c3a_triton.ops_rows import c3a_linear_rows
+from c3a_triton.operator import launch, launch_grouped
+from c3a_triton.operator.ops_rows import c3a_linear_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # (in, out, block size of each adapter): several sizes in one batch, odd ones, 1, and one as wide as the layer.

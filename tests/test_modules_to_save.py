@@ -10,9 +10,9 @@ from torch import nn
 
 import c3a_triton
 from c3a_triton import C3AConfig
+from c3a_triton.adapters.layer import C3ALinear
+from c3a_triton.adapters.modules_to_save import ModulesToSave
 from c3a_triton.errors import AdapterStateError, ConfigError, ShapeError
-from c3a_triton.layer import C3ALinear
-from c3a_triton.modules_to_save import ModulesToSave
 
 
 def make() -> ModulesToSave:

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from c3a_triton import c3a_linear, circulant_linear, launch, tiles
-from c3a_triton.dispatch import BACKENDS
-from c3a_triton.layer import C3ALinear
+from c3a_triton import c3a_linear, circulant_linear
+from c3a_triton.adapters.layer import C3ALinear
+from c3a_triton.operator import launch, tiles
+from c3a_triton.operator.dispatch import BACKENDS
 
 BACKEND_NAMES = [name for name in BACKENDS if name not in ("auto", "fold")]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from c3a_triton import BackendError, ShapeError, c3a_linear, circulant_linear, circulant_matrix, launch, ops
-from c3a_triton.dispatch import BACKENDS, choose, predicted_seconds
+from c3a_triton import BackendError, ShapeError, c3a_linear, circulant_linear, circulant_matrix
+from c3a_triton.operator import launch, ops
+from c3a_triton.operator.dispatch import BACKENDS, choose, predicted_seconds
 
 ALL = [name for name in BACKENDS if name not in ("auto", "fold")]
 FLOAT64 = ["reference", "torch"]
@@ -82,7 +83,7 @@ def test_float64_is_computed_in_float64(device, backend):
 
 @pytest.mark.parametrize("n_tokens", [1, 63, 200])
 def test_torch_backend_is_the_same_in_chunks(device, monkeypatch, n_tokens):
-    from c3a_triton import fourier
+    from c3a_triton.operator import fourier
 
     monkeypatch.setattr(fourier, "CPU_CHUNK_ELEMENTS", 1000)
     monkeypatch.setattr(fourier, "GPU_CHUNK_ELEMENTS", 1000)
@@ -259,7 +260,7 @@ def test_double_backward_of_triton_backends(device, backend):
 def test_only_wanted_gradients_are_computed(device, monkeypatch):
     calls = []
     for name in ("product", "weight_grad", "backward"):
-        from c3a_triton import fourier
+        from c3a_triton.operator import fourier
 
         function = getattr(fourier, name)
         monkeypatch.setattr(fourier, name, lambda *a, _f=function, _n=name, **k: calls.append(_n) or _f(*a, **k))

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 from versions import PEFT
 
-from c3a_triton import patterns
-from c3a_triton.config import C3AConfig
 from c3a_triton.errors import ConfigError
-from c3a_triton.patterns import (
+from c3a_triton.files import patterns
+from c3a_triton.files.config import C3AConfig
+from c3a_triton.files.patterns import (
     block_size_for,
     match_target,
     peft_block_size_for,

@@ -16,10 +16,10 @@ from tiny_models import IDS, bert_classifier, llama, llama_classifier, logits
 from torch import Tensor, nn
 from versions import PEFT
 
+from c3a_triton.adapters.layer import C3ALinear
 from c3a_triton.api import apply, load_adapter
-from c3a_triton.layer import C3ALinear
-from c3a_triton.ops import circulant_linear
-from c3a_triton.reference import circulant_matrix
+from c3a_triton.operator.ops import circulant_linear
+from c3a_triton.operator.reference import circulant_matrix
 
 peft = pytest.importorskip("peft")
 peft_layer = pytest.importorskip("peft.tuners.c3a.layer")

@@ -18,8 +18,8 @@ import torch
 from bench_package import ROOT
 
 from bench import kernel_cases, launch_hooks, precompile, precompiled, report, runs, specialisations
-from c3a_triton import launch
 from c3a_triton.benchmark import cases, timing
+from c3a_triton.operator import launch
 
 CARD = specialisations.CARD
 CPU = torch.device("cpu")

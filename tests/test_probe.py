@@ -16,9 +16,10 @@ from transformers.models.idefics.modeling_idefics import IdeficsDecoupledLinear
 from transformers.models.llama4.modeling_llama4 import Llama4Router, Llama4TextConfig
 
 import c3a_triton
-from c3a_triton import AdapterStateError, C3AConfig, C3ALinear, CheckpointError, ConfigError, probe
-from c3a_triton.linear_like import computes_its_weight
-from c3a_triton.probe import behaviour
+from c3a_triton import AdapterStateError, C3AConfig, C3ALinear, CheckpointError, ConfigError
+from c3a_triton.bases import probe
+from c3a_triton.bases.linear_like import computes_its_weight
+from c3a_triton.bases.probe import behaviour
 
 
 class Rewritten(nn.Linear):

@@ -21,8 +21,8 @@ import torch
 from torch.autograd import DeviceType
 
 from bench import gpu, kernel_cases, ncu, op, overhead, profiled, report, runs, tile_sweep
-from c3a_triton import launch, tiles
 from c3a_triton.benchmark import cases, timing
+from c3a_triton.operator import launch, tiles
 
 pytest.importorskip("triton")
 

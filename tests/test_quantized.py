@@ -18,8 +18,9 @@ from tiny_models import IDS, llama, logits
 from torch import Tensor, nn
 
 import c3a_triton
-from c3a_triton import AdapterStateError, C3AConfig, C3ALinear, ConfigError, quantized, register_linear_like
-from c3a_triton.quantized import hold_layout, quantized_weight, release_layout
+from c3a_triton import AdapterStateError, C3AConfig, C3ALinear, ConfigError, register_linear_like
+from c3a_triton.bases import quantized
+from c3a_triton.bases.quantized import hold_layout, quantized_weight, release_layout
 
 bnb = pytest.importorskip("bitsandbytes")
 torchao_quantization = pytest.importorskip("torchao.quantization")

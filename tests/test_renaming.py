@@ -15,8 +15,8 @@ from tiny_models import llama, logits
 
 import c3a_triton
 from c3a_triton import C3AConfig, CheckpointError, load_adapter
-from c3a_triton.checkpoint import WEIGHTS_NAME
-from c3a_triton.folder_merge import merge_folder
+from c3a_triton.commands.folder_merge import merge_folder
+from c3a_triton.files.checkpoint import WEIGHTS_NAME
 
 TEXT = {"vocab_size": 32, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 VISION = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from c3a_triton import dispatch  # before the sessions below, which forget what they import
+from c3a_triton.operator import dispatch  # before the sessions below, which forget what they import
 
 pytest_plugins = ["pytester"]
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import c3a_triton
-from c3a_triton import AdapterStateError, C3AConfig, layer
+from c3a_triton import AdapterStateError, C3AConfig
+from c3a_triton.adapters import layer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

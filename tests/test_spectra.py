@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import c3a_triton
-from c3a_triton import C3AConfig, C3ALinear, circulant_linear, launch, launch_fft, spectra, tiles
+from c3a_triton import C3AConfig, C3ALinear, circulant_linear
 from c3a_triton.errors import BackendError
+from c3a_triton.operator import launch, launch_fft, spectra, tiles
 
 IN, OUT, B = 12, 8, 4
 

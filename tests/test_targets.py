@@ -8,11 +8,9 @@ from tiny_models import MLP, bert_classifier, gpt2, llama, llama_classifier
 from torch import nn
 
 import c3a_triton
-from c3a_triton.config import C3AConfig
-from c3a_triton.errors import ConfigError, ShapeError
-from c3a_triton.layer import C3ALinear
-from c3a_triton.modules_to_save import ModulesToSave
-from c3a_triton.targets import (
+from c3a_triton.adapters.layer import C3ALinear
+from c3a_triton.adapters.modules_to_save import ModulesToSave
+from c3a_triton.adapters.targets import (
     base_module_names,
     base_modules,
     embeddings_of,
@@ -20,6 +18,8 @@ from c3a_triton.targets import (
     find_targets,
     with_task_heads,
 )
+from c3a_triton.errors import ConfigError, ShapeError
+from c3a_triton.files.config import C3AConfig
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import c3a_triton
-from c3a_triton.layer import C3ALinear
+from c3a_triton.adapters.layer import C3ALinear
 
 CONFIG = c3a_triton.C3AConfig(block_size=6, target_modules=["first", "second"], init_weights="gaussian")
 

@@ -25,7 +25,8 @@ from transformers import Trainer, TrainingArguments
 from versions import PEFT
 
 import c3a_triton
-from c3a_triton import AdapterStateError, C3AConfig, ConfigError, load_adapter, param_groups, pretrained
+from c3a_triton import AdapterStateError, C3AConfig, ConfigError, load_adapter, param_groups
+from c3a_triton.adapters import pretrained
 from c3a_triton.integrations.transformers import SaveAdapterCallback
 
 LLAMA = C3AConfig(block_size=4, target_modules=["q_proj", "v_proj", "down_proj"], init_weights="gaussian")

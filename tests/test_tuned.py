@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from c3a_triton import dispatch, explain, tuned
-from c3a_triton.tuned import Key, TileKey, Times
+from c3a_triton import explain
+from c3a_triton.operator import dispatch, tuned
+from c3a_triton.operator.tuned import Key, TileKey, Times
 
 MACHINE = ("NVIDIA Test", "9.0", "2.13.0", "3.9.0")
 SIZES = (8192, 4096, 4096, 256)

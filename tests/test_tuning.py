@@ -18,9 +18,10 @@ from tiny_models import MLP, gpt2, llama, llama_classifier
 from torch import nn
 
 import c3a_triton
-from c3a_triton import BackendError, C3AConfig, CheckpointError, ConfigError, dispatch, tuned, valid_block_sizes
-from c3a_triton.patterns import block_size_for, peft_block_size_for
-from c3a_triton.tuned import Times
+from c3a_triton import BackendError, C3AConfig, CheckpointError, ConfigError, valid_block_sizes
+from c3a_triton.files.patterns import block_size_for, peft_block_size_for
+from c3a_triton.operator import dispatch, tuned
+from c3a_triton.operator.tuned import Times
 from c3a_triton.tuning import costs, groups, measurement, outcome, solver, tuner
 from c3a_triton.tuning import settings as tuned_settings
 from c3a_triton.tuning.solver import LATENCY_TOLERANCE, Choice

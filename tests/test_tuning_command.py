@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from tiny_models import llama
 
-from c3a_triton import C3AConfig, apply, cli, dispatch, tuned
+from c3a_triton import C3AConfig, apply, cli
+from c3a_triton.operator import dispatch, tuned
 
 COMMAND = shutil.which("c3a-triton", path=str(Path(sys.executable).parent)) or "c3a-triton"
 HANG = 1800  # seconds, after which a process is taken to hang

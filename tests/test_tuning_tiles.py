@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from bench import kernel_cases, overhead
-from c3a_triton import ConfigError, autotune, circulant_linear, dispatch, launch, launch_fft, tiles, tuned
+from c3a_triton import ConfigError, autotune, circulant_linear
 from c3a_triton.benchmark import gate
-from c3a_triton.tiles import TileConfig
+from c3a_triton.operator import dispatch, launch, launch_fft, tiles, tuned
+from c3a_triton.operator.tiles import TileConfig
 from c3a_triton.tuning import tile_search
 from c3a_triton.tuning.costs import Case, Setting
 

@@ -14,9 +14,10 @@ import transformers as tf
 from torch import nn
 
 import c3a_triton
-from c3a_triton import AdapterStateError, C3AConfig, untying
-from c3a_triton.folder_merge import merge_folder
-from c3a_triton.samples import output_of, sample_inputs
+from c3a_triton import AdapterStateError, C3AConfig
+from c3a_triton.adapters import untying
+from c3a_triton.adapters.samples import output_of, sample_inputs
+from c3a_triton.commands.folder_merge import merge_folder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from c3a_triton import reference
+from c3a_triton.operator import reference
 
 __all__ = ["TOLERANCES", "GateError", "Truth", "Truths", "check", "check_layer", "relative_error"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from c3a_triton.api import apply
-from c3a_triton.config import C3AConfig
+from c3a_triton.files.config import C3AConfig
 
 from . import cases, gate, peers
 

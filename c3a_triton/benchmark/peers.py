@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from c3a_triton import reference
-from c3a_triton.layer import C3ALinear
+from c3a_triton.adapters.layer import C3ALinear
+from c3a_triton.operator import reference
 
 from .cases import LORA_RANK, LayerCase
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from c3a_triton import dispatch
+from c3a_triton.adapters.report import format_bytes, format_seconds, format_table
+from c3a_triton.adapters.targets import find_targets
+from c3a_triton.bases.structure import load_structure, transformers_package
 from c3a_triton.benchmark import cases, gate, layer, models, peers, timing
-from c3a_triton.config import C3AConfig, check_block_size
+from c3a_triton.benchmark.machine import cpu_name
 from c3a_triton.errors import C3AError, ConfigError
-from c3a_triton.machine import cpu_name
-from c3a_triton.report import format_bytes, format_seconds, format_table
-from c3a_triton.structure import load_structure, transformers_package
-from c3a_triton.targets import find_targets
+from c3a_triton.files.config import C3AConfig, check_block_size
+from c3a_triton.operator import dispatch
 
 from .options import DTYPES, add_command, add_target_options, device_option, module_choice, positive_int, print_json
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from c3a_triton import dispatch, launch, ops, reference, tuned
+from c3a_triton.benchmark.machine import cpu_name, package_versions
 from c3a_triton.errors import C3AError
-from c3a_triton.machine import cpu_name, package_versions
+from c3a_triton.operator import dispatch, launch, ops, reference, tuned
 
 from .options import add_command, print_json
 

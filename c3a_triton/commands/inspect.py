@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from c3a_triton.checkpoint import KERNEL_SUFFIX, WEIGHTS_NAME, AdapterFile, config_state, read_adapter
-from c3a_triton.config import CONFIG_NAME, C3AConfig, valid_block_sizes
-from c3a_triton.linear_like import linear_widths
-from c3a_triton.report import format_bytes, format_table
-from c3a_triton.structure import load_structure
-from c3a_triton.targets import chosen_by_file, find_targets
+from c3a_triton.adapters.report import format_bytes, format_table
+from c3a_triton.adapters.targets import chosen_by_file, find_targets
+from c3a_triton.bases.linear_like import linear_widths
+from c3a_triton.bases.structure import load_structure
+from c3a_triton.files.checkpoint import KERNEL_SUFFIX, WEIGHTS_NAME, AdapterFile, config_state, read_adapter
+from c3a_triton.files.config import CONFIG_NAME, C3AConfig, valid_block_sizes
 
 from .options import add_command, add_target_options, module_choice, print_json
 

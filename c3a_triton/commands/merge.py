@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from c3a_triton.adapters.report import format_bytes
+from c3a_triton.adapters.samples import difference, first_output, output_of, sample_inputs
 from c3a_triton.api import load_adapter
+from c3a_triton.bases.structure import load_structure
+from c3a_triton.benchmark.machine import available_memory
 from c3a_triton.errors import CheckpointError, ConfigError
-from c3a_triton.folder_merge import merge_folder
-from c3a_triton.machine import available_memory
-from c3a_triton.report import format_bytes
-from c3a_triton.samples import difference, first_output, output_of, sample_inputs
-from c3a_triton.structure import load_structure
 
+from .folder_merge import merge_folder
 from .options import add_command, device_option, print_json
 
 __all__ = ["add"]

@@ -18,15 +18,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import hotswap, other
 from torch import Tensor, nn
 
-from c3a_triton import layer
-from c3a_triton.dispatch import check_backend
+from c3a_triton.adapters import layer
+from c3a_triton.adapters.modules_to_save import CopiesByCall
+from c3a_triton.adapters.names import BASE_ROW, Scope
+from c3a_triton.adapters.row_names import RowNames
+from c3a_triton.adapters.watched import Watch
+from c3a_triton.bases.linear_like import is_sharded, stored_tensor
+from c3a_triton.bases.quantized import hold_layout, release_layout, torchao_config_of
 from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, ConfigError
-from c3a_triton.linear_like import is_sharded, stored_tensor
-from c3a_triton.modules_to_save import CopiesByCall
-from c3a_triton.names import BASE_ROW, Scope
-from c3a_triton.quantized import hold_layout, release_layout, torchao_config_of
-from c3a_triton.row_names import RowNames
-from c3a_triton.watched import Watch
+from c3a_triton.operator.dispatch import check_backend
 
 __all__ = ["C3ALinear", "C3AModel", "convert", "patch_peft", "unpatch_peft"]
 
@@ -382,7 +382,7 @@ def convert(model: nn.Module, *, backend: str = "auto") -> None:
 
     Args:
         model: a `PeftModel`, or a model into which PEFT has put adapters.
-        backend: how adapters are computed, a name of `c3a_triton.dispatch.BACKENDS`.
+        backend: how adapters are computed, a name of `c3a_triton.operator.dispatch.BACKENDS`.
 
     Raises:
         ConfigError: the model has no C3A layer of PEFT's.

@@ -6,10 +6,10 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from c3a_triton.adapters.manager import AdapterManager
+from c3a_triton.adapters.pretrained import SavePretrained, save_adapters
+from c3a_triton.bases.linear_like import is_sharded
 from c3a_triton.errors import ConfigError
-from c3a_triton.linear_like import is_sharded
-from c3a_triton.manager import AdapterManager
-from c3a_triton.pretrained import SavePretrained, save_adapters
 
 __all__ = ["SaveAdapterCallback"]
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from c3a_triton import dispatch
-from c3a_triton.tuned import Key, Times
+from c3a_triton.operator import dispatch
+from c3a_triton.operator.tuned import Key, Times
 
 from .groups import Group
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from c3a_triton import dispatch
-from c3a_triton.config import C3AConfig
+from c3a_triton.adapters.report import format_seconds, format_table
 from c3a_triton.errors import ConfigError
-from c3a_triton.report import format_seconds, format_table
+from c3a_triton.files.config import C3AConfig
+from c3a_triton.operator import dispatch
 
 from .costs import LORA_RANKS, PEFT_C3A, PEFT_LORA, Case, Costs
 from .groups import Group, adapter_file_overhead, lora_params, rule_block_size

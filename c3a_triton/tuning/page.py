@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from html import escape
 
-from c3a_triton.report import format_seconds
+from c3a_triton.adapters.report import format_seconds
 
 from . import plots
 from .outcome import Outcome

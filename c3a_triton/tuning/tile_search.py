@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from c3a_triton import dispatch, launch, tiles, tuned
-from c3a_triton.tiles import Lookup, TileConfig
+from c3a_triton.operator import dispatch, launch, tiles, tuned
+from c3a_triton.operator.tiles import Lookup, TileConfig
 
 from .costs import Case, Setting
 from .measurement import Operands, Progress, Timer, default_timer

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from c3a_triton import __version__, dispatch, structure, targets
+from c3a_triton import __version__
 from c3a_triton._public import public
+from c3a_triton.adapters import targets
+from c3a_triton.bases import structure
 from c3a_triton.benchmark import peers
-from c3a_triton.config import CONFIG_NAME, C3AConfig, replace_file
 from c3a_triton.errors import CheckpointError, ConfigError
+from c3a_triton.files.config import CONFIG_NAME, C3AConfig, replace_file
+from c3a_triton.operator import dispatch
 
 from . import page, plots
 from .costs import LORA_RANKS, PEFT_C3A, PEFT_LORA, Case, Costs, Setting, layer_cases, predicted_times

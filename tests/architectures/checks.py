@@ -25,8 +25,8 @@ from transformers.pytorch_utils import Conv1D
 
 import c3a_triton
 from c3a_triton import C3AConfig, C3AError, circulant_matrix
-from c3a_triton.folder_merge import merge_folder
-from c3a_triton.targets import embeddings_of
+from c3a_triton.adapters.targets import embeddings_of
+from c3a_triton.commands.folder_merge import merge_folder
 
 # What a check can come to, the worst last. "base": the model itself does not do what the check needs.
 OUTCOMES = ("pass", "base", "refused", "warned", "failed", "silent")

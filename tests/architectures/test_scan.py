@@ -18,7 +18,7 @@ import small_models
 import table
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP
 
-from c3a_triton import names
+from c3a_triton.adapters import names
 
 
 @pytest.mark.parametrize(

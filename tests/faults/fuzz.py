@@ -37,8 +37,11 @@ def import_readers() -> None:
     if "atheris" in sys.modules:
         instrumented = sys.modules["atheris"].instrument_imports(include=["c3a_triton"])
     with instrumented:
-        from c3a_triton import C3AConfig, C3AError, checkpoint, folder_merge, tuned
-        from c3a_triton.patterns import block_size_for, target_rule, unmatched_keys
+        from c3a_triton import C3AConfig, C3AError
+        from c3a_triton.commands import folder_merge
+        from c3a_triton.files import checkpoint
+        from c3a_triton.files.patterns import block_size_for, target_rule, unmatched_keys
+        from c3a_triton.operator import tuned
 
 
 def read_config(content: bytes, folder: Path) -> None:

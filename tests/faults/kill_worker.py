@@ -27,11 +27,12 @@ import torch
 from safetensors import safe_open
 
 import c3a_triton
-from c3a_triton import C3AConfig, CheckpointError, tuned
-from c3a_triton.checkpoint import WEIGHTS_NAME, read_adapter
-from c3a_triton.config import CONFIG_NAME
-from c3a_triton.folder_merge import merge_folder
-from c3a_triton.tuned import Key, Times
+from c3a_triton import C3AConfig, CheckpointError
+from c3a_triton.commands.folder_merge import merge_folder
+from c3a_triton.files.checkpoint import WEIGHTS_NAME, read_adapter
+from c3a_triton.files.config import CONFIG_NAME
+from c3a_triton.operator import tuned
+from c3a_triton.operator.tuned import Key, Times
 
 STEPS = ("open", "os.", "shutil.")
 

@@ -26,11 +26,13 @@ from tiny_models import MLP
 from torch import nn
 
 import c3a_triton
-from c3a_triton import C3AConfig, C3AError, CheckpointError, ConfigError, checkpoint, patterns, tuned
-from c3a_triton.checkpoint import WEIGHTS_NAME, AdapterFile, read_adapter
-from c3a_triton.config import CONFIG_NAME
-from c3a_triton.folder_merge import INDEX_NAME, merge_folder
-from c3a_triton.tuned import Key, Times
+from c3a_triton import C3AConfig, C3AError, CheckpointError, ConfigError
+from c3a_triton.commands.folder_merge import INDEX_NAME, merge_folder
+from c3a_triton.files import checkpoint, patterns
+from c3a_triton.files.checkpoint import WEIGHTS_NAME, AdapterFile, read_adapter
+from c3a_triton.files.config import CONFIG_NAME
+from c3a_triton.operator import tuned
+from c3a_triton.operator.tuned import Key, Times
 
 NIGHTLY = bool(os.environ.get("NIGHTLY"))
 GOOD = {"block_size": 6, "target_modules": ["first", "second"], "modules_to_save": ["norm"]}

@@ -1,0 +1,1 @@
+"""Adapters of a model: layers, what they are chosen by, their manager."""

@@ -1,0 +1,1 @@
+"""An adapter as data: configurations, patterns, files."""

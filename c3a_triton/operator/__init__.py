@@ -1,0 +1,1 @@
+"""The block-circulant operator: what the hub's copy takes whole."""

@@ -1,0 +1,316 @@
+"""Host side of `kernels/grouped.py`: the product where every row of a batch has an adapter of its own.
+
+As in `launch`: torch tensors in and out, nothing here knows about autograd. What tells a kernel which row has which
+adapter is computed on the host from a list of integers, and copied to the device once per list: no call waits for the
+GPU, and a captured CUDA graph finds what was copied before.
+"""
+
+import functools
+import os
+from collections.abc import Sequence
+from itertools import groupby
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..errors import ShapeError
+from . import launch, spectra
+from .tiles import grouped_tile
+
+__all__ = ["Segments", "grouped_product", "on_device", "runs_on", "segments"]
+
+# So many lists of integers are kept on devices before all but those of captured graphs are dropped.
+_MOST_TABLES = 4096
+_ALIGNMENT = 16  # bytes
+
+
+class Segments(NamedTuple):
+    """The rows of a batch, ordered so that those of one adapter follow each other."""
+
+    order: tuple[int, ...]  # place → row
+    inverse: tuple[int, ...]  # row → place
+    runs: tuple[tuple[int, int], ...]  # (adapter, number of rows), by adapter; −1, no adapter, comes first
+
+
+@functools.lru_cache(maxsize=1024)
+def segments(rows: tuple[int, ...]) -> Segments:
+    """Order the rows of a batch by adapter, given each row's adapter."""
+    order = sorted(range(len(rows)), key=rows.__getitem__)
+    inverse = sorted(range(len(rows)), key=order.__getitem__)
+    runs = tuple((adapter, len(list(run))) for adapter, run in groupby(rows[row] for row in order))
+    return Segments(tuple(order), tuple(inverse), runs)
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether kernels can follow addresses here: Triton's interpreter moves GPU tensors, and addresses stay behind."""
+    return device.type != "cuda" or os.environ.get("TRITON_INTERPRET") != "1"
+
+
+def grouped_product(
+    x: Tensor,
+    kernels: Sequence[Tensor],
+    rows: Sequence[int],
+    *,
+    scale: float,
+    transpose: bool = False,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """x ΔWᵀ (or x ΔW), each row of the batch with a ΔW of its own: one launch per distinct block size.
+
+    A second one adds the parts of split sums where the tokens are too few to fill a card.
+
+    Args:
+        x: [R·t, in_features] (or [R·t, out_features] with `transpose`): t tokens of row 0, t of row 1, and so on;
+            float32, float16 or bfloat16.
+        kernels: w [m, n, b] of each adapter, all of the same m·b and n·b: float32, or 16 bits, which are copied.
+        rows: for each of the R rows an index into `kernels`, or −1 for none: such rows are zero, but for `bias`.
+        scale: multiplies ΔW.
+        transpose: multiply by ΔW instead of its transpose, as the gradient of x does.
+        bias: [out_features] (or [in_features]), added to every row.
+
+    Returns:
+        [R·t, out_features] (or [R·t, in_features]) in x's dtype.
+
+    Raises:
+        ShapeError: sizes, dtypes or devices do not fit.
+        BackendError: the kernels cannot run on x's device, or a CUDA graph is being captured and the same call was
+            never made before.
+    """
+    # Held until the launches are queued: kernels see addresses only.
+    kernels = [_readable(w) for w in kernels]
+    out_features = _check(x, kernels, rows, transpose, bias)
+    if x.shape[0] == 0:
+        return torch.empty(0, out_features, dtype=x.dtype, device=x.device)
+    x = launch._with_contiguous_rows(x)
+    bias = None if bias is None else bias.contiguous()
+    few = x.shape[0] <= launch.SMALL_T * len(set(rows))
+    with launch._on(x):
+        product = _hankel_product if few else _tiled_product
+        return product(x, kernels, tuple(rows), out_features, scale, transpose, bias)
+
+
+def _hankel_product(
+    x: Tensor,
+    kernels: Sequence[Tensor],
+    rows: tuple[int, ...],
+    out_features: int,
+    scale: float,
+    transpose: bool,
+    bias: Tensor | None,
+) -> Tensor:
+    n_tokens, in_features = x.shape
+    block_m, block_k = 16, 64
+    groups = _by_block_size(kernels, rows)
+    tiles = {b: launch._cdiv(out_features // b, block_m) * launch._cdiv(b, _block_j(b)) for b, _ in groups}
+    # Splits as in `direct_product`; the same for every block size, so that one launch adds them all.
+    steps = launch._cdiv(in_features, block_k)
+    split_steps = max(2, launch._cdiv(steps, launch._cdiv(launch._PROGRAMS, min(tiles.values()) * n_tokens)))
+    n_splits = launch._cdiv(steps, split_steps)
+    final = n_splits == 1
+    out = torch.empty(n_tokens, out_features, dtype=x.dtype, device=x.device)
+    partials = out[None] if final else torch.empty(n_splits, *out.shape, dtype=torch.float32, device=x.device)
+    for b, addresses in groups:
+        stride_w_row, stride_w_col = _w_strides(in_features, b, out_features, transpose)
+        # One program per token, tile of its outputs and split of its sum.
+        _kernels().grouped_hankel_kernel[n_tokens * tiles[b], n_splits, 1](
+            x_ptr=x,
+            addresses_ptr=on_device(addresses, x.device),
+            bias_ptr=bias if final else None,
+            out_ptr=partials,
+            scale=scale if final else 1.0,
+            n_tokens=n_tokens,
+            tokens_per_row=n_tokens // len(rows),
+            row_blocks=out_features // b,
+            col_blocks=in_features // b,
+            split_length=split_steps * block_k,
+            stride_w_row=stride_w_row,
+            stride_w_col=stride_w_col,
+            stride_x_t=x.stride(0),
+            b=b,
+            TRANSPOSE=transpose,
+            HAS_BIAS=final and bias is not None,
+            EVEN_K=in_features % block_k == 0,
+            PRECISION=launch._precision(),
+            BLOCK_M=block_m,
+            BLOCK_J=_block_j(b),
+            BLOCK_K=block_k,
+            num_warps=4,
+            enable_fp_fusion=True,
+            num_stages=3,
+        )
+    if not final:
+        add_up = launch._sum_of_partials((n_splits, n_tokens, out_features), bias is not None, accumulate=False)
+        add_up(partials_ptr=partials, bias_ptr=bias, out_ptr=out, scale=scale, stride_out_row=out_features)
+    return out
+
+
+def _tiled_product(
+    x: Tensor,
+    kernels: Sequence[Tensor],
+    rows: tuple[int, ...],
+    out_features: int,
+    scale: float,
+    transpose: bool,
+    bias: Tensor | None,
+) -> Tensor:
+    n_tokens, in_features = x.shape
+    tokens_per_row = n_tokens // len(rows)
+    tile = grouped_tile(x.element_size())
+    out = torch.empty(n_tokens, out_features, dtype=x.dtype, device=x.device)
+    for b, addresses in _by_block_size(kernels, rows):
+        order, _, runs = segments(rows)
+        tiles: list[int] = []
+        first = 0
+        for _, count in runs:
+            address = addresses[order[first // tokens_per_row]]
+            end = first + count * tokens_per_row
+            if address >= 0:
+                for start in range(first, end, tile.block_t):
+                    tiles += (address, start, min(tile.block_t, end - start))
+            first = end
+        n_tiles = len(tiles) // 3
+        stride_w_row, stride_w_col = _w_strides(in_features, b, out_features, transpose)
+        # One program per tile of tokens of one adapter and tile of outputs.
+        _kernels().grouped_product_kernel[n_tiles * launch._cdiv(out_features, tile.block_o), 1, 1](
+            x_ptr=x,
+            table_ptr=on_device((*tiles, *order), x.device),
+            bias_ptr=bias,
+            out_ptr=out,
+            scale=scale,
+            n_tiles=n_tiles,
+            tokens_per_row=tokens_per_row,
+            out_features=out_features,
+            in_features=in_features,
+            stride_w_row=stride_w_row,
+            stride_w_col=stride_w_col,
+            stride_x_t=x.stride(0),
+            b=b,
+            TRANSPOSE=transpose,
+            HAS_BIAS=bias is not None,
+            EVEN_K=in_features % tile.block_i == 0,
+            PRECISION=launch._precision(),
+            BLOCK_T=tile.block_t,
+            BLOCK_O=tile.block_o,
+            BLOCK_I=tile.block_i,
+            num_warps=tile.num_warps,
+            enable_fp_fusion=True,
+            num_stages=tile.num_stages,
+        )
+    return out
+
+
+def _by_block_size(kernels: Sequence[Tensor], rows: tuple[int, ...]) -> list[tuple[int, tuple[int, ...]]]:
+    """(b, address for each row) of every launch: −1 for rows of another one, 0 for rows of none, in the first."""
+    sizes = dict.fromkeys(kernels[adapter].shape[2] for adapter in rows if adapter >= 0)
+    groups = []
+    for place, b in enumerate(sizes):
+        addresses = [w.data_ptr() if w.shape[2] == b else -1 for w in kernels]
+        addresses.append(0 if place == 0 else -1)  # what row −1 finds
+        groups.append((b, tuple(addresses[adapter] for adapter in rows)))
+    return groups
+
+
+class _Table(NamedTuple):
+    values: Tensor
+    stream: torch.cuda.Stream
+
+
+_tables: dict[tuple[tuple[int, ...], torch.device], _Table] = {}
+_captured: dict[tuple[tuple[int, ...], torch.device], _Table] = {}
+
+
+def on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """Integers as an int64 tensor on a device, copied there by the first call that asks for them.
+
+    Raises:
+        BackendError: a CUDA graph is being captured, and no call has asked for them before.
+    """
+    if not spectra.captures(device):
+        return torch.tensor(values, dtype=torch.int64, device=device)
+    key = (values, device)
+    capturing = torch.cuda.is_current_stream_capturing()
+    table = _tables.get(key)
+    if table is None:
+        if len(_tables) >= _MOST_TABLES and not capturing:
+            torch.cuda.synchronize(device)  # kernels that read them may still be queued, on any stream
+            _tables.clear()
+            _tables.update(_captured)
+        host = torch.tensor(values, dtype=torch.int64, device="cpu")
+        copied = spectra.lasting(
+            lambda: host.pin_memory().to(device, non_blocking=True), device, "a mixed batch's table"
+        )
+        table = _tables[key] = _Table(copied, torch.cuda.current_stream(device))
+    elif capturing:
+        _captured[key] = table  # the graph will read it whenever it is replayed
+    elif table.stream != (stream := torch.cuda.current_stream(device)):
+        stream.wait_stream(table.stream)
+    return table.values
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    from ..kernels import grouped
+
+    return grouped
+
+
+def _block_j(b: int) -> int:
+    return min(64, max(16, 1 << (b - 1).bit_length()))
+
+
+def _w_strides(in_features: int, b: int, out_features: int, transpose: bool) -> tuple[int, int]:
+    """From row block to row block and from column block to column block of the product, in w."""
+    return (b, out_features) if transpose else (in_features, b)
+
+
+# w that kernels cannot read where it lies → its copy.
+_copies: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _readable(w: Tensor) -> Tensor:
+    """w itself if it is float32, contiguous and aligned, else a copy.
+
+    w may have changed, so each call copies its values; but to the same place, where a captured graph finds and renews
+    them.
+    """
+    if w.dtype not in launch._DTYPES or w.device.type == "meta":
+        return w  # and is refused
+    if w.dtype == torch.float32 and w.is_contiguous() and w.data_ptr() % _ALIGNMENT == 0:
+        return w
+    copy: Tensor | None = _copies.get(w)
+    if copy is None or copy.shape != w.shape or copy.device != w.device:
+        copy = spectra.lasting(
+            lambda: torch.empty(w.shape, dtype=torch.float32, device=w.device), w.device, "the copy of a kernel"
+        )
+        _copies[w] = copy
+    return copy.copy_(w.detach())
+
+
+def _check(x: Tensor, kernels: Sequence[Tensor], rows: Sequence[int], transpose: bool, bias: Tensor | None) -> int:
+    """The product's width, if all operands fit."""
+    launch._check_rows("x", launch._spec(x))
+    launch._check_available(x.device)
+    if not rows or x.shape[0] % len(rows):
+        raise ShapeError(f"x has {x.shape[0]} tokens for {len(rows)} rows: each row must have the same number")
+    if not -1 <= min(rows) <= max(rows) < len(kernels) or max(rows) < 0:
+        raise ShapeError(
+            f"rows from {min(rows)} to {max(rows)} for {len(kernels)} adapters: give an index or −1, and not −1 alone"
+        )
+    widths = set()
+    for w in kernels:
+        launch._check_w(launch._spec(w))
+        if w.device != x.device:
+            raise ShapeError(f"x is on {x.device}, w on {w.device}: they must be on the same device")
+        m, n, b = w.shape
+        widths.add((m * b, n * b) if transpose else (n * b, m * b))
+    ((in_features, out_features), *others) = widths
+    if others or in_features != x.shape[1]:
+        raise ShapeError(f"x has {x.shape[1]} features, the adapters take and give {sorted(widths)}")
+    if bias is not None and (bias.shape != (out_features,) or bias.device != x.device):
+        raise ShapeError(
+            f"bias {tuple(bias.shape)} on {bias.device}: the product needs ({out_features},) on {x.device}"
+        )
+    return out_features

@@ -1,0 +1,201 @@
+"""What outlives a call: the spectrum of x, for the next layer that reads the same x, and what is derived from frozen w.
+
+Nothing here is needed for a right result: what is not found is computed. Two rules decide on what may be found.
+
+*x.* One slot per device and stream: a spectrum is written and read in the order of one queue. It serves the very tensor
+object that it was computed from, at the same version and in the same memory, and each w once. Versions do not tell of
+writes through `.data`, by other libraries' kernels or by a replayed graph; but a loop that refills its input in such a
+way comes back to a w that has read it, and there everything begins anew. What remains is such a write between two
+layers that read the same x: tensors that autograd has saved do not survive that either. x is held weakly. A slot is
+emptied by the next spectrum, by the death of x, and at the end of a backward pass that used it.
+
+*w.* Versions and addresses do not tell whether it has changed: FSDP2 and `.data` writes leave both as they are. So what
+is derived from it is kept only for tensors declared frozen (`freeze`), until they want a gradient.
+
+Neither is used while a CUDA graph is captured, which would keep the address and not the memory; while compiling; or for
+tensors of inference mode, which have no version. Entries are replaced and never changed, so that threads need no lock.
+
+What is kept for longer than a pass, here and by the launchers, is made by `lasting`.
+"""
+
+from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
+
+from ..errors import BackendError
+
+__all__ = ["Source", "captures", "drop", "freeze", "lasting", "of_input", "of_weight", "thaw"]
+
+
+class Source(NamedTuple):
+    """Where the rows of a product come from."""
+
+    x: Tensor
+    """The tensor that the caller has: what is a view of it, or a cast, is another object in every call."""
+    w: Tensor
+    """The kernel on whose behalf it is read."""
+
+
+class _Entry(NamedTuple):
+    x: WeakIdRef
+    state: Hashable
+    readers: set[int]  # ids of the w's that it has served
+    spectrum: Tensor
+
+
+_Place = tuple[torch.device, int]
+_slots: dict[_Place, _Entry] = {}
+# Of each slot, the last backward pass that is going to empty it.
+_emptied_by: dict[_Place, int] = {}
+# Frozen w → (what is derived, place) → (state of w, value).
+_frozen: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+_Made = TypeVar("_Made")
+
+
+def captures(device: torch.device) -> bool:
+    """Whether calls on this device can be captured in graphs."""
+    return device.type == "cuda"
+
+
+def lasting(make: Callable[[], _Made], device: torch.device, what: str) -> _Made:
+    """What `make` returns, ordinary tensors in memory that no CUDA graph owns, for whoever keeps it beyond the call.
+
+    While compiled code is warmed up for its graphs (`mode="reduce-overhead"`), all that its thread allocates lies in
+    the graphs' memory, where torch takes whatever it does not know for an error. Only that thread's: so another one
+    makes it, on the current stream.
+
+    Args:
+        make: allocates on the current stream of `device`; it must launch no kernel of ours.
+        device: where the tensors are.
+        what: names them in the error, "a basis of block size 64" for instance.
+
+    Raises:
+        BackendError: a CUDA graph is being captured, whose memory it would be.
+    """
+
+    def made() -> _Made:
+        with torch.inference_mode(False), torch.no_grad():
+            return make()
+
+    if not captures(device):
+        return made()
+    if torch.cuda.is_current_stream_capturing():
+        raise BackendError(
+            f"a CUDA graph is being captured, and {what} is missing, which outlives it: make the same call once before "
+            "(the same sizes, dtypes and adapter names), then capture"
+        )
+    stream = torch.cuda.current_stream(device)
+
+    def on_stream() -> _Made:
+        with torch.cuda.stream(stream):
+            return made()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(on_stream).result()
+
+
+def of_input(source: Source | None, what: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+    """The spectrum of `source.x`, from the slot or computed; it is not to be written to.
+
+    Args:
+        source: None means that it is computed and not kept.
+        what: everything but x that decides on the result of `compute`.
+        compute: computes it on the current stream of x's device.
+    """
+    place = None if source is None else _place(source.x)
+    if source is None or place is None:
+        return compute()
+    _empty_after_backward(place)
+    x, reader, state = source.x, id(source.w), (what, *_state(source.x))
+    entry = _slots.get(place)
+    if entry is not None and entry.state == state and reader not in entry.readers and entry.x() is x:
+        entry.readers.add(reader)
+        return entry.spectrum
+    del entry
+    _empty(place)  # before memory for the next spectrum is asked for
+    spectrum = compute()
+    _slots[place] = _Entry(WeakIdRef(x, lambda _: _empty(place)), state, {reader}, spectrum)
+    return spectrum
+
+
+def of_weight(w: Tensor, what: Hashable, allocate: Callable[[], Tensor], compute: Callable[[Tensor], object]) -> Tensor:
+    """What is derived from w: kept if w is frozen, otherwise computed.
+
+    Args:
+        w: the kernel.
+        what: everything but w that decides on the result.
+        allocate: makes the tensor, on w's device.
+        compute: writes it on the current stream of that device.
+    """
+
+    def computed(result: Tensor) -> Tensor:
+        compute(result)
+        return result
+
+    kept = _frozen.get(w) if len(_frozen.data) else None
+    if kept is None:
+        return computed(allocate())
+    if w.requires_grad:
+        thaw((w,))
+        return computed(allocate())
+    place = _place(w)
+    if place is None:
+        return computed(allocate())
+    state = _state(w)
+    known = kept.get((what, place))
+    if known is None or known[0] != state:
+        known = kept[what, place] = (state, computed(lasting(allocate, w.device, "a frozen spectrum")))
+    return known[1]
+
+
+def freeze(kernels: Iterable[Tensor]) -> None:
+    """Declare that these tensors change only through torch's in-place operations, or `drop` is called."""
+    for w in kernels:
+        _frozen[w] = {}
+
+
+def thaw(kernels: Iterable[Tensor]) -> None:
+    """Take `freeze` back."""
+    for w in kernels:
+        _frozen.pop(w, None)
+
+
+def drop(kernels: Iterable[Tensor]) -> None:
+    """Forget what was derived from those of these tensors that are frozen; they stay so."""
+    if len(_frozen.data):
+        freeze(w for w in kernels if w in _frozen)
+
+
+def _place(tensor: Tensor) -> _Place | None:
+    """Where something made of `tensor` may be kept; None where it may not."""
+    if tensor.is_inference() or torch.compiler.is_compiling():
+        return None
+    device = tensor.device
+    if device.type != "cuda":
+        return device, 0
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    return device, torch.cuda.current_stream(device).cuda_stream
+
+
+def _empty(place: _Place) -> None:
+    _slots.pop(place, None)
+
+
+def _state(tensor: Tensor) -> tuple[Hashable, ...]:
+    # An assignment to `.data` changes memory and strides, but not the version.
+    return tensor._version, tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+def _empty_after_backward(place: _Place) -> None:
+    """Within a backward pass, have it empty the slot when it is done. One that fails does not."""
+    task = torch._C._current_graph_task_id()
+    if task != -1 and _emptied_by.get(place) != task:
+        _emptied_by[place] = task
+        Variable._execution_engine.queue_callback(lambda: _empty(place))
