@@ -19,7 +19,7 @@ from c3a_triton.operator import ops
 
 from . import report
 
-__all__ = ["main", "summary"]
+__all__ = ["headline", "main", "summary"]
 
 
 def operator(case: cases.OperatorCase, seconds: float) -> dict[str, Any]:
@@ -121,15 +121,31 @@ def _compared(case: dict[str, Any], timings: dict[str, timing.Timing]) -> dict[s
     return {"case": case, "ours": asdict(ours), "peft": asdict(theirs), "ratio": theirs.median / ours.median}
 
 
+def _times(row: dict[str, Any]) -> list[str]:
+    shown = [report.format_seconds(row[name]["median"]) for name in ("peft", "ours")]
+    return [*shown, f"{row['ratio']:.2f}"]
+
+
+def headline(results: dict[str, Any]) -> str:
+    """The results in one short markdown table."""
+    ratios = [row["ratio"] for row in results["operator"]]
+    spread = f"{results['geometric_mean']:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    matrix, kept = results["expand"]["case"], results["saved"]
+    peft, ours = kept["peft"]["activations"], kept["ours"]["activations"]
+    saved = [report.format_bytes(peft), report.format_bytes(ours), f"{peft / ours:.2f}"]
+    rows = [
+        [f"operator, forward + backward, geometric mean of {len(ratios)} sizes (least, most)", "", "", spread],
+        [f"ΔW of {matrix['out_features']} × {matrix['in_features']}, b = {matrix['b']}", *_times(results["expand"])],
+        *([f"one layer call on tiny tensors, {row['case']['mode']}", *_times(row)] for row in results["call"]),
+        ["saved for backward by one layer, bfloat16", *saved],
+    ]
+    return report.format_table(["float32, if not said otherwise", "PEFT's C3A", "ours", "PEFT / ours"], rows)
+
+
 def summary(results: dict[str, Any]) -> str:
     """The results as text: markdown that also reads well in a terminal."""
-
-    def times(row: dict[str, Any]) -> list[str]:
-        shown = [report.format_seconds(row[name]["median"]) for name in ("peft", "ours")]
-        return [*shown, f"{row['ratio']:.2f}"]
-
     headers = ["T", "b", "in blocks", "out blocks", "PEFT", "ours", "PEFT / ours"]
-    rows = [[*row["case"].values(), *times(row)] for row in results["operator"]]
+    rows = [[*row["case"].values(), *_times(row)] for row in results["operator"]]
     rows.append(["geometric mean", *[""] * 5, f"{results['geometric_mean']:.2f}"])
     parts = [
         "Operator, forward + backward, float32, against PEFT's BlockCircularConvolution:",
@@ -141,13 +157,13 @@ def summary(results: dict[str, Any]) -> str:
     fill = [report.format_seconds(expanded["fill"]["median"]), f"{expanded['peft_over_fill']:.2f}"]
     parts += [
         "Expanding ΔW, float32, against PEFT's get_delta_weight:",
-        report.format_table(headers, [[*expanded["case"].values(), *times(expanded), *fill]]),
+        report.format_table(headers, [[*expanded["case"].values(), *_times(expanded), *fill]]),
     ]
 
     headers = ["T", "in", "out", "b", "mode", "PEFT", "ours", "PEFT / ours"]
     parts += [
         "One layer call on tiny tensors, against PEFT's C3ALinear:",
-        report.format_table(headers, [[*row["case"].values(), *times(row)] for row in results["call"]]),
+        report.format_table(headers, [[*row["case"].values(), *_times(row)] for row in results["call"]]),
     ]
 
     kept = results["saved"]

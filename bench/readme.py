@@ -1,13 +1,13 @@
-"""README's performance section, written from the committed results: `python -m bench.readme`.
+"""README's figures, and the CPU's in full in docs/performance.md, from committed results: `python -m bench.readme`.
 
-Figures in README are never typed: they stand between two markers, and this is what puts them there.
+They are never typed: they stand between two markers of each document, and this is what puts them there.
 """
 
 import sys
 
 from . import ROOT, committed, cpu, op, report
 
-__all__ = ["main", "section"]
+__all__ = ["cpu_section", "main", "section"]
 
 BEGIN, END = "<!-- bench.readme: begin -->", "<!-- bench.readme: end -->"
 NOTHING_MEASURED = """No GPU figure is given, because none has been measured yet. [docs/gpu.md](docs/gpu.md) is for
@@ -16,12 +16,18 @@ and the frozen base."""
 
 
 def section() -> str:
-    """The text between the markers: the CPU, then every GPU whose results are committed."""
+    """README's text between the markers: the CPU in short, then every GPU whose results are committed."""
+    results = report.read_json(committed.RESULTS / "cpu.json")
     gpus = [_gpu_section(card) for card in committed.cards(committed.RESULTS)]
-    return "\n\n".join([_cpu_section(), *(gpus or [NOTHING_MEASURED])])
+    introduction = (
+        f"One thread of an {results['environment']['cpu']}, medians of one run "
+        "([every case, and how to reproduce it](docs/performance.md#on-a-cpu)):"
+    )
+    return "\n\n".join([introduction, cpu.headline(results), *(gpus or [NOTHING_MEASURED])])
 
 
-def _cpu_section() -> str:
+def cpu_section() -> str:
+    """The text between the markers of docs/performance.md: the CPU, every case."""
     results = report.read_json(committed.RESULTS / "cpu.json")
     where = results["environment"]
     versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "peft", "python"))
@@ -44,8 +50,10 @@ def _gpu_section(card: committed.Card) -> str:
 
 
 def main() -> int:
-    """Rewrite the section in README.md; returns the exit status."""
-    return report.write_between(ROOT / "README.md", BEGIN, END, section())
+    """Rewrite the sections in both documents; returns the exit status."""
+    return report.write_between(ROOT / "README.md", BEGIN, END, section()) or report.write_between(
+        ROOT / "docs" / "performance.md", BEGIN, END, cpu_section()
+    )
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def in_bfloat16(model: Any) -> Any:
 
 
 def fsdp1(model: Any) -> Any:
-    # The policy that README documents: whole blocks, and parameters as they are.
+    # The policy that docs/devices.md documents: whole blocks, and parameters as they are.
     return FullyShardedDataParallel(
         model, use_orig_params=True, auto_wrap_policy=ModuleWrapPolicy({Block}), device_id=torch.device("cpu")
     )

@@ -374,7 +374,9 @@ def test_every_committed_result_parses() -> None:
         for parts in gpu.JOBS.values():
             for part in parts:
                 part.subject.tables(card.records.get(part.subject.name, {}))
-    documents = ((ROOT / "README.md", readme.section()), (ROOT / "docs" / "performance.md", predicted.section()))
+    performance = ROOT / "docs" / "performance.md"
+    documents = [(ROOT / "README.md", readme.section()), (performance, readme.cpu_section())]
+    documents.append((performance, predicted.section()))
     for document, section in documents:
         assert section in document.read_text(encoding="utf-8")
 

@@ -188,7 +188,7 @@ def test_the_dtype_that_comes_out(enabled: bool) -> None:
 
 
 def test_the_input_gradient_of_peft_is_wrong() -> None:
-    # The proof that README tells of: with b >= 3 PEFT's backward disagrees with its own forward, ours does not.
+    # The proof that docs/peft.md tells of: with b >= 3 PEFT's backward disagrees with its own forward, ours does not.
     convolution = peft_layer.BlockCircularConvolution.apply
     for b in (1, 2, 3, 5, 8):
         x = torch.randn(3, 2 * b, dtype=torch.float64, requires_grad=True)

@@ -102,7 +102,7 @@ def check_layer(
         layer: the layer; `kernel` is its trainable circulant.
         x: `(T, in)`, requiring its gradient.
         dy: `(T, out)`.
-        only: what to check: not dx of PEFT, whose input gradient is known to be wrong (README).
+        only: what to check: not dx of PEFT, whose input gradient is known to be wrong (docs/peft.md).
 
     Raises:
         GateError: naming the quantity and its relative error.

@@ -118,6 +118,6 @@ class Workload:
             known = true_dxs[source]
             true_dxs[source] = truth.dx if known is None else known + truth.dx
         for source, true_dx in enumerate(true_dxs):
-            if self.method != "peft_c3a":  # whose input gradient is known to be wrong (README)
+            if self.method != "peft_c3a":  # whose input gradient is known to be wrong (docs/peft.md)
                 assert true_dx is not None, "an input that no layer reads"
                 yield f"dx of input {source}", dxs[source][rows], true_dx
