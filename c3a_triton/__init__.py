@@ -26,7 +26,8 @@ from .errors import (
     ShapeError,
 )
 from .files.config import C3AConfig, suggest_block_size, valid_block_sizes
-from .operator.ops import c3a_linear, circulant_linear, circulant_matrix
+from .operator.calls import c3a_linear, circulant_linear
+from .operator.dense import circulant_matrix
 
 __version__ = "0.1.0"
 

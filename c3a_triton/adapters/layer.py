@@ -28,9 +28,10 @@ from c3a_triton.bases.quantized import hold_layout
 from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, BackendError, ConfigError, ShapeError
 from c3a_triton.files.config import C3AConfig, check_block_size, plain, suggest_block_size
 from c3a_triton.operator import spectra
+from c3a_triton.operator.calls import c3a_linear, circulant_linear
+from c3a_triton.operator.dense import add_circulant_, circulant_matrix
 from c3a_triton.operator.dispatch import check_backend
-from c3a_triton.operator.ops import add_circulant_, c3a_linear, circulant_linear, circulant_matrix
-from c3a_triton.operator.ops_rows import c3a_linear_rows
+from c3a_triton.operator.rows import c3a_linear_rows
 
 from .merge_state import MergeState, enter, find
 from .names import BASE_ROW, Scope, expand_rows, row_indices, uncompiled
