@@ -2,14 +2,13 @@
 
 `table_kernel` + `table_product_kernel`: every row of w stored once per alignment, so that a row of any tile of ΔW is a
 contiguous run on a 16-byte boundary. The main loop is then that of a dense matrix product.
-`hankel_kernel`: a few tokens, no table. Roles are swapped: w is the left operand as it is stored, and the right one, a
-Hankel matrix, is gathered from the token itself.
+`hankel_kernel`: a few tokens, no table (`indexing.hankel_sum`).
 """
 
 import triton
 import triton.language as tl
 
-from .indexing import mma, rounded, store_product
+from .indexing import hankel_sum, mma, rounded, store_product
 
 
 @triton.jit
@@ -139,6 +138,7 @@ def hankel_kernel(
     TRANSPOSE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACCUMULATE: tl.constexpr,
+    EVEN_K: tl.constexpr,  # BLOCK_K divides col_blocks · b
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -148,7 +148,6 @@ def hankel_kernel(
 
     One program: one token t, BLOCK_M row blocks, BLOCK_J positions j, one split of the sum over (N, q) = k.
     """
-    x_dtype = x_ptr.dtype.element_ty
     tiles_j: tl.constexpr = (b + BLOCK_J - 1) // BLOCK_J
     token = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
@@ -161,21 +160,9 @@ def hankel_kernel(
     start = split * split_length
     end = tl.minimum(start + split_length, col_blocks * b)
 
-    acc = tl.zeros([BLOCK_M, BLOCK_J], dtype=tl.float32)
-    for k0 in range(start, end, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        mask = k < end
-        block = k // b
-        q = k % b
-        w = tl.load(w_rows + (block.to(tl.int64) * stride_w_col + q)[None, :], mask=mask[None, :], other=0.0)
-        if TRANSPOSE:
-            p = j - q[:, None]
-            p = tl.where(p < 0, p + b, p)
-        else:
-            p = j + q[:, None]
-            p = tl.where(p >= b, p - b, p)
-        x = tl.load(x_row + (block * b)[:, None] + p, mask=mask[:, None], other=0.0)
-        acc = mma(rounded(w, x_dtype), x, acc, PRECISION)
+    acc = hankel_sum(
+        w_rows, x_row, j, start, end, stride_w_col, b, TRANSPOSE, EVEN_K, PRECISION, BLOCK_M, BLOCK_J, BLOCK_K
+    )
 
     mask = (offs_m < row_blocks)[:, None] & (offs_j < b)[None, :]
     offs_o = offs_m[:, None] * b + offs_j[None, :]

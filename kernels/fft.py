@@ -210,7 +210,10 @@ def two_level_analysis_kernel(
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """z = x O for b = P·Q, position Q·a + c: DFTs of length P over a, twiddle factors, DFTs of length Q over c."""
+    """z = x O for b = P·Q, position Q·a + c: DFTs of length P over a, twiddle factors, DFTs of length Q over c.
+
+    One program: BLOCK_R whole rows, all their slots.
+    """
     b: tl.constexpr = P * Q
     start_row = tl.program_id(0) * BLOCK_R
     token = start_row // blocks
@@ -273,7 +276,10 @@ def two_level_synthesis_kernel(
     DOT: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """out = scale · y Oᵀ (+ bias) (+ out) for b = P·Q: the transpose of the analysis, step by step."""
+    """out = scale · y Oᵀ (+ bias) (+ out) for b = P·Q: the transpose of the analysis, step by step.
+
+    One program: BLOCK_R whole rows.
+    """
     b: tl.constexpr = P * Q
     start_row = tl.program_id(0) * BLOCK_R
     slot = tl.arange(0, b // 2)
@@ -427,7 +433,10 @@ def fold_spectrum_kernel(
     b: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """p = conj(dy_hat) · x_hat summed over splits in ascending order, weighted so that p Oᵀ is the gradient of w."""
+    """p = conj(dy_hat) · x_hat summed over splits in ascending order, weighted so that p Oᵀ is the gradient of w.
+
+    One program: BLOCK pairs of blocks (M, N) of one slot.
+    """
     ROWS: tl.constexpr = 2 * out_blocks
     COLS: tl.constexpr = 2 * in_blocks
     start = tl.program_id(0) * BLOCK

@@ -11,7 +11,7 @@ gathered from w value by value.
 import triton
 import triton.language as tl
 
-from .indexing import helper, mma, rounded, store_product
+from .indexing import hankel_sum, helper, mma, rounded, store_product
 
 
 @helper
@@ -48,7 +48,6 @@ def grouped_hankel_kernel(
 
     One program: one token t, BLOCK_M row blocks, BLOCK_J positions j, one split of the sum over (N, q) = k.
     """
-    x_dtype = x_ptr.dtype.element_ty
     TILES_J: tl.constexpr = (b + BLOCK_J - 1) // BLOCK_J
     tiles = tl.cdiv(row_blocks, BLOCK_M) * TILES_J
     token = tl.program_id(0) // tiles
@@ -68,26 +67,9 @@ def grouped_hankel_kernel(
     end = tl.minimum(start + split_length, col_blocks * b)
     end = tl.where(address == 0, start, end)
 
-    acc = tl.zeros([BLOCK_M, BLOCK_J], dtype=tl.float32)
-    for k0 in range(start, end, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        block = k // b
-        q = k % b
-        w_ptrs = w_rows + (block.to(tl.int64) * stride_w_col + q)[None, :]
-        if TRANSPOSE:
-            p = j - q[:, None]
-            p = tl.where(p < 0, p + b, p)
-        else:
-            p = j + q[:, None]
-            p = tl.where(p >= b, p - b, p)
-        x_ptrs = x_row + (block * b)[:, None] + p
-        if EVEN_K:
-            w = tl.load(w_ptrs)
-            x = tl.load(x_ptrs)
-        else:
-            w = tl.load(w_ptrs, mask=(k < end)[None, :], other=0.0)
-            x = tl.load(x_ptrs, mask=(k < end)[:, None], other=0.0)
-        acc = mma(rounded(w, x_dtype), x, acc, PRECISION)
+    acc = hankel_sum(
+        w_rows, x_row, j, start, end, stride_w_col, b, TRANSPOSE, EVEN_K, PRECISION, BLOCK_M, BLOCK_J, BLOCK_K
+    )
 
     mask = (offs_m < row_blocks)[:, None] & (offs_j < b)[None, :]
     offs_o = offs_m[:, None] * b + offs_j[None, :]

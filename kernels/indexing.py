@@ -66,6 +66,49 @@ def store_product(
     tl.store(out_ptrs, rounded(result, out_ptrs.dtype.element_ty), mask=mask)
 
 
+@helper
+def hankel_sum(
+    w_rows,  # [BLOCK_M, 1]: where the first values of row blocks lie
+    x_row,  # where a token's values lie
+    j,  # [1, BLOCK_J], positions in a block
+    start,
+    end,
+    stride_w_col,
+    b: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    EVEN_K: tl.constexpr,  # BLOCK_K divides end − start
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Σ w[M, N, q] · x[N·b + (j + q) mod b] over (N, q) = k from start to end; (j − q) in the transposed product.
+
+    w is the left operand as it is stored, and the right one, a Hankel matrix, is gathered from the token itself.
+    """
+    acc = tl.zeros([BLOCK_M, BLOCK_J], dtype=tl.float32)
+    for k0 in range(start, end, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        block = k // b
+        q = k % b
+        w_ptrs = w_rows + (block.to(tl.int64) * stride_w_col + q)[None, :]
+        if TRANSPOSE:
+            p = j - q[:, None]
+            p = tl.where(p < 0, p + b, p)
+        else:
+            p = j + q[:, None]
+            p = tl.where(p >= b, p - b, p)
+        x_ptrs = x_row + (block * b)[:, None] + p
+        if EVEN_K:
+            w = tl.load(w_ptrs)
+            x = tl.load(x_ptrs)
+        else:
+            w = tl.load(w_ptrs, mask=(k < end)[None, :], other=0.0)
+            x = tl.load(x_ptrs, mask=(k < end)[:, None], other=0.0)
+        acc = mma(rounded(w, x.dtype), x, acc, PRECISION)
+    return acc
+
+
 @triton.jit
 def sum_partials_kernel(
     partials_ptr,  # [n_splits, n_rows, n_columns] float32

@@ -96,7 +96,8 @@ def fold_sums_kernel(
 ):
     """dw[pair, q] = scale · Σ of the two or four sums that hold the diagonals ≡ q (mod b), splits in ascending order.
 
-    A diagonal e = p − j lies in sums[0] of the tile offset ⌊e / BLOCK_Q⌋ and in sums[1] of the next one.
+    A diagonal e = p − j lies in sums[0] of the tile offset ⌊e / BLOCK_Q⌋ and in sums[1] of the next one. One program:
+    BLOCK values of one pair (M, N).
     """
     TILES: tl.constexpr = (b + BLOCK_Q - 1) // BLOCK_Q
     CIRCULAR: tl.constexpr = b % BLOCK_Q == 0

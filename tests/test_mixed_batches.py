@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
+import bench_package  # noqa: F401
 import graph_memory
 import oracle
 import pytest
@@ -19,9 +20,10 @@ from tiny_models import IDS, MLP, llama, llama_classifier, logits
 from torch import Tensor, nn
 
 import c3a_triton
+from bench import launch_hooks
 from c3a_triton import C3AConfig, C3ALinear
 from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, BackendError, ShapeError
-from c3a_triton.operator.launch import grouped, specs
+from c3a_triton.operator.launch import grouped
 from c3a_triton.operator.rows import c3a_linear_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -190,36 +192,15 @@ def test_operands_that_do_not_fit(device: torch.device) -> None:
         c3a_linear_rows(x, None, None, [w], [0] * 4, backend="fold")
 
 
-class Launches:
-    """Stands in for a kernel and counts how often it is launched."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __getitem__(self, grid: tuple[int, int, int]) -> "Launches":
-        return self
-
-    def __call__(self, **kwargs: object) -> None:
-        self.count += 1
-
-
 @pytest.mark.parametrize("tokens", [1, 64])
 @pytest.mark.parametrize("n_adapters", [2, 9])
-def test_one_launch_per_block_size(monkeypatch: pytest.MonkeyPatch, tokens: int, n_adapters: int) -> None:
-    from c3a_triton.kernels import direct, expand, grouped, indexing
-
-    counted = {}
-    for module in (direct, expand, grouped, indexing):
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            counted[name] = Launches()
-            monkeypatch.setattr(module, name, counted[name])
-    monkeypatch.setattr(specs, "unavailable_reason", lambda device: None)
-    kernels = make_kernels(16, 16, tuple((8, 4)[i % 2] for i in range(n_adapters)), torch.device("cpu"))
-    x, weight = torch.randn(n_adapters + 1, tokens, 16), torch.randn(16, 16)
-    with torch.no_grad():
+def test_one_launch_per_block_size(device: torch.device, tokens: int, n_adapters: int) -> None:
+    kernels = make_kernels(16, 16, tuple((8, 4)[i % 2] for i in range(n_adapters)), device)
+    x, weight = torch.randn(n_adapters + 1, tokens, 16, device=device), torch.randn(16, 16, device=device)
+    with torch.no_grad(), launch_hooks.noted() as names:
         c3a_linear_rows(x, weight, None, kernels, range(-1, n_adapters), backend="direct")
     kernel = "grouped_hankel_kernel" if tokens == 1 else "grouped_product_kernel"
-    assert {name: kernel.count for name, kernel in counted.items() if kernel.count} == {kernel: 2}
+    assert names == [kernel, kernel]
 
 
 BACKENDS = ("torch", "reference", "direct", "fft", "expand")

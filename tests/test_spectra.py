@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import bench_package  # noqa: F401
 import graph_memory
 import oracle
 import pytest
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import c3a_triton
+from bench import launch_hooks
 from c3a_triton import C3AConfig, C3ALinear, circulant_linear
 from c3a_triton.errors import BackendError
 from c3a_triton.operator import spectra
@@ -50,10 +52,7 @@ class Analyses(list[bool]):
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Analyses:
-    from triton.runtime.interpreter import InterpretedFunction
-    from triton.runtime.jit import JITFunction
-
+def launches() -> Iterator[Analyses]:
     found = Analyses()
 
     def counting(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -64,9 +63,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Analyses:
 
         return counted
 
-    for kernel_class in (InterpretedFunction, JITFunction):
-        monkeypatch.setattr(kernel_class, "run", counting(kernel_class.run))
-    return found
+    with launch_hooks.caught(counting):
+        yield found
 
 
 def layer(device: torch.device, out_features: int = OUT, block_size: int = B, **options: Any) -> C3ALinear:

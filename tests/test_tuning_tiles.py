@@ -307,13 +307,14 @@ def test_a_search_over_spectra_times_another_launch_each_time(device):
     timed = []
 
     def timer(call):
-        with launch_arguments() as given:
-            call()
+        given.clear()
+        call()
         timed.append(tuple(map(constants, given)))
         return float(len(timed))  # slower and slower: variants are of the committed tile
 
     setting = Setting(device, torch.float32, 32, True)
-    n_lookups = tile_search.measure_tiles([Case(64, 64, 32, "fft")], setting, timer)
+    with launch_arguments() as given:
+        n_lookups = tile_search.measure_tiles([Case(64, 64, 32, "fft")], setting, timer)
     assert n_lookups == 3  # transforms, products and sums per frequency
     # Every lookup begins with the committed tiles, of the forward or of the backward.
     assert len(set(timed)) == len(timed) - n_lookups + 2 > 20
@@ -327,23 +328,24 @@ def test_deterministic_algorithms_drop_tuned_tiles_of_every_backend(backend, gpu
 
     def launched():
         dispatch.choose("auto", cuda)  # by which tiles follow the switch
-        with launch_arguments() as given:
-            y = circulant_linear(x, w, backend=backend)
-            torch.autograd.grad(y.sum(), (x, w))
+        given.clear()
+        y = circulant_linear(x, w, backend=backend)
+        torch.autograd.grad(y.sum(), (x, w))
         return [constants(one) for one in given]
 
     plans.clear_plans()
-    with tiles.recorded() as asked:
-        committed = launched()
-    measured = {lookup: next(tiles.candidates(lookup, varied=("num_warps",))) for lookup in asked}
-    tuned.add({}, {tuned.TileKey(*MACHINE, *lookup): astuple(tile) for lookup, tile in measured.items()})
-    dispatch.refresh()
-    torch.use_deterministic_algorithms(False)
-    others = launched()
-    assert len(asked) >= (1 if backend == "expand" else 2)
-    assert sum(one != other for one, other in zip(committed, others, strict=True)) >= len(asked)
-    torch.use_deterministic_algorithms(True)
-    assert launched() == committed
+    with launch_arguments() as given:
+        with tiles.recorded() as asked:
+            committed = launched()
+        measured = {lookup: next(tiles.candidates(lookup, varied=("num_warps",))) for lookup in asked}
+        tuned.add({}, {tuned.TileKey(*MACHINE, *lookup): astuple(tile) for lookup, tile in measured.items()})
+        dispatch.refresh()
+        torch.use_deterministic_algorithms(False)
+        others = launched()
+        assert len(asked) >= (1 if backend == "expand" else 2)
+        assert sum(one != other for one, other in zip(committed, others, strict=True)) >= len(asked)
+        torch.use_deterministic_algorithms(True)
+        assert launched() == committed
 
 
 def test_equally_fast_and_failing_and_wrong_tiles_are_not_taken(device, monkeypatch):

@@ -210,6 +210,7 @@ def _hankel_product(
         TRANSPOSE=transpose,
         HAS_BIAS=final and has_bias,
         ACCUMULATE=final and accumulate,
+        EVEN_K=cols * b % tile.block_i == 0,
         PRECISION=precision,
         BLOCK_M=tile.block_t,
         BLOCK_J=tile.block_o,
