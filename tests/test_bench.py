@@ -611,13 +611,13 @@ def test_launches_are_stubbed_and_come_back() -> None:
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
-    before = (JITFunction.run, InterpretedFunction.run, overhead.launch.unavailable_reason)
+    before = (JITFunction.run, InterpretedFunction.run, overhead.specs.unavailable_reason)
     work = layer.Workload.of(cases.LayerCase(32, 64, 64, 64, "float32"), "ours:direct", CPU)
     with overhead.stubbed_launches():
         assert [grad.shape for grad in work.both()] == [(32, 64), (1, 1, 64)]
         with pytest.raises(gate.GateError):
             work.check()  # the kernels did nothing
-    assert before == (JITFunction.run, InterpretedFunction.run, overhead.launch.unavailable_reason)
+    assert before == (JITFunction.run, InterpretedFunction.run, overhead.specs.unavailable_reason)
 
 
 @pytest.mark.parametrize(
