@@ -10,7 +10,7 @@ from torch import nn
 
 import c3a_triton
 from c3a_triton import AdapterStateError, C3AConfig
-from c3a_triton.adapters import layer
+from c3a_triton.adapters import merging
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -275,8 +275,8 @@ def test_unmerging_reads_each_weight_once(monkeypatch, ask):
         )
     model.c3a.merge_adapter()
     read = []
-    fingerprint = layer.fingerprint
-    monkeypatch.setattr(layer, "fingerprint", lambda weight: read.append(weight.data_ptr()) or fingerprint(weight))
+    fingerprint = merging.fingerprint
+    monkeypatch.setattr(merging, "fingerprint", lambda weight: read.append(weight.data_ptr()) or fingerprint(weight))
     if ask == "manager":
         model.c3a.unmerge_adapter()
     elif ask == "layers":

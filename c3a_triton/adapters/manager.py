@@ -28,7 +28,7 @@ from c3a_triton.files.checkpoint import KERNEL_SUFFIX, peft_config, read_adapter
 from c3a_triton.files.config import C3AConfig
 from c3a_triton.operator.dispatch import check_backend
 
-from . import pretrained
+from . import merging, pretrained
 from .beside import (
     embedding_parameters,
     embeddings_in,
@@ -41,10 +41,11 @@ from .beside import (
 from .combine import combination
 from .conv import C3AConv2d
 from .embedding import C3AEmbedding
-from .layer import KEEP_BASE, C3ALinear, check_adapter_name
+from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
 from .names import BASE_ROW, Scope
 from .ownership import check_owner, is_own, own_parts
+from .parameters import check_adapter_name
 from .renaming import with_names_of
 from .report import count_parameters, summary_table
 from .row_names import RowNames
@@ -626,8 +627,8 @@ class AdapterManager:
             AdapterNotFoundError: an unknown name.
             AdapterStateError: a layer that cannot be merged into, or with `safe_merge` a result that is not finite.
         """
-        if keep_base not in KEEP_BASE:
-            raise ConfigError(f"keep_base must be one of {KEEP_BASE}, got {keep_base!r}")
+        if keep_base not in merging.KEEP_BASE:
+            raise ConfigError(f"keep_base must be one of {merging.KEEP_BASE}, got {keep_base!r}")
         names = self._active if adapter_names is None else self._known(adapter_names)
         merged = sorted({name for _, layer in self.layers() for name in layer.merged_adapters})
         if merged and not any(layer.unmerged(names) for _, layer in self.layers()):
@@ -653,7 +654,7 @@ class AdapterManager:
             layer.check_merge(left, finite=True, beside=beside)
         warn_tied(self.model, [name for name, _, _ in work], "merging changes both")
         for done, (_, layer, left) in enumerate(work, start=1):
-            layer._merge(left, keep_base)
+            merging.merge(layer, left, keep_base)
             if progressbar:
                 print(
                     f"\rmerging {done}/{len(work)}", end="\n" if done == len(work) else "", file=sys.stderr, flush=True
@@ -678,7 +679,7 @@ class AdapterManager:
         for layer in merged.values():
             layer.check_unmerge()
         for layer in merged.values():
-            layer._bring_back(everyone=True)
+            merging.bring_back(layer, everyone=True)
         return bool(merged)
 
     def merge_and_unload(
