@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import IDS, MLP, bert_classifier, gpt2, llama, llama_classifier, logits
 from torch import Tensor, nn
 
-import c3a_triton.adapters.manager
+import c3a_triton.adapters.injection
 from c3a_triton.adapters.layer import C3ALinear
 from c3a_triton.adapters.manager import AdapterManager
 from c3a_triton.api import apply, load_adapter
@@ -198,7 +198,7 @@ def test_a_failure_while_layers_are_built_leaves_the_model_as_it_was(monkeypatch
             super().__init__(*args, **kwargs)
             built.append(self)
 
-    monkeypatch.setattr(c3a_triton.adapters.manager, "C3ALinear", Failing)
+    monkeypatch.setattr(c3a_triton.adapters.injection, "C3ALinear", Failing)
     model = llama()
     before = snapshot(model)
     with pytest.raises(MemoryError):

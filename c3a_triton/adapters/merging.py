@@ -3,7 +3,7 @@
 Layers are `C3ALinear`s, which stand on this file.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from c3a_triton.errors import AdapterStateError
 
 from .merge_state import MergeState, enter, find
 
-__all__ = ["KEEP_BASE", "bring_back", "check_merge", "check_unmerge", "merge", "move"]
+__all__ = ["KEEP_BASE", "bring_back", "check_merge", "check_unmerge", "merge", "move", "unmerge_all"]
 
 KEEP_BASE = ("cpu", "device", None)
 
@@ -151,6 +151,24 @@ def bring_back(layer: Any, *, everyone: bool = False) -> None:
             _write(other, access, weight)
     if left:
         state.mark = fingerprint(weight_access(left[-1]).read())
+
+
+def unmerge_all(layers: Iterable[Any]) -> bool:
+    """Unmerge whatever is merged in these layers, if all of it can be; whether there was anything.
+
+    Raises:
+        AdapterStateError: as `check_unmerge`; nothing has changed.
+    """
+    # One of the layers that have a weight in common brings it back for all of them.
+    merged: dict[Hashable, Any] = {}
+    for layer in layers:
+        if layer.merged:
+            merged.setdefault((id(layer._merge_state), layer.weight_place() or id(layer)), layer)
+    for layer in merged.values():
+        check_unmerge(layer)
+    for layer in merged.values():
+        bring_back(layer, everyone=True)
+    return bool(merged)
 
 
 def move(layer: Any, fn: Callable[[Tensor], Tensor], move_layer: Callable[[], Any]) -> None:

@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from c3a_triton.adapters.injection import layer_class
 from c3a_triton.adapters.layer import C3ALinear
-from c3a_triton.adapters.manager import layer_class
 from c3a_triton.adapters.names import Scope
 from c3a_triton.adapters.renaming import renaming_of, with_names_of
 from c3a_triton.adapters.report import format_bytes
