@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from c3a_triton.errors import ConfigError
 from c3a_triton.files.checkpoint import AdapterFile
-from c3a_triton.files.config import C3AConfig, shown
+from c3a_triton.files.config import C3AConfig
+from c3a_triton.files.values import shown
 
 from .hooks import remove_hooks
 from .layer import C3ALinear

@@ -26,7 +26,9 @@ from c3a_triton.bases.linear_like import (
 )
 from c3a_triton.bases.quantized import hold_layout
 from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, BackendError, ConfigError, ShapeError
-from c3a_triton.files.config import C3AConfig, check_block_size, plain, suggest_block_size
+from c3a_triton.files.block_sizes import check_block_size, suggest_block_size
+from c3a_triton.files.config import C3AConfig
+from c3a_triton.files.values import plain
 from c3a_triton.operator import spectra
 from c3a_triton.operator.dispatch import check_backend
 from c3a_triton.operator.ops import add_circulant_, c3a_linear, circulant_linear, circulant_matrix

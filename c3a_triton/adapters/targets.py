@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from c3a_triton.bases.linear_like import Geometry, geometry, is_linear, is_partitioned, is_sharded, unfit_for_adapters
 from c3a_triton.errors import CheckpointError, ConfigError
+from c3a_triton.files.block_sizes import check_block_size, suggest_block_size
 from c3a_triton.files.checkpoint import KERNEL_SUFFIX, AdapterFile
-from c3a_triton.files.config import DEFAULT_TARGET_MODULES, C3AConfig, check_block_size, shown, suggest_block_size
+from c3a_triton.files.config import DEFAULT_TARGET_MODULES, C3AConfig
 from c3a_triton.files.patterns import block_size_for, match_target, target_rule, unmatched_keys
+from c3a_triton.files.values import shown
 
 from .layer import C3ALinear
 from .modules_to_save import ModulesToSave

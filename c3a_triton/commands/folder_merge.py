@@ -36,8 +36,9 @@ from c3a_triton.adapters.watched import Watch
 from c3a_triton.bases.linear_like import unmergeable
 from c3a_triton.bases.structure import load_structure
 from c3a_triton.errors import AdapterStateError, C3AError, CheckpointError, ConfigError
+from c3a_triton.files.atomic import flush_to_disk, temporary_path
 from c3a_triton.files.checkpoint import KERNEL_SUFFIX, AdapterFile, read_adapter
-from c3a_triton.files.config import CONFIG_NAME, MODEL_CONFIG_NAME, flush_to_disk, temporary_path
+from c3a_triton.files.config import CONFIG_NAME, MODEL_CONFIG_NAME
 
 __all__ = ["MergedFolder", "merge_folder"]
 

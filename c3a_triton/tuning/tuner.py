@@ -16,7 +16,8 @@ from c3a_triton.adapters import targets
 from c3a_triton.bases import structure
 from c3a_triton.benchmark import peers
 from c3a_triton.errors import CheckpointError, ConfigError
-from c3a_triton.files.config import CONFIG_NAME, C3AConfig, replace_file
+from c3a_triton.files.atomic import replace_file
+from c3a_triton.files.config import CONFIG_NAME, C3AConfig
 from c3a_triton.operator import dispatch
 
 from . import page, plots
