@@ -10,21 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from c3a_triton._public import public
-from c3a_triton.bases.linear_like import (
+from c3a_triton.bases.linear_like import geometry, is_plain, is_transposed, unfit_for_adapters
+from c3a_triton.bases.quantized import hold_layout
+from c3a_triton.bases.sharded import gather_with
+from c3a_triton.bases.weights import (
     WeightAccess,
     fingerprint,
     first_tensor,
-    gather_with,
-    geometry,
-    is_plain,
-    is_transposed,
     kernel_device,
     rounding_dtype,
     stored_tensor,
-    unfit_for_adapters,
     weight_access,
 )
-from c3a_triton.bases.quantized import hold_layout
 from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, BackendError, ConfigError, ShapeError
 from c3a_triton.files.block_sizes import check_block_size, suggest_block_size
 from c3a_triton.files.config import C3AConfig

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from c3a_triton._public import public
-from c3a_triton.bases.linear_like import gathered, geometry, is_sharded, stored_tensor
+from c3a_triton.bases.linear_like import geometry
 from c3a_triton.bases.quantized import hold_layout, release_layout, torchao_config_of
+from c3a_triton.bases.sharded import gathered, is_sharded
+from c3a_triton.bases.weights import stored_tensor
 from c3a_triton.errors import (
     AdapterNotFoundError,
     AdapterStateError,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from c3a_triton.bases.linear_like import is_sharded
+from c3a_triton.bases.sharded import is_sharded
 from c3a_triton.errors import AdapterStateError
 from c3a_triton.files.config import MODEL_CONFIG_NAME, C3AConfig
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from c3a_triton.bases.linear_like import Geometry, geometry, is_linear, is_partitioned, is_sharded, unfit_for_adapters
+from c3a_triton.bases.linear_like import Geometry, geometry, is_linear, unfit_for_adapters
+from c3a_triton.bases.sharded import is_partitioned, is_sharded
 from c3a_triton.errors import CheckpointError, ConfigError
 from c3a_triton.files.block_sizes import check_block_size, suggest_block_size
 from c3a_triton.files.checkpoint import KERNEL_SUFFIX, AdapterFile

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from c3a_triton.bases.linear_like import is_sharded
+from c3a_triton.bases.sharded import is_sharded
 
 from .hooks import remove_hooks
 from .layer import C3ALinear

@@ -33,8 +33,8 @@ from c3a_triton.adapters.samples import output_of, sample_inputs
 from c3a_triton.adapters.targets import Target, check_file_values, find_file_targets, find_modules_to_save, warn_tied
 from c3a_triton.adapters.untying import clear_flags, homes_of, plan_untying
 from c3a_triton.adapters.watched import Watch
-from c3a_triton.bases.linear_like import unmergeable
 from c3a_triton.bases.structure import load_structure
+from c3a_triton.bases.weights import unmergeable
 from c3a_triton.errors import AdapterStateError, C3AError, CheckpointError, ConfigError
 from c3a_triton.files.atomic import flush_to_disk, temporary_path
 from c3a_triton.files.checkpoint import KERNEL_SUFFIX, AdapterFile, read_adapter
