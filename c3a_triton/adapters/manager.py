@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from c3a_triton._public import public
 from c3a_triton.bases.linear_like import geometry
+from c3a_triton.bases.model_names import unwrapped_name
 from c3a_triton.bases.quantized import hold_layout, release_layout, torchao_config_of
 from c3a_triton.bases.sharded import gathered, is_sharded
 from c3a_triton.bases.weights import stored_tensor
@@ -31,6 +32,7 @@ from c3a_triton.files.config import C3AConfig
 from c3a_triton.operator.dispatch import check_backend
 
 from . import pretrained
+from .base_model import base_module_names, base_modules, base_name, model_name_or_path, near_names, warn_tied
 from .beside import (
     embedding_parameters,
     embeddings_in,
@@ -43,30 +45,15 @@ from .beside import (
 from .combine import combination
 from .conv import C3AConv2d
 from .embedding import C3AEmbedding
+from .file_targets import check_file_values, find_file_targets, same_tensors, with_names_of
 from .layer import KEEP_BASE, C3ALinear, check_adapter_name
 from .modules_to_save import ModulesToSave
 from .names import BASE_ROW, Scope
 from .ownership import check_owner, is_own, own_parts
-from .renaming import with_names_of
 from .report import count_parameters, summary_table
 from .row_names import RowNames
 from .samples import computes_the_same
-from .targets import (
-    Target,
-    base_module_names,
-    base_modules,
-    base_name,
-    check_file_values,
-    find_file_targets,
-    find_modules_to_save,
-    find_targets,
-    model_name_or_path,
-    near_names,
-    same_tensors,
-    unwrapped_name,
-    warn_tied,
-    with_task_heads,
-)
+from .targets import Target, find_modules_to_save, find_targets, with_task_heads
 from .untying import Untying, homes_of, plan_parts, tensors_by_name, untie
 from .watched import Watch
 from .wrapping import Wrappers, unwatch

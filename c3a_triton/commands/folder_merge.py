@@ -24,15 +24,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from c3a_triton.adapters.base_model import warn_tied
+from c3a_triton.adapters.file_targets import check_file_values, find_file_targets, with_names_of
 from c3a_triton.adapters.layer import C3ALinear
 from c3a_triton.adapters.manager import layer_class
 from c3a_triton.adapters.names import Scope
-from c3a_triton.adapters.renaming import renaming_of, with_names_of
 from c3a_triton.adapters.report import format_bytes
 from c3a_triton.adapters.samples import output_of, sample_inputs
-from c3a_triton.adapters.targets import Target, check_file_values, find_file_targets, find_modules_to_save, warn_tied
+from c3a_triton.adapters.targets import Target, find_modules_to_save
 from c3a_triton.adapters.untying import clear_flags, homes_of, plan_untying
 from c3a_triton.adapters.watched import Watch
+from c3a_triton.bases.model_names import renaming_of
 from c3a_triton.bases.structure import load_structure
 from c3a_triton.bases.weights import unmergeable
 from c3a_triton.errors import AdapterStateError, C3AError, CheckpointError, ConfigError

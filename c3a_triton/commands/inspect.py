@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from c3a_triton.adapters.file_targets import chosen_by_file
 from c3a_triton.adapters.report import format_bytes, format_table
-from c3a_triton.adapters.targets import chosen_by_file, find_targets
+from c3a_triton.adapters.targets import find_targets
 from c3a_triton.bases.linear_like import linear_widths
 from c3a_triton.bases.structure import load_structure
 from c3a_triton.files.block_sizes import valid_block_sizes
