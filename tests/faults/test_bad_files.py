@@ -27,7 +27,8 @@ from torch import nn
 
 import c3a_triton
 from c3a_triton import C3AConfig, C3AError, CheckpointError, ConfigError
-from c3a_triton.commands.folder_merge import INDEX_NAME, merge_folder
+from c3a_triton.commands.folder_merge import merge_folder
+from c3a_triton.commands.model_folder import INDEX_NAME
 from c3a_triton.files import checkpoint, expressions
 from c3a_triton.files.checkpoint import WEIGHTS_NAME, AdapterFile, read_adapter
 from c3a_triton.files.config import CONFIG_NAME
