@@ -25,7 +25,8 @@ from .errors import (
     ConfigError,
     ShapeError,
 )
-from .files.config import C3AConfig, suggest_block_size, valid_block_sizes
+from .files.block_sizes import suggest_block_size, valid_block_sizes
+from .files.config import C3AConfig
 from .operator.ops import c3a_linear, circulant_linear, circulant_matrix
 
 __version__ = "0.1.0"

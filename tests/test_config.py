@@ -17,15 +17,8 @@ from versions import PEFT
 
 import c3a_triton
 from c3a_triton.errors import CheckpointError, ConfigError, ShapeError
-from c3a_triton.files.config import (
-    CONFIG_NAME,
-    DEFAULT_RANK,
-    DEFAULT_TARGET_MODULES,
-    C3AConfig,
-    check_block_size,
-    suggest_block_size,
-    valid_block_sizes,
-)
+from c3a_triton.files.block_sizes import DEFAULT_RANK, check_block_size, suggest_block_size, valid_block_sizes
+from c3a_triton.files.config import CONFIG_NAME, DEFAULT_TARGET_MODULES, C3AConfig
 
 peft = pytest.importorskip("peft")
 

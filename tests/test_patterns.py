@@ -10,16 +10,10 @@ from torch import nn
 from versions import PEFT
 
 from c3a_triton.errors import ConfigError
-from c3a_triton.files import patterns
+from c3a_triton.files import expressions
 from c3a_triton.files.config import C3AConfig
-from c3a_triton.files.patterns import (
-    block_size_for,
-    match_target,
-    peft_block_size_for,
-    peft_safe_pattern,
-    peft_safe_targets,
-    unmatched_keys,
-)
+from c3a_triton.files.patterns import block_size_for, match_target, unmatched_keys
+from c3a_triton.files.peft_rules import peft_block_size_for, peft_safe_pattern, peft_safe_targets
 
 peft = pytest.importorskip("peft")
 
@@ -160,24 +154,24 @@ def test_unmatched_keys_are_those_that_match_nothing():
     ids=["targets", "excluded", "saved", "layers", "block size", "unmatched", "peft"],
 )
 def test_a_catastrophic_pattern_ends_in_an_error(monkeypatch, use):
-    monkeypatch.setattr(patterns, "TIME_LIMIT_S", 0.2)
-    patterns._matcher.cache_clear()
+    monkeypatch.setattr(expressions, "TIME_LIMIT_S", 0.2)
+    expressions.matcher.cache_clear()
     bad = "(?:a|aa)+b|(?:a|aa)+c"
     with pytest.raises(ConfigError, match=re.escape(repr(bad)) + ".*too long"):
         use(bad, "a" * 60)  # without a limit for years
-    patterns._matcher.cache_clear()
+    expressions.matcher.cache_clear()
 
 
 def test_many_matches_that_are_merely_slow_share_the_limit(monkeypatch):
     # By a clock of which a match takes one second.
-    monkeypatch.setattr(patterns, "time", SimpleNamespace(thread_time=itertools.count().__next__))
-    monkeypatch.setattr(patterns, "TIME_LIMIT_S", 4.5)
-    patterns._matcher.cache_clear()
+    monkeypatch.setattr(expressions, "time", SimpleNamespace(thread_time=itertools.count().__next__))
+    monkeypatch.setattr(expressions, "TIME_LIMIT_S", 4.5)
+    expressions.matcher.cache_clear()
     config = C3AConfig(target_modules=".*b")
     assert not any(match_target(config, "a") for _ in range(5))
     with pytest.raises(ConfigError, match="too long"):
         match_target(config, "a")
-    patterns._matcher.cache_clear()
+    expressions.matcher.cache_clear()
 
 
 class Leaf(nn.Linear):

@@ -19,7 +19,8 @@ from torch import nn
 
 import c3a_triton
 from c3a_triton import BackendError, C3AConfig, CheckpointError, ConfigError, valid_block_sizes
-from c3a_triton.files.patterns import block_size_for, peft_block_size_for
+from c3a_triton.files.patterns import block_size_for
+from c3a_triton.files.peft_rules import peft_block_size_for
 from c3a_triton.operator import dispatch, tuned
 from c3a_triton.operator.tuned import Times
 from c3a_triton.tuning import costs, groups, measurement, outcome, solver, tuner

@@ -11,12 +11,12 @@ from c3a_triton.files.config import C3AConfig
 from c3a_triton.operator.dispatch import check_backend
 
 from . import merging
+from .base_model import near_names
 from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
 from .names import BASE_ROW, Scope
 from .ownership import own_parts
 from .saving import AdapterTensors
-from .targets import near_names
 from .wrapping import Wrappers
 
 __all__ = ["Activation"]

@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from c3a_triton.bases.model_names import unwrapped_name
 from c3a_triton.errors import ConfigError
 from c3a_triton.files.checkpoint import AdapterFile
-from c3a_triton.files.config import C3AConfig, shown
+from c3a_triton.files.config import C3AConfig
+from c3a_triton.files.values import shown
 
+from .base_model import base_modules, base_name, embeddings_of
 from .hooks import remove_hooks
 from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
-from .targets import base_modules, base_name, embeddings_of, unwrapped_name
 
 __all__ = [
     "embedding_parameters",

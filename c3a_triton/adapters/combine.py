@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from c3a_triton.bases.linear_like import stored_tensor
+from c3a_triton.bases.weights import stored_tensor
 from c3a_triton.errors import ConfigError, ShapeError
 from c3a_triton.files.checkpoint import KERNEL_SUFFIX
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from c3a_triton._public import public
-from c3a_triton.bases.linear_like import stored_tensor
 from c3a_triton.bases.probe import behaviour
+from c3a_triton.bases.weights import stored_tensor
 from c3a_triton.errors import ConfigError
 from c3a_triton.operator.ops import add_circulant_, circulant_matrix
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from c3a_triton.bases.linear_like import gather_with, is_plain
+from c3a_triton.bases.linear_like import is_plain
+from c3a_triton.bases.sharded import gather_with
 from c3a_triton.errors import AdapterStateError, ShapeError
 from c3a_triton.operator.ops_rows import c3a_linear_rows
 

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from c3a_triton._public import public
-from c3a_triton.bases.linear_like import (
+from c3a_triton.bases.linear_like import geometry, is_plain, unfit_for_adapters
+from c3a_triton.bases.quantized import hold_layout
+from c3a_triton.bases.weights import (
     first_tensor,
-    geometry,
-    is_plain,
     kernel_device,
     rounding_dtype,
     stored_tensor,
-    unfit_for_adapters,
     weight_access,
 )
-from c3a_triton.bases.quantized import hold_layout
 from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, BackendError, ConfigError, ShapeError
-from c3a_triton.files.config import C3AConfig, check_block_size, plain, suggest_block_size
+from c3a_triton.files.block_sizes import check_block_size, suggest_block_size
+from c3a_triton.files.config import C3AConfig
+from c3a_triton.files.values import plain
 from c3a_triton.operator import spectra
 from c3a_triton.operator.dispatch import check_backend
 from c3a_triton.operator.ops import add_circulant_, c3a_linear, circulant_linear, circulant_matrix

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from c3a_triton._public import public
-from c3a_triton.bases.linear_like import gathered, is_sharded
 from c3a_triton.bases.quantized import hold_layout, release_layout
+from c3a_triton.bases.sharded import gathered, is_sharded
 from c3a_triton.errors import (
     AdapterStateError,
     C3AError,
@@ -23,6 +23,7 @@ from c3a_triton.files.config import C3AConfig
 
 from . import merging, pretrained
 from .activation import Activation
+from .base_model import base_module_names, base_modules, base_name, model_name_or_path, warn_tied
 from .beside import (
     embedding_parameters,
     embeddings_in,
@@ -32,28 +33,15 @@ from .beside import (
     warn_unsaved,
 )
 from .combine import combination, combined
+from .file_targets import check_file_values, find_file_targets, same_tensors, with_names_of
 from .injection import new_copy, new_layer, put_plain, replace_module, without_adapters
 from .layer import C3ALinear
 from .ownership import check_owner
 from .parameters import check_adapter_name
-from .renaming import with_names_of
 from .report import count_parameters, summary_table
 from .row_names import RowNames
 from .samples import computes_the_same
-from .targets import (
-    Target,
-    base_module_names,
-    base_modules,
-    base_name,
-    check_file_values,
-    find_file_targets,
-    find_modules_to_save,
-    find_targets,
-    model_name_or_path,
-    same_tensors,
-    warn_tied,
-    with_task_heads,
-)
+from .targets import Target, find_modules_to_save, find_targets, with_task_heads
 from .untying import Untying, homes_of, plan_parts, tensors_by_name, untie
 from .watched import Watch
 from .wrapping import unwatch

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from c3a_triton.bases.linear_like import WeightAccess, fingerprint, is_transposed, weight_access
+from c3a_triton.bases.linear_like import is_transposed
+from c3a_triton.bases.weights import WeightAccess, fingerprint, weight_access
 from c3a_triton.errors import AdapterStateError
 
 from .merge_state import MergeState, enter, find

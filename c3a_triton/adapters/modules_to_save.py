@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from c3a_triton.bases.linear_like import whole
+from c3a_triton.bases.sharded import whole
 from c3a_triton.errors import AdapterStateError, ConfigError
 
 from .layer import C3ALinear

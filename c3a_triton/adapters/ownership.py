@@ -7,10 +7,10 @@ from torch import nn
 
 from c3a_triton.errors import AdapterStateError
 
+from .base_model import base_modules
 from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
 from .names import Scope
-from .targets import base_modules
 
 __all__ = ["check_owner", "is_own", "own_parts"]
 

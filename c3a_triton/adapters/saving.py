@@ -7,18 +7,19 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from c3a_triton.bases.linear_like import stored_tensor
+from c3a_triton.bases.model_names import unwrapped_name
+from c3a_triton.bases.weights import stored_tensor
 from c3a_triton.errors import AdapterStateError
 from c3a_triton.files.checkpoint import KERNEL_SUFFIX, write_adapter
 from c3a_triton.files.config import C3AConfig
 
 from . import pretrained
+from .base_model import base_module_names
 from .beside import embeddings_to_save
 from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
 from .names import Scope
 from .ownership import own_parts
-from .targets import base_module_names, unwrapped_name
 
 __all__ = ["AdapterTensors"]
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from c3a_triton.errors import AdapterStateError
 
+from .base_model import base_modules, embeddings_of
 from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
-from .targets import base_modules, embeddings_of
 
 __all__ = ["bare", "keep_ties", "release_ties"]
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from c3a_triton.bases.linear_like import is_sharded
+from c3a_triton.bases.sharded import is_sharded
 
+from .base_model import base_modules, embeddings_of
 from .hooks import remove_hooks
 from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
-from .targets import base_modules, embeddings_of
 
 __all__ = ["Watch"]
 

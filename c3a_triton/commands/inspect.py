@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from c3a_triton.adapters.file_targets import chosen_by_file
 from c3a_triton.adapters.report import format_bytes, format_table
-from c3a_triton.adapters.targets import chosen_by_file, find_targets
+from c3a_triton.adapters.targets import find_targets
 from c3a_triton.bases.linear_like import linear_widths
 from c3a_triton.bases.structure import load_structure
+from c3a_triton.files.block_sizes import valid_block_sizes
 from c3a_triton.files.checkpoint import KERNEL_SUFFIX, WEIGHTS_NAME, AdapterFile, config_state, read_adapter
-from c3a_triton.files.config import CONFIG_NAME, C3AConfig, valid_block_sizes
+from c3a_triton.files.config import CONFIG_NAME, C3AConfig
 
 from .options import add_command, add_target_options, module_choice, print_json
 

@@ -23,16 +23,9 @@ from safetensors.torch import save_file
 
 from c3a_triton.errors import CheckpointError
 
-from .config import (
-    CONFIG_NAME,
-    MAX_CONFIG_BYTES,
-    C3AConfig,
-    flush_to_disk,
-    read_config_file,
-    temporary_path,
-    write_temporary,
-)
-from .patterns import peft_safe_pattern, peft_safe_targets
+from .atomic import flush_to_disk, temporary_path, write_temporary
+from .config import CONFIG_NAME, MAX_CONFIG_BYTES, C3AConfig, read_config_file
+from .peft_rules import peft_safe_pattern, peft_safe_targets
 
 __all__ = [
     "KERNEL_SUFFIX",

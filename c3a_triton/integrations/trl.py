@@ -18,7 +18,7 @@ from torch import nn
 
 from c3a_triton.adapters.manager import AdapterManager
 from c3a_triton.adapters.pretrained import is_fused_by_trl, refuse_adapted_head
-from c3a_triton.bases.linear_like import is_sharded
+from c3a_triton.bases.sharded import is_sharded
 from c3a_triton.errors import AdapterStateError
 
 __all__ = ["patch_trl", "patch_trl_when_imported", "reference_of", "unpatch_trl"]

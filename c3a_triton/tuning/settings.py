@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from c3a_triton.errors import ConfigError
 from c3a_triton.files.config import C3AConfig
-from c3a_triton.files.patterns import block_size_for, peft_block_size_for, peft_safe_targets
+from c3a_triton.files.patterns import block_size_for
+from c3a_triton.files.peft_rules import peft_block_size_for, peft_safe_targets
 
 __all__ = ["chosen_config", "minimal_pattern"]
 
