@@ -508,7 +508,10 @@ class C3ALinear(nn.Module):
         """
         names = self.unmerged(adapter_names)
         if names:
-            merging.check_merge(self, names, finite=finite, beside=beside)
+            group = [(self, names), *beside]
+            merging.check(group)
+            if finite:
+                merging.finite_sum(group)
 
     def weight_place(self) -> Hashable | None:
         """What is equal for layers whose weight is the same memory, or None where that does not count."""

@@ -3,7 +3,7 @@
 import os
 import sys
 import warnings
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,7 +35,6 @@ from .beside import (
 from .combine import combination, combined
 from .file_targets import check_file_values, find_file_targets, same_tensors, with_names_of
 from .injection import new_copy, new_layer, put_plain, replace_module, without_adapters
-from .layer import C3ALinear
 from .ownership import check_owner
 from .parameters import check_adapter_name
 from .report import count_parameters, summary_table
@@ -372,21 +371,20 @@ class AdapterManager(Activation):
         work = [item for item in work if item[2]]
         if not merge_uncalled:
             work = self._watch.without_uncalled(work)
-        sharing: dict[
-            Hashable, list[tuple[C3ALinear, list[str]]]
-        ] = {}  # layers of one weight are merged into it together
-        for _, layer, left in work:
-            layer.check_merge(left)
-            sharing.setdefault(layer.weight_place() or id(layer), []).append((layer, left))
-        for (layer, left), *beside in sharing.values() if safe_merge else ():
-            layer.check_merge(left, finite=True, beside=beside)
+        # Layers of one weight are merged into it together.
+        groups = merging.by_weight([(layer, left) for _, layer, left in work])
+        for group in groups:
+            merging.check(group)
+        for group in groups if safe_merge else ():
+            merging.finite_sum(group)
         warn_tied(self.model, [name for name, _, _ in work], "merging changes both")
-        for done, (_, layer, left) in enumerate(work, start=1):
-            merging.merge(layer, left, keep_base)
+        done = 0
+        for group in groups:
+            merging.add(group, keep_base)
+            done += len(group)
             if progressbar:
-                print(
-                    f"\rmerging {done}/{len(work)}", end="\n" if done == len(work) else "", file=sys.stderr, flush=True
-                )
+                end = "\n" if done == len(work) else ""
+                print(f"\rmerging {done}/{len(work)}", end=end, file=sys.stderr, flush=True)
 
     def unmerge_adapter(self) -> None:
         """Bring back the base weights as they were before anything was merged, bit for bit.

@@ -3,7 +3,7 @@
 Layers are `C3ALinear`s, which stand on this file.
 """
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,108 +15,146 @@ from c3a_triton.errors import AdapterStateError
 
 from .merge_state import MergeState, enter, find
 
-__all__ = ["KEEP_BASE", "bring_back", "check_merge", "check_unmerge", "merge", "move", "unmerge_all"]
+__all__ = [
+    "KEEP_BASE",
+    "add",
+    "bring_back",
+    "by_weight",
+    "check",
+    "check_unmerge",
+    "finite_sum",
+    "merge",
+    "move",
+    "unmerge_all",
+]
 
 KEEP_BASE = ("cpu", "device", None)
 
+Group = Sequence[tuple[Any, list[str]]]
+"""Layers of one weight, each with those of its adapters that are to be merged there."""
 
-def check_merge(
-    layer: Any, names: list[str], *, finite: bool = False, beside: Iterable[tuple[Any, list[str]]] = ()
-) -> None:
-    """Raise what `merge` would raise, and change nothing.
 
-    Args:
-        layer: the layer.
-        names: the adapters to merge, which it has.
-        finite: whether the sum has to be finite.
-        beside: other layers of the same weight, with the adapters that are to be merged there too.
+def by_weight(work: Group) -> list[Group]:
+    """Layers, each with the adapters to merge there, in groups that have one weight."""
+    groups: dict[Hashable, list[tuple[Any, list[str]]]] = {}
+    for layer, names in work:
+        groups.setdefault(layer.weight_place() or id(layer), []).append((layer, names))
+    return list(groups.values())
+
+
+def check(group: Group) -> None:
+    """Refuse a weight that cannot be merged into, or is not what it was after the last merge. It is read once.
 
     Raises:
-        AdapterStateError: as `merge`.
+        AdapterStateError: it cannot be merged into or was changed since, or adapters are disabled.
     """
-    _, weight = _read_unchanged(layer)
-    if finite:
-        _finite_sum(layer, weight, names, beside)
+    mark: int | None = None
+    for layer, _ in group:
+        if layer.disable_adapters:
+            raise AdapterStateError(f"{layer._label}: adapters are disabled; enable them before merging")
+        access, weight = _read(layer)
+        state = layer._merge_state or find(access.place())
+        if state is None or state.kept is None:
+            continue
+        mark = fingerprint(weight) if mark is None else mark
+        if state.mark != mark:
+            raise AdapterStateError(
+                f"{layer._label}: the base weight was changed after {state.merged_adapters} were merged into it, so "
+                "that bringing back the original would undo that change. Load the base weight again, or keep the "
+                "merged one (merge_and_unload)"
+            )
 
 
 @torch.no_grad()
-def merge(layer: Any, names: list[str], keep_base: str | None, safe_merge: bool = False) -> None:
-    """Add these adapters' ΔW to the weight under a layer.
-
-    Args:
-        layer: the layer.
-        names: adapters that it has and that are not merged.
-        keep_base: where the original is kept, of `KEEP_BASE`.
-        safe_merge: refuse a sum that is not finite.
+def finite_sum(group: Group) -> Tensor:
+    """What merging makes of the weight, as the first layer reads it.
 
     Raises:
-        AdapterStateError: the weight cannot be merged into or was changed since the last merge, adapters are disabled,
-            or with `safe_merge` the sum is not finite. The layer stays as it was.
+        AdapterStateError: it is not finite.
     """
-    access, weight = _read_unchanged(layer)
-    merged = _finite_sum(layer, weight, names) if safe_merge else None
-    state = layer._merge_state or find(access.place())
-    if state is None:
-        state = MergeState(None if keep_base is None else access.keep(keep_base), keep_base, _is_transposed(layer))
-    if merged is None:
-        merged = weight if access.in_place else weight.clone()
-        layer._add_delta_(merged, names)
-    if merged is not weight:
-        _write(layer, access, merged)
-    if state.kept is not None:  # otherwise nothing can be brought back, and there is nothing to guard
-        state.mark = fingerprint(access.read())
-    layer._merge_state = state
-    layer.merged_adapters.extend(names)
-    enter(state, layer)
-    layer._refresh()
+    first, names = group[0]
+    total = _read(first)[1].clone()
+    for layer, its_names in group:
+        layer._add_delta_(total if _is_transposed(layer) == _is_transposed(first) else total.t(), its_names)
+    if not torch.isfinite(total).all():
+        raise AdapterStateError(
+            f"{first._label}: merging {names} gives a weight that is not finite; nothing was merged"
+        )
+    return total
+
+
+@torch.no_grad()
+def add(group: Group, keep_base: str | None) -> None:
+    """Add the adapters' ΔW to their weight, without a check, and note what the weight is then.
+
+    Where a layer fails, those before it stay merged and can be unmerged.
+
+    Args:
+        group: layers of one weight, with the adapters to merge there.
+        keep_base: where the original is kept, of `KEEP_BASE`.
+
+    Raises:
+        AdapterStateError: the new weight cannot be put in the place of the former one.
+    """
+    states: list[MergeState] = []
+    try:
+        for layer, names in group:
+            access, weight = _read(layer)
+            state = layer._merge_state or find(access.place())
+            if state is None:
+                kept = None if keep_base is None else access.keep(keep_base)
+                state = MergeState(kept, keep_base, _is_transposed(layer))
+            _add_delta(layer, names, access, weight)
+            layer._merge_state = state
+            layer.merged_adapters.extend(names)
+            enter(state, layer)
+            layer._refresh()
+            states.append(state)
+    finally:
+        guarded = [state for state in states if state.kept is not None]  # of others nothing can be brought back
+        mark = fingerprint(_read(layer)[1]) if guarded else None
+        for state in guarded:
+            state.mark = mark
+
+
+def merge(layer: Any, names: list[str], keep_base: str | None, safe_merge: bool) -> None:
+    """Merge these adapters of one layer, which it has and which are not merged, if they can be.
+
+    Raises:
+        AdapterStateError: as `check`, as `finite_sum` with `safe_merge`, and as `add`. The layer stays as it was.
+    """
+    group = [(layer, names)]
+    check(group)
+    if safe_merge:
+        finite_sum(group)
+    add(group, keep_base)
 
 
 def _is_transposed(layer: Any) -> bool:
     return is_transposed(layer.get_base_layer())
 
 
-def _write(layer: Any, access: WeightAccess, weight: Tensor) -> None:
-    try:
-        access.write(weight)
-    except AdapterStateError as error:
-        raise AdapterStateError(f"{layer._label}: {error}") from error
-
-
-def _read_unchanged(layer: Any) -> tuple[WeightAccess, Tensor]:
-    """The base weight and the way to change it, if it is what it was after the last merge."""
-    if layer.disable_adapters:
-        raise AdapterStateError(f"{layer._label}: adapters are disabled; enable them before merging")
+def _read(layer: Any) -> tuple[WeightAccess, Tensor]:
+    """The weight under a layer, [out, in], and the way to change it."""
     try:
         access = weight_access(layer)
-        weight = access.read()
+        return access, access.read()
     except AdapterStateError as error:
         raise AdapterStateError(f"{layer._label}: {error}") from None
-    state = layer._merge_state or find(access.place())
-    if state is not None and state.kept is not None and (state.mark is None or fingerprint(weight) != state.mark):
-        raise AdapterStateError(
-            f"{layer._label}: the base weight was changed after {state.merged_adapters} were merged into it, so "
-            "that bringing back the original would undo that change. Load the base weight again, or keep the "
-            "merged one (merge_and_unload)"
-        )
-    return access, weight
 
 
-@torch.no_grad()
-def _finite_sum(layer: Any, weight: Tensor, names: list[str], beside: Iterable[tuple[Any, list[str]]] = ()) -> Tensor:
-    merged = weight.clone()
-    layer._add_delta_(merged, names)
-    for other, its_names in beside:
-        same_order = _is_transposed(other) == _is_transposed(layer)
-        other._add_delta_(merged if same_order else merged.t(), its_names)
-    if not torch.isfinite(merged).all():
-        raise AdapterStateError(
-            f"{layer._label}: merging {names} gives a weight that is not finite; nothing was merged"
-        )
-    return merged
+def _add_delta(layer: Any, names: list[str], access: WeightAccess, weight: Tensor) -> None:
+    total = weight if access.in_place else weight.clone()
+    layer._add_delta_(total, names)
+    if not access.in_place:
+        try:
+            access.write(total)
+        except AdapterStateError as error:
+            raise AdapterStateError(f"{layer._label}: {error}") from error
 
 
 def check_unmerge(layer: Any) -> None:
-    """Raise what keeps a merged layer's weight from being brought back, and change nothing.
+    """Refuse a layer's weight that cannot be brought back.
 
     Raises:
         AdapterStateError: the original was not kept, or the merged weight was changed in between.
@@ -126,7 +164,7 @@ def check_unmerge(layer: Any) -> None:
             f"{layer._label}: {layer.merged_adapters} were merged with keep_base=None, so the base weight is gone; "
             'load the base model again, or merge with keep_base="cpu"'
         )
-    _read_unchanged(layer)
+    check([(layer, [])])
 
 
 @torch.no_grad()
@@ -145,13 +183,9 @@ def bring_back(layer: Any, *, everyone: bool = False) -> None:
         part._refresh()
     left = [other for other in others if other.merged]
     for other in left:
-        access = weight_access(other)
-        weight = access.read()
-        other._add_delta_(weight, other.merged_adapters)
-        if not access.in_place:
-            _write(other, access, weight)
+        _add_delta(other, other.merged_adapters, *_read(other))
     if left:
-        state.mark = fingerprint(weight_access(left[-1]).read())
+        state.mark = fingerprint(_read(left[-1])[1])
 
 
 def unmerge_all(layers: Iterable[Any]) -> bool:
