@@ -22,12 +22,13 @@ from .targets import Target
 
 __all__ = ["layer_class", "new_copy", "new_layer", "put_plain", "replace_module", "without_adapters"]
 
+_CLASSES = {"linear": C3ALinear, "conv2d": C3AConv2d, "embedding": C3AEmbedding}
+
 
 def layer_class(base: nn.Module) -> type[C3ALinear]:
     """What adapts a base layer."""
     sizes = geometry(base)
-    kind = "linear" if sizes is None else sizes.kind
-    return {"linear": C3ALinear, "conv2d": C3AConv2d, "embedding": C3AEmbedding}[kind]
+    return C3ALinear if sizes is None else _CLASSES[sizes.kind]
 
 
 def new_layer(
@@ -38,7 +39,7 @@ def new_layer(
     tensors: Mapping[str, Tensor] | None,
     *,
     backend: str,
-    active: list[str] | None,
+    active: list[str],
 ) -> tuple[C3ALinear, nn.Parameter]:
     """The adapted layer of a target, which is not put into the model yet, and a kernel, which is not the layer's yet.
 
@@ -49,30 +50,31 @@ def new_layer(
         init_weights: as in `C3AConfig`.
         tensors: a file's, which take the place of initial values.
         backend: what a new layer gets, where there is a choice.
-        active: what a new layer has as active adapters; None: the new one.
+        active: what a new layer has as active adapters.
 
     Raises:
         AdapterStateError: the layer has an adapter of that name.
         CheckpointError: the layer is on the meta device, where a file's values would be lost.
+        ConfigError: an unknown `init_weights`, or an embedding that cannot be adapted.
     """
     layer = target.module
-    init_weights = init_weights if tensors is None else True
-    if isinstance(layer, C3ALinear):
-        if adapter_name in layer.c3a_kernel:
-            raise AdapterStateError(f"{target.name} has an adapter {adapter_name!r} that nobody here knows")
-        kernel = layer._new_kernel(adapter_name, target.block_size, init_weights)
-    else:
-        new_class = layer_class(layer)
-        backend = backend if new_class.has_backends else "auto"
-        layer = new_class(layer, adapter_name, target.block_size, init_weights, backend=backend, layer_name=target.name)
+    if not isinstance(layer, C3ALinear):
+        new_class = _CLASSES[target.sizes.kind]
+        layer = new_class._around(
+            layer,
+            target.sizes,
+            active=active,
+            backend=backend if new_class.has_backends else "auto",
+            layer_name=target.name,
+        )
         layer.quantization_config = torchao_config_of(model)
         layer._register_state_dict_hook(pretrained.warn_outer_save)
-        kernel = layer.c3a_kernel[adapter_name]
-        if active is not None:
-            layer.set_adapter(active)
         if isinstance(model.get_submodule(target.name.rpartition(".")[0]), nn.TransformerEncoderLayer):
             # torch's fused encoder layer reads the weights and calls no layer; any hook makes it step aside.
             layer.register_forward_pre_hook(_do_nothing)
+    elif adapter_name in layer.c3a_kernel:
+        raise AdapterStateError(f"{target.name} has an adapter {adapter_name!r} that nobody here knows")
+    kernel = layer._new_kernel(target.block_size, init_weights if tensors is None else True)
     if tensors is not None:
         if kernel.is_meta:
             raise CheckpointError(

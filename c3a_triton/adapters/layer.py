@@ -8,12 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from c3a_triton._public import public
-from c3a_triton.bases.linear_like import geometry, is_plain, unfit_for_adapters
+from c3a_triton.bases.linear_like import Geometry, geometry, is_plain, unfit_for_adapters
 from c3a_triton.bases.quantized import hold_layout
 from c3a_triton.bases.weights import (
     first_tensor,
-    kernel_device,
-    rounding_dtype,
     stored_tensor,
     weight_access,
 )
@@ -29,7 +27,7 @@ from . import merging
 from .forward import COMPUTED_DTYPES, general_forward
 from .merge_state import MergeState, enter
 from .names import Scope, uncompiled
-from .parameters import check_adapter_name, initialise, set_requires_grad, watch
+from .parameters import check_adapter_name, initialise, new_kernel, set_requires_grad, watch
 
 __all__ = ["C3ALinear"]
 
@@ -88,39 +86,53 @@ class C3ALinear(nn.Module):
         backend: str = "auto",
         layer_name: str = "",
     ) -> None:
-        super().__init__()
         check_backend(backend)
         if backend != "auto" and not self.has_backends:
             raise BackendError(f"{layer_name or type(self).__name__} has no choice of backend, got {backend!r}")
-        self.base_layer = base_layer
-        self.c3a_kernel = nn.ParameterDict()
-        self.block_size: dict[str, int] = {}
-        self.merged_adapters: list[str] = []
-        self.training = self.c3a_kernel.training = base_layer.training
-        self._active_adapters = [adapter_name]
-        self._disable_adapters = False
-        self._prepare(backend, layer_name)
+        self._wrap(base_layer, [adapter_name], backend, layer_name)
+        hold_layout(base_layer)
         if reason := unfit_for_adapters(self.get_base_layer()):
             raise ConfigError(f"{self._label}: {reason}")
         self.update_layer(adapter_name, block_size, init_weights, config=config)
 
     # What the forward reads
 
-    def _prepare(self, backend: str, layer_name: str) -> None:
+    @classmethod
+    def _around(
+        cls, base_layer: nn.Module, sizes: Geometry, *, active: list[str], backend: str, layer_name: str
+    ) -> "C3ALinear":
+        """A layer without adapters around a base layer of which everything has been checked."""
+        layer = cls.__new__(cls)
+        layer._wrap(base_layer, active, backend, layer_name, sizes)
+        return layer
+
+    def _wrap(
+        self, base_layer: nn.Module, active: list[str], backend: str, layer_name: str, sizes: Geometry | None = None
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.c3a_kernel = nn.ParameterDict()
+        self.block_size: dict[str, int] = {}
+        self.merged_adapters: list[str] = []
+        self.training = self.c3a_kernel.training = base_layer.training
+        self._active_adapters = list(active)
+        self._disable_adapters = False
+        self._prepare(backend, layer_name, sizes)
+
+    def _prepare(self, backend: str, layer_name: str, sizes: Geometry | None = None) -> None:
         """Set everything but PEFT's state, with which a layer of PEFT's becomes one of these (`integrations.peft`)."""
         self.backend = backend
         self.layer_name = layer_name
         self._scope = Scope()
         self._merge_state: MergeState | None = None
         self.quantization_config: Any = None
-        sizes = geometry(self.get_base_layer())
+        sizes = sizes or geometry(self.get_base_layer())
         if sizes is None or sizes.kind != self.kind:
             raise ConfigError(
                 f"{self._label}: {type(self.base_layer).__name__} is not of kind {self.kind}, of known widths"
             )
         self._geometry = sizes
         self.in_features, self.out_features = sizes.in_features, sizes.out_features
-        hold_layout(self.base_layer)
         self._watch()
 
     def _watch(self) -> None:
@@ -283,18 +295,6 @@ class C3ALinear(nn.Module):
             AdapterStateError: the adapter of that name is merged.
         """
         config = None if config is None else C3AConfig.from_any(config)
-        kernel = self._new_kernel(adapter_name, block_size, init_weights, config)
-        self._install(adapter_name, kernel, trainable=config is None or not config.inference_mode)
-
-    @torch.inference_mode(False)  # a parameter that is made in inference mode can never be trained
-    def _new_kernel(
-        self,
-        adapter_name: str,
-        block_size: int | str | None = None,
-        init_weights: bool | str | None = None,
-        config: C3AConfig | None = None,
-    ) -> nn.Parameter:
-        """An initialised kernel that is not yet part of the layer, which stays as it is."""
         check_adapter_name(adapter_name)
         if adapter_name in self.merged_adapters:
             raise AdapterStateError(f"{self._label}: adapter {adapter_name!r} is merged; unmerge before replacing it")
@@ -302,20 +302,17 @@ class C3ALinear(nn.Module):
             block_size = _DEFAULT_BLOCK_SIZE if config is None else config.block_size
         if init_weights is None:
             init_weights = "xavier_uniform" if config is None else config.init_weights
-        init_weights = plain(init_weights)
         if block_size == "auto":
             rank = None if config is None else config.rank
             block_size = suggest_block_size(*self._geometry.divided, rank=rank)
         b: int = plain(block_size)
         check_block_size(b, *self._geometry.divided, self._label + self._geometry.what)
-        base = self.get_base_layer()
-        shape = self._geometry.kernel_shape(b)
-        kernel = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=kernel_device(base)))
-        initialise(kernel, init_weights, self.in_features, self.out_features, self._label)
-        dtype = rounding_dtype(base)
-        if dtype is not None and init_weights is not True:
-            kernel.data = kernel.data.to(dtype).float()
-        return kernel
+        kernel = self._new_kernel(b, plain(init_weights))
+        self._install(adapter_name, kernel, trainable=config is None or not config.inference_mode)
+
+    def _new_kernel(self, block_size: int, init_weights: bool | str) -> nn.Parameter:
+        """An initialised kernel that is not yet part of the layer, which stays as it is."""
+        return new_kernel(self.get_base_layer(), self._geometry, block_size, init_weights, self._label)
 
     def _install(self, adapter_name: str, kernel: nn.Parameter, *, trainable: bool = True) -> None:
         kernel.requires_grad_(trainable and adapter_name in self._active_adapters and not self._disable_adapters)
@@ -333,8 +330,7 @@ class C3ALinear(nn.Module):
         self._check_known(adapter_name)
         if adapter_name in self.merged_adapters:
             raise AdapterStateError(f"{self._label}: adapter {adapter_name!r} is merged; unmerge before resetting it")
-        kernel = self.c3a_kernel[adapter_name]
-        initialise(kernel, init_weights, self.in_features, self.out_features, self._label)
+        initialise(self.c3a_kernel[adapter_name], init_weights, self._geometry, self._label)
         self._refresh()
 
     def _check_known(self, adapter_name: str) -> None:

@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from c3a_triton.bases.quantized import hold_layout, release_layout
 from c3a_triton.bases.sharded import gathered, is_sharded
 from c3a_triton.errors import (
     AdapterStateError,
-    C3AError,
     ConfigError,
 )
 from c3a_triton.files.checkpoint import peft_config, read_adapter
@@ -236,24 +236,9 @@ class AdapterManager(Activation):
                 'adapter; use bias="none"'
             )
         is_first = not self._configs
-        try:
-            layers = [
-                new_layer(
-                    self.model,
-                    target,
-                    adapter_name,
-                    config.init_weights,
-                    tensors,
-                    backend=self.backend,
-                    active=None if is_first else self._active,
-                )
-                for target in targets
-            ]
-            copies = [new_copy(name, module, tensors) for name, module in saved]
-        except C3AError:
-            if is_first:
-                release_layout(self.model)
-            raise
+        new = partial(new_layer, self.model, backend=self.backend, active=self._active)
+        layers = [new(target, adapter_name, config.init_weights, tensors) for target in targets]
+        copies = [new_copy(name, module, tensors) for name, module in saved]
 
         if is_first:
             self.model.requires_grad_(False)

@@ -112,7 +112,7 @@ def add(group: Group, keep_base: str | None) -> None:
             states.append(state)
     finally:
         guarded = [state for state in states if state.kept is not None]  # of others nothing can be brought back
-        mark = fingerprint(_read(layer)[1]) if guarded else None
+        mark = fingerprint(access.read()) if guarded else None
         for state in guarded:
             state.mark = mark
 

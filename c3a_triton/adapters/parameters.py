@@ -4,13 +4,16 @@ import math
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from c3a_triton.bases.linear_like import Geometry
+from c3a_triton.bases.weights import kernel_device, rounding_dtype
 from c3a_triton.errors import ConfigError
 
 from .names import BASE_ROW
 
-__all__ = ["check_adapter_name", "initialise", "set_requires_grad", "watch"]
+__all__ = ["check_adapter_name", "initialise", "new_kernel", "set_requires_grad", "watch"]
 
 _RESERVED_NAMES = frozenset(dir(nn.ParameterDict())) | frozenset(dir(nn.ModuleDict()))
 
@@ -79,7 +82,23 @@ def watch(container: nn.ParameterDict, layer: Any) -> None:
     watched.layers.add(layer)
 
 
-def initialise(kernel: Tensor, init_weights: bool | str, in_features: int, out_features: int, layer: str) -> None:
+@torch.inference_mode(False)  # a parameter that is made in inference mode can never be trained
+def new_kernel(base: nn.Module, sizes: Geometry, block_size: int, init_weights: bool | str, layer: str) -> nn.Parameter:
+    """A new adapter's w for a base layer of these sizes, float32, where that computes.
+
+    Raises:
+        ConfigError: an unknown `init_weights`; the message names the layer.
+    """
+    shape = sizes.kernel_shape(block_size)
+    kernel = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=kernel_device(base)))
+    initialise(kernel, init_weights, sizes, layer)
+    dtype = rounding_dtype(base)
+    if dtype is not None and init_weights is not True:
+        kernel.data = kernel.data.to(dtype).float()
+    return kernel
+
+
+def initialise(kernel: Tensor, init_weights: bool | str, sizes: Geometry, layer: str) -> None:
     """Give a kernel its first values, in place, by PEFT's distributions; True means zeros.
 
     Raises:
@@ -90,10 +109,10 @@ def initialise(kernel: Tensor, init_weights: bool | str, in_features: int, out_f
     elif init_weights == "gaussian":
         nn.init.normal_(kernel)
     elif init_weights is False or init_weights == "xavier_uniform":
-        bound = math.sqrt(3.0) * math.sqrt(2.0 / (in_features + out_features))
+        bound = math.sqrt(3.0) * math.sqrt(2.0 / (sizes.in_features + sizes.out_features))
         nn.init.uniform_(kernel, -bound, bound)
     elif init_weights == "kaiming_uniform":
-        bound = math.sqrt(1.0 / in_features)
+        bound = math.sqrt(1.0 / sizes.in_features)
         nn.init.uniform_(kernel, -bound, bound)
     else:
         raise ConfigError(
