@@ -15,7 +15,7 @@ from .base_model import near_names
 from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
 from .names import BASE_ROW, Scope
-from .ownership import own_parts
+from .ownership import own_copies, own_layers, own_parts
 from .saving import AdapterTensors
 from .wrapping import Wrappers
 
@@ -57,15 +57,17 @@ class Activation:
 
     def layers(self) -> Iterator[tuple[str, C3ALinear]]:
         """(name, layer) of every adapted layer."""
-        for name, part in own_parts(self.model, self._scope):
-            if isinstance(part, C3ALinear):
-                yield name, part
+        return own_layers(self.model, self._scope)
 
     def _saved_modules(self) -> list[tuple[str, ModulesToSave]]:
-        return [(name, part) for name, part in own_parts(self.model, self._scope) if isinstance(part, ModulesToSave)]
+        return own_copies(self.model, self._scope)
 
     def _parts(self) -> list[C3ALinear | ModulesToSave]:
         return [part for _, part in own_parts(self.model, self._scope)]
+
+    def _merged(self) -> list[str]:
+        """Names of the adapters that are merged into any layer."""
+        return sorted({name for _, layer in self.layers() for name in layer.merged_adapters})
 
     def _known(self, adapter_names: str | Iterable[str]) -> list[str]:
         """The names as a list, each once, if all are known."""
@@ -175,8 +177,7 @@ class Activation:
         if not names or not all(isinstance(name, str) for name in names):
             raise ConfigError(f"using() takes a list with one adapter name per row, got {adapter_names!r}")
         self._known(name for name in names if name != BASE_ROW)
-        merged = sorted({name for _, layer in self.layers() for name in layer.merged_adapters})
-        if merged:
+        if merged := self._merged():
             raise AdapterStateError(f"rows cannot have adapters of their own while {merged} are merged: unmerge first")
         return names
 

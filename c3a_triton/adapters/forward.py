@@ -8,10 +8,10 @@ from torch import Tensor
 
 from c3a_triton.bases.linear_like import is_plain
 from c3a_triton.bases.sharded import gather_with
-from c3a_triton.errors import AdapterStateError, ShapeError
+from c3a_triton.errors import AdapterStateError, BackendError, ShapeError
 from c3a_triton.operator.ops_rows import c3a_linear_rows
 
-from .names import expand_rows, row_indices
+from .names import expand_rows, rows_of_call
 
 __all__ = ["COMPUTED_DTYPES", "general_forward"]
 
@@ -54,9 +54,11 @@ def general_forward(
         rows = torch.tensor([index.get(name, -1) for name in names], device="cpu")
         return _forward_rows(layer, present, rows, x, *args, **kwargs)
     if kind == "rows":
-        if x.dim() == 1 and layer.kind == "linear":  # a single vector, which is no batch
-            return _forward_rows(layer, *_rows_of_call(layer, x[None]), x[None], *args, **kwargs)[0]
-        return _forward_rows(layer, *_rows_of_call(layer, x), x, *args, **kwargs)
+        is_vector = x.dim() == 1 and layer.kind == "linear"  # a single one, which is no batch
+        x = x[None] if is_vector else x
+        call = rows_of_call(layer._scope, layer._label, x, layer.c3a_kernel)
+        y = _forward_rows(layer, *call, x, *args, **kwargs)
+        return y[0] if is_vector else y
     y = layer.base_layer(x, *args, **kwargs)
     dtype = x.dtype if x.is_floating_point() else y.dtype
     if kind == "base":
@@ -69,21 +71,8 @@ def general_forward(
     if kernels and torch._C._get_tracing_state() is None:
         _check_base_output(layer, x, y)
     for kernel in _sums_by_block_size(kernels):
-        y = y + layer._delta(x, kernel, layer._exact_backend).to(y.dtype)
+        y = y + layer._delta(x, kernel, _backend_beside_base(layer)).to(y.dtype)
     return y.to(dtype)
-
-
-def _rows_of_call(layer: Any, x: Tensor) -> tuple[tuple[str, ...], Tensor]:
-    """Adapters of this layer, and for each of x's rows the index of its own among them (−1 for none)."""
-    if torch.compiler.is_compiling():
-        present = tuple(layer.c3a_kernel)  # which of them the rows have is known when the graph runs
-        return present, row_indices(layer._scope, x, layer._label, present)
-    call = layer._scope.present()
-    assert call is not None
-    assert call.names is not None
-    present = tuple(name for name in dict.fromkeys(call.names) if name in layer.c3a_kernel)
-    layer._scope.check_layout(layer._label, x, call)
-    return present, call.rows(present, x.shape[0])
 
 
 def _check_base_output(layer: Any, x: Tensor, y: Tensor) -> None:
@@ -132,7 +121,7 @@ def _delta_rows(
     if layer.kind != "linear":
         return _delta_by_adapter(layer, x, kernels, rows)
     try:
-        return c3a_linear_rows(x, weight, bias, kernels, rows, backend=layer._exact_backend)
+        return c3a_linear_rows(x, weight, bias, kernels, rows, backend=_backend_beside_base(layer))
     except ShapeError as error:
         raise ShapeError(f"{layer._label}: {error}") from None
 
@@ -143,7 +132,7 @@ def _delta_by_adapter(layer: Any, x: Tensor, kernels: list[Tensor], rows: Tensor
     for i, kernel in enumerate(kernels):
         # A graph cannot depend on how many rows an adapter has: there each adapter computes them all.
         chosen = None if torch.compiler.is_compiling() else (rows == i).nonzero().squeeze(1).to(x.device)
-        part = layer._delta(x if chosen is None else x.index_select(0, chosen), kernel, layer._exact_backend)
+        part = layer._delta(x if chosen is None else x.index_select(0, chosen), kernel, _backend_beside_base(layer))
         if total is None:
             total = part.new_zeros(x.shape[0], *part.shape[1:])
         # An adapter that was added after a cast to float64 is in float32 beside the others.
@@ -165,3 +154,20 @@ def _sums_by_block_size(kernels: Sequence[Tensor]) -> list[Tensor]:
         b = kernel.shape[-1]
         sums[b] = sums[b] + kernel if b in sums else kernel
     return list(sums.values())
+
+
+def _backend_beside_base(layer: Any) -> str:
+    """The backend of adapters that are computed beside the base layer."""
+    if layer.backend != "auto" and not layer.has_backends:
+        raise BackendError(
+            f"{layer._label}: backend {layer.backend!r} is for linear layers; a {layer.kind} layer has no choice of "
+            "backend: leave it at 'auto'"
+        )
+    if layer.backend == "fold":
+        raise BackendError(
+            f"{layer._label}: backend 'fold' adds the adapters to the weight of a plain nn.Linear. Here they are "
+            "computed beside the base layer: it is of another kind, hooked, offloaded or called with more than x, "
+            "the adapters are on another device or of 8 bits, or each row of the batch has its "
+            "own. Choose another backend for this layer, such as 'auto'"
+        )
+    return layer.backend

@@ -203,29 +203,6 @@ class C3ALinear(nn.Module):
         """What one adapter adds for x, on x's device."""
         return circulant_linear(x, kernel, backend=backend)
 
-    @property
-    def _exact_backend(self) -> str:
-        """The backend of adapters that are computed beside the base layer."""
-        if self.backend != "auto" and not self.has_backends:
-            raise BackendError(
-                f"{self._label}: backend {self.backend!r} is for linear layers; a {self.kind} layer has no choice of "
-                "backend: leave it at 'auto'"
-            )
-        if self.backend == "fold":
-            raise BackendError(
-                f"{self._label}: backend 'fold' adds the adapters to the weight of a plain nn.Linear. Here they are "
-                "computed beside the base layer: it is of another kind, hooked, offloaded or called with more than x, "
-                "the adapters are on another device or of 8 bits, or each row of the batch has its "
-                "own. Choose another backend for this layer, such as 'auto'"
-            )
-        return self.backend
-
-    @property
-    def _row_adapters(self) -> tuple[str, ...] | None:
-        """What a call would have now as names of its rows."""
-        call = self._scope.present()
-        return None if call is None else call.names
-
     # PEFT's attributes
 
     @property

@@ -202,7 +202,7 @@ class AdapterManager(Activation):
             CheckpointError: the folder cannot be read, or has other tensors than the adapter. Nothing has changed.
         """
         self._known(adapter_name)
-        if any(adapter_name in layer.merged_adapters for _, layer in self.layers()):
+        if adapter_name in self._merged():
             raise AdapterStateError(f"adapter {adapter_name!r} is merged: unmerge it before its values are replaced")
         for name, layer in self.layers():
             if adapter_name not in layer.c3a_kernel:
@@ -275,7 +275,7 @@ class AdapterManager(Activation):
         """
         self._known(adapter_name)
         self._check_unused(adapter_name)
-        if any(adapter_name in layer.merged_adapters for _, layer in self.layers()):
+        if adapter_name in self._merged():
             raise AdapterStateError(f"adapter {adapter_name!r} is merged: unmerge it before deleting it")
         if adapter_name in self._active:
             active, inference_mode = [name for name in self._active if name != adapter_name], self._inference_mode
@@ -342,7 +342,7 @@ class AdapterManager(Activation):
         if keep_base not in merging.KEEP_BASE:
             raise ConfigError(f"keep_base must be one of {merging.KEEP_BASE}, got {keep_base!r}")
         names = self._active if adapter_names is None else self._known(adapter_names)
-        merged = sorted({name for _, layer in self.layers() for name in layer.merged_adapters})
+        merged = self._merged()
         if merged and not any(layer.unmerged(names) for _, layer in self.layers()):
             warnings.warn(f"{merged} are merged already, nothing to do", stacklevel=2)
         elif merged and set(names) - set(merged):
@@ -352,8 +352,7 @@ class AdapterManager(Activation):
     def _merge(
         self, names: list[str], safe_merge: bool, keep_base: str | None, progressbar: bool, merge_uncalled: bool
     ) -> None:
-        work = [(name, layer, layer.unmerged(names)) for name, layer in self.layers()]
-        work = [item for item in work if item[2]]
+        work = [(name, layer, left) for name, layer in self.layers() if (left := layer.unmerged(names))]
         if not merge_uncalled:
             work = self._watch.without_uncalled(work)
         # Layers of one weight are merged into it together.

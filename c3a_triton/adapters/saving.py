@@ -17,9 +17,8 @@ from . import pretrained
 from .base_model import base_module_names
 from .beside import embeddings_to_save
 from .layer import C3ALinear
-from .modules_to_save import ModulesToSave
 from .names import Scope
-from .ownership import own_parts
+from .ownership import own_copies, own_layers
 
 __all__ = ["AdapterTensors"]
 
@@ -44,12 +43,8 @@ class AdapterTensors:
 
     def layers(self) -> Iterator[tuple[str, C3ALinear]]:
         """(name, layer) of the layers that have the adapter."""
-        for name, part in own_parts(self.model, self.scope):
-            if isinstance(part, C3ALinear) and self.name in part.c3a_kernel:
-                yield name, part
-
-    def _saved_modules(self) -> list[tuple[str, ModulesToSave]]:
-        return [(name, part) for name, part in own_parts(self.model, self.scope) if isinstance(part, ModulesToSave)]
+        layers = own_layers(self.model, self.scope)
+        return ((name, layer) for name, layer in layers if self.name in layer.c3a_kernel)
 
     def biases(self) -> dict[str, nn.Parameter]:
         """Full name → parameter of the biases that it trains."""
@@ -57,7 +52,7 @@ class AdapterTensors:
         if bias == "none":
             return {}
         own = [f"{name}.base_layer.bias" for name, _ in self.layers()]
-        whole = tuple(f"{name}." for name, _ in self._saved_modules())
+        whole = tuple(f"{name}." for name, _ in own_copies(self.model, self.scope))
         return {
             name: parameter
             for name, parameter in self.model.named_parameters()
@@ -66,9 +61,7 @@ class AdapterTensors:
 
     def _embeddings(self, choice: bool | str) -> dict[str, nn.Parameter]:
         embeddings = embeddings_to_save(self.model, self.config, choice, held=self.held)
-        for name, layer in own_parts(self.model, self.scope):
-            if not isinstance(layer, C3ALinear):
-                continue
+        for name, layer in own_layers(self.model, self.scope):
             own = list(layer.get_base_layer().parameters()) if layer.merged else ()
             if any(parameter is other for parameter in own for other in embeddings.values()):
                 raise AdapterStateError(
@@ -88,7 +81,7 @@ class AdapterTensors:
             ConfigError: a value of `save_embedding_layers` that means nothing.
         """
         tensors = {name + KERNEL_SUFFIX: stored_tensor(layer.c3a_kernel, self.name) for name, layer in self.layers()}
-        for name, module in self._saved_modules():
+        for name, module in own_copies(self.model, self.scope):
             if self.name in module.modules_to_save:
                 values = module.modules_to_save[self.name].state_dict(keep_vars=True)
                 tensors |= {f"{name}.{key}": value for key, value in values.items()}
