@@ -204,9 +204,7 @@ class AdapterManager(Activation):
         self._known(adapter_name)
         if adapter_name in self._merged():
             raise AdapterStateError(f"adapter {adapter_name!r} is merged: unmerge it before its values are replaced")
-        for name, layer in self.layers():
-            if adapter_name not in layer.c3a_kernel:
-                continue
+        for name, layer in self._tensors(adapter_name).layers():
             if layer.c3a_kernel[adapter_name].is_meta:
                 raise AdapterStateError(f"{name} is offloaded: delete the adapter and load the other one in its place")
             if is_sharded(layer.c3a_kernel[adapter_name]):
