@@ -20,7 +20,7 @@ from torch import Tensor
 
 from c3a_triton.benchmark import cases, layer, timing
 from c3a_triton.errors import BackendError
-from c3a_triton.operator import launch, launch_fft
+from c3a_triton.operator.launch import direct, fft, plans, specs
 
 from . import launch_hooks, plots, report, runs
 
@@ -40,9 +40,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.fl
 # Kernels whose rates the cost model knows, by key: (launcher, kernel, dtype, block size). At b = 16 the product per
 # frequency is bound by its operations, in TF32 where x is float16.
 KERNELS: dict[str, tuple[Callable[..., Tensor], str, str, int]] = {
-    "table product bfloat16": (launch.direct_product, "table_product_kernel", "bfloat16", 128),
-    "table product float32": (launch.direct_product, "table_product_kernel", "float32", 128),
-    "mix float16 b=16": (launch_fft.fft_product, "mix_kernel", "float16", 16),
+    "table product bfloat16": (direct.direct_product, "table_product_kernel", "bfloat16", 128),
+    "table product float32": (direct.direct_product, "table_product_kernel", "float32", 128),
+    "mix float16 b=16": (fft.fft_product, "mix_kernel", "float16", 16),
 }
 # As small as layers get: what a call costs beside its work.
 LAYER = cases.LayerCase(32, 256, 256, 64)
@@ -78,7 +78,7 @@ def _made_and_called(make: Callable[[torch.device], Callable[[], object]], devic
 
 
 def _needs_triton(device: torch.device) -> None:
-    reason = launch.unavailable_reason(device)
+    reason = specs.unavailable_reason(device)
     if reason is not None:
         raise BackendError(reason)
 
@@ -232,7 +232,7 @@ def _sum_of_partials(device: torch.device) -> Callable[[], object]:
     """Our smallest kernel, launched as a plan does it."""
     _needs_triton(device)
     partials, out = torch.randn(1, 1, 256, device=device), torch.empty(1, 256, device=device)
-    add_up = launch._sum_of_partials((1, 1, 256), has_bias=False, accumulate=False)
+    add_up = plans.summation((1, 1, 256), has_bias=False, accumulate=False)
     return partial(add_up, partials_ptr=partials, bias_ptr=None, out_ptr=out, scale=1.0, stride_out_row=256)
 
 

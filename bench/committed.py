@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from c3a_triton.operator import dispatch
+from c3a_triton.operator import cost_model
 
 from . import ROOT, report, runs, token_sweep
 
@@ -29,7 +29,7 @@ class Card(NamedTuple):
         return f"{where['gpu']['name']}, {where['date']}, driver {driver} ({versions}; commit {where['commit']})"
 
     @property
-    def ceilings(self) -> dispatch.Ceilings:
+    def ceilings(self) -> cost_model.Ceilings:
         """What the cost model takes of this card, as far as it was measured."""
         return token_sweep.fitted({**self.records.get("ceilings", {}), **self.records.get("tokens", {})})
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from c3a_triton.benchmark import cases, gate, peers, timing
-from c3a_triton.operator import ops
+from c3a_triton.operator import calls
 
 from . import report
 
@@ -31,7 +31,7 @@ def operator(case: cases.OperatorCase, seconds: float) -> dict[str, Any]:
     dy = torch.randn(case.n_tokens, case.out_blocks * case.b)
 
     def ours(x: Tensor, w: Tensor) -> Tensor:
-        return ops.circulant_linear(x, w, scale=1.0)
+        return calls.circulant_linear(x, w, scale=1.0)
 
     def step(function: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(function(x, w), (x, w), dy)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from c3a_triton.benchmark import cases, gate, layer
-from c3a_triton.operator import launch, tiles
+from c3a_triton.operator.launch import plans, tiles
 
 from . import ROOT, checks, guards, kernel_cases, launch_hooks, native_tests, processes, report, runs, sanitize
 
@@ -271,12 +271,12 @@ def _launched_as(variant: Variant) -> Iterator[None]:
 
     with launch_hooks.caught(changed) if variant.launch else nullcontext():
         tiles.override(variant.given_tiles)
-        launch.clear_plans()
+        plans.clear_plans()
         try:
             yield
         finally:
             tiles.override({})
-            launch.clear_plans()
+            plans.clear_plans()
 
 
 def _compute(variant: Variant, device: torch.device, record: runs.Record) -> None:

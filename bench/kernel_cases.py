@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from c3a_triton.benchmark import gate
-from c3a_triton.operator import launch, launch_fft, launch_grouped, ops, ops_rows, reference, tiles
+from c3a_triton.operator import autograd, calls, reference
+from c3a_triton.operator.launch import decode, direct, expand, fft, grouped, plans, tiles, weight_grad
+from c3a_triton.operator.rows import c3a_linear_rows
 
 from . import ROOT, guards, overhead
 
@@ -121,52 +123,52 @@ def _product(given: _Operands, product: Callable[..., Tensor]) -> Iterator[_Resu
 
 
 def _direct(given: _Operands) -> Iterator[_Result]:
-    return _product(given, launch.direct_product)
+    return _product(given, direct.direct_product)
 
 
 def _fft(given: _Operands) -> Iterator[_Result]:
     with _in_chunks() if "chunks" in given else nullcontext():
-        yield from _product(given, launch_fft.fft_product)
+        yield from _product(given, fft.fft_product)
 
 
 def _fft_backward(given: _Operands) -> Iterator[_Result]:
     x, dy, w = given.x(), given.dy(), given.w()
     with _in_chunks() if "chunks" in given else nullcontext():
-        dx, dw = launch_fft.fft_backward(dy, x, w, scale=SCALE)
+        dx, dw = fft.fft_backward(dy, x, w, scale=SCALE)
     yield "dx", dx, _exact(dy) @ _dense(w)
     yield "dw", dw, _weight_grad(dy, x, given.case.b)
 
 
 def _fft_weight_grad(given: _Operands) -> Iterator[_Result]:
     x, dy, b = given.x(), given.dy(), given.case.b
-    yield "dw", launch_fft.fft_weight_grad(dy, x, b, scale=SCALE), _weight_grad(dy, x, b)
+    yield "dw", fft.fft_weight_grad(dy, x, b, scale=SCALE), _weight_grad(dy, x, b)
 
 
 @contextmanager
 def _in_chunks() -> Iterator[None]:
     """Spectra of 128 tokens at a time, as those of many tokens are computed."""
-    with mock.patch.object(launch_fft, "SCRATCH_BYTES", dict.fromkeys(tiles.GENERATIONS, 1)):
-        launch.clear_plans()
+    with mock.patch.object(fft, "SCRATCH_BYTES", dict.fromkeys(tiles.GENERATIONS, 1)):
+        plans.clear_plans()
         yield
-    launch.clear_plans()
+    plans.clear_plans()
 
 
 def _direct_weight_grad(given: _Operands) -> Iterator[_Result]:
     x, dy, b = given.x(), given.dy(), given.case.b
-    yield "dw", launch.weight_grad(dy, x, b, scale=SCALE), _weight_grad(dy, x, b)
+    yield "dw", weight_grad.weight_grad(dy, x, b, scale=SCALE), _weight_grad(dy, x, b)
 
 
 def _expand(given: _Operands) -> Iterator[_Result]:
     w, transpose = given.w(), "transpose" in given
-    matrix = launch.expand_weight(w, scale=SCALE, dtype=given.dtype, transpose=transpose)
+    matrix = expand.expand_weight(w, scale=SCALE, dtype=given.dtype, transpose=transpose)
     yield "ΔW", matrix, _dense(w).T if transpose else _dense(w)
 
 
 def _add(given: _Operands) -> Iterator[_Result]:
     weight, w = given.weight(), given.w()
     truth = _exact(weight) + _dense(w)
-    yield "W + ΔW", launch.folded_weight(weight, w, scale=SCALE), truth
-    launch.add_expanded_(weight, w, scale=SCALE)
+    yield "W + ΔW", expand.folded_weight(weight, w, scale=SCALE), truth
+    expand.add_expanded_(weight, w, scale=SCALE)
     yield "W += ΔW", weight, truth
 
 
@@ -175,7 +177,7 @@ def _decode(given: _Operands) -> Iterator[_Result]:
     truth = _exact(x) @ (_exact(weight) + _dense(w)).T
     yield (
         "y",
-        launch.decode_linear(x, weight, w, bias, scale=SCALE),
+        decode.decode_linear(x, weight, w, bias, scale=SCALE),
         truth if bias is None else truth + _exact(bias),
     )
 
@@ -189,7 +191,7 @@ def _grouped(given: _Operands) -> Iterator[_Result]:
     x = given.normal("x", case.n_tokens, features[0] * case.b)
     bias = given.bias(features[1] * case.b)
     truth = _of_rows(x, kernels, rows, transpose)
-    result = launch_grouped.grouped_product(x, kernels, rows, scale=SCALE, transpose=transpose, bias=bias)
+    result = grouped.grouped_product(x, kernels, rows, scale=SCALE, transpose=transpose, bias=bias)
     yield "y", result, truth if bias is None else truth + _exact(bias)
 
 
@@ -208,10 +210,10 @@ def _layer(given: _Operands) -> Iterator[_Result]:
     truth = gate.Truth.of(_exact(weight), _exact(w), _exact(x), _exact(dy))
     y_truth = truth.y if bias is None else truth.y + _exact(bias)
     leaves = x.requires_grad_(), w.requires_grad_()
-    y = ops.c3a_linear(x, weight, bias, (w,), backend=backend)
+    y = calls.c3a_linear(x, weight, bias, (w,), backend=backend)
     dx, dw = torch.autograd.grad(y, leaves, dy)
-    by_op = ops.registered_ops.linear(x, weight, bias, [w], 1 / x.shape[1], False, backend)
-    dw_by_op = ops.registered_ops.weight_grad(dy, x, w.shape[2], 1 / x.shape[1], torch.float32, backend)
+    by_op = autograd.registered_ops.linear(x, weight, bias, [w], 1 / x.shape[1], False, backend)
+    dw_by_op = autograd.registered_ops.weight_grad(dy, x, w.shape[2], 1 / x.shape[1], torch.float32, backend)
     yield from (("y", y, y_truth), ("dx", dx, truth.dx), ("dw", dw, truth.dw))
     yield from (("y of the op", by_op, y_truth), ("dw of the op", dw_by_op, truth.dw))
 
@@ -222,7 +224,7 @@ def _rows(given: _Operands) -> Iterator[_Result]:
     weight, kernels = given.weight(), [given.w(), given.w()]
     flat = x.view(-1, x.shape[2])
     truth = _exact(flat) @ _exact(weight).T + _of_rows(flat, kernels, rows) / SCALE / x.shape[2]
-    y = ops_rows.c3a_linear_rows(x, weight, None, kernels, rows, backend="direct")
+    y = c3a_linear_rows(x, weight, None, kernels, rows, backend="direct")
     yield "y", y, truth.view(y.shape)
 
 

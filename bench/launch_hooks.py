@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
-from c3a_triton.operator import launch
+from c3a_triton.operator.launch import plans
 
 __all__ = ["caught", "noted"]
 
@@ -27,8 +27,8 @@ def caught(replacement: Callable[[Launched], Launched]) -> Iterator[None]:
             kernel_class = getattr(importlib.import_module(f"triton.runtime.{module}"), name)
             stack.enter_context(mock.patch.object(kernel_class, "run", replacement(kernel_class.run)))
         # Plans made before hold launches that would not be caught, those made within must not outlive it.
-        launch.clear_plans()
-        stack.callback(launch.clear_plans)
+        plans.clear_plans()
+        stack.callback(plans.clear_plans)
         yield
 
 

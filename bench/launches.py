@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from c3a_triton.benchmark import cases, peers
-from c3a_triton.operator import launch, ops
+from c3a_triton.operator import arguments, calls
+from c3a_triton.operator.launch import specs
 
 from . import overhead, report
 
@@ -78,8 +79,8 @@ def _counted() -> Iterator[Count]:
     with (
         overhead.stubbed_launches(launched),
         # Meta tensors take the path of real ones, with the tiles of the card that the goals are set for.
-        mock.patch.object(ops, "_is_plain", return_value=True),
-        mock.patch.object(launch, "_generation", return_value="sm_90"),
+        mock.patch.object(arguments, "is_plain", return_value=True),
+        mock.patch.object(specs, "card_of", return_value="sm_90"),
         _Aten(count),
     ):
         yield count
@@ -98,7 +99,7 @@ def step(method: str, case: cases.LayerCase = CASE) -> tuple[Count, Count]:
     if method.startswith("ours:"):
         # Not our module, which sends meta tensors another way.
         layer = partial(
-            ops.c3a_linear, weight=base.weight, bias=None, kernels=trained, backend=method.removeprefix("ours:")
+            calls.c3a_linear, weight=base.weight, bias=None, kernels=trained, backend=method.removeprefix("ours:")
         )
     else:
         layer = module = peers.build(method, base, case, w)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from c3a_triton.benchmark import cases, gate, models, peers, timing
-from c3a_triton.operator import ops, reference
+from c3a_triton.operator import dense, reference
 
 from . import plots, report, runs
 
@@ -65,7 +65,7 @@ def _layer(case: cases.LayerCase, setting: runs.Setting, record: runs.Record) ->
     # The work on the device alone: adding ΔW without the layers' bookkeeping.
     theirs = fresh("peft_c3a") if "peft_c3a" in calls else None
     target = weight.clone()
-    steps: dict[str, Callable[[], object]] = {"ours:auto": lambda: ops.add_circulant_(target, [w])}
+    steps: dict[str, Callable[[], object]] = {"ours:auto": lambda: dense.add_circulant_(target, [w])}
     if theirs is not None:
         steps["peft_c3a"] = lambda: target.add_(theirs.get_delta_weight("default"))
     with torch.no_grad():

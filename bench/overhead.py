@@ -22,7 +22,8 @@ from unittest import mock
 import torch
 
 from c3a_triton.benchmark import cases, layer, peers, timing
-from c3a_triton.operator import dispatch, launch, ops
+from c3a_triton.operator import dense, dispatch
+from c3a_triton.operator.launch import specs
 
 from . import launch_hooks, plots, report, runs
 
@@ -61,8 +62,8 @@ def stubbed_launches(launched: Callable[..., None] = _nothing) -> Iterator[None]
 
     with (
         launch_hooks.caught(lambda run: launched),
-        mock.patch.object(launch, "unavailable_reason", _no_reason),
-        mock.patch.object(ops, "_triton_expands", _expands),
+        mock.patch.object(specs, "unavailable_reason", _no_reason),
+        mock.patch.object(dense, "written_by_triton", _expands),
     ):
         # What was decided for these sizes before and what is decided now are not the same.
         dispatch._choose.cache_clear()
@@ -73,11 +74,11 @@ def stubbed_launches(launched: Callable[..., None] = _nothing) -> Iterator[None]
 
 
 def _no_reason(device: torch.device) -> None:
-    """In place of `launch.unavailable_reason`; a mock's own call would cost as much as a layer's."""
+    """In place of `specs.unavailable_reason`; a mock's own call would cost as much as a layer's."""
 
 
 def _expands(w: torch.Tensor, dtype: torch.dtype) -> bool:
-    """In place of `ops._triton_expands`, as on a GPU: `fold` adds its kernels by a launch."""
+    """In place of `dense.written_by_triton`, as on a GPU: `fold` adds its kernels by a launch."""
     return True
 
 

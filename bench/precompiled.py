@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from c3a_triton.operator import launch
+from c3a_triton.operator.launch import specs
 
 from . import ROOT, precompile, processes, report, runs, specialisations
 
@@ -75,7 +75,7 @@ def _look_up(setting: runs.Setting, record: runs.Record) -> None:
     manifest = report.read_json(folder / precompile.MANIFEST)
     here: dict[str, Any] = {**precompile.toolchain(manifest["card"])}
     if setting.device.type == "cuda":
-        here["card"] = launch._generation(setting.device)
+        here["card"] = specs.card_of(setting.device)
     reasons = [f"{name} is {here[name]}, was {manifest[name]}" for name in here if here[name] != manifest[name]]
     print(f"cache: {'; '.join(reasons) or 'compiled by the same Triton and ptxas'}", flush=True)
     record |= {"hit": False, "reasons": reasons}

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from c3a_triton.benchmark import cases, layer
-from c3a_triton.operator import dispatch, launch_fft
+from c3a_triton.operator import cost_model, dispatch
+from c3a_triton.operator.launch import fft_bases
 from c3a_triton.operator.tuned import Times
 from c3a_triton.tuning.costs import PEFT_C3A, PEFT_LORA, Case, Setting, predicted_times
 
@@ -26,7 +27,7 @@ VERDICT: dict[bool | None, str] = {True: "yes", False: "no", None: "-"}
 METHODS = {"base": dispatch.BASE, "peft_lora": PEFT_LORA, "peft_c3a": PEFT_C3A, "ours:auto": "auto"}
 
 
-def records(at: dispatch.Ceilings = dispatch.CEILINGS) -> runs.Records:
+def records(at: cost_model.Ceilings = cost_model.CEILINGS) -> runs.Records:
     """Results of `bench.op` as a card of these ceilings would write them, with predicted times."""
     found: runs.Records = {}
     large = (case for case in cases.LAYERS if case.n_tokens >= 1024)
@@ -41,7 +42,7 @@ def records(at: dispatch.Ceilings = dispatch.CEILINGS) -> runs.Records:
     return found
 
 
-def _both(case: layer.Case, method: str, at: dispatch.Ceilings = dispatch.CEILINGS) -> float:
+def _both(case: layer.Case, method: str, at: cost_model.Ceilings = cost_model.CEILINGS) -> float:
     """Seconds forward and backward; layers that read one x transform it once in each direction."""
     seconds = 0.0
     seen: set[int] = set()
@@ -54,7 +55,7 @@ def _both(case: layer.Case, method: str, at: dispatch.Ceilings = dispatch.CEILIN
     return seconds
 
 
-def _layer(case: cases.LayerCase, method: str, at: dispatch.Ceilings) -> tuple[Times, float]:
+def _layer(case: cases.LayerCase, method: str, at: cost_model.Ceilings) -> tuple[Times, float]:
     """Seconds of one layer, and those of them in which x is transformed, which another layer may have done."""
     setting = Setting(torch.device("cuda"), DTYPE, case.n_tokens, train=True)
     sizes = (case.in_features, case.out_features)
@@ -62,17 +63,18 @@ def _layer(case: cases.LayerCase, method: str, at: dispatch.Ceilings) -> tuple[T
         b = {"base": 0, "peft_lora": cases.LORA_RANK}.get(method, case.b)
         return predicted_times(Case(*sizes, b, METHODS[method]), setting, at), 0.0
     forward, backward = (
-        dispatch.cheapest(case.n_tokens, *sizes, case.b, DTYPE, backward=backward) for backward in (False, True)
+        dispatch.cheapest(cost_model.Sizes(case.n_tokens, *sizes, case.b, DTYPE), backward=backward)
+        for backward in (False, True)
     )
     times = Times(
         predicted_times(Case(*sizes, case.b, forward), setting, at).forward,
         predicted_times(Case(*sizes, case.b, backward), setting, at).backward,
     )
-    n_bytes = (DTYPE.itemsize + launch_fft.spectrum_itemsize(DTYPE, case.b)) * case.n_tokens * case.in_features
+    n_bytes = (DTYPE.itemsize + fft_bases.spectrum_itemsize(DTYPE, case.b)) * case.n_tokens * case.in_features
     return times, n_bytes / at.bandwidth * (forward, backward).count("fft")
 
 
-def _decoding(case: cases.LayerCase, method: str, at: dispatch.Ceilings) -> float:
+def _decoding(case: cases.LayerCase, method: str, at: cost_model.Ceilings) -> float:
     """One launch that reads W, and of an adapted layer w; x and y are nothing beside them."""
     elements = case.in_features * case.out_features
     n_bytes = DTYPE.itemsize * elements + (4 * elements / case.b if method != "base" else 0)

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd import DeviceType
 
 from c3a_triton.benchmark import cases
-from c3a_triton.operator import launch, launch_fft, launch_grouped
+from c3a_triton.operator.launch import decode, direct, expand, fft, grouped, weight_grad
 
 from . import launch_hooks, op, report, runs
 
@@ -121,28 +121,28 @@ def calls(case: Profiled, device: torch.device) -> dict[str, Call]:
         return normal(out_features // b, in_features // b, b, dtype=torch.float32)
 
     if case.kind == "merge":
-        return {"merge": partial(launch.add_expanded_, normal(out_features, in_features), adapter(), scale=scale)}
+        return {"merge": partial(expand.add_expanded_, normal(out_features, in_features), adapter(), scale=scale)}
     x = normal(n_tokens, in_features)
     if case.kind == "grouped":
         adapters = [adapter() for _ in range(1 + max(ADAPTERS))]
-        return {"forward": partial(launch_grouped.grouped_product, x, adapters, ADAPTERS, scale=scale)}
+        return {"forward": partial(grouped.grouped_product, x, adapters, ADAPTERS, scale=scale)}
     w = adapter()
     if case.kind == "decode":
         weight = normal(out_features, in_features)
         return {
-            "with the base": partial(launch.decode_linear, x, weight, w, None, scale=scale),
-            "adapter alone": partial(launch.direct_product, x, w, scale=scale),
+            "with the base": partial(decode.decode_linear, x, weight, w, None, scale=scale),
+            "adapter alone": partial(direct.direct_product, x, w, scale=scale),
         }
     dy = normal(n_tokens, out_features)
     if case.kind == "fft":
         return {
-            "forward": partial(launch_fft.fft_product, x, w, scale=scale),
-            "backward": partial(launch_fft.fft_backward, dy, x, w, scale=scale),
+            "forward": partial(fft.fft_product, x, w, scale=scale),
+            "backward": partial(fft.fft_backward, dy, x, w, scale=scale),
         }
     return {
-        "forward": partial(launch.direct_product, x, w, scale=scale),
-        "dx": partial(launch.direct_product, dy, w, scale=scale, transpose=True),
-        "dw": partial(launch.weight_grad, dy, x, b, scale=scale),
+        "forward": partial(direct.direct_product, x, w, scale=scale),
+        "dx": partial(direct.direct_product, dy, w, scale=scale, transpose=True),
+        "dw": partial(weight_grad.weight_grad, dy, x, b, scale=scale),
     }
 
 

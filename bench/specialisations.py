@@ -10,7 +10,7 @@ A part of the GPU job whose launches are to be compiled beforehand has in its mo
     launches(device) -> Iterator[tuple[str, Callable[[], object]]]
 
 of what to call, under a name each: a call makes its tensors on `device`, which is "meta", and launches once what the
-part launches on a GPU. `job_launches` finds these functions; launches compute nothing there, `launch._generation` names
+part launches on a GPU. `job_launches` finds these functions; launches compute nothing there, `specs.card_of` names
 the card, "auto" chooses as on a GPU, and meta tensors go where real ones go.
 """
 
@@ -33,7 +33,8 @@ from unittest import mock
 import torch
 
 from c3a_triton.benchmark import gate, layer
-from c3a_triton.operator import dispatch, launch
+from c3a_triton.operator import dispatch
+from c3a_triton.operator.launch import plans, specs
 
 from . import ROOT, kernel_cases, launch_hooks, overhead
 
@@ -211,11 +212,11 @@ def as_on(card: str = CARD) -> Iterator[None]:
 
     def forget() -> None:
         dispatch.refresh()
-        launch.clear_plans()
+        plans.clear_plans()
 
     with ExitStack() as stack:
         stack.callback(forget)
-        stack.enter_context(mock.patch.object(launch, "_generation", return_value=card))
+        stack.enter_context(mock.patch.object(specs, "card_of", return_value=card))
         stack.enter_context(mock.patch.object(dispatch, "_kernels_pay", return_value=True))
         forget()
         yield

@@ -16,8 +16,9 @@ from unittest import mock
 import torch
 
 from c3a_triton.benchmark import timing
-from c3a_triton.operator import dispatch, launch, tiles
-from c3a_triton.operator.tiles import Lookup, TileConfig
+from c3a_triton.operator import dispatch
+from c3a_triton.operator.launch import plans, specs, tiles
+from c3a_triton.operator.launch.tiles import Lookup, TileConfig
 from c3a_triton.tuning import tile_search
 
 from . import overhead, profiled, report, runs
@@ -48,7 +49,7 @@ def launches(device: torch.device, *, tiny: bool = False) -> Iterator[tuple[str,
 def _in_use(lookup: Lookup, tile: TileConfig) -> Iterator[None]:
     """Within it one tile is another than the committed one; afterwards all are committed."""
     tiles.override({lookup: tile})
-    launch.clear_plans()
+    plans.clear_plans()
     try:
         yield
     finally:
@@ -57,7 +58,7 @@ def _in_use(lookup: Lookup, tile: TileConfig) -> Iterator[None]:
 
 def _committed() -> None:
     tiles.override({})
-    launch.clear_plans()
+    plans.clear_plans()
     dispatch.refresh()  # measured tiles, where a user has some, are for the next call that chooses
 
 
@@ -103,7 +104,7 @@ def _asked(setting: runs.Setting) -> list[tuple[profiled.Profiled, str, Lookup]]
     """(case, call, look-up), found out without the device."""
     with (
         overhead.stubbed_launches(),
-        mock.patch.object(launch, "_generation", return_value=launch._generation(setting.device)),
+        mock.patch.object(specs, "card_of", return_value=specs.card_of(setting.device)),
     ):
         return [
             (case, name, lookup)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from c3a_triton import circulant_linear
 from c3a_triton.benchmark import cases, gate, layer, peers, timing
-from c3a_triton.operator import dispatch, launch
-from c3a_triton.operator.dispatch import Ceilings
+from c3a_triton.operator import cost_model, dispatch
+from c3a_triton.operator.cost_model import Ceilings
+from c3a_triton.operator.launch import tiles
 
 from . import ceilings, plots, report, runs
 
@@ -126,18 +127,17 @@ def _measure(
 # What the cost model says of it
 
 
-def _predicted(record: runs.Record, direction: str, at: Ceilings = dispatch.CEILINGS) -> float:
+def _predicted(record: runs.Record, direction: str, at: Ceilings = cost_model.CEILINGS) -> float:
     case = cases.LayerCase(**record["case"])
-    sizes, dtype = (case.n_tokens, case.in_features, case.out_features), getattr(torch, case.dtype)
+    sizes = cost_model.Sizes(case.n_tokens, case.in_features, case.out_features, case.b, getattr(torch, case.dtype))
     if record["backend"] == dispatch.BASE:
-        return dispatch.base_seconds(*sizes, dtype, ceilings=at)
-    backward = direction == "backward"
-    return dispatch.predicted_seconds(record["backend"], *sizes, case.b, dtype, backward=backward, ceilings=at)
+        return cost_model.base_seconds(sizes, ceilings=at)
+    return cost_model.predicted_seconds(record["backend"], sizes, backward=direction == "backward", ceilings=at)
 
 
 def _launch_count(record: runs.Record, direction: str) -> float:
     """How many launches the model counts."""
-    none, one = (dispatch.CEILINGS._replace(launch_seconds=seconds) for seconds in (0.0, 1.0))
+    none, one = (cost_model.CEILINGS._replace(launch_seconds=seconds) for seconds in (0.0, 1.0))
     return _predicted(record, direction, one) - _predicted(record, direction, none)
 
 
@@ -159,7 +159,7 @@ def fitted(records: runs.Records) -> Ceilings:
     def flops(key: str, default: float) -> float:
         return rate(key, "flops_per_second", default)
 
-    before = dispatch.CEILINGS
+    before = cost_model.CEILINGS
     cublas = {2: flops("cuBLAS bfloat16, beta 0", before.cublas_flops[2])}
     cublas[4] = flops("cuBLAS float32, beta 0", before.cublas_flops[4])
     swept = _swept(records)
@@ -200,7 +200,7 @@ def _swept(records: runs.Records) -> list[runs.Record]:
 
 
 def _few_tokens(swept: list[runs.Record]) -> list[tuple[runs.Record, str]]:
-    return [(r, direction) for r in swept if r["case"]["n_tokens"] <= launch.SMALL_T for direction in DIRECTIONS]
+    return [(r, direction) for r in swept if r["case"]["n_tokens"] <= tiles.SMALL_T for direction in DIRECTIONS]
 
 
 def _base_rate(record: runs.Record) -> float:
@@ -237,7 +237,7 @@ def tables(records: runs.Records) -> list[str]:
                 rows.append([n_tokens, *(cells.get(backend, "-") for backend in backends)])
             lines.append(report.format_table(["T", *backends], rows))
     lines += ceilings.tables({key: record for key, record in records.items() if "backend" not in record})
-    committed = _constants(dispatch.CEILINGS)
+    committed = _constants(cost_model.CEILINGS)
     rows = [
         [name, f"{committed[name]:.3g}", f"{value:.3g}"]
         for name, value in _constants(fit).items()

@@ -27,7 +27,8 @@ from .errors import (
 )
 from .files.block_sizes import suggest_block_size, valid_block_sizes
 from .files.config import C3AConfig
-from .operator.ops import c3a_linear, circulant_linear, circulant_matrix
+from .operator.calls import c3a_linear, circulant_linear
+from .operator.dense import circulant_matrix
 
 __version__ = "0.1.0"
 

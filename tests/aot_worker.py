@@ -16,7 +16,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from bench.precompile import resources
-from c3a_triton.operator import launch, launch_fft, launch_grouped
+from c3a_triton.operator.launch import decode, direct, expand, fft, grouped, specs, weight_grad
 
 CARD = sys.argv[1]
 CAPABILITY = int(CARD.removeprefix("sm_"))
@@ -55,46 +55,46 @@ def product(dtype: torch.dtype, n_tokens: int, width: int, b: int, transpose: bo
     """A square layer's product: forward into an existing output, transposed with a bias."""
     x, w = tensor(n_tokens, width, dtype=dtype), tensor(width // b, width // b, b)
     if transpose:
-        launch.direct_product(x, w, scale=1 / width, transpose=True, bias=tensor(width, dtype=dtype))
+        direct.direct_product(x, w, scale=1 / width, transpose=True, bias=tensor(width, dtype=dtype))
     else:
-        launch.direct_product(x, w, scale=1 / width, out=tensor(n_tokens, width, dtype=dtype))
+        direct.direct_product(x, w, scale=1 / width, out=tensor(n_tokens, width, dtype=dtype))
 
 
-def decode(dtype: torch.dtype, n_tokens: int, in_features: int, out_features: int, b: int) -> None:
+def layer(dtype: torch.dtype, n_tokens: int, in_features: int, out_features: int, b: int) -> None:
     """A whole layer for a few tokens."""
     x, weight = tensor(n_tokens, in_features, dtype=dtype), tensor(out_features, in_features, dtype=dtype)
     w = tensor(out_features // b, in_features // b, b)
-    launch.decode_linear(x, weight, w, tensor(out_features, dtype=dtype), scale=1 / in_features)
+    decode.decode_linear(x, weight, w, tensor(out_features, dtype=dtype), scale=1 / in_features)
 
 
-def expand(dtype: torch.dtype, width: int, b: int) -> None:
+def dense(dtype: torch.dtype, width: int, b: int) -> None:
     """ΔW written, added to a weight, and added to a transposed weight."""
     w = tensor(width // b, width // b, b)
-    launch.expand_weight(w, scale=1 / width, dtype=dtype)
-    launch.add_expanded_(tensor(width, width, dtype=dtype), w, scale=1 / width)
-    launch.add_expanded_(tensor(width, width, dtype=dtype).T, w, scale=1 / width)
+    expand.expand_weight(w, scale=1 / width, dtype=dtype)
+    expand.add_expanded_(tensor(width, width, dtype=dtype), w, scale=1 / width)
+    expand.add_expanded_(tensor(width, width, dtype=dtype).T, w, scale=1 / width)
 
 
-def weight_grad(dtype: torch.dtype, n_tokens: int, width: int, b: int) -> None:
+def gradient(dtype: torch.dtype, n_tokens: int, width: int, b: int) -> None:
     x = tensor(n_tokens, width, dtype=dtype)
-    launch.weight_grad(x, x, b, scale=1 / width)
+    weight_grad.weight_grad(x, x, b, scale=1 / width)
 
 
-def fft(dtype: torch.dtype, n_tokens: int, width: int, b: int) -> None:
+def spectral(dtype: torch.dtype, n_tokens: int, width: int, b: int) -> None:
     """A square layer by spectra: forward into an existing output, and both gradients."""
     x, w = tensor(n_tokens, width, dtype=dtype), tensor(width // b, width // b, b)
-    launch_fft.fft_product(x, w, scale=1 / width, out=tensor(n_tokens, width, dtype=dtype))
-    launch_fft.fft_backward(x, x, w, scale=1 / width)
+    fft.fft_product(x, w, scale=1 / width, out=tensor(n_tokens, width, dtype=dtype))
+    fft.fft_backward(x, x, w, scale=1 / width)
 
 
-def grouped(dtype: torch.dtype, n_rows: int, tokens_per_row: int, in_features: int, out_features: int, b: int) -> None:
+def rows(dtype: torch.dtype, n_rows: int, tokens_per_row: int, in_features: int, out_features: int, b: int) -> None:
     """A batch whose first row has no adapter and every other one its own: forward, and transposed with a bias."""
     n_tokens = n_rows * tokens_per_row
     kernels = [tensor(out_features // b, in_features // b, b) for _ in range(n_rows - 1)]
-    rows = range(-1, n_rows - 1)
-    launch_grouped.grouped_product(tensor(n_tokens, in_features, dtype=dtype), kernels, rows, scale=1.0)
+    adapters = range(-1, n_rows - 1)
+    grouped.grouped_product(tensor(n_tokens, in_features, dtype=dtype), kernels, adapters, scale=1.0)
     dy, bias = tensor(n_tokens, out_features, dtype=dtype), tensor(in_features, dtype=dtype)
-    launch_grouped.grouped_product(dy, kernels, rows, scale=1.0, transpose=True, bias=bias)
+    grouped.grouped_product(dy, kernels, adapters, scale=1.0, transpose=True, bias=bias)
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -113,56 +113,56 @@ CASES = (
     (product, BF16, 1, 4096, 256),
     (product, FP16, 16, 3072, 64, True),
     (product, FP32, 4, 4096, 256),
-    (decode, BF16, 1, 4096, 4096, 256),
-    (decode, FP16, 4, 3072, 8192, 64),
-    (decode, BF16, 8, 4096, 14336, 256),
-    (decode, BF16, 16, 14336, 4096, 1024),
-    (decode, BF16, 1, 1600, 1600, 25),
-    (expand, BF16, 4096, 256),
-    (expand, FP32, 3072, 192),
-    (weight_grad, BF16, 8192, 4096, 256),
-    (weight_grad, BF16, 8192, 3072, 192),
-    (weight_grad, BF16, 8192, 3072, 96),
-    (weight_grad, BF16, 8192, 3072, 64),
-    (weight_grad, BF16, 8192, 1600, 25),
-    (weight_grad, FP32, 8192, 4096, 256),
-    (weight_grad, FP32, 8192, 3072, 64),
-    (grouped, BF16, 128, 1, 4096, 4096, 256),
-    (grouped, FP16, 4, 1, 3072, 8192, 64),
-    (grouped, BF16, 32, 1, 1600, 4800, 25),
-    (grouped, FP32, 64, 1, 4096, 4096, 256),
-    (grouped, BF16, 16, 512, 4096, 4096, 256),
-    (grouped, FP16, 16, 100, 1600, 4800, 80),
-    (grouped, FP32, 16, 512, 4096, 4096, 256),
-    (fft, BF16, 8192, 4096, 256),
-    (fft, BF16, 8192, 3072, 64),
-    (fft, BF16, 2048, 1600, 100),
-    (fft, BF16, 8192, 4096, 512),
-    (fft, BF16, 8192, 4096, 4096),
-    (fft, FP32, 8192, 4096, 128),
-    (fft, FP32, 8192, 4096, 1024),
+    (layer, BF16, 1, 4096, 4096, 256),
+    (layer, FP16, 4, 3072, 8192, 64),
+    (layer, BF16, 8, 4096, 14336, 256),
+    (layer, BF16, 16, 14336, 4096, 1024),
+    (layer, BF16, 1, 1600, 1600, 25),
+    (dense, BF16, 4096, 256),
+    (dense, FP32, 3072, 192),
+    (gradient, BF16, 8192, 4096, 256),
+    (gradient, BF16, 8192, 3072, 192),
+    (gradient, BF16, 8192, 3072, 96),
+    (gradient, BF16, 8192, 3072, 64),
+    (gradient, BF16, 8192, 1600, 25),
+    (gradient, FP32, 8192, 4096, 256),
+    (gradient, FP32, 8192, 3072, 64),
+    (rows, BF16, 128, 1, 4096, 4096, 256),
+    (rows, FP16, 4, 1, 3072, 8192, 64),
+    (rows, BF16, 32, 1, 1600, 4800, 25),
+    (rows, FP32, 64, 1, 4096, 4096, 256),
+    (rows, BF16, 16, 512, 4096, 4096, 256),
+    (rows, FP16, 16, 100, 1600, 4800, 80),
+    (rows, FP32, 16, 512, 4096, 4096, 256),
+    (spectral, BF16, 8192, 4096, 256),
+    (spectral, BF16, 8192, 3072, 64),
+    (spectral, BF16, 2048, 1600, 100),
+    (spectral, BF16, 8192, 4096, 512),
+    (spectral, BF16, 8192, 4096, 4096),
+    (spectral, FP32, 8192, 4096, 128),
+    (spectral, FP32, 8192, 4096, 1024),
 )
 # Neighbours of the above in size or dtype.
 MORE_CASES = (
     (product, BF16, 8192, 3072, 64),
     (product, FP16, 8192, 4096, 256),
-    (decode, BF16, 1, 4096, 1024, 128),
-    (decode, BF16, 4, 1600, 4800, 80),
-    (decode, FP16, 16, 4096, 4096, 8),
-    (weight_grad, BF16, 8192, 1600, 100),
-    (weight_grad, FP16, 8192, 4096, 256),
-    (fft, BF16, 32768, 4096, 256),
-    (fft, BF16, 8192, 3072, 192),
-    (fft, BF16, 2048, 4096, 16),
-    (fft, BF16, 8192, 4096, 1024),
-    (fft, FP16, 8192, 4096, 256),
+    (layer, BF16, 1, 4096, 1024, 128),
+    (layer, BF16, 4, 1600, 4800, 80),
+    (layer, FP16, 16, 4096, 4096, 8),
+    (gradient, BF16, 8192, 1600, 100),
+    (gradient, FP16, 8192, 4096, 256),
+    (spectral, BF16, 32768, 4096, 256),
+    (spectral, BF16, 8192, 3072, 192),
+    (spectral, BF16, 2048, 4096, 16),
+    (spectral, BF16, 8192, 4096, 1024),
+    (spectral, FP16, 8192, 4096, 256),
 )
 
 
 def main() -> None:
     driver.set_active(_Driver())
-    launch.unavailable_reason = lambda device: None
-    launch._generation = lambda device: CARD
+    specs.unavailable_reason = lambda device: None
+    specs.card_of = lambda device: CARD
     case = ""
     seen = set()
     run = JITFunction.run

@@ -36,14 +36,15 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     if torch.cuda.is_available():
         raise pytest.UsageError("--card is for machines without a GPU; on this one tests run on the card that is there")
-    from c3a_triton.operator import dispatch, launch
+    from c3a_triton.operator import dispatch
+    from c3a_triton.operator.launch import plans, specs
 
     def forget() -> None:
         dispatch.refresh()
-        launch.clear_plans()
+        plans.clear_plans()
 
     patch = pytest.MonkeyPatch()
-    for module, name, answer in ((launch, "_generation", card), (dispatch, "_kernels_pay", True)):
+    for module, name, answer in ((specs, "card_of", card), (dispatch, "_kernels_pay", True)):
         on_others = getattr(module, name)
         patch.setattr(module, name, lambda device, a=answer, f=on_others: a if device.type == "cpu" else f(device))
     forget()

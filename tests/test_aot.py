@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from c3a_triton.operator.tiles import SHARED_MEMORY, decode_tile
+from c3a_triton.operator.launch.tiles import SHARED_MEMORY, decode_tile
 
 CARDS = ("sm_80", "sm_90", "sm_100")
 WHOLE = "sm_90"  # compiled in full every time

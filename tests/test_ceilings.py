@@ -13,7 +13,8 @@ from clock import Clock
 
 from bench import ceilings, launches, model, op, runs, token_sweep
 from c3a_triton.benchmark import cases, gate, layer, models, peers, timing
-from c3a_triton.operator import dispatch, launch
+from c3a_triton.operator import cost_model
+from c3a_triton.operator.launch import direct, specs
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -108,7 +109,7 @@ def test_one_kernel_of_a_product_is_launched_again(device: torch.device) -> None
     y = torch.empty(20, 64, device=device)
 
     def product() -> None:
-        launch.direct_product(x, w, scale=1.0, out=y.zero_())
+        direct.direct_product(x, w, scale=1.0, out=y.zero_())
 
     product()
     expected = y.clone()
@@ -143,7 +144,7 @@ def test_a_shorter_timer_is_the_same_but_for_its_time() -> None:
 def test_kernels_of_the_ceilings_are_launched_without_operands() -> None:
     """As `launches` is called by those who compile ahead."""
     pytest.importorskip("triton")
-    with launches._counted() as count, mock.patch.object(launch, "_check_available"):
+    with launches._counted() as count, mock.patch.object(specs, "check_available"):
         for _, call in ceilings.launches(META):
             call()
     kernels = {name for name in count.names if name.endswith("_kernel")}
@@ -224,7 +225,7 @@ def test_models_are_built_once_for_cases_that_differ_in_tokens(monkeypatch: pyte
 # The sweep over tokens, and the fit
 
 
-CARD = dispatch.Ceilings(
+CARD = cost_model.Ceilings(
     bandwidth=3e12,
     cublas_flops={2: 700e12, 4: 50e12},
     triton_flops={2: 400e12, 4: 120e12},
@@ -272,7 +273,7 @@ def test_the_fit_finds_the_constants_from_which_times_were_made() -> None:
 
 
 def test_what_was_not_measured_is_as_committed() -> None:
-    assert token_sweep.fitted({}) == dispatch.CEILINGS
+    assert token_sweep.fitted({}) == cost_model.CEILINGS
     assert token_sweep.host_seconds({}) is None
     assert "constants" not in "\n".join(token_sweep.tables({}))
     right_alone = {
@@ -281,7 +282,9 @@ def test_what_was_not_measured_is_as_committed() -> None:
     }
     found = token_sweep.fitted(right_alone)
     assert (found.bandwidth, found.cublas_flops[2]) == (3e12, 7e14)
-    assert found._replace(bandwidth=0.0, cublas_flops={}) == dispatch.CEILINGS._replace(bandwidth=0.0, cublas_flops={})
+    assert found._replace(bandwidth=0.0, cublas_flops={}) == cost_model.CEILINGS._replace(
+        bandwidth=0.0, cublas_flops={}
+    )
 
 
 def test_products_are_measured_by_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +311,7 @@ def test_the_sweep_covers_what_the_issue_names_within_its_share() -> None:
 
 def test_kernels_of_the_sweep_are_launched_without_operands() -> None:
     pytest.importorskip("triton")
-    with launches._counted() as count, mock.patch.object(launch, "_check_available"):
+    with launches._counted() as count, mock.patch.object(specs, "check_available"):
         for key, call in token_sweep.launches(META):
             if " T=1 " in key or " T=8192 " in key:
                 call()

@@ -20,7 +20,7 @@ from tiny_models import MLP, llama
 
 import c3a_triton
 from c3a_triton import C3AConfig
-from c3a_triton.operator import launch, launch_fft
+from c3a_triton.operator.launch import fft_bases, plans
 
 CONFIG = C3AConfig(block_size=4, target_modules=["q_proj", "v_proj", "down_proj"], init_weights="gaussian")
 MLP_CONFIG = C3AConfig(block_size=3, target_modules="all-linear", init_weights="gaussian")
@@ -201,8 +201,8 @@ def spectral(names: tuple[str, ...] = ("default",)) -> nn.Module:
     for name in names[1:]:
         model.c3a.add_adapter(name, config)
     # What an earlier test has left is not made again.
-    launch_fft._basis.cache_clear()
-    launch.clear_plans()
+    fft_bases._basis.cache_clear()
+    plans.clear_plans()
     return model
 
 

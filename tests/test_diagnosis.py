@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench import diagnosis, gpu, kernel_cases, native_tests, processes, report, runs
 from c3a_triton.benchmark import cases, layer, timing
-from c3a_triton.operator import launch, tiles
+from c3a_triton.operator.launch import direct, tiles, weight_grad
 
 CPU = torch.device("cpu")
 F32 = torch.float32
@@ -112,7 +112,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., None]], 
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("cases are computed on the CPU")
-    right = launch.direct_product
+    right = direct.direct_product
 
     def plant(bug: Callable[..., None]) -> None:
         def direct_product(x: Tensor, w: Tensor, **options: Any) -> Tensor:
@@ -120,7 +120,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., None]], 
             bug(y, x, w, **options)
             return y
 
-        monkeypatch.setattr(launch, "direct_product", direct_product)
+        monkeypatch.setattr(direct, "direct_product", direct_product)
 
     return plant
 
@@ -191,8 +191,8 @@ def test_a_case_goes_on_behind_the_variant_that_ended_the_process(
 def test_a_layer_is_computed_by_all_backends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(diagnosis, "LAYER_BACKENDS", ("direct", "torch"))
-    right = launch.weight_grad
-    monkeypatch.setattr(launch, "weight_grad", lambda *args, **kwargs: right(*args, **kwargs).roll(1, dims=0))
+    right = weight_grad.weight_grad
+    monkeypatch.setattr(weight_grad, "weight_grad", lambda *args, **kwargs: right(*args, **kwargs).roll(1, dims=0))
     case = cases.LayerCase(20, 16, 24, 8, "bfloat16")
     found = _child(tmp_path, "--layer", json.dumps(vars(case)))
     assert {name: record["status"] for name, record in found.items()} == {

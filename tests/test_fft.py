@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from c3a_triton.errors import BackendError, ShapeError
-from c3a_triton.operator import launch, launch_fft, tiles
-from c3a_triton.operator.launch_fft import fft_backward, fft_product, fft_weight_grad
+from c3a_triton.operator.launch import fft, fft_bases, plans, tiles
+from c3a_triton.operator.launch.fft import fft_backward, fft_product, fft_weight_grad
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
 
@@ -81,8 +81,8 @@ def test_huge_blocks(device: torch.device, dtype: torch.dtype, t: int, m: int, n
 
 
 def forget_plans() -> None:
-    launch_fft._basis.cache_clear()
-    launch.clear_plans()
+    fft_bases._basis.cache_clear()
+    plans.clear_plans()
 
 
 @pytest.fixture
@@ -96,11 +96,11 @@ def fresh_plans() -> Iterator[None]:
 @pytest.fixture
 def two_level_from_256(fresh_plans: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two levels for b = 256 = 16 · 16: all that larger blocks do, on fewer slots."""
-    monkeypatch.setattr(launch_fft, "_TWO_LEVEL", (256, *launch_fft._TWO_LEVEL))
+    monkeypatch.setattr(fft_bases, "TWO_LEVEL", (256, *fft_bases.TWO_LEVEL))
 
 
-def transform(device: torch.device, dtype: torch.dtype, b: int) -> launch_fft._Transform:
-    return launch_fft._transform(device, dtype, b, launch_fft._precision(dtype))
+def transform(device: torch.device, dtype: torch.dtype, b: int) -> fft_bases.Transform:
+    return fft_bases.transform(device, dtype, b, fft_bases.precision(dtype))
 
 
 def test_two_levels(device: torch.device, dtype: torch.dtype, two_level_from_256: None) -> None:
@@ -116,7 +116,7 @@ def test_one_level_in_the_order_of_two(
     device: torch.device, two_level_from_256: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Where two levels would spill in float32, the spectrum of w comes from one level and meets two-level spectra of x.
-    monkeypatch.setattr(launch_fft, "_takes_two_levels", lambda card, b, precision: precision == "tf32")
+    monkeypatch.setattr(fft_bases, "takes_two_levels", lambda card, b, precision: precision == "tf32")
     x, dy, w = tensors(device, BF16, 3, 1, 2, 256)
     oracle.assert_close(fft_product(x, w, scale=1.0), oracle.product(x, w, 1.0), BF16)
     dw = fft_weight_grad(dy, x, 256, scale=1.0)
@@ -124,25 +124,25 @@ def test_one_level_in_the_order_of_two(
 
 
 def test_levels() -> None:
-    assert all(launch_fft._takes_two_levels("sm_90", b, "tf32x3") for b in launch_fft._TWO_LEVEL)
-    assert not launch_fft._takes_two_levels("sm_80", 2048, "tf32x3")
-    assert launch_fft._takes_two_levels("sm_80", 2048, "tf32")
-    assert not launch_fft._takes_two_levels("sm_90", 768, "tf32")
+    assert all(fft_bases.takes_two_levels("sm_90", b, "tf32x3") for b in fft_bases.TWO_LEVEL)
+    assert not fft_bases.takes_two_levels("sm_80", 2048, "tf32x3")
+    assert fft_bases.takes_two_levels("sm_80", 2048, "tf32")
+    assert not fft_bases.takes_two_levels("sm_90", 768, "tf32")
 
 
 def test_factors() -> None:
-    assert [launch_fft._factors(b) for b in (512, 1024, 2048, 4096)] == [(16, 32), (32, 32), (32, 64), (64, 64)]
-    assert [launch_fft.transform_flops(b) for b in (96, 256, 512, 768, 1024)] == [192, 512, 192, 1536, 256]
+    assert [fft_bases._factors(b) for b in (512, 1024, 2048, 4096)] == [(16, 32), (32, 32), (32, 64), (64, 64)]
+    assert [fft_bases.transform_flops(b) for b in (96, 256, 512, 768, 1024)] == [192, 512, 192, 1536, 256]
 
 
 @pytest.mark.parametrize("b", [1, 2, 3, 7, 16, 33, 64, 96, 97])
 @pytest.mark.parametrize("basis_dtype", [FP32, BF16])
 def test_basis(b: int, basis_dtype: torch.dtype) -> None:
     # O Oᵀ = 1 up to the gain, and each slot is the DFT it stands for.
-    basis = launch_fft._basis(b, basis_dtype, False, False, torch.device("cpu"))
+    basis = fft_bases._basis(b, basis_dtype, False, False, torch.device("cpu"))
     matrix, transposed = (t.double() for t in basis.matrices)
     assert torch.equal(matrix.T, transposed)
-    assert all(size % launch_fft._PAD == 0 for size in matrix.shape)
+    assert all(size % fft_bases.PAD == 0 for size in matrix.shape)
     slots = (b + 1) // 2
     assert not matrix[b:].any()
     assert not matrix[:, 2 * slots :].any()
@@ -160,7 +160,7 @@ def test_basis(b: int, basis_dtype: torch.dtype) -> None:
 
 def test_tf32_rounds_to_nearest() -> None:
     x = torch.cat([torch.randn(1000), torch.tensor([1 + 2**-11, 1 + 3 * 2**-11, -1 - 2**-12, 0.0])])
-    rounded = launch_fft._to_tf32(x)
+    rounded = fft_bases._to_tf32(x)
     assert not (rounded.view(torch.int32) & 0x1FFF).any()
     assert (rounded - x).abs().max() <= x.abs().max() * 2**-11
     assert rounded[-4:].tolist() == [1.0, 1 + 2**-9, -1.0, 0.0]
@@ -241,7 +241,7 @@ def test_chunks(
     bias = torch.randn(m * b, device=device).to(dtype)
 
     def run(scratch: int) -> tuple[Tensor, ...]:
-        monkeypatch.setattr(launch_fft, "SCRATCH_BYTES", dict.fromkeys(tiles.GENERATIONS, scratch))
+        monkeypatch.setattr(fft, "SCRATCH_BYTES", dict.fromkeys(tiles.GENERATIONS, scratch))
         forget_plans()
         dx, dw = fft_backward(dy, x, w, scale=0.37)
         return fft_product(x, w, scale=0.37, bias=bias), dx, dw
@@ -249,7 +249,7 @@ def test_chunks(
     whole, chunked = run(0), run(1)
     assert torch.equal(chunked[2], fft_weight_grad(dy, x, b, scale=0.37))
     plan = transform(device, dtype, b)
-    assert launch_fft._chunk_tokens(plan, t, m, m + n) == 128
+    assert fft._chunk_tokens(plan, t, m, m + n) == 128
     # Tokens do not depend on each other; the gradient of w is summed in another order.
     assert torch.equal(whole[0], chunked[0])
     assert torch.equal(whole[1], chunked[1])
@@ -266,12 +266,12 @@ def test_chunks_with_a_whole_spectrum(
     x, dy, w = tensors(device, dtype, t, m, n, b)
     whole = fft_product(x, w, scale=0.37), *fft_backward(dy, x, w, scale=0.37)
     spectrum = transform(device, dtype, b).memory(t * n).n_bytes
-    monkeypatch.setattr(launch_fft, "SCRATCH_BYTES", dict.fromkeys(tiles.GENERATIONS, 2 * spectrum))
+    monkeypatch.setattr(fft, "SCRATCH_BYTES", dict.fromkeys(tiles.GENERATIONS, 2 * spectrum))
     forget_plans()
     cut = fft_product(x, w, scale=0.37), *fft_backward(dy, x, w, scale=0.37)
     for plan in (
-        launch_fft._product_plan(device, dtype, launch_fft._precision(dtype), t, w.shape, False, False, False),
-        launch_fft._gradient_plan(device, dtype, launch_fft._precision(dtype), t, w.shape, True, False),
+        fft._product_plan(device, dtype, fft_bases.precision(dtype), t, w.shape, False, False, False),
+        fft._gradient_plan(device, dtype, fft_bases.precision(dtype), t, w.shape, True, False),
     ):
         assert plan.whole is not None
         assert len(plan.chunks) == 3
@@ -283,16 +283,16 @@ def test_chunks_with_a_whole_spectrum(
 
 def test_chunk_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = transform(torch.device("cpu"), BF16, 256)._replace(card="sm_90")
-    assert launch_fft._chunk_tokens(plan, 8192, 16, 32) == 8192
-    monkeypatch.setattr(launch_fft, "SCRATCH_BYTES", {"sm_90": 24 << 20})
-    step = launch_fft._chunk_tokens(plan, 8192, 16, 32)
+    assert fft._chunk_tokens(plan, 8192, 16, 32) == 8192
+    monkeypatch.setattr(fft, "SCRATCH_BYTES", {"sm_90": 24 << 20})
+    step = fft._chunk_tokens(plan, 8192, 16, 32)
     assert step % 128 == 0
     assert 0.8 * (24 << 20) <= 2 * step * 4096 * 2 <= 24 << 20
-    assert launch_fft._chunk_tokens(plan, 1, 16, 32) == 128
-    monkeypatch.setattr(launch_fft, "SCRATCH_BYTES", {"sm_90": 0})
-    assert launch_fft._chunk_tokens(plan, 8192, 16, 32) == 8192
+    assert fft._chunk_tokens(plan, 1, 16, 32) == 128
+    monkeypatch.setattr(fft, "SCRATCH_BYTES", {"sm_90": 0})
+    assert fft._chunk_tokens(plan, 8192, 16, 32) == 8192
     # Rows are counted in 32 bits, whatever the scratch.
-    assert launch_fft._chunk_tokens(plan, 2**31, 16, 32) * 16 < 2**31
+    assert fft._chunk_tokens(plan, 2**31, 16, 32) * 16 < 2**31
 
 
 def test_the_same_from_run_to_run(device: torch.device, deterministic: None) -> None:
@@ -350,17 +350,17 @@ def test_tiles() -> None:
             for b in (1, 2, 7, 16, 33, 96, 192, 256, 768):
                 tile = tiles.transform_tile(card, itemsize, b, b)
                 # Whole tiles of rows fit the padding of spectra, whole tiles of columns that of the basis.
-                assert launch_fft._PAD % tile.block_t == 0
-                assert launch_fft._PAD % tile.block_o == 0
+                assert fft_bases.PAD % tile.block_t == 0
+                assert fft_bases.PAD % tile.block_o == 0
                 assert min(tile.block_o, tile.block_i) >= 16
             assert tiles.mix_tile(card, itemsize, 1, 2, 2).block_t == 16
             assert (
                 min(tiles.outer_tile(card, itemsize, 2, 2).block_o, tiles.outer_tile(card, itemsize, 2, 2).block_i)
                 == 16
             )
-    for b in launch_fft._TWO_LEVEL:
+    for b in fft_bases.TWO_LEVEL:
         rows = {tiles.two_level_tile("sm_90", b, precision).block_t for precision in ("tf32", "tf32x3")}
-        assert all(launch_fft._PAD % size == 0 for size in rows)
+        assert all(fft_bases.PAD % size == 0 for size in rows)
 
 
 def test_refuses_what_does_not_fit(device: torch.device) -> None:

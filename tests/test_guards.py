@@ -17,7 +17,8 @@ from torch import Tensor
 
 from bench import guards, kernel_cases, launch_hooks, overhead, report, runs, sanitize
 from c3a_triton.benchmark import gate
-from c3a_triton.operator import launch, ops
+from c3a_triton.operator import autograd
+from c3a_triton.operator.launch import direct
 
 KERNELS = sorted((bench_package.ROOT / "kernels").glob("*.py"))
 CPU = torch.device("cpu")
@@ -90,11 +91,11 @@ def test_a_run_that_is_cut_short_has_seen_every_operator() -> None:
 
 def test_launches_are_noted_and_made(device: torch.device) -> None:
     x, w = torch.randn(3, 12, device=device), torch.randn(2, 3, 4, device=device)
-    before = launch.direct_product(x, w, scale=1.0)  # a plan from here on
+    before = direct.direct_product(x, w, scale=1.0)  # a plan from here on
     with launch_hooks.noted() as names:
-        assert torch.equal(launch.direct_product(x, w, scale=1.0), before)
+        assert torch.equal(direct.direct_product(x, w, scale=1.0), before)
     assert names == ["hankel_kernel"]
-    launch.direct_product(x, w, scale=1.0)
+    direct.direct_product(x, w, scale=1.0)
     assert len(names) == 1
 
 
@@ -142,13 +143,13 @@ def test_only_what_the_package_allocates_is_guarded(device: torch.device) -> Non
     with guards.guarded(memory):
         torch.empty(3), x.contiguous(), x.clone()
         assert memory._buffers == []
-        y = launch.direct_product(x, w, scale=1.0)
+        y = direct.direct_product(x, w, scale=1.0)
     assert [buffer.what.partition(":")[0] for buffer in memory._buffers] == [
-        "what _new_or_given has from empty",
-        "what _with_contiguous_rows has from contiguous",
+        "what new_or_given has from empty",
+        "what with_contiguous_rows has from contiguous",
     ]
     assert y.untyped_storage().nbytes() > 2 * guards.GUARD
-    assert torch.equal(y, launch.direct_product(x, w, scale=1.0))
+    assert torch.equal(y, direct.direct_product(x, w, scale=1.0))
     assert [torch.empty, torch.empty_like, *(getattr(torch.Tensor, f.__name__) for f in functions[2:])] == functions
 
 
@@ -157,7 +158,7 @@ def test_custom_ops_and_other_threads_are_guarded(device: torch.device) -> None:
     results: list[Tensor] = []
 
     def call() -> None:
-        results.append(ops.registered_ops.linear(x, None, None, [w], 1.0, False, "direct"))
+        results.append(autograd.registered_ops.linear(x, None, None, [w], 1.0, False, "direct"))
 
     with guards.guarded(guards.Memory()):
         call()
@@ -169,7 +170,7 @@ def test_custom_ops_and_other_threads_are_guarded(device: torch.device) -> None:
 
 def test_gradients_flow_through_guarded_copies(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(4, 3, device=device, requires_grad=True)
-    exec_in_package = dict(launch.__dict__)
+    exec_in_package = dict(direct.__dict__)
     exec("def copied(x): return x.t().contiguous().to(torch.float64)", exec_in_package)
     with guards.guarded(memory := guards.Memory()):
         copied = exec_in_package["copied"](x)
@@ -201,7 +202,7 @@ def test_wrong_results_are_refused(
 ) -> None:
     def operator(given: Any) -> Iterator[Any]:
         x, w = given.x(), given.w()
-        yield "y", wrong(launch.direct_product(x, w, scale=0.37)), kernel_cases._exact(x) @ kernel_cases._dense(w).T
+        yield "y", wrong(direct.direct_product(x, w, scale=0.37)), kernel_cases._exact(x) @ kernel_cases._dense(w).T
 
     case = _case(monkeypatch, operator)
     if message is None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from c3a_triton.errors import BackendError, ShapeError
-from c3a_triton.operator import launch, tiles
+from c3a_triton.operator.launch import decode, direct, expand, plans, specs, tiles, weight_grad
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
 
@@ -62,8 +62,8 @@ def tensors(device: torch.device, dtype: torch.dtype, t: int, m: int, n: int, b:
 @pytest.mark.parametrize(("t", "m", "n", "b"), cases())
 def test_direct_product(device: torch.device, dtype: torch.dtype, t: int, m: int, n: int, b: int) -> None:
     x, dy, w = tensors(device, dtype, t, m, n, b)
-    oracle.assert_close(launch.direct_product(x, w, scale=0.37), oracle.product(x, w, 0.37), dtype)
-    dx = launch.direct_product(dy, w, scale=0.37, transpose=True)
+    oracle.assert_close(direct.direct_product(x, w, scale=0.37), oracle.product(x, w, 0.37), dtype)
+    dx = direct.direct_product(dy, w, scale=0.37, transpose=True)
     oracle.assert_close(dx, oracle.input_grad(dy, w, 0.37), dtype)
 
 
@@ -91,16 +91,16 @@ def test_decode_linear(device: torch.device, dtype: torch.dtype, t: int, m: int,
     bias = torch.randn(m * b, device=device).to(dtype)
     dense = weight.cpu().double() + oracle.dense(w, 0.37)
     expected = x.cpu().double() @ dense.T
-    y = launch.decode_linear(x, weight, w, None, scale=0.37)
+    y = decode.decode_linear(x, weight, w, None, scale=0.37)
     # The sum is rounded once: W and what the adapter adds to it keep the digits that a folded weight loses.
     once = {torch.float16: 4e-4, torch.bfloat16: 3e-3}[dtype]
     oracle.assert_close(y, expected, dtype, bound=once)
-    with_bias = launch.decode_linear(x, weight, w, bias, scale=0.37)
+    with_bias = decode.decode_linear(x, weight, w, bias, scale=0.37)
     oracle.assert_close(with_bias, expected + bias.cpu().double(), dtype, bound=once)
     # The adapter's own part, where the weight has nothing to hide it, and the same bits again.
-    alone = launch.decode_linear(x, torch.zeros_like(weight), w, None, scale=0.37)
+    alone = decode.decode_linear(x, torch.zeros_like(weight), w, None, scale=0.37)
     oracle.assert_close(alone, oracle.product(x, w, 0.37), dtype)
-    assert torch.equal(with_bias, launch.decode_linear(x, weight, w, bias, scale=0.37))
+    assert torch.equal(with_bias, decode.decode_linear(x, weight, w, bias, scale=0.37))
 
 
 @pytest.mark.parametrize("b", [5, 16])
@@ -113,7 +113,7 @@ def test_decode_linear_of_strided_operands(device: torch.device, b: int) -> None
     expected = x.cpu().double() @ (weight.cpu().double() + oracle.dense(w)).T + bias.cpu().double()
     repeated = (x[:1].expand(t, -1), expected[:1].expand(t, -1))
     for rows, ref in ((x, expected), (x.t().contiguous().t(), expected), repeated):
-        y = launch.decode_linear(rows, weight, w, bias, scale=1 / (n * b))
+        y = decode.decode_linear(rows, weight, w, bias, scale=1 / (n * b))
         oracle.assert_close(y, ref, dtype)
 
 
@@ -126,13 +126,13 @@ def test_decode_keeps_what_folding_would_round_away(device: torch.device, b: int
     weight = torch.ones(m * b, n * b, device=device, dtype=dtype)
     x -= x.float().mean(1, keepdim=True).to(dtype)  # so that the base product is small
     expected = x.cpu().double() @ (weight.cpu().double() + oracle.dense(w, 1e-3)).T
-    oracle.assert_close(launch.decode_linear(x, weight, w, None, scale=1e-3), expected, dtype)
+    oracle.assert_close(decode.decode_linear(x, weight, w, None, scale=1e-3), expected, dtype)
 
 
 @pytest.mark.parametrize(("t", "m", "n", "b"), cases())
 def test_weight_grad(device: torch.device, dtype: torch.dtype, t: int, m: int, n: int, b: int) -> None:
     x, dy, _ = tensors(device, dtype, t, m, n, b)
-    dw = launch.weight_grad(dy, x, b, scale=0.37)
+    dw = weight_grad.weight_grad(dy, x, b, scale=0.37)
     # The operands are exact and the sum is float32 in every dtype.
     oracle.assert_close(dw, oracle.weight_grad(dy, x, b, 0.37), torch.float32)
 
@@ -140,8 +140,8 @@ def test_weight_grad(device: torch.device, dtype: torch.dtype, t: int, m: int, n
 @pytest.mark.parametrize(("m", "n", "b"), SHAPES)
 def test_expand_weight(device: torch.device, dtype: torch.dtype, m: int, n: int, b: int) -> None:
     w = torch.randn(m, n, b, device=device)
-    oracle.assert_close(launch.expand_weight(w, scale=0.37, dtype=dtype), oracle.dense(w, 0.37), dtype)
-    transposed = launch.expand_weight(w, scale=0.37, dtype=dtype, transpose=True)
+    oracle.assert_close(expand.expand_weight(w, scale=0.37, dtype=dtype), oracle.dense(w, 0.37), dtype)
+    transposed = expand.expand_weight(w, scale=0.37, dtype=dtype, transpose=True)
     oracle.assert_close(transposed, oracle.dense(w, 0.37).T, dtype)
     assert transposed.is_contiguous()
 
@@ -158,12 +158,12 @@ def test_add_expanded(device: torch.device, dtype: torch.dtype, layout: str, m: 
         "transposed": lambda s: s.view(-1)[: rows * cols].view(cols, rows).t(),
         "sliced": lambda s: s[1 : rows + 1, 1 : cols + 1],
     }[layout]
-    launch.add_expanded_(view(storage), w, scale=0.37)
+    expand.add_expanded_(view(storage), w, scale=0.37)
     # In float32 with one rounding the result is the rounded sum but for the last bit of float32.
     exact = view(before).cpu().double() + oracle.dense(w, 0.37)
     once = {torch.float32: 1e-7, torch.float16: 4e-4, torch.bfloat16: 2.5e-3}[dtype]
     oracle.assert_close(view(storage), exact, dtype, bound=once)
-    folded = launch.folded_weight(view(before), w, scale=0.37)
+    folded = expand.folded_weight(view(before), w, scale=0.37)
     assert torch.equal(folded, view(storage))
     assert layout == "sliced" or folded.stride() == view(before).stride()
     # Nothing outside the view is touched.
@@ -178,14 +178,14 @@ def test_product_epilogue(device: torch.device, dtype: torch.dtype, t: int, m: i
     bias = torch.randn(m * b, device=device).to(dtype)
     base = torch.randn(t, m * b, device=device).to(dtype)
     product = oracle.product(x, w, 0.37)
-    oracle.assert_close(launch.direct_product(x, w, scale=0.37, bias=bias), product + bias.cpu().double(), dtype)
+    oracle.assert_close(direct.direct_product(x, w, scale=0.37, bias=bias), product + bias.cpu().double(), dtype)
     out = base.clone()
-    assert launch.direct_product(x, w, scale=0.37, out=out) is out
+    assert direct.direct_product(x, w, scale=0.37, out=out) is out
     oracle.assert_close(out, product + base.cpu().double(), dtype)
     # Both at once, into rows of a wider tensor whose other columns stay as they are.
     wide = torch.full((t, m * b + 3), 7.0, device=device, dtype=dtype)
     wide[:, 1:-2] = base
-    launch.direct_product(x, w, scale=0.37, out=wide[:, 1:-2], bias=bias)
+    direct.direct_product(x, w, scale=0.37, out=wide[:, 1:-2], bias=bias)
     oracle.assert_close(wide[:, 1:-2], product + base.cpu().double() + bias.cpu().double(), dtype)
     assert (wide[:, 0] == 7).all()
     assert (wide[:, -2:] == 7).all()
@@ -200,38 +200,38 @@ def test_strided_rows(device: torch.device, dtype: torch.dtype, t: int, b: int) 
     columns = torch.randn(n * b, t, device=device).to(dtype).t()
     dy = torch.randn(t, m * b + 1, device=device).to(dtype)[:, 1:]
     for x in (wide[::2, 3:-2], columns, wide[:1, 3:-2].expand(t, -1)):
-        oracle.assert_close(launch.direct_product(x, w, scale=1.0), oracle.product(x, w, 1.0), dtype)
-        dw = launch.weight_grad(dy, x, b, scale=1.0)
+        oracle.assert_close(direct.direct_product(x, w, scale=1.0), oracle.product(x, w, 1.0), dtype)
+        dw = weight_grad.weight_grad(dy, x, b, scale=1.0)
         oracle.assert_close(dw, oracle.weight_grad(dy, x, b, 1.0), torch.float32)
     strided_w = torch.randn(n, m, b, device=device).transpose(0, 1)
     x = wide[::2, 3:-2]
-    oracle.assert_close(launch.direct_product(x, strided_w, scale=1.0), oracle.product(x, strided_w, 1.0), dtype)
-    oracle.assert_close(launch.expand_weight(strided_w, scale=1.0, dtype=dtype), oracle.dense(strided_w, 1.0), dtype)
+    oracle.assert_close(direct.direct_product(x, strided_w, scale=1.0), oracle.product(x, strided_w, 1.0), dtype)
+    oracle.assert_close(expand.expand_weight(strided_w, scale=1.0, dtype=dtype), oracle.dense(strided_w, 1.0), dtype)
 
 
 def test_split_sums(device: torch.device) -> None:
     # Long sums in one small layer are split over programs; the parts are added in a fixed order.
     x, dy, w = tensors(device, torch.float32, 600, 1, 2, 16)
-    dw = launch.weight_grad(dy, x, 16, scale=0.37)
+    dw = weight_grad.weight_grad(dy, x, 16, scale=0.37)
     oracle.assert_close(dw, oracle.weight_grad(dy, x, 16, 0.37), torch.float32)
-    assert torch.equal(dw, launch.weight_grad(dy, x, 16, scale=0.37))
+    assert torch.equal(dw, weight_grad.weight_grad(dy, x, 16, scale=0.37))
     x, dy, w = tensors(device, torch.float32, 300, 1, 1, 66)
-    dw = launch.weight_grad(dy, x, 66, scale=0.37)
+    dw = weight_grad.weight_grad(dy, x, 66, scale=0.37)
     oracle.assert_close(dw, oracle.weight_grad(dy, x, 66, 0.37), torch.float32)
-    assert torch.equal(dw, launch.weight_grad(dy, x, 66, scale=0.37))
+    assert torch.equal(dw, weight_grad.weight_grad(dy, x, 66, scale=0.37))
     x, _, w = tensors(device, torch.float32, 2, 1, 40, 16)
-    out = launch.direct_product(x, w, scale=0.37)
+    out = direct.direct_product(x, w, scale=0.37)
     oracle.assert_close(out, oracle.product(x, w, 0.37), torch.float32)
-    assert torch.equal(out, launch.direct_product(x, w, scale=0.37))
+    assert torch.equal(out, direct.direct_product(x, w, scale=0.37))
 
 
 @pytest.mark.parametrize("b", [1, 16, 96])
 def test_no_tokens(device: torch.device, dtype: torch.dtype, b: int) -> None:
     x, dy, w = tensors(device, dtype, 0, 3, 2, b)
-    assert launch.direct_product(x, w, scale=1.0).shape == (0, 3 * b)
-    assert launch.direct_product(dy, w, scale=1.0, transpose=True).shape == (0, 2 * b)
-    assert launch.direct_product(dy, w, scale=1.0, transpose=True).dtype == dtype
-    dw = launch.weight_grad(dy, x, b, scale=1.0)
+    assert direct.direct_product(x, w, scale=1.0).shape == (0, 3 * b)
+    assert direct.direct_product(dy, w, scale=1.0, transpose=True).shape == (0, 2 * b)
+    assert direct.direct_product(dy, w, scale=1.0, transpose=True).dtype == dtype
+    dw = weight_grad.weight_grad(dy, x, b, scale=1.0)
     assert torch.equal(dw, torch.zeros(3, 2, b, device=device))
 
 
@@ -242,17 +242,17 @@ def test_range(device: torch.device, dtype: torch.dtype, t: int) -> None:
     small = 2e-4 if dtype == torch.float16 else 1e-8
     large = (x.float() * 1e4).to(dtype)
     tiny = (dy.float() * small).to(dtype)
-    oracle.assert_close(launch.direct_product(large, w, scale=1 / 96), oracle.product(large, w), dtype)
-    dx = launch.direct_product(tiny, w, scale=1.0, transpose=True)
+    oracle.assert_close(direct.direct_product(large, w, scale=1 / 96), oracle.product(large, w), dtype)
+    dx = direct.direct_product(tiny, w, scale=1.0, transpose=True)
     oracle.assert_close(dx, oracle.input_grad(tiny, w, 1.0), dtype)
-    dw = launch.weight_grad(tiny, large, 32, scale=1 / 96)
+    dw = weight_grad.weight_grad(tiny, large, 32, scale=1 / 96)
     oracle.assert_close(dw, oracle.weight_grad(tiny, large, 32), torch.float32)
     for size in (1e-3, 1e2):
-        out = launch.direct_product(x, w * size, scale=1 / size)
+        out = direct.direct_product(x, w * size, scale=1 / size)
         oracle.assert_close(out, oracle.product(x, w * size, 1 / size), dtype)
     if dtype != torch.float16:
-        # float16 has no 1e-8 in w either; launch.py says so.
-        out = launch.direct_product(x, w * 1e-8, scale=1.0)
+        # float16 has no 1e-8 in w either; specs.py says so.
+        out = direct.direct_product(x, w * 1e-8, scale=1.0)
         oracle.assert_close(out, oracle.product(x, w * 1e-8, 1.0), dtype)
 
 
@@ -261,10 +261,10 @@ def test_not_finite(device: torch.device, dtype: torch.dtype) -> None:
     # Padding and rows read twice must not carry what is not finite to where it does not belong.
     x, dy, w = tensors(device, dtype, 20, 2, 3, 7)
     x[-1, 0] = torch.inf
-    out = launch.direct_product(x, w, scale=1.0)
+    out = direct.direct_product(x, w, scale=1.0)
     assert torch.isfinite(out[:-1]).all()
     assert not torch.isfinite(out[-1]).any(dim=0)
-    dw = launch.weight_grad(dy, x, 7, scale=1.0)
+    dw = weight_grad.weight_grad(dy, x, 7, scale=1.0)
     assert torch.isfinite(dw[:, 1:]).all()
     assert not torch.isfinite(dw[:, 0]).any()
 
@@ -296,29 +296,29 @@ def test_generations() -> None:
 def test_refuses_what_does_not_fit(device: torch.device) -> None:
     x, dy, w = tensors(device, torch.float32, 4, 2, 3, 8)
     with pytest.raises(ShapeError, match=r"x has 16 features.*24"):
-        launch.direct_product(dy, w, scale=1.0)
+        direct.direct_product(dy, w, scale=1.0)
     with pytest.raises(ShapeError, match=r"x has 24 features.*16 transposed"):
-        launch.direct_product(x, w, scale=1.0, transpose=True)
+        direct.direct_product(x, w, scale=1.0, transpose=True)
     with pytest.raises(ShapeError, match="float64"):
-        launch.direct_product(x.double(), w, scale=1.0)
+        direct.direct_product(x.double(), w, scale=1.0)
     with pytest.raises(ShapeError, match="float16"):
-        launch.direct_product(x, w.half(), scale=1.0)
+        direct.direct_product(x, w.half(), scale=1.0)
     with pytest.raises(ShapeError, match="float32, none of them 0"):
-        launch.expand_weight(w[0], scale=1.0, dtype=torch.float32)
+        expand.expand_weight(w[0], scale=1.0, dtype=torch.float32)
     with pytest.raises(ShapeError, match="float64"):
-        launch.expand_weight(w, scale=1.0, dtype=torch.float64)
+        expand.expand_weight(w, scale=1.0, dtype=torch.float64)
     with pytest.raises(ShapeError, match=r"bias \(24,\)"):
-        launch.direct_product(x, w, scale=1.0, bias=x[0])
+        direct.direct_product(x, w, scale=1.0, bias=x[0])
     with pytest.raises(ShapeError, match=r"out \(4, 16\) torch.float16"):
-        launch.direct_product(x, w, scale=1.0, out=dy.half())
+        direct.direct_product(x, w, scale=1.0, out=dy.half())
     with pytest.raises(ShapeError, match="rows must be contiguous"):
-        launch.direct_product(x, w, scale=1.0, out=torch.zeros(16, 4, device=device).t())
+        direct.direct_product(x, w, scale=1.0, out=torch.zeros(16, 4, device=device).t())
     with pytest.raises(ShapeError, match=r"weight \(24, 16\)"):
-        launch.add_expanded_(torch.zeros(24, 16, device=device), w, scale=1.0)
+        expand.add_expanded_(torch.zeros(24, 16, device=device), w, scale=1.0)
     with pytest.raises(ShapeError, match=r"weight \(24, 16\)"):
-        launch.folded_weight(torch.zeros(24, 16, device=device), w, scale=1.0)
+        expand.folded_weight(torch.zeros(24, 16, device=device), w, scale=1.0)
     with pytest.raises(ShapeError, match="expanded"):
-        launch.add_expanded_(torch.zeros(1, 24, device=device).expand(16, 24), w, scale=1.0)
+        expand.add_expanded_(torch.zeros(1, 24, device=device).expand(16, 24), w, scale=1.0)
     weight = torch.zeros(16, 24, device=device, dtype=torch.half)
     for bad_x, bad_weight, message in (
         (x, weight.float(), "1 to 16 tokens.*float16 or bfloat16"),
@@ -330,49 +330,49 @@ def test_refuses_what_does_not_fit(device: torch.device) -> None:
         (x.half(), weight[:8], "do not fit"),
     ):
         with pytest.raises(ShapeError, match=message):
-            launch.decode_linear(bad_x, bad_weight, w, None, scale=1.0)
+            decode.decode_linear(bad_x, bad_weight, w, None, scale=1.0)
     with pytest.raises(ShapeError, match=r"bias \(24,\)"):
-        launch.decode_linear(x.half(), weight, w, x[0].half(), scale=1.0)
+        decode.decode_linear(x.half(), weight, w, x[0].half(), scale=1.0)
     with pytest.raises(ShapeError, match="block_size 5"):
-        launch.weight_grad(dy, x, 5, scale=1.0)
+        weight_grad.weight_grad(dy, x, 5, scale=1.0)
     with pytest.raises(ShapeError, match="must agree"):
-        launch.weight_grad(dy[1:], x, 8, scale=1.0)
+        weight_grad.weight_grad(dy[1:], x, 8, scale=1.0)
     with pytest.raises(ShapeError, match="must agree"):
-        launch.weight_grad(dy.half(), x, 8, scale=1.0)
+        weight_grad.weight_grad(dy.half(), x, 8, scale=1.0)
 
 
 def test_refuses_other_devices(device: torch.device) -> None:
     w = torch.empty(2, 3, 8, device="meta")
     with pytest.raises(BackendError, match="meta"):
-        launch.direct_product(torch.empty(4, 24, device="meta"), w, scale=1.0)
+        direct.direct_product(torch.empty(4, 24, device="meta"), w, scale=1.0)
     with pytest.raises(ShapeError, match="same device"):
-        launch.direct_product(torch.zeros(4, 24, device=device), w, scale=1.0)
+        direct.direct_product(torch.zeros(4, 24, device=device), w, scale=1.0)
 
 
 def test_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    launch.clear_plans()
-    assert "TRITON_INTERPRET=1" in str(launch.unavailable_reason(torch.device("cpu")))
+    plans.clear_plans()
+    assert "TRITON_INTERPRET=1" in str(specs.unavailable_reason(torch.device("cpu")))
     with pytest.raises(BackendError, match="TRITON_INTERPRET=1"):
-        launch.weight_grad(torch.zeros(1, 4), torch.zeros(1, 4), 4, scale=1.0)
+        weight_grad.weight_grad(torch.zeros(1, 4), torch.zeros(1, 4), 4, scale=1.0)
 
 
 def test_missing_kernels_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_installed", lambda package: package != "c3a_triton.kernels")
+    monkeypatch.setattr(specs, "_installed", lambda package: package != "c3a_triton.kernels")
     with pytest.raises(BackendError, match="pip install"):
-        launch.unavailable_reason(torch.device("cpu"))
-    monkeypatch.setattr(launch, "_installed", lambda package: package != "triton")
-    assert "triton is not installed" in str(launch.unavailable_reason(torch.device("cpu")))
+        specs.unavailable_reason(torch.device("cpu"))
+    monkeypatch.setattr(specs, "_installed", lambda package: package != "triton")
+    assert "triton is not installed" in str(specs.unavailable_reason(torch.device("cpu")))
 
 
 def test_tf32_only_where_torch_allows_it() -> None:
     try:
-        assert launch._precision() == "tf32x3"
+        assert specs.precision(torch.float32) == "tf32x3"
         torch.set_float32_matmul_precision("high")
-        assert launch._precision() == "tf32"
+        assert specs.precision(torch.float32) == "tf32"
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert launch._precision() == "tf32x3"
+    assert specs.precision(torch.float32) == "tf32x3"
 
 
 # Plans: what is decided once must not be taken for another call
@@ -418,25 +418,25 @@ def test_any_sequence_of_calls_is_right(device: torch.device, seed: int) -> None
         out = torch.randn(expected.shape, device=device).to(dtype) if choose((False, True)) else None
         for summand in (bias, out):
             expected = expected if summand is None else expected + summand.cpu().double()
-        result = launch.direct_product(operand, w, scale=scale, transpose=transpose, out=out, bias=bias)
+        result = direct.direct_product(operand, w, scale=scale, transpose=transpose, out=out, bias=bias)
         oracle.assert_close(result, expected, dtype, bound=3 * oracle.BOUNDS[dtype])
 
-        dw = launch.weight_grad(dy, x, b, scale=scale)
+        dw = weight_grad.weight_grad(dy, x, b, scale=scale)
         if t:
             oracle.assert_close(dw, oracle.weight_grad(dy, x, b, scale), torch.float32)
         else:
             assert dw.shape == w.shape
             assert not dw.any()
-        dense = launch.expand_weight(w, scale=scale, dtype=dtype, transpose=transpose)
+        dense = expand.expand_weight(w, scale=scale, dtype=dtype, transpose=transpose)
         expected = oracle.dense(w, scale).T if transpose else oracle.dense(w, scale)
         oracle.assert_close(dense, expected, dtype, bound=3 * oracle.BOUNDS[dtype])
         weight = laid_out(torch.randn(m * b, n * b, device=device).to(dtype), choose(LAYOUTS[:3]))
         expected = weight.cpu().double() + oracle.dense(w, scale)
-        folded = launch.folded_weight(weight, w, scale=scale)
+        folded = expand.folded_weight(weight, w, scale=scale)
         oracle.assert_close(folded, expected, dtype, bound=3 * oracle.BOUNDS[dtype])
-        if launch.decodes(x, weight):
+        if decode.decodes(x, weight):
             expected = x.cpu().double() @ (weight.cpu().double() + oracle.dense(w, scale)).T
-            y = launch.decode_linear(x, weight, w, None, scale=scale)
+            y = decode.decode_linear(x, weight, w, None, scale=scale)
             oracle.assert_close(y, expected, dtype, bound=3 * oracle.BOUNDS[dtype])
 
 
@@ -444,12 +444,12 @@ def test_any_sequence_of_calls_is_right(device: torch.device, seed: int) -> None
 def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, dict[str, Any]]]]:
     """Names and keyword arguments of launches that are not made, for tensors on any device."""
     calls: list[tuple[str, dict[str, Any]]] = []
-    kernel_class = type(launch._kernels().direct.table_kernel)
+    kernel_class = type(plans.kernels().direct.table_kernel)
     monkeypatch.setattr(kernel_class, "run", lambda kernel, **arguments: calls.append((kernel.__name__, arguments)))
-    monkeypatch.setattr(launch, "unavailable_reason", lambda device: None)
-    launch.clear_plans()
+    monkeypatch.setattr(specs, "unavailable_reason", lambda device: None)
+    plans.clear_plans()
     yield calls
-    launch.clear_plans()
+    plans.clear_plans()
 
 
 def test_plans_follow_the_tf32_switch(launched: list[tuple[str, dict[str, Any]]]) -> None:
@@ -461,8 +461,8 @@ def test_plans_follow_the_tf32_switch(launched: list[tuple[str, dict[str, Any]]]
                 torch.set_float32_matmul_precision(precision)
                 try:
                     launched.clear()
-                    launch.direct_product(x, w, scale=1.0)
-                    launch.weight_grad(dy, x, 8, scale=1.0)
+                    direct.direct_product(x, w, scale=1.0)
+                    weight_grad.weight_grad(dy, x, 8, scale=1.0)
                 finally:
                     torch.set_float32_matmul_precision("highest")
                 found.append({arguments["PRECISION"] for _, arguments in launched if "PRECISION" in arguments})
@@ -474,9 +474,9 @@ def test_plans_are_of_one_device(launched: list[tuple[str, dict[str, Any]]]) -> 
     for device in ("cpu", "meta", "cpu", "meta"):
         x, dy, w = tensors(torch.device(device), torch.float32, 300, 1, 1, 16)
         launched.clear()
-        assert launch.direct_product(x, w, scale=1.0).device.type == device
-        assert launch.weight_grad(dy, x, 16, scale=1.0).device.type == device
-        assert launch.expand_weight(w, scale=1.0, dtype=torch.float32).device.type == device
+        assert direct.direct_product(x, w, scale=1.0).device.type == device
+        assert weight_grad.weight_grad(dy, x, 16, scale=1.0).device.type == device
+        assert expand.expand_weight(w, scale=1.0, dtype=torch.float32).device.type == device
         allocated = {
             value.device.type for _, given in launched for value in given.values() if isinstance(value, Tensor)
         }
@@ -487,12 +487,12 @@ def test_a_call_that_fails_fails_again(device: torch.device) -> None:
     x, w = torch.zeros(4, 24, device=device), torch.zeros(2, 3, 8, device=device)
     for _ in range(2):
         with pytest.raises(ShapeError, match="x has 24 features"):
-            launch.direct_product(x, w, scale=1.0, transpose=True)
-    launch.direct_product(x, w, scale=1.0)
+            direct.direct_product(x, w, scale=1.0, transpose=True)
+    direct.direct_product(x, w, scale=1.0)
     # The same shapes and dtypes: only the strides of what is written differ.
-    launch.direct_product(x, w, scale=1.0, out=torch.zeros(4, 16, device=device))
+    direct.direct_product(x, w, scale=1.0, out=torch.zeros(4, 16, device=device))
     with pytest.raises(ShapeError, match="rows must be contiguous"):
-        launch.direct_product(x, w, scale=1.0, out=torch.zeros(16, 4, device=device).t())
+        direct.direct_product(x, w, scale=1.0, out=torch.zeros(16, 4, device=device).t())
 
 
 def test_nothing_of_w_is_kept(device: torch.device) -> None:
@@ -500,6 +500,6 @@ def test_nothing_of_w_is_kept(device: torch.device) -> None:
     weight = torch.zeros(32, 48, device=device)
     for _ in range(3):
         w.data.normal_()  # neither the address nor the version tells
-        oracle.assert_close(launch.direct_product(x, w, scale=1.0), oracle.product(x, w, 1.0), torch.float32)
-        oracle.assert_close(launch.expand_weight(w, scale=1.0, dtype=w.dtype), oracle.dense(w, 1.0), torch.float32)
-        oracle.assert_close(launch.folded_weight(weight, w, scale=1.0), oracle.dense(w, 1.0), torch.float32)
+        oracle.assert_close(direct.direct_product(x, w, scale=1.0), oracle.product(x, w, 1.0), torch.float32)
+        oracle.assert_close(expand.expand_weight(w, scale=1.0, dtype=w.dtype), oracle.dense(w, 1.0), torch.float32)
+        oracle.assert_close(expand.folded_weight(weight, w, scale=1.0), oracle.dense(w, 1.0), torch.float32)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 import c3a_triton
 from c3a_triton import C3AConfig, C3ALinear
 from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, BackendError, ShapeError
-from c3a_triton.operator import launch, launch_grouped
-from c3a_triton.operator.ops_rows import c3a_linear_rows
+from c3a_triton.operator.launch import grouped, specs
+from c3a_triton.operator.rows import c3a_linear_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # (in, out, block size of each adapter): several sizes in one batch, odd ones, 1, and one as wide as the layer.
@@ -53,7 +53,7 @@ def test_grouped_product(device: torch.device, dtype: torch.dtype, shape: tuple)
             widths = (out_features, in_features) if transpose else (in_features, out_features)
             x = torch.randn(len(rows) * tokens, widths[0] + 3, device=device).to(dtype)[:, 1:-2]
             bias = torch.randn(widths[1], device=device).to(dtype) if i % 2 else None
-            y = launch_grouped.grouped_product(x, kernels, rows, scale=1 / in_features, transpose=transpose, bias=bias)
+            y = grouped.grouped_product(x, kernels, rows, scale=1 / in_features, transpose=transpose, bias=bias)
             ref = expected(x.reshape(len(rows), tokens, -1), kernels, rows, transpose).flatten(0, 1)
             oracle.assert_close(y, ref if bias is None else ref + bias.cpu().double(), dtype)
 
@@ -63,7 +63,7 @@ def test_many_rows_of_one_token_each(device: torch.device) -> None:
     kernels = make_kernels(32, 32, (16,) * 40, device)
     rows = tuple(torch.randperm(40).tolist())
     x = torch.randn(40, 32, device=device)
-    y = launch_grouped.grouped_product(x, kernels, rows, scale=1 / 32)
+    y = grouped.grouped_product(x, kernels, rows, scale=1 / 32)
     oracle.assert_close(y, expected(x[:, None], kernels, rows)[:, 0], torch.float32)
 
 
@@ -72,7 +72,7 @@ def test_many_rows_of_one_token_each(device: torch.device) -> None:
 def test_few_tokens_split_their_sums(device: torch.device, transpose: bool) -> None:
     kernels, rows = make_kernels(320, 320, (80, 20), device), (1, -1, 0)
     x, bias = torch.randn(3, 320, device=device), torch.randn(320, device=device)
-    y = launch_grouped.grouped_product(x, kernels, rows, scale=1 / 320, transpose=transpose, bias=bias)
+    y = grouped.grouped_product(x, kernels, rows, scale=1 / 320, transpose=transpose, bias=bias)
     ref = expected(x[:, None], kernels, rows, transpose)[:, 0] + bias.cpu().double()
     oracle.assert_close(y, ref, torch.float32)
 
@@ -83,7 +83,7 @@ def test_kernels_at_any_address(device: torch.device) -> None:
     kernels = [flat[1:].view(4, 4, 8), torch.randn(4, 4, 8, device=device).transpose(0, 1)]
     assert kernels[0].data_ptr() % 16
     x = torch.randn(2, 32, device=device)
-    y = launch_grouped.grouped_product(x, kernels, (1, 0), scale=1 / 32)
+    y = grouped.grouped_product(x, kernels, (1, 0), scale=1 / 32)
     oracle.assert_close(y, expected(x[:, None], kernels, (1, 0))[:, 0], torch.float32)
 
 
@@ -99,8 +99,8 @@ def uncopied(shape: tuple[int, int, int], kind: str) -> Tensor:
 def graphs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[graph_memory.Capturing]:
     if device.type == "cuda":
         pytest.skip("stand-ins on a CPU; test_compile.py has graphs")
-    monkeypatch.setattr(launch_grouped, "_tables", {})
-    monkeypatch.setattr(launch_grouped, "_captured", {})
+    monkeypatch.setattr(grouped, "_tables", {})
+    monkeypatch.setattr(grouped, "_captured", {})
     with graph_memory.on_cpu() as capturing:
         yield capturing
 
@@ -113,7 +113,7 @@ def test_a_graph_finds_what_a_call_before_has_copied(graphs: graph_memory.Captur
     x = torch.randn(3 * tokens, 32)
 
     def check() -> Tensor:
-        y = launch_grouped.grouped_product(x, kernels, rows, scale=1 / 32)
+        y = grouped.grouped_product(x, kernels, rows, scale=1 / 32)
         ref = expected(x.view(3, tokens, 32), [w.float() for w in kernels], rows).flatten(0, 1)
         oracle.assert_close(y, ref, torch.float32)
         return y
@@ -124,60 +124,60 @@ def test_a_graph_finds_what_a_call_before_has_copied(graphs: graph_memory.Captur
     graphs.on = False
     with graph_memory.GraphMemory() as memory:
         assert check() in memory
-    kept = [table.values for table in launch_grouped._tables.values()] + [launch_grouped._copies[kernels[0]]]
+    kept = [table.values for table in grouped._tables.values()] + [grouped._copies[kernels[0]]]
     assert [tensor in memory for tensor in kept] == [False] * len(kept)
-    before = dict(launch_grouped._tables)
+    before = dict(grouped._tables)
     graphs.on = True
     kernels[0].data.normal_()
     check()
-    assert launch_grouped._captured == launch_grouped._tables == before
-    copies = len(launch_grouped._copies)
+    assert grouped._captured == grouped._tables == before
+    copies = len(grouped._copies)
     kernels.clear()
     gc.collect()
-    assert len(launch_grouped._copies) == copies - 1  # held no longer than w
+    assert len(grouped._copies) == copies - 1  # held no longer than w
 
 
 def test_a_mixed_batch_that_is_captured_too_early_says_what_to_do(graphs: graph_memory.Capturing) -> None:
     x, kernels = torch.randn(2, 32), [torch.randn(2, 4, 8)]
     graphs.on = True
     with pytest.raises(BackendError, match="mixed batch's table is missing.*same call once before"):
-        launch_grouped.grouped_product(x, kernels, (0, -1), scale=1.0)
-    assert not launch_grouped._tables
+        grouped.grouped_product(x, kernels, (0, -1), scale=1.0)
+    assert not grouped._tables
 
 
 def test_a_copy_follows_its_kernel(device: torch.device) -> None:
     """Made under inference mode, it serves later calls too; and never values or shapes that w no longer has."""
     w, x = torch.randn(2, 4, 9, device=device)[..., :8], torch.randn(2, 32, device=device)
     with torch.inference_mode():
-        launch_grouped.grouped_product(x, [w], (0, 0), scale=1.0)
+        grouped.grouped_product(x, [w], (0, 0), scale=1.0)
     for changed in (
         w,
         torch.randn(4, 4, 8, device=device).transpose(0, 1),
         torch.randn(2, 4, 9, device=device)[..., 1:],
     ):
         w.data = changed
-        y = launch_grouped.grouped_product(x, [w.requires_grad_()], (0, 0), scale=1.0)
+        y = grouped.grouped_product(x, [w.requires_grad_()], (0, 0), scale=1.0)
         oracle.assert_close(y, oracle.product(x, w.detach(), 1.0), torch.float32)
         assert not y.requires_grad
 
 
 def test_no_tokens(device: torch.device) -> None:
     x, w = torch.empty(0, 8, device=device), torch.ones(3, 2, 4, device=device)
-    y = launch_grouped.grouped_product(x, [w], [0, -1], scale=1.0)
+    y = grouped.grouped_product(x, [w], [0, -1], scale=1.0)
     assert y.shape == (0, 12)
 
 
 def test_operands_that_do_not_fit(device: torch.device) -> None:
     x, w = torch.randn(4, 8, device=device), torch.randn(3, 2, 4, device=device)
     for bad in (
-        lambda: launch_grouped.grouped_product(x, [w], [0, 0, 0], scale=1.0),
-        lambda: launch_grouped.grouped_product(x, [w], [0, 1], scale=1.0),
-        lambda: launch_grouped.grouped_product(x, [w], [-1, -1], scale=1.0),
-        lambda: launch_grouped.grouped_product(x, [w], [], scale=1.0),
-        lambda: launch_grouped.grouped_product(x, [w, torch.ones(2, 4, 2, device=device)], [0, 1], scale=1.0),
-        lambda: launch_grouped.grouped_product(x, [w], [0, 0], scale=1.0, transpose=True),
-        lambda: launch_grouped.grouped_product(x, [w], [0, 0], scale=1.0, bias=x[0]),
-        lambda: launch_grouped.grouped_product(x.double(), [w], [0, 0], scale=1.0),
+        lambda: grouped.grouped_product(x, [w], [0, 0, 0], scale=1.0),
+        lambda: grouped.grouped_product(x, [w], [0, 1], scale=1.0),
+        lambda: grouped.grouped_product(x, [w], [-1, -1], scale=1.0),
+        lambda: grouped.grouped_product(x, [w], [], scale=1.0),
+        lambda: grouped.grouped_product(x, [w, torch.ones(2, 4, 2, device=device)], [0, 1], scale=1.0),
+        lambda: grouped.grouped_product(x, [w], [0, 0], scale=1.0, transpose=True),
+        lambda: grouped.grouped_product(x, [w], [0, 0], scale=1.0, bias=x[0]),
+        lambda: grouped.grouped_product(x.double(), [w], [0, 0], scale=1.0),
         lambda: c3a_linear_rows(x, None, None, [w], [0, 0]),
         lambda: c3a_linear_rows(x, None, None, [w], [0, 0, 1, 0]),
         lambda: c3a_linear_rows(x, None, None, [w], [0, 0, -2, 0]),
@@ -213,7 +213,7 @@ def test_one_launch_per_block_size(monkeypatch: pytest.MonkeyPatch, tokens: int,
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             counted[name] = Launches()
             monkeypatch.setattr(module, name, counted[name])
-    monkeypatch.setattr(launch, "unavailable_reason", lambda device: None)
+    monkeypatch.setattr(specs, "unavailable_reason", lambda device: None)
     kernels = make_kernels(16, 16, tuple((8, 4)[i % 2] for i in range(n_adapters)), torch.device("cpu"))
     x, weight = torch.randn(n_adapters + 1, tokens, 16), torch.randn(16, 16)
     with torch.no_grad():

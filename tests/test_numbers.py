@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from c3a_triton import c3a_linear, circulant_linear
 from c3a_triton.adapters.layer import C3ALinear
-from c3a_triton.operator import launch, tiles
 from c3a_triton.operator.dispatch import BACKENDS
+from c3a_triton.operator.launch import specs, tiles
 
 BACKEND_NAMES = [name for name in BACKENDS if name not in ("auto", "fold")]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -223,13 +223,13 @@ def test_rows_far_apart_in_memory(backend, far, device):
 
 
 def test_rows_are_copied_where_a_tile_would_not_fit_32_bits():
-    far = torch.empty(launch._MAX_ROW_STRIDE * 2 + 8)
-    near = far.as_strided((3, 4), (launch._MAX_ROW_STRIDE, 1))
-    assert launch._with_contiguous_rows(near) is near
-    apart = far.as_strided((2, 4), (launch._MAX_ROW_STRIDE + 1, 1))
-    assert launch._with_contiguous_rows(apart).is_contiguous()
-    alone = far.as_strided((1, 4), (launch._MAX_ROW_STRIDE + 1, 1))
-    assert launch._with_contiguous_rows(alone) is alone
+    far = torch.empty(specs.MAX_ROW_STRIDE * 2 + 8)
+    near = far.as_strided((3, 4), (specs.MAX_ROW_STRIDE, 1))
+    assert specs.with_contiguous_rows(near) is near
+    apart = far.as_strided((2, 4), (specs.MAX_ROW_STRIDE + 1, 1))
+    assert specs.with_contiguous_rows(apart).is_contiguous()
+    alone = far.as_strided((1, 4), (specs.MAX_ROW_STRIDE + 1, 1))
+    assert specs.with_contiguous_rows(alone) is alone
 
 
 def test_no_tile_has_more_rows_than_fit_32_bits():
@@ -241,7 +241,7 @@ def test_no_tile_has_more_rows_than_fit_32_bits():
 
     found = [tile for table in vars(tiles).values() for tile in tiles_in(table)]
     assert len(found) > 10
-    assert max(tile.block_t for tile in found) * launch._MAX_ROW_STRIDE < 2**31
+    assert max(tile.block_t for tile in found) * specs.MAX_ROW_STRIDE < 2**31
 
 
 def test_the_fused_layer_takes_rows_far_apart(far, device):

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from c3a_triton import BackendError, ShapeError, c3a_linear, circulant_linear, circulant_matrix
-from c3a_triton.operator import launch, ops
-from c3a_triton.operator.dispatch import BACKENDS, choose, predicted_seconds
+from c3a_triton.operator import backends, dense, fourier
+from c3a_triton.operator.cost_model import Sizes, predicted_seconds
+from c3a_triton.operator.dispatch import BACKENDS, choose
+from c3a_triton.operator.launch import decode
 
 ALL = [name for name in BACKENDS if name not in ("auto", "fold")]
 FLOAT64 = ["reference", "torch"]
@@ -83,7 +85,6 @@ def test_float64_is_computed_in_float64(device, backend):
 
 @pytest.mark.parametrize("n_tokens", [1, 63, 200])
 def test_torch_backend_is_the_same_in_chunks(device, monkeypatch, n_tokens):
-    from c3a_triton.operator import fourier
 
     monkeypatch.setattr(fourier, "CPU_CHUNK_ELEMENTS", 1000)
     monkeypatch.setattr(fourier, "GPU_CHUNK_ELEMENTS", 1000)
@@ -161,8 +162,8 @@ def test_fused_layer_equals_base_plus_adapters(device, backend, dtype, with_bias
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_few_tokens_take_one_kernel_for_base_and_adapters(device, monkeypatch, dtype, n_tokens, m, n, b):
     calls = []
-    decode = launch.decode_linear
-    monkeypatch.setattr(launch, "decode_linear", lambda *a, **k: calls.append(a[0].shape) or decode(*a, **k))
+    compute = decode.decode_linear
+    monkeypatch.setattr(decode, "decode_linear", lambda *a, **k: calls.append(a[0].shape) or compute(*a, **k))
     x, dy, kernels = operands(device, dtype, n_tokens, m, n, b, kernels=2)
     generator = torch.Generator().manual_seed(3)
     weight = (torch.randn(m * b, n * b, generator=generator) / 4).to(device, dtype)
@@ -184,7 +185,7 @@ def test_a_few_tokens_take_one_kernel_for_base_and_adapters(device, monkeypatch,
 
 @pytest.mark.parametrize("case", ["many tokens", "float32", "transposed weight", "two block sizes", "no tokens"])
 def test_what_the_decoding_kernel_does_not_take_is_computed_all_the_same(device, monkeypatch, case):
-    monkeypatch.setattr(launch, "decode_linear", None)
+    monkeypatch.setattr(decode, "decode_linear", None)
     dtype = torch.float32 if case == "float32" else torch.bfloat16
     x, _, (w,) = operands(device, dtype, {"many tokens": 17, "no tokens": 0}.get(case, 4), 3, 2, 8)
     kernels = [w, operands(device, dtype, 1, 6, 4, 4)[2][0]] if case == "two block sizes" else [w]
@@ -205,17 +206,17 @@ def test_circulant_matrix_and_merge(device, backend):
     for dtype in DTYPES:
         base = torch.randn(18, 12, generator=torch.Generator().manual_seed(1)).to(device, dtype)
         for weight in (base.clone(), base.clone().t().contiguous().t()):
-            ops.add_circulant_(weight, [w, fine])
+            dense.add_circulant_(weight, [w, fine])
             exact = base.cpu().float() + (circulant_matrix(w) + circulant_matrix(fine)).cpu()
             assert torch.equal(weight.cpu(), exact.to(dtype)) or (weight.cpu() - exact.to(dtype)).abs().max() < 1e-6
             assert (weight != base).any()
 
 
 def test_merge_in_chunks_of_rows(device, monkeypatch):
-    monkeypatch.setattr(ops, "MERGE_CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr(dense, "MERGE_CHUNK_ELEMENTS", 100)
     kernels = [operands(device, torch.float32, 1, 12 // b, 18 // b, b, seed=b)[2][0] for b in (2, 3, 6)]
     weight = torch.zeros(12, 18, device=device)
-    ops.add_circulant_(weight, kernels)
+    dense.add_circulant_(weight, kernels)
     oracle.assert_close(weight, sum(oracle.dense(w) for w in kernels), torch.float32)
 
 
@@ -260,13 +261,10 @@ def test_double_backward_of_triton_backends(device, backend):
 def test_only_wanted_gradients_are_computed(device, monkeypatch):
     calls = []
     for name in ("product", "weight_grad", "backward"):
-        from c3a_triton.operator import fourier
-
         function = getattr(fourier, name)
         monkeypatch.setattr(fourier, name, lambda *a, _f=function, _n=name, **k: calls.append(_n) or _f(*a, **k))
-    monkeypatch.setitem(ops._PRODUCTS, "torch", fourier.product)
-    monkeypatch.setitem(ops._WEIGHT_GRADS, "torch", fourier.weight_grad)
-    monkeypatch.setitem(ops._BACKWARDS, "torch", fourier.backward)
+    spied = backends.Backend(fourier.product, fourier.weight_grad, fourier.backward)
+    monkeypatch.setitem(backends.BY_NAME, "torch", spied)
     x, dy, (w,) = operands(device, torch.float32, 3, 2, 2, 4)
     circulant_linear(x, w.requires_grad_(), backend="torch").backward(dy)
     assert calls == ["product", "weight_grad"]
@@ -280,8 +278,9 @@ def test_only_wanted_gradients_are_computed(device, monkeypatch):
 
 def test_equal_block_sizes_run_as_one_product(device, monkeypatch):
     calls = []
-    product = ops._PRODUCTS["torch"]
-    monkeypatch.setitem(ops._PRODUCTS, "torch", lambda *a, **k: calls.append(a[1]) or product(*a, **k))
+    backend = backends.BY_NAME["torch"]
+    spied = backend._replace(product=lambda *a, **k: calls.append(a[1]) or backend.product(*a, **k))
+    monkeypatch.setitem(backends.BY_NAME, "torch", spied)
     x, _, kernels = operands(device, torch.float32, 3, 2, 2, 4, kernels=3)
     c3a_linear(x, torch.zeros(8, 8, device=device), None, kernels, backend="torch")
     assert len(calls) == 1
@@ -617,21 +616,21 @@ def test_meta_and_fake_tensors_propagate_shapes():
 
 
 def test_auto_on_a_cpu_is_torch(monkeypatch):
-    cpu = torch.device("cpu")
+    sizes = Sizes(100, 64, 64, 8, torch.float32, torch.device("cpu"))
     monkeypatch.delenv("C3A_TRITON_BACKEND", raising=False)
-    assert choose("auto", cpu, torch.float32, 100, 64, 64, 8) == "torch"
+    assert choose("auto", sizes) == "torch"
     monkeypatch.setenv("C3A_TRITON_BACKEND", "reference")
-    assert choose("auto", cpu, torch.float32, 100, 64, 64, 8) == "reference"
-    assert choose("torch", cpu, torch.float32, 100, 64, 64, 8) == "torch"
+    assert choose("auto", sizes) == "reference"
+    assert choose("torch", sizes) == "torch"
     monkeypatch.setenv("C3A_TRITON_BACKEND", "fastest")
     with pytest.raises(BackendError, match="C3A_TRITON_BACKEND='fastest'.*'direct'"):
-        choose("auto", cpu, torch.float32, 100, 64, 64, 8)
+        choose("auto", sizes)
 
 
 def test_cost_model_prefers_one_launch_for_few_tokens_and_spectra_for_many():
     def best(n_tokens, in_features, out_features, b, names=("direct", "fft", "expand", "torch")):
-        sizes = (n_tokens, in_features, out_features, b, torch.bfloat16)
-        return min(names, key=lambda name: predicted_seconds(name, *sizes))
+        sizes = Sizes(n_tokens, in_features, out_features, b, torch.bfloat16)
+        return min(names, key=lambda name: predicted_seconds(name, sizes))
 
     assert best(1, 4096, 4096, 128) == "direct"
     assert best(64, 4096, 4096, 128) == "direct"
@@ -639,7 +638,9 @@ def test_cost_model_prefers_one_launch_for_few_tokens_and_spectra_for_many():
         assert best(8192, *sizes) == "fft"
     # In one level, transforms of large blocks cost as much as a dense product; float32 spectra cost more bytes.
     assert best(8192, 1536, 1536, 1536) == "expand"
-    sixteen = [predicted_seconds("fft", 8192, 4096, 4096, 64, dtype) for dtype in (torch.float16, torch.bfloat16)]
+    sixteen = [
+        predicted_seconds("fft", Sizes(8192, 4096, 4096, 64, dtype)) for dtype in (torch.float16, torch.bfloat16)
+    ]
     assert sixteen[0] > sixteen[1]
     assert best(8192, 3072, 3072, 64, ("direct", "expand", "torch")) == "expand"
     assert best(8192, 8192, 28672, 128, ("direct", "expand", "torch")) == "torch"
@@ -680,7 +681,7 @@ def bad_calls():
         "bias size": (lambda: c3a_linear(x, weight, torch.zeros(4), [w]), r"\(4,\).*\(8,\)"),
         "devices": (lambda: circulant_linear(x, w.to("meta")), "cpu.*meta"),
         "matrix": (lambda: circulant_matrix(w[0]), "block_size"),
-        "merge": (lambda: ops.add_circulant_(weight, [w[:1]]), r"\(1, 3, 4\).*\(8, 12\)"),
+        "merge": (lambda: dense.add_circulant_(weight, [w[:1]]), r"\(1, 3, 4\).*\(8, 12\)"),
     }
 
 

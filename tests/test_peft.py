@@ -18,7 +18,7 @@ from versions import PEFT
 
 from c3a_triton.adapters.layer import C3ALinear
 from c3a_triton.api import apply, load_adapter
-from c3a_triton.operator.ops import circulant_linear
+from c3a_triton.operator.calls import circulant_linear
 from c3a_triton.operator.reference import circulant_matrix
 
 peft = pytest.importorskip("peft")

@@ -19,16 +19,16 @@ from bench_package import ROOT
 
 from bench import kernel_cases, launch_hooks, precompile, precompiled, report, runs, specialisations
 from c3a_triton.benchmark import cases, timing
-from c3a_triton.operator import launch
+from c3a_triton.operator.launch import direct, expand, plans, weight_grad
 
 CARD = specialisations.CARD
 CPU = torch.device("cpu")
 # Three kernels; the operands of the first are not aligned.
 LAUNCHES = """
 x = torch.ones(3 * 12 + 1)[1:].view(3, 12)
-launch.direct_product(x, torch.ones(4, 3, 4), scale=0.5, bias=torch.ones(16))
-launch.weight_grad(torch.ones(5, 8), torch.ones(5, 12), 4, scale=0.5)
-launch.expand_weight(torch.ones(2, 3, 4), scale=0.5, dtype=torch.float32)
+direct.direct_product(x, torch.ones(4, 3, 4), scale=0.5, bias=torch.ones(16))
+weight_grad.weight_grad(torch.ones(5, 8), torch.ones(5, 12), 4, scale=0.5)
+expand.expand_weight(torch.ones(2, 3, 4), scale=0.5, dtype=torch.float32)
 """
 # The same launches without the interpreter and without a GPU: every one becomes a compilation of its own.
 NATIVELY = """
@@ -38,7 +38,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from c3a_triton import launch
+from c3a_triton.operator.launch import direct, expand, specs, weight_grad
 
 class Driver:
     get_current_device = staticmethod(lambda: 0)
@@ -46,8 +46,8 @@ class Driver:
     get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
 
 driver.set_active(Driver())
-launch.unavailable_reason = lambda device: None
-launch._generation = lambda device: "sm_90"
+specs.unavailable_reason = lambda device: None
+specs.card_of = lambda device: "sm_90"
 run, found = JITFunction.run, []
 knobs.compilation.listener = lambda *, src, cache_hit, **more: found.append([src.name, cache_hit])
 JITFunction.run = lambda kernel, *args, **kwargs: run(kernel, *args, **{**kwargs, "warmup": True})
@@ -84,7 +84,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Filled:
         specialisations.as_on(CARD),
         launch_hooks.noted() as names,
     ):
-        exec(LAUNCHES, {"torch": torch, "launch": launch})
+        exec(LAUNCHES, {"torch": torch, "direct": direct, "expand": expand, "weight_grad": weight_grad})
     assert [one.name for one in recorder.found.values()] == list(dict.fromkeys(names))
     command = [sys.executable, "-m", "bench.precompile", "--of", "--tests", str(lines), "--jobs", "2"]
     command += ["--out", str(folder / "out"), "--cache-dir", str(folder / "cache")]
@@ -239,10 +239,10 @@ def test_every_part_with_launches_is_recorded() -> None:
 
 
 def test_recording_ends_with_its_context() -> None:
-    run = launch._kernels().expand.expand_kernel.run
+    run = plans.kernels().expand.expand_kernel.run
     with specialisations.recorded() as recorder:
-        launch.expand_weight(torch.ones(1, 1, 4), scale=1.0, dtype=torch.float32)
+        expand.expand_weight(torch.ones(1, 1, 4), scale=1.0, dtype=torch.float32)
     assert len(recorder.found) == 1
-    assert launch._kernels().expand.expand_kernel.run == run
-    launch.expand_weight(torch.ones(1, 2, 4), scale=1.0, dtype=torch.float32)
+    assert plans.kernels().expand.expand_kernel.run == run
+    expand.expand_weight(torch.ones(1, 2, 4), scale=1.0, dtype=torch.float32)
     assert len(recorder.found) == 1

@@ -22,7 +22,7 @@ from torch.autograd import DeviceType
 
 from bench import gpu, kernel_cases, ncu, op, overhead, profiled, report, runs, tile_sweep
 from c3a_triton.benchmark import cases, timing
-from c3a_triton.operator import launch, tiles
+from c3a_triton.operator.launch import direct, plans, specs, tiles
 
 pytest.importorskip("triton")
 
@@ -37,7 +37,7 @@ def _committed_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(runs.faulthandler, "dump_traceback_later", lambda *args, **kwargs: None)
     yield
     tiles.override({})
-    launch.clear_plans()
+    plans.clear_plans()
 
 
 def _setting(tmp_path: Path, device: torch.device = CPU, **more: Any) -> runs.Setting:
@@ -49,7 +49,7 @@ def _on_sm_90(launched: Callable[..., None]) -> Iterator[None]:
     """What an H100 would launch, replaced: for calls on "meta"."""
     with (
         overhead.stubbed_launches(launched),
-        mock.patch.object(launch, "_generation", return_value="sm_90"),
+        mock.patch.object(specs, "card_of", return_value="sm_90"),
     ):
         yield
 
@@ -265,12 +265,12 @@ LOOKUP = ("product_tile", ("sm_80", 4, 32))
 
 
 @pytest.fixture
-def direct() -> tuple[profiled.Profiled, str]:
+def direct_case() -> tuple[profiled.Profiled, str]:
     return next(case for case in profiled._TINY if case.kind == "direct"), "forward"
 
 
-def _swept(tmp_path: Path, direct: tuple[profiled.Profiled, str]) -> runs.Record:
-    return runs.attempt(runs.Task("a", 0, partial(tile_sweep._measure, _setting(tmp_path), *direct, LOOKUP)), CPU)
+def _swept(tmp_path: Path, direct_case: tuple[profiled.Profiled, str]) -> runs.Record:
+    return runs.attempt(runs.Task("a", 0, partial(tile_sweep._measure, _setting(tmp_path), *direct_case, LOOKUP)), CPU)
 
 
 def _committed() -> tiles.TileConfig:
@@ -279,14 +279,14 @@ def _committed() -> tiles.TileConfig:
 
 @needs_interpreter
 def test_candidates_are_timed_and_the_committed_tiles_come_back(
-    tmp_path: Path, direct: tuple[profiled.Profiled, str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, direct_case: tuple[profiled.Profiled, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     committed, used = _committed(), []
     other = replace(committed, block_t=32)
     monkeypatch.setattr(tile_sweep, "candidates", lambda lookup: [committed, other])
     timer = SimpleNamespace(measure=lambda call: (call(), used.append(_committed()), timing.Timing.of([1.0]))[2])
     monkeypatch.setattr(tile_sweep, "_timer", lambda setting: timer)
-    record = _swept(tmp_path, direct)
+    record = _swept(tmp_path, direct_case)
     assert record["status"] == "ok"
     assert [found["tile"] for found in record["candidates"]] == [list(astuple(tile)) for tile in (committed, other)]
     assert {found["status"] for found in record["candidates"]} == {"ok"}
@@ -297,20 +297,20 @@ def test_candidates_are_timed_and_the_committed_tiles_come_back(
 
 @needs_interpreter
 def test_candidates_that_fail_or_are_wrong_are_recorded_and_end_nothing(
-    tmp_path: Path, direct: tuple[profiled.Profiled, str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, direct_case: tuple[profiled.Profiled, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     committed = _committed()
     wrong, failing = replace(committed, num_warps=2), replace(committed, num_stages=5)
     monkeypatch.setattr(tile_sweep, "_chosen", lambda lookup, tiny: [committed, wrong, failing, committed])
-    product = launch.direct_product
+    product = direct.direct_product
 
     def product_by_tile(*args: Any, **kwargs: Any) -> torch.Tensor:
         if _committed() == failing:
             raise RuntimeError("out of resource: shared memory")
         return product(*args, **kwargs) * (1.1 if _committed() == wrong else 1.0)
 
-    monkeypatch.setattr(launch, "direct_product", product_by_tile)
-    record = _swept(tmp_path, direct)
+    monkeypatch.setattr(direct, "direct_product", product_by_tile)
+    record = _swept(tmp_path, direct_case)
     assert record["status"] == "ok"
     assert [found["status"] for found in record["candidates"]] == ["ok", "wrong", "failed", "ok"]
     assert [("seconds" in found) for found in record["candidates"]] == [True, False, False, True]
@@ -322,9 +322,9 @@ def test_candidates_that_fail_or_are_wrong_are_recorded_and_end_nothing(
 
 
 @needs_interpreter
-def test_a_sweep_ends_when_the_time_is_up(tmp_path: Path, direct: tuple[profiled.Profiled, str]) -> None:
+def test_a_sweep_ends_when_the_time_is_up(tmp_path: Path, direct_case: tuple[profiled.Profiled, str]) -> None:
     setting = replace(_setting(tmp_path), tiny=False, deadline=time.monotonic() - 1)
-    record = runs.attempt(runs.Task("a", 0, partial(tile_sweep._measure, setting, *direct, LOOKUP)), CPU)
+    record = runs.attempt(runs.Task("a", 0, partial(tile_sweep._measure, setting, *direct_case, LOOKUP)), CPU)
     n_candidates = len(tile_sweep.candidates(LOOKUP))
     assert n_candidates > 1
     assert (record["status"], record["message"]) == ("incomplete", f"the time was up: 1 of {n_candidates} candidates")
@@ -333,7 +333,7 @@ def test_a_sweep_ends_when_the_time_is_up(tmp_path: Path, direct: tuple[profiled
 
 @needs_interpreter
 def test_an_interrupted_sweep_leaves_committed_tiles(
-    tmp_path: Path, direct: tuple[profiled.Profiled, str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, direct_case: tuple[profiled.Profiled, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(call: object) -> None:
         raise KeyboardInterrupt
@@ -342,12 +342,12 @@ def test_an_interrupted_sweep_leaves_committed_tiles(
     monkeypatch.setattr(tile_sweep, "_timer", lambda setting: SimpleNamespace(measure=interrupt))
     monkeypatch.setattr(tile_sweep, "_chosen", lambda lookup, tiny: [replace(committed, num_warps=2)] * 2)
     with pytest.raises(KeyboardInterrupt):
-        _swept(tmp_path, direct)
+        _swept(tmp_path, direct_case)
     assert _committed() == committed
 
 
 def test_a_candidate_that_kills_the_context_is_the_last(
-    tmp_path: Path, direct: tuple[profiled.Profiled, str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, direct_case: tuple[profiled.Profiled, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process goes on with `--resume` behind the task, whose candidates so far are kept."""
     dying = [False]
@@ -368,7 +368,7 @@ def test_a_candidate_that_kills_the_context_is_the_last(
     monkeypatch.setattr(tile_sweep, "_chosen", lambda lookup, tiny: [committed, replace(committed, num_warps=2)] * 2)
     result = torch.ones(2)
     monkeypatch.setattr(profiled, "calls", lambda case, device: {"forward": lambda: result})
-    task = runs.Task("a", 0, partial(tile_sweep._measure, _setting(tmp_path, CUDA), *direct, LOOKUP))
+    task = runs.Task("a", 0, partial(tile_sweep._measure, _setting(tmp_path, CUDA), *direct_case, LOOKUP))
     with pytest.raises(runs.DeviceLostError) as lost:
         runs.attempt(task, CUDA)
     assert [found["status"] for found in lost.value.args[0]["candidates"]] == ["ok", "failed"]
@@ -377,7 +377,7 @@ def test_a_candidate_that_kills_the_context_is_the_last(
 
 def test_tasks_are_a_call_and_a_lookup_and_new_lookups_come_first(tmp_path: Path) -> None:
     setting = replace(_setting(tmp_path), tiny=False)
-    with mock.patch.object(launch, "_generation", return_value="sm_90"):
+    with mock.patch.object(specs, "card_of", return_value="sm_90"):
         tasks = list(tile_sweep._tasks(setting))
     keys = [task.key for task in tasks]
     assert len(set(keys)) == len(keys)

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from c3a_triton.operator import dispatch  # before the sessions below, which forget what they import
+# Before the sessions below, which forget what they import.
+from c3a_triton.operator import dispatch
+from c3a_triton.operator.cost_model import Sizes
 
 pytest_plugins = ["pytester"]
 
@@ -26,15 +28,17 @@ TESTS = """
 """
 CARD = """
     import torch
-    from c3a_triton import dispatch, launch
+    from c3a_triton.operator import dispatch
+    from c3a_triton.operator.cost_model import Sizes
+    from c3a_triton.operator.launch import specs
 
     def test_card():
         cpu, meta = torch.device("cpu"), torch.device("meta")
-        assert launch._generation(cpu) == {card!r}
-        assert launch._generation(meta) == "sm_80"
-        sizes = (torch.bfloat16, 8192, 4096, 4096, 256)
-        assert dispatch.choose("auto", cpu, *sizes) == {choice}
-        assert dispatch.choose("auto", meta, *sizes) == "torch"
+        assert specs.card_of(cpu) == {card!r}
+        assert specs.card_of(meta) == "sm_80"
+        sizes = Sizes(8192, 4096, 4096, 256, torch.bfloat16, cpu)
+        assert dispatch.choose("auto", sizes) == {choice}
+        assert dispatch.choose("auto", sizes._replace(device=meta)) == "torch"
 """
 
 
@@ -67,12 +71,12 @@ def test_native_tests_are_those_that_touch_the_device(
 
 @pytest.mark.parametrize("card", ["sm_90", "sm_100"])
 def test_a_session_computes_as_on_a_card(session: pytest.Pytester, card: str) -> None:
-    sizes = (torch.bfloat16, 8192, 4096, 4096, 256)
-    assert dispatch.choose("auto", torch.device("cpu"), *sizes) == "torch"
-    session.makepyfile(CARD.format(card=card, choice="dispatch.cheapest(*sizes[1:], sizes[0])"))
+    sizes = Sizes(8192, 4096, 4096, 256, torch.bfloat16, torch.device("cpu"))
+    assert dispatch.choose("auto", sizes) == "torch"
+    session.makepyfile(CARD.format(card=card, choice="dispatch.cheapest(sizes)"))
     session.inline_run("--card", card).assertoutcome(passed=1)
     # And no longer.
-    assert dispatch.choose("auto", torch.device("cpu"), *sizes) == "torch"
+    assert dispatch.choose("auto", sizes) == "torch"
 
 
 def test_a_machine_with_a_gpu_has_its_own_card(session: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:

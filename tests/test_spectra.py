@@ -24,7 +24,8 @@ from torch.utils.checkpoint import checkpoint
 import c3a_triton
 from c3a_triton import C3AConfig, C3ALinear, circulant_linear
 from c3a_triton.errors import BackendError
-from c3a_triton.operator import launch, launch_fft, spectra, tiles
+from c3a_triton.operator import spectra
+from c3a_triton.operator.launch import fft, fft_bases, plans, tiles
 
 IN, OUT, B = 12, 8, 4
 
@@ -158,19 +159,19 @@ def test_a_spectrum_that_does_not_fit_the_scratch_is_not_kept(
     device: torch.device, launches: Analyses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layers, x = qkv(device), torch.randn(300, IN, device=device)
-    plans = (launch_fft._product_plan, launch_fft._gradient_plan)
+    kept = (fft._product_plan, fft._gradient_plan)
     one_spectrum = 2 * 2 * (-(-300 * 3 // 128) * 128) * 4
     try:
         for scratch, analyses in ((2 * one_spectrum, 1), (2 * one_spectrum - 1, 3)):
-            monkeypatch.setattr(launch_fft, "SCRATCH_BYTES", dict.fromkeys(tiles.GENERATIONS, scratch))
-            for plan in plans:
+            monkeypatch.setattr(fft, "SCRATCH_BYTES", dict.fromkeys(tiles.GENERATIONS, scratch))
+            for plan in kept:
                 plan.cache_clear()
             with torch.no_grad():
                 for one in layers:
                     right(one, x, one(x))
             assert launches.take() == (analyses, 3)
     finally:
-        for plan in plans:
+        for plan in kept:
             plan.cache_clear()
 
 
@@ -724,21 +725,21 @@ def test_what_is_kept_lies_in_no_graph_s_memory(device: torch.device) -> None:
         pytest.skip("stand-ins on a CPU; test_compile.py has graphs")
     q, x = layer(device), activation(device)
     q.freeze_for_inference()
-    launch_fft._basis.cache_clear()
-    launch.clear_plans()
+    fft_bases._basis.cache_clear()
+    plans.clear_plans()
     with graph_memory.on_cpu(), graph_memory.GraphMemory() as memory, torch.no_grad():
         y = q(x)
     right(q, x, y)
     ((_, kept),) = spectra._frozen[q.c3a_kernel["default"]].values()
-    basis = launch_fft._transform(device, x.dtype, B, launch_fft._precision(x.dtype)).basis
+    basis = fft_bases.transform(device, x.dtype, B, fft_bases.precision(x.dtype)).basis
     assert y in memory
     assert [tensor in memory for tensor in (kept, *basis.matrices)] == [False] * 3
     # Under inference mode too: what is kept serves calls that have gradients.
-    launch_fft._basis.cache_clear()
-    launch.clear_plans()
+    fft_bases._basis.cache_clear()
+    plans.clear_plans()
     with torch.inference_mode():
         q(x)
-    assert not launch_fft._transform(device, x.dtype, B, "tf32x3").basis.matrices[0].is_inference()
+    assert not fft_bases.transform(device, x.dtype, B, "tf32x3").basis.matrices[0].is_inference()
 
 
 def test_an_error_comes_back_from_where_memory_is_allocated() -> None:
@@ -751,14 +752,14 @@ def test_an_error_comes_back_from_where_memory_is_allocated() -> None:
 
 def test_a_graph_that_is_captured_too_early_says_what_to_do(device: torch.device) -> None:
     x, w = torch.randn(3, IN, device=device), torch.randn(2, 3, B, device=device)
-    launch_fft._basis.cache_clear()
-    launch.clear_plans()
+    fft_bases._basis.cache_clear()
+    plans.clear_plans()
     with graph_memory.on_cpu() as capturing:
         capturing.on = True
         for _ in range(2):
             with pytest.raises(BackendError, match=f"basis of block size {B} is missing.*same call once before"):
-                launch_fft.fft_product(x, w, scale=1.0)
+                fft.fft_product(x, w, scale=1.0)
         capturing.on = False
-        launch_fft.fft_product(x, w, scale=1.0)
+        fft.fft_product(x, w, scale=1.0)
         capturing.on = True
-        oracle.assert_close(launch_fft.fft_product(x, w, scale=1.0), oracle.product(x, w, 1.0), torch.float32)
+        oracle.assert_close(fft.fft_product(x, w, scale=1.0), oracle.product(x, w, 1.0), torch.float32)

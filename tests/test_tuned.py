@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from c3a_triton import explain
-from c3a_triton.operator import dispatch, tuned
+from c3a_triton.operator import cost_model, dispatch, tuned
+from c3a_triton.operator.cost_model import Sizes
 from c3a_triton.operator.tuned import Key, TileKey, Times
 
 MACHINE = ("NVIDIA Test", "9.0", "2.13.0", "3.9.0")
@@ -171,7 +172,7 @@ def gpu(monkeypatch):
 
 
 def choose(backward=False, dtype=torch.bfloat16, sizes=SIZES):
-    return dispatch.choose("auto", CUDA, dtype, *sizes, backward)
+    return dispatch.choose("auto", Sizes(*sizes, dtype, CUDA), backward=backward)
 
 
 def keep(**times):
@@ -181,7 +182,7 @@ def keep(**times):
 
 
 def test_the_fastest_measured_backend_is_chosen_for_each_direction(gpu):
-    predicted = dispatch.cheapest(*SIZES, torch.bfloat16)
+    predicted = dispatch.cheapest(Sizes(*SIZES, torch.bfloat16))
     assert choose() == choose(backward=True) == predicted == "fft"
     keep(fft=(2e-4, 1e-4), direct=(1e-4, 3e-4), torch=(9e-4, 9e-4))
     assert choose() == "direct"
@@ -189,7 +190,7 @@ def test_the_fastest_measured_backend_is_chosen_for_each_direction(gpu):
     # Buckets: what holds for 8192 holds above 4096, and not for 4096.
     assert choose(sizes=(4097, *SIZES[1:])) == "direct"
     assert choose(sizes=(4096, *SIZES[1:])) == "fft"
-    assert choose(dtype=torch.float16) == dispatch.cheapest(*SIZES, torch.float16)
+    assert choose(dtype=torch.float16) == dispatch.cheapest(Sizes(*SIZES, torch.float16))
     assert choose(sizes=(8192, 4096, 4096, 128)) == "fft"
 
 
@@ -249,9 +250,9 @@ def test_the_operator_asks_for_each_direction(monkeypatch):
     asked = []
     real = dispatch.choose
 
-    def spy(backend, device, dtype, n_tokens, n_in, n_out, b, backward=False):
-        asked.append((n_in, n_out, b, backward))
-        return real(backend, device, dtype, n_tokens, n_in, n_out, b, backward)
+    def spy(backend, sizes, *, backward=False):
+        asked.append((sizes.in_features, sizes.out_features, sizes.b, backward))
+        return real(backend, sizes, backward=backward)
 
     monkeypatch.setattr(dispatch, "choose", spy)
     x, w = torch.randn(5, 8, requires_grad=True), torch.randn(3, 2, 4, requires_grad=True)
@@ -269,7 +270,7 @@ def test_explain_marks_what_was_measured(gpu):
     assert (cells["auto"], cells["grad"]) == ("direct", "fft")
     assert (cells["base"], cells["direct"], cells["fft"]) == ("500.0*", "100.0*", "200.0*")
     assert float(cells["expand"]) == pytest.approx(
-        dispatch.predicted_seconds("expand", *SIZES, torch.bfloat16) * 1e6, abs=0.06
+        cost_model.predicted_seconds("expand", Sizes(*SIZES, torch.bfloat16)) * 1e6, abs=0.06
     )
 
 
@@ -280,7 +281,8 @@ def test_explain_marks_what_was_measured(gpu):
 def test_the_backward_is_counted(backend):
     for dtype in (torch.bfloat16, torch.float32):
         forward, backward = (
-            dispatch.predicted_seconds(backend, *SIZES, dtype, backward=direction) for direction in (False, True)
+            cost_model.predicted_seconds(backend, Sizes(*SIZES, dtype), backward=direction)
+            for direction in (False, True)
         )
         # Two products, with what they share counted once.
         assert 1.2 * forward < backward < 3 * forward
@@ -289,14 +291,14 @@ def test_the_backward_is_counted(backend):
 def test_the_backward_of_fft_moves_what_its_kernels_move():
     # docs/kernels.md: 12·in + 8·out bytes a token in bfloat16; at b = 64 nothing hides the bytes of many tokens.
     n_tokens, n_in, n_out, b = 2**20, 3072, 1024, 64
-    seconds = dispatch.predicted_seconds("fft", n_tokens, n_in, n_out, b, torch.bfloat16, backward=True)
+    seconds = cost_model.predicted_seconds("fft", Sizes(n_tokens, n_in, n_out, b, torch.bfloat16), backward=True)
     n_bytes = n_tokens * (12 * n_in + 8 * n_out)
-    assert seconds == pytest.approx(n_bytes / dispatch.CEILINGS.bandwidth, rel=0.02)
+    assert seconds == pytest.approx(n_bytes / cost_model.CEILINGS.bandwidth, rel=0.02)
 
 
 def test_fold_has_no_backward_in_the_model():
     with pytest.raises(dispatch.BackendError, match="backward of backend 'fold'"):
-        dispatch.predicted_seconds("fold", *SIZES, torch.bfloat16, backward=True)
+        cost_model.predicted_seconds("fold", Sizes(*SIZES, torch.bfloat16), backward=True)
 
 
 def pick_losses(results: dict) -> list[float]:
@@ -321,7 +323,7 @@ def pick_losses(results: dict) -> list[float]:
     losses = []
     for (*sizes, dtype, direction), of_backend in seconds.items():
         known = {name: of_backend[name] for name in dispatch.AUTO_BACKENDS if name in of_backend}
-        pick = dispatch.cheapest(*sizes, getattr(torch, dtype), backward=direction == "backward")
+        pick = dispatch.cheapest(Sizes(*sizes, getattr(torch, dtype)), backward=direction == "backward")
         if len(known) > 1 and pick in known:
             losses.append(known[pick] / min(known.values()))
     return losses
@@ -352,10 +354,10 @@ def test_the_check_of_the_model_s_picks_can_fail():
             for name in dispatch.AUTO_BACKENDS:
                 times = {}
                 for direction in ("forward", "backward"):
-                    sizes = (8192, n_in, 4096, 128, torch.bfloat16)
+                    sizes = Sizes(8192, n_in, 4096, 128, torch.bfloat16)
                     backward = direction == "backward"
-                    seconds = dispatch.predicted_seconds(name, *sizes, backward=backward)
-                    slower = factor if i == 0 and name == dispatch.cheapest(*sizes, backward=backward) else 1.0
+                    seconds = cost_model.predicted_seconds(name, sizes, backward=backward)
+                    slower = factor if i == 0 and name == dispatch.cheapest(sizes, backward=backward) else 1.0
                     times[direction] = {"median": seconds * slower}
                 records[f"{n_in} {name}"] = {"case": case, "method": f"ours:{name}", "times": times}
         return {"records": {"op": records}}

@@ -21,7 +21,8 @@ import c3a_triton
 from c3a_triton import BackendError, C3AConfig, CheckpointError, ConfigError, valid_block_sizes
 from c3a_triton.files.patterns import block_size_for
 from c3a_triton.files.peft_rules import peft_block_size_for
-from c3a_triton.operator import dispatch, tuned
+from c3a_triton.operator import cost_model, dispatch, tuned
+from c3a_triton.operator.cost_model import Sizes
 from c3a_triton.operator.tuned import Times
 from c3a_triton.tuning import costs, groups, measurement, outcome, solver, tuner
 from c3a_triton.tuning import settings as tuned_settings
@@ -279,12 +280,12 @@ def test_the_choice_is_the_best_of_all_choices():
         directions = ({"backward": False}, {"backward": True})
         parts = [
             min(
-                dispatch.predicted_seconds(name, tokens, *shape, b, torch.bfloat16, **way)
+                cost_model.predicted_seconds(name, Sizes(tokens, *shape, b, torch.bfloat16), **way)
                 for name in dispatch.AUTO_BACKENDS
             )
             for way in directions
         ]
-        return sum(parts) + 2 * dispatch.base_seconds(tokens, *shape, torch.bfloat16)
+        return sum(parts) + 2 * cost_model.base_seconds(Sizes(tokens, *shape, 0, torch.bfloat16))
 
     best = math.inf
     for sizes in itertools.product(*(valid_block_sizes(*shape) for shape in shapes.values())):

@@ -11,8 +11,10 @@ import torch
 from bench import kernel_cases, overhead
 from c3a_triton import ConfigError, autotune, circulant_linear
 from c3a_triton.benchmark import gate
-from c3a_triton.operator import dispatch, launch, launch_fft, tiles, tuned
-from c3a_triton.operator.tiles import TileConfig
+from c3a_triton.operator import dispatch, tuned
+from c3a_triton.operator.cost_model import Sizes
+from c3a_triton.operator.launch import fft_bases, plans, tiles
+from c3a_triton.operator.launch.tiles import TileConfig
 from c3a_triton.tuning import tile_search
 from c3a_triton.tuning.costs import Case, Setting
 
@@ -27,7 +29,7 @@ def _committed_tiles(tmp_path, monkeypatch):
     dispatch.refresh()
     yield
     tiles.override({})
-    launch.clear_plans()
+    plans.clear_plans()
     dispatch.refresh()
 
 
@@ -60,7 +62,7 @@ def gpu(monkeypatch):
 
 
 def choose(device="cuda"):
-    dispatch.choose("auto", torch.device(device), torch.bfloat16, 8192, 4096, 4096, 256)
+    dispatch.choose("auto", Sizes(8192, 4096, 4096, 256, torch.bfloat16, torch.device(device)))
     return tiles.product_tile("sm_90", 2, 8192)
 
 
@@ -70,7 +72,7 @@ def test_the_tuned_table_s_tiles_are_used_but_not_under_deterministic_algorithms
     tuned.add({}, {tuned.TileKey(*MACHINE, *LOOKUP): astuple(other)})
     tuned.add({}, {tuned.TileKey("another", *MACHINE[1:], *LOOKUP): astuple(replace(committed, num_warps=1))})
     cleared = []
-    monkeypatch.setattr(launch, "clear_plans", lambda: cleared.append(True))
+    monkeypatch.setattr(plans, "clear_plans", lambda: cleared.append(True))
     assert choose() == committed
     assert not cleared
     torch.use_deterministic_algorithms(False)
@@ -98,20 +100,20 @@ def test_plans_that_are_cleared_ask_for_tiles_again_and_take_others(backend, dev
         with tiles.recorded() as asked:
             call()
         assert not asked  # plans are kept
-        launch.clear_plans()
+        plans.clear_plans()
         with tiles.recorded() as asked:
             call()
         (lookup, *_) = sorted(lookup for lookup in asked if lookup[0] == family)
         for field in ("block_t", "block_o"):
             tile = next(tiles.candidates(lookup, varied=(field,)))
             tiles.override({lookup: tile})
-            launch.clear_plans()
+            plans.clear_plans()
             with launch_arguments() as given:
                 call()
             assert tile.block_t in {found.get("BLOCK_R", found.get("BLOCK_T")) for found in given}
             assert tile.block_o in {found.get("BLOCK_C", found.get("BLOCK_O")) for found in given}
         tiles.override({})
-        launch.clear_plans()
+        plans.clear_plans()
 
 
 @contextmanager
@@ -122,7 +124,7 @@ def launch_arguments():
     def noting(run):
         return lambda kernel, *args, **kwargs: (given.append(kwargs), run(kernel, *args, **kwargs))[1]
 
-    kernel_class = type(launch._kernels().direct.table_kernel)
+    kernel_class = type(plans.kernels().direct.table_kernel)
     with mock.patch.object(kernel_class, "run", noting(kernel_class.run)):
         yield given
 
@@ -140,7 +142,7 @@ def test_cards_that_were_tuned_differently_take_committed_tiles(gpu, monkeypatch
 
 
 def lookups(case, device):
-    launch.clear_plans()
+    plans.clear_plans()
     with tiles.recorded() as asked:
         kernel_cases.check(case, device)
     return sorted(asked, key=str)
@@ -160,7 +162,7 @@ def check_candidates(case, device, *, families=tuple(tiles._committed), extremes
             for tile in dict.fromkeys((found[0], found[-1])) if extremes and found else found:
                 tiles.override({lookup: tile})
                 assert getattr(tiles, name)(*sizes) == tile != committed
-                launch.clear_plans()
+                plans.clear_plans()
                 try:
                     kernel_cases.check(case, device)
                 except gate.GateError as error:
@@ -168,7 +170,7 @@ def check_candidates(case, device, *, families=tuple(tiles._committed), extremes
                 except too_large:
                     assert device.type == "cuda"  # refused before it ran
         tiles.override({})
-        launch.clear_plans()
+        plans.clear_plans()
 
 
 def case(operator, *sizes, dtype="float32", options=""):
@@ -179,6 +181,8 @@ def case(operator, *sizes, dtype="float32", options=""):
 SMALL = (
     ("product_tile", case("direct", 18, 2, 1, 24, options="bias")),
     ("product_tile", case("direct", 18, 3, 2, 5, dtype="bfloat16")),
+    ("hankel_tile", case("direct", 3, 2, 5, 24, options="bias")),
+    ("hankel_tile", case("rows", 2, 3, 2, 5, dtype="float16")),
     ("weight_grad_tile", case("weight_grad", 17, 2, 1, 5)),
     ("diagonal_tile", case("weight_grad", 17, 1, 1, 72, dtype="float16")),
     ("diagonal_tile", case("weight_grad", 17, 1, 1, 128)),
@@ -193,15 +197,15 @@ SMALL = (
 
 @pytest.mark.parametrize(("family", "case"), SMALL, ids=lambda value: getattr(value, "key", value))
 def test_candidates_are_right_and_stay_in_their_tensors(family, case, device, monkeypatch):
-    monkeypatch.setattr(launch_fft, "_TWO_LEVEL", (256, *launch_fft._TWO_LEVEL))
+    monkeypatch.setattr(fft_bases, "TWO_LEVEL", (256, *fft_bases.TWO_LEVEL))
     check_candidates(case, device, families=(family,), extremes=True)
 
 
 def test_small_cases_ask_for_their_tiles(monkeypatch):
     pytest.importorskip("triton")
-    monkeypatch.setattr(launch_fft, "_TWO_LEVEL", (256, *launch_fft._TWO_LEVEL))
+    monkeypatch.setattr(fft_bases, "TWO_LEVEL", (256, *fft_bases.TWO_LEVEL))
     for family, one in SMALL:
-        launch.clear_plans()
+        plans.clear_plans()
         nothing_computed = pytest.raises(gate.GateError)
         with tiles.recorded() as asked, overhead.stubbed_launches(), nothing_computed:
             kernel_cases.check(one, torch.device("cpu"))
@@ -219,6 +223,7 @@ def test_candidates():
     """One change each: an extent within the bounds, the warps or the stages; as many as a search has time for."""
     examples = [
         ("product_tile", ("sm_90", 2, 8192)),
+        ("hankel_tile", (2, 128)),
         ("decode_tile", (4, 256)),
         ("decode_tile", (16, 25)),
         ("diagonal_tile", ("sm_90", 2, 256)),
@@ -271,7 +276,7 @@ def searched(timer, device):
 
 def in_use(device):
     with tiles.recorded() as asked:
-        launch.clear_plans()
+        plans.clear_plans()
         circulant_linear(torch.randn(32, 64, device=device), torch.randn(2, 2, 32, device=device), backend="direct")
     ((name, sizes),) = asked
     return (name, sizes), getattr(tiles, name)(*sizes)
@@ -290,6 +295,55 @@ def test_a_search_keeps_the_fastest_and_is_not_repeated(device):
     assert {key[4:]: tile for key, tile in tuned.load().tiles.items()} == {lookup: astuple(best)}
     assert in_use(device)[1] == best
     assert searched(lambda call: pytest.fail("measured again"), device) == 0
+
+
+def constants(launch):
+    """What of a launch is decided by its tile: constants of the kernel, warps, stages."""
+    return tuple((name, launch[name]) for name in sorted(launch) if name.isupper() or name.startswith("num_"))
+
+
+def test_a_search_over_spectra_times_another_launch_each_time(device):
+    """A plan that outlived the tile it was made from would be timed over and over."""
+    timed = []
+
+    def timer(call):
+        with launch_arguments() as given:
+            call()
+        timed.append(tuple(map(constants, given)))
+        return float(len(timed))  # slower and slower: variants are of the committed tile
+
+    setting = Setting(device, torch.float32, 32, True)
+    n_lookups = tile_search.measure_tiles([Case(64, 64, 32, "fft")], setting, timer)
+    assert n_lookups == 3  # transforms, products and sums per frequency
+    # Every lookup begins with the committed tiles, of the forward or of the backward.
+    assert len(set(timed)) == len(timed) - n_lookups + 2 > 20
+
+
+@pytest.mark.parametrize("backend", ["direct", "fft", "expand"])
+def test_deterministic_algorithms_drop_tuned_tiles_of_every_backend(backend, gpu, device, deterministic):
+    x = torch.randn(20, 24, device=device, requires_grad=True)
+    w = torch.randn(2, 3, 8, device=device, requires_grad=True)
+    cuda = Sizes(20, 24, 16, 8, torch.float32, torch.device("cuda"))
+
+    def launched():
+        dispatch.choose("auto", cuda)  # by which tiles follow the switch
+        with launch_arguments() as given:
+            y = circulant_linear(x, w, backend=backend)
+            torch.autograd.grad(y.sum(), (x, w))
+        return [constants(one) for one in given]
+
+    plans.clear_plans()
+    with tiles.recorded() as asked:
+        committed = launched()
+    measured = {lookup: next(tiles.candidates(lookup, varied=("num_warps",))) for lookup in asked}
+    tuned.add({}, {tuned.TileKey(*MACHINE, *lookup): astuple(tile) for lookup, tile in measured.items()})
+    dispatch.refresh()
+    torch.use_deterministic_algorithms(False)
+    others = launched()
+    assert len(asked) >= (1 if backend == "expand" else 2)
+    assert sum(one != other for one, other in zip(committed, others, strict=True)) >= len(asked)
+    torch.use_deterministic_algorithms(True)
+    assert launched() == committed
 
 
 def test_equally_fast_and_failing_and_wrong_tiles_are_not_taken(device, monkeypatch):

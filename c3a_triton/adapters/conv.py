@@ -8,7 +8,7 @@ from torch import Tensor
 
 from c3a_triton._public import public
 from c3a_triton.bases.weights import as_weight
-from c3a_triton.operator.ops import circulant_matrix
+from c3a_triton.operator.dense import circulant_matrix
 
 from .layer import C3ALinear
 

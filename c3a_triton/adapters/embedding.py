@@ -13,7 +13,7 @@ from c3a_triton.bases.linear_like import Geometry
 from c3a_triton.bases.probe import behaviour
 from c3a_triton.bases.weights import stored_tensor
 from c3a_triton.errors import ConfigError
-from c3a_triton.operator.ops import add_circulant_, circulant_matrix
+from c3a_triton.operator.dense import add_circulant_, circulant_matrix
 
 from .layer import C3ALinear
 

@@ -9,6 +9,8 @@ from c3a_triton._public import public
 from c3a_triton.errors import ConfigError
 from c3a_triton.files.block_sizes import check_block_size
 from c3a_triton.operator import dispatch
+from c3a_triton.operator.cost_model import Sizes, base_seconds, predicted_seconds
+from c3a_triton.operator.launch import specs
 
 from .layer import C3ALinear
 from .manager import AdapterManager
@@ -18,7 +20,7 @@ __all__ = ["explain"]
 
 Shape = tuple[int, int, int]
 
-_DTYPES = dispatch.TRITON_DTYPES
+_DTYPES = specs.DTYPES
 _NOTES = (
     "Microseconds of a forward: the base layer's, and what one adapter's product adds to it; predicted (cost model): "
     "launches,\nbytes and FLOPs over the ceilings of an H200; with a * measured on this machine by autotune. direct, "
@@ -116,14 +118,14 @@ def _table(
     rows: list[tuple[str, ...]] = [header]
     for (in_features, out_features, b, backend), count in cases.items():
         for n_tokens in tokens:
-            sizes = (n_tokens, in_features, out_features, b)
-            chosen = [_chosen(device, dtype, *sizes, backward=backward) for backward in (False, True)]
-            measured = {} if _is_absent(device) else dispatch.measured_times(device, *sizes, dtype)
+            sizes = Sizes(n_tokens, in_features, out_features, b, dtype, device)
+            chosen = [_chosen(sizes, backward=backward) for backward in (False, True)]
+            measured = {} if _is_absent(device) else dispatch.measured_times(sizes)
             base = measured.get(dispatch.BASE)
-            cells = [_cell(base, dispatch.base_seconds(n_tokens, in_features, out_features, dtype))]
+            cells = [_cell(base, base_seconds(sizes))]
             for name in names:
                 added = None if base is None or name not in measured else max(measured[name] - base, 0.0)
-                cells.append(_cell(added, dispatch.predicted_seconds(name, *sizes, dtype)))
+                cells.append(_cell(added, predicted_seconds(name, sizes)))
             where = (str(count), str(in_features), str(out_features), str(b), str(n_tokens))
             rows.append((*where, *chosen, *cells, "" if backend == "auto" else backend))
     numbers = set(range(len(header))) - {header.index(name) for name in ("auto", "grad", "set")}
@@ -138,16 +140,7 @@ def _is_absent(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.cuda.is_available()
 
 
-def _chosen(
-    device: torch.device,
-    dtype: torch.dtype,
-    n_tokens: int,
-    in_features: int,
-    out_features: int,
-    b: int,
-    *,
-    backward: bool,
-) -> str:
-    if _is_absent(device):
-        return dispatch.cheapest(n_tokens, in_features, out_features, b, dtype, backward=backward)
-    return dispatch.choose("auto", device, dtype, n_tokens, in_features, out_features, b, backward)
+def _chosen(sizes: Sizes, *, backward: bool) -> str:
+    if _is_absent(sizes.device):
+        return dispatch.cheapest(sizes, backward=backward)
+    return dispatch.choose("auto", sizes, backward=backward)

@@ -9,7 +9,7 @@ from torch import Tensor
 from c3a_triton.bases.linear_like import is_plain
 from c3a_triton.bases.sharded import gather_with
 from c3a_triton.errors import AdapterStateError, BackendError, ShapeError
-from c3a_triton.operator.ops_rows import c3a_linear_rows
+from c3a_triton.operator.rows import c3a_linear_rows
 
 from .names import expand_rows, rows_of_call
 

@@ -20,8 +20,9 @@ from c3a_triton.files.block_sizes import check_block_size, suggest_block_size
 from c3a_triton.files.config import C3AConfig
 from c3a_triton.files.values import plain
 from c3a_triton.operator import spectra
+from c3a_triton.operator.calls import c3a_linear, circulant_linear
+from c3a_triton.operator.dense import add_circulant_, circulant_matrix
 from c3a_triton.operator.dispatch import check_backend
-from c3a_triton.operator.ops import add_circulant_, c3a_linear, circulant_linear, circulant_matrix
 
 from . import merging
 from .forward import COMPUTED_DTYPES, general_forward

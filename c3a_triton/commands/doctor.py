@@ -14,7 +14,8 @@ import torch
 
 from c3a_triton.benchmark.machine import cpu_name, package_versions
 from c3a_triton.errors import C3AError
-from c3a_triton.operator import dispatch, launch, ops, reference, tuned
+from c3a_triton.operator import calls, dispatch, reference, tuned
+from c3a_triton.operator.launch import specs
 
 from .options import add_command, print_json
 
@@ -108,7 +109,7 @@ def _driver() -> str | None:
 
 def _triton_state() -> str:
     try:
-        reason = launch.unavailable_reason(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        reason = specs.unavailable_reason(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     except C3AError as error:
         return f"broken: {error}"
     interpreter = "interpreter on (TRITON_INTERPRET=1)" if os.environ.get("TRITON_INTERPRET") == "1" else "compiled"
@@ -174,7 +175,7 @@ def _largest_error(backend: str, device: torch.device, dtype: torch.dtype, shape
     weight = torch.randn(out_features, in_features, generator=random).to(device, dtype) / in_features**0.5
     w = (torch.randn(out_blocks, in_blocks, b, generator=random) * in_features**0.5).to(device).requires_grad_()
     dy = torch.randn(n_tokens, out_features, generator=random).to(device, dtype)
-    y = ops.c3a_linear(x, weight, None, [w], backend=backend)
+    y = calls.c3a_linear(x, weight, None, [w], backend=backend)
     found = (y, *torch.autograd.grad(y, (x, w), dy))
 
     wide_x, wide_w = (tensor.detach().cpu().double().requires_grad_() for tensor in (x, w))

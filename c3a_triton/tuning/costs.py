@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from c3a_triton.operator import dispatch
+from c3a_triton.operator import cost_model, dispatch
+from c3a_triton.operator.cost_model import Sizes
 from c3a_triton.operator.tuned import Key, Times
 
 from .groups import Group
@@ -49,8 +50,12 @@ class Case(NamedTuple):
 
     def key(self, setting: Setting) -> Key:
         """Where the tuned table holds it."""
-        sizes = (setting.n_tokens, self.in_features, self.out_features, self.b)
-        return dispatch.tuned_key(self.backend, setting.device, setting.dtype, *sizes)
+        return dispatch.tuned_key(self.backend, self.sizes(setting))
+
+    def sizes(self, setting: Setting) -> Sizes:
+        """What a call of it is as far as times depend on it."""
+        shape = (self.in_features, self.out_features, self.b)
+        return Sizes(setting.n_tokens, *shape, setting.dtype, setting.device)
 
 
 def layer_cases(groups: Sequence[Group], sizes: Sequence[Iterable[int]], setting: Setting) -> list[Case]:
@@ -69,7 +74,7 @@ def layer_cases(groups: Sequence[Group], sizes: Sequence[Iterable[int]], setting
     return cases
 
 
-def predicted_times(case: Case, setting: Setting, ceilings: dispatch.Ceilings = dispatch.CEILINGS) -> Times:
+def predicted_times(case: Case, setting: Setting, ceilings: cost_model.Ceilings = cost_model.CEILINGS) -> Times:
     """The cost model's prediction of a whole layer, base included, on a GPU. Nothing is measured.
 
     The gradients are those of x (of the base and of the adapter) and of the adapter's parameters. Peers are counted
@@ -80,9 +85,10 @@ def predicted_times(case: Case, setting: Setting, ceilings: dispatch.Ceilings = 
     - C3A: 13 and 21 launches, 142·in + 126·out bytes a token for both, divided as the launches are, and 8 and 16 times
       in·out / b FLOPs a token.
     """
-    n_tokens, dtype = setting.n_tokens, setting.dtype
+    n_tokens = setting.n_tokens
     n_in, n_out, b, name = case
-    base = dispatch.base_seconds(n_tokens, n_in, n_out, dtype, ceilings=ceilings)
+    sizes = case.sizes(setting)
+    base = cost_model.base_seconds(sizes, ceilings=ceilings)
     if name == dispatch.BASE:
         added = Times(0.0, 0.0)
     elif name == PEFT_LORA:
@@ -98,10 +104,9 @@ def predicted_times(case: Case, setting: Setting, ceilings: dispatch.Ceilings = 
             _float32_seconds(ceilings, 13, 13 * n_bytes, flops), _float32_seconds(ceilings, 21, 21 * n_bytes, 2 * flops)
         )
     else:
-        sizes = (n_tokens, n_in, n_out, b, dtype)
         added = Times(
             *(
-                dispatch.predicted_seconds(name, *sizes, backward=backward, ceilings=ceilings)
+                cost_model.predicted_seconds(name, sizes, backward=backward, ceilings=ceilings)
                 for backward in (False, True)
             )
         )
@@ -109,7 +114,7 @@ def predicted_times(case: Case, setting: Setting, ceilings: dispatch.Ceilings = 
     return Times(base + added.forward, base + added.backward)
 
 
-def _float32_seconds(ceilings: dispatch.Ceilings, launches: int, n_bytes: float, flops: float) -> float:
+def _float32_seconds(ceilings: cost_model.Ceilings, launches: int, n_bytes: float, flops: float) -> float:
     return launches * ceilings.launch_seconds + max(n_bytes / ceilings.bandwidth, flops / ceilings.cublas_flops[4])
 
 

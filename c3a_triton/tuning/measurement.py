@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from c3a_triton.benchmark import peers
 from c3a_triton.errors import BackendError
 from c3a_triton.operator import dispatch, tuned
-from c3a_triton.operator.ops import c3a_linear
+from c3a_triton.operator.calls import c3a_linear
 from c3a_triton.operator.tuned import Times
 
 from .costs import PEFT_C3A, PEFT_LORA, Case, Setting

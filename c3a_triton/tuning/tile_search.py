@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from c3a_triton.operator import dispatch, launch, tiles, tuned
-from c3a_triton.operator.tiles import Lookup, TileConfig
+from c3a_triton.operator import dispatch, tuned
+from c3a_triton.operator.launch import plans, tiles
+from c3a_triton.operator.launch.tiles import Lookup, TileConfig
 
 from .costs import Case, Setting
 from .measurement import Operands, Progress, Timer, default_timer
@@ -58,7 +59,7 @@ def measure_tiles(
 def _lookups(call: Callable[[], Any], best: dict[Lookup, TileConfig]) -> list[Lookup]:
     """What a call asks for and the table lacks."""
     _use(best)
-    launch.clear_plans()
+    plans.clear_plans()
     with tiles.recorded() as asked:
         call()
     return sorted(asked - best.keys(), key=str)
@@ -66,7 +67,7 @@ def _lookups(call: Callable[[], Any], best: dict[Lookup, TileConfig]) -> list[Lo
 
 def _use(found: dict[Lookup, TileConfig]) -> None:
     if tiles.override(found):
-        launch.clear_plans()
+        plans.clear_plans()
 
 
 def _fastest(

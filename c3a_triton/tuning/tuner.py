@@ -20,6 +20,7 @@ from c3a_triton.errors import CheckpointError, ConfigError
 from c3a_triton.files.atomic import replace_file
 from c3a_triton.files.config import CONFIG_NAME, C3AConfig
 from c3a_triton.operator import dispatch
+from c3a_triton.operator.launch import specs
 
 from . import page, plots
 from .costs import LORA_RANKS, PEFT_C3A, PEFT_LORA, Case, Costs, Setting, layer_cases, predicted_times
@@ -33,7 +34,7 @@ from .tile_search import measure_tiles
 __all__ = ["MODES", "TuningResult", "autotune", "check_writable", "parse_count"]
 
 MODES = ("train", "infer")
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in dispatch.TRITON_DTYPES}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in specs.DTYPES}
 # The ending of a class's name → PEFT's task type.
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .operator.ops import circulant_linear
+from .operator.calls import circulant_linear
 
 __all__ = ["C3ALinear"]
 

@@ -1,18 +1,11 @@
-"""Host functions of the spectral kernels: `launch.py`'s second part, with its shapes, checks and conventions.
+"""Host side of `kernels/fft.py`: the product by transforms of blocks.
 
     analysis    x [T, n·b] → spectrum [SLOTS, T, 2n]       a product with the b × b basis, or two levels
     mix         per slot [T, 2n] · [2n, 2m]                → spectrum [SLOTS, T, 2m]
     synthesis   the transpose of the analysis, with the epilogue
 
 Tokens are worked off in chunks that use the same scratch memory (`tiles.SCRATCH_BYTES`); x is analysed whole where its
-spectrum takes no more than half of that. By dtype of x:
-
-    bfloat16    bfloat16 spectra and basis, from b = 32; two-level transforms multiply in TF32, because two roundings of
-                their matrices to bfloat16 are more than the error bound leaves; below 32 as float16, because so few
-                values do not average out five roundings
-    float16     float32 spectra rounded to TF32, TF32 products: float16 would lose spectra of large x (above 65504) and
-                of small gradients (below 6e-5)
-    float32     float32 spectra, three TF32 products (one where torch's own switch allows that)
+spectrum takes no more than half of that. How blocks of each size and dtype are transformed, `fft_bases.py` says.
 
 The spectrum of w is computed in float32 in every call, because w may have changed, and rounded once to the dtype of
 the other spectra. Whole spectra of x, and those of frozen w, may outlive a call: `spectra.py` decides.
@@ -22,25 +15,21 @@ tensors, so that a repeated call finds grids, strides, tiles and constants by on
 """
 
 import functools
-from collections.abc import Callable, Hashable
-from math import log2, pi, prod
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import launch, spectra
+from .. import spectra
+from . import fft_bases, specs
+from .fft_bases import PAD, Memory, Transform
+from .plans import Launch, bound, cdiv, kernels, planned, round_up, split
 from .tiles import SCRATCH_BYTES, mix_tile, outer_tile, transform_tile, two_level_tile
 
-__all__ = ["fft_backward", "fft_product", "fft_weight_grad", "spectrum_itemsize", "transform_flops"]
+__all__ = ["fft_backward", "fft_product", "fft_weight_grad"]
 
-# Block sizes of two-level transforms: powers of two, whose factors are sizes of tiles. Below, one level moves as many
-# bytes and its operations hide behind them.
-_TWO_LEVEL = (512, 1024, 2048, 4096)
-# Rows of a basis matrix and of a spectrum are padded to a multiple of this (`PAD` in kernels/fft.py).
-_PAD = 128
-# From this block size on, spectra of bfloat16 tensors are bfloat16.
-_SMALLEST_16BIT = 32
+
 # Rows in one chunk, whatever the scratch: kernels count them in 32 bits.
 _MOST_ROWS = 2**29
 
@@ -55,20 +44,27 @@ def fft_product(
     bias: Tensor | None = None,
     source: spectra.Source | None = None,
 ) -> Tensor:
-    """x ΔWᵀ (or x ΔW) by transforms of blocks; arguments, result and errors are those of `launch.direct_product`.
+    """x ΔWᵀ (or x ΔW) by transforms of blocks; arguments, result and errors are those of `direct.direct_product`.
 
     With `source`, which says whose rows x has, its spectrum may be shared with other calls.
     """
-    result = launch._product_output(x, w, transpose, out, bias)
+    result = specs.product_output(x, w, transpose, out, bias)
     if x.shape[0] == 0:
         return result
-    x = launch._with_contiguous_rows(x)
+    x = specs.with_contiguous_rows(x)
     bias = None if bias is None else bias.contiguous()
     plan = _product_plan(
-        x.device, x.dtype, _precision(x.dtype), x.shape[0], w.shape, transpose, bias is not None, out is not None
+        x.device,
+        x.dtype,
+        fft_bases.precision(x.dtype),
+        x.shape[0],
+        w.shape,
+        transpose,
+        bias is not None,
+        out is not None,
     )
     scale *= plan.gain
-    with launch._on(x):
+    with specs.on_device_of(x):
         blocks = _weight_blocks(plan.blocks, w)
         whole = _whole_spectrum(plan.whole, x, source)
         z = None if plan.z is None else plan.z.allocate()
@@ -84,15 +80,22 @@ def fft_product(
 
 
 def fft_weight_grad(
-    dy: Tensor, x: Tensor, block_size: int, *, scale: float, source: spectra.Source | None = None
+    dy: Tensor,
+    x: Tensor,
+    block_size: int,
+    *,
+    scale: float,
+    dtype: torch.dtype = torch.float32,
+    source: spectra.Source | None = None,
 ) -> Tensor:
-    """dw [m, n, b] float32 from the spectra of dy and x; arguments and errors are those of `launch.weight_grad`.
+    """dw [m, n, b] from the spectra of dy and x; arguments and errors are those of `weight_grad.weight_grad`.
 
     The same from run to run: tokens are summed in an order that depends on shapes only. `source` as in `fft_product`.
     """
-    launch._check_weight_grad(dy, x, block_size)
+    specs.check_weight_grad(dy, x, block_size)
     shape = dy.shape[1] // block_size, x.shape[1] // block_size, block_size
-    return _gradients(dy, x, shape, scale=scale, source=source)
+    dw = _gradients(dy, x, shape, scale=scale, source=source)
+    return dw if dtype == torch.float32 else dw.to(dtype)
 
 
 def fft_backward(
@@ -112,8 +115,8 @@ def fft_backward(
         ShapeError: sizes, dtypes or devices do not fit.
         BackendError: the kernels cannot run on x's device.
     """
-    dx = launch._product_output(dy, w, True, out, None)
-    launch._check_weight_grad(dy, x, w.shape[2])
+    dx = specs.product_output(dy, w, True, out, None)
+    specs.check_weight_grad(dy, x, w.shape[2])
     return dx, _gradients(dy, x, w.shape, scale=scale, source=source, w=w, dx=dx, accumulate=out is not None)
 
 
@@ -132,10 +135,10 @@ def _gradients(
     dw = torch.empty(shape, dtype=torch.float32, device=x.device)
     if x.numel() == 0 or dy.numel() == 0:
         return dw.zero_()
-    dy, x = launch._with_contiguous_rows(dy), launch._with_contiguous_rows(x)
-    plan = _gradient_plan(x.device, x.dtype, _precision(x.dtype), x.shape[0], shape, w is not None, accumulate)
+    dy, x = specs.with_contiguous_rows(dy), specs.with_contiguous_rows(x)
+    plan = _gradient_plan(x.device, x.dtype, fft_bases.precision(x.dtype), x.shape[0], shape, w is not None, accumulate)
     scale *= plan.gain
-    with launch._on(x):
+    with specs.on_device_of(x):
         blocks = None if w is None else _weight_blocks(plan.blocks, w)
         whole = _whole_spectrum(plan.whole, x, source)
         g = plan.g.allocate()
@@ -179,173 +182,11 @@ def _whole_spectrum(analysis: "_Analysis | None", x: Tensor, source: spectra.Sou
     return spectra.of_input(source, analysis.what, compute)
 
 
-def spectrum_itemsize(dtype: torch.dtype, b: int) -> int:
-    """Bytes per real of the spectra of a tensor of `dtype`."""
-    return 2 if dtype == torch.bfloat16 and b >= _SMALLEST_16BIT else 4
-
-
-def transform_flops(b: int) -> int:
-    """Operations per value of one transform: a product with the basis, or two levels of P and Q columns of pairs."""
-    if b not in _TWO_LEVEL:
-        return 2 * b
-    p, q = _factors(b)
-    return 4 * (p + q)
-
-
-# Bases and dtypes
-
-
-class _Basis(NamedTuple):
-    """Matrices of the orthogonal DFT of b reals, as the kernels read them."""
-
-    # One level: O [b, 2·SLOTS] and its transpose, both padded, so that each product reads rows along its inner axis.
-    matrices: tuple[Tensor, ...]
-    # Two levels: b = P·Q, and `matrices` are the two steps and the factors between them; (1, b) for one level.
-    factors: tuple[int, int]
-    # What a transform and its inverse must be multiplied by; 1 for an orthogonal basis.
-    gain: float
-
-
-class _Transform(NamedTuple):
-    """How blocks of one size and dtype are transformed."""
-
-    card: str
-    b: int
-    basis: _Basis
-    scratch: torch.dtype
-    precision: str  # how float32 operands are multiplied
-
-    @property
-    def slots(self) -> int:
-        return (self.b + 1) // 2
-
-    def memory(self, rows: int) -> "_Memory":
-        """Of the spectrum of so many rows: [slots, 2 · rows padded to whole tiles]."""
-        return _Memory((self.slots, 2 * launch._round_up(rows, _PAD)), self.scratch, self.basis.matrices[0].device)
-
-
-def _precision(dtype: torch.dtype) -> str:
-    return launch._precision() if dtype == torch.float32 else "tf32"
-
-
-def _transform(device: torch.device, dtype: torch.dtype, b: int, precision: str) -> _Transform:
-    scratch = torch.bfloat16 if spectrum_itemsize(dtype, b) == 2 else torch.float32
-    card = launch._generation(device)
-    basis = _basis(b, scratch, precision == "tf32", _takes_two_levels(card, b, precision), device)
-    return _Transform(card, b, basis, scratch, precision)
-
-
-def _exact_transform(device: torch.device, b: int) -> _Transform:
-    """For what is small and read or written in float32: w and dw."""
-    card = launch._generation(device)
-    basis = _basis(b, torch.float32, False, _takes_two_levels(card, b, "tf32x3"), device)
-    return _Transform(card, b, basis, torch.float32, "tf32x3")
-
-
-def _takes_two_levels(card: str, b: int, precision: str) -> bool:
-    """Whether a transform has two levels. Three TF32 products of the largest factors spill registers before sm_90."""
-    return b in _TWO_LEVEL and (precision == "tf32" or b <= 1024 or card in ("sm_90", "sm_100"))
-
-
-@functools.cache
-def _basis(b: int, dtype: torch.dtype, tf32: bool, two_level: bool, device: torch.device) -> _Basis:
-    """Computed in float64, rounded once to `dtype` (one level; two have float32) or to TF32, and kept for good: it
-    depends on nothing else, and captured graphs read it.
-
-    Raises:
-        BackendError: a CUDA graph is being captured.
-    """
-    return spectra.lasting(
-        lambda: _computed_basis(b, dtype, tf32, two_level, device), device, f"the basis of block size {b}"
-    )
-
-
-def _computed_basis(b: int, dtype: torch.dtype, tf32: bool, two_level: bool, device: torch.device) -> _Basis:
-    """`_basis`, anew."""
-
-    def turns(rows: int, columns: int, period: int) -> tuple[Tensor, Tensor]:
-        """cos and −sin of 2π·r·c / period, of an exact remainder."""
-        r, c = (torch.arange(size, dtype=torch.float64, device="cpu") for size in (rows, columns))
-        angle = (r[:, None] * c[None, :]).remainder_(period).mul_(2 * pi / period)
-        return angle.cos(), angle.sin().neg_()
-
-    def placed(matrix: Tensor) -> Tensor:
-        matrix = matrix.to(torch.float32 if two_level else dtype)
-        return (_to_tf32(matrix) if tf32 and matrix.dtype == torch.float32 else matrix).contiguous().to(device)
-
-    if two_level:
-        p, q = _factors(b)
-        first = torch.stack(turns(p, p, p), dim=-1).view(p, 2 * p)
-        cos, sin = turns(q, q // 2, q)
-        second = torch.stack([torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)], dim=1).view(2 * q, q)
-        cos, sin = turns(q, p, b)
-        factors = torch.stack([cos, -sin], dim=-1).float().contiguous().to(device)
-        return _Basis((placed(first), placed(second * (2 / b) ** 0.5), factors), (p, q), 1.0)
-
-    slots = (b + 1) // 2
-    cos, sin = turns(b, slots, b)
-    if b in _TWO_LEVEL:  # the order of slots that two levels have: spectra are exchanged with them
-        p, q = _factors(b)
-        order = (torch.arange(p, device="cpu")[:, None] + p * torch.arange(q // 2, device="cpu")[None, :]).flatten()
-        cos, sin = cos[:, order], sin[:, order]
-    amplitude = (2 / b) ** 0.5
-    if dtype == torch.bfloat16:
-        # Most cosines lie near ±1, where those of an amplitude of 2^k have the smallest relative rounding error.
-        amplitude = 2.0 ** round(log2(amplitude))
-    matrix = torch.zeros(
-        launch._round_up(b, _PAD), launch._round_up(2 * slots, _PAD), dtype=torch.float64, device="cpu"
-    )
-    matrix[:b, 0 : 2 * slots : 2] = cos * amplitude
-    matrix[:b, 1 : 2 * slots : 2] = sin * amplitude
-    matrix[:b, 0] = amplitude * 0.5**0.5
-    matrix[0:b:2, 1] = amplitude * 0.5**0.5 if b % 2 == 0 else 0.0
-    matrix[1:b:2, 1] = -matrix[0, 1]
-    return _Basis((placed(matrix), placed(matrix.T)), (1, b), 2 / b / amplitude**2)
-
-
-def _factors(b: int) -> tuple[int, int]:
-    """P and Q of a two-level transform, the smaller first."""
-    p = 1 << (b.bit_length() - 1) // 2
-    return p, b // p
-
-
-def _to_tf32(x: Tensor) -> Tensor:
-    """float32 rounded to the ten bits that a TF32 product reads; hardware would cut the others off."""
-    bits = x.view(torch.int32)
-    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
-
-
-# Plans: what a call allocates and launches
-
-# A kernel with its grid and all arguments but the tensors of a call, their strides and its scale.
-_Launch = Callable[..., Any]
-
-
-class _Memory(NamedTuple):
-    """A tensor to be allocated."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    def allocate(self) -> Tensor:
-        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
-
-    @property
-    def stride(self) -> int:
-        """From slot to slot of a spectrum."""
-        return self.shape[1]
-
-    @property
-    def n_bytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
-
-
 class _Analysis(NamedTuple):
     """The spectrum of a whole tensor."""
 
-    memory: _Memory
-    launch: _Launch
+    memory: Memory
+    launch: Launch
     what: Hashable  # everything but the tensor that decides on the values
 
 
@@ -365,43 +206,43 @@ class _Tokens(NamedTuple):
 
 class _ProductChunk(NamedTuple):
     tokens: _Tokens
-    analyse: _Launch | None  # None where there is a whole spectrum
-    mix: _Launch
-    synthesise: _Launch
+    analyse: Launch | None  # None where there is a whole spectrum
+    mix: Launch
+    synthesise: Launch
 
 
 class _ProductPlan(NamedTuple):
     gain: float
     blocks: _Analysis
     whole: _Analysis | None
-    z: _Memory | None
-    y: _Memory
+    z: Memory | None
+    y: Memory
     chunks: tuple[_ProductChunk, ...]
 
 
 class _GradientChunk(NamedTuple):
     tokens: _Tokens
-    analyse_dy: _Launch
-    mix: _Launch
-    synthesise: _Launch
-    analyse: _Launch | None
-    add_outer: _Launch
+    analyse_dy: Launch
+    mix: Launch
+    synthesise: Launch
+    analyse: Launch | None
+    add_outer: Launch
 
 
 class _GradientPlan(NamedTuple):
     gain: float
     blocks: _Analysis
     whole: _Analysis | None
-    g: _Memory
-    z: _Memory | None
-    sums: _Memory
+    g: Memory
+    z: Memory | None
+    sums: Memory
     chunks: tuple[_GradientChunk, ...]
-    spectrum: _Memory
-    fold: _Launch
-    synthesise_dw: _Launch
+    spectrum: Memory
+    fold: Launch
+    synthesise_dw: Launch
 
 
-@launch._planned
+@planned
 def _product_plan(
     device: torch.device,
     dtype: torch.dtype,
@@ -414,7 +255,7 @@ def _product_plan(
 ) -> _ProductPlan:
     m, n, b = shape
     rows, cols = (n, m) if transpose else (m, n)
-    transform = _transform(device, dtype, b, precision)
+    transform = fft_bases.transform(device, dtype, b, precision)
     whole = _whole_analysis(transform, dtype, n_tokens, cols)
     step = _chunk_tokens(transform, n_tokens, max(rows, cols), rows + cols if whole is None else rows, whole)
     y = transform.memory(step * rows)
@@ -433,7 +274,7 @@ def _product_plan(
     return _ProductPlan(transform.basis.gain, blocks, whole, z if whole is None else None, y, chunks)
 
 
-@launch._planned
+@planned
 def _gradient_plan(
     device: torch.device,
     dtype: torch.dtype,
@@ -444,19 +285,21 @@ def _gradient_plan(
     accumulate: bool,
 ) -> _GradientPlan:
     m, n, b = shape
-    transform = _transform(device, dtype, b, precision)
+    transform = fft_bases.transform(device, dtype, b, precision)
     whole = _whole_analysis(transform, dtype, n_tokens, n)
     step = _chunk_tokens(transform, n_tokens, max(m, n), m + n, whole)
     g = transform.memory(step * m)
     z = transform.memory(step * n)
     stride_z = z.stride if whole is None else whole.memory.stride
     tile = outer_tile(transform.card, transform.scratch.itemsize, 2 * m, 2 * n)
-    tiles = launch._cdiv(2 * m, tile.block_o) * launch._cdiv(2 * n, tile.block_i)
+    tiles = cdiv(2 * m, tile.block_o) * cdiv(2 * n, tile.block_i)
     # As many splits of a chunk as fill a card.
-    tokens_per_split, n_splits = launch._split_tokens(step, tiles * transform.slots, tile.block_t)
-    add_outer = functools.partial(
+    tokens_per_split, n_splits = split(step, tile.block_t, tiles * transform.slots, least=8)
+    add_outer = bound(
         # One program per tile of a slot's matrix, slot and split of the tokens.
-        launch._kernels().fft.outer_kernel[tiles, transform.slots, n_splits],
+        kernels().fft.outer_kernel,
+        (tiles, transform.slots, n_splits),
+        tile,
         tokens_per_split=tokens_per_split,
         stride_g_f=g.stride,
         stride_z_f=stride_z,
@@ -466,9 +309,6 @@ def _gradient_plan(
         BLOCK_O=tile.block_o,
         BLOCK_I=tile.block_i,
         BLOCK_T=tile.block_t,
-        num_warps=tile.num_warps,
-        enable_fp_fusion=True,
-        num_stages=tile.num_stages,
     )
     chunks = tuple(
         _GradientChunk(
@@ -481,19 +321,19 @@ def _gradient_plan(
         )
         for tokens in _cut(n_tokens, step, n)
     )
-    exact = _exact_transform(device, b)
+    exact = fft_bases.exact_transform(device, b)
     spectrum = exact.memory(m * n)
-    fold = functools.partial(
+    fold = bound(
         # One program per slot and BLOCK pairs of blocks.
-        launch._kernels().fft.fold_spectrum_kernel[launch._cdiv(m * n, _PAD), exact.slots, 1],
+        kernels().fft.fold_spectrum_kernel,
+        (cdiv(m * n, PAD), exact.slots, 1),
         n_splits=n_splits,
         stride_p_f=spectrum.stride,
         out_blocks=m,
         in_blocks=n,
         b=b,
-        BLOCK=_PAD,
+        BLOCK=PAD,
         num_warps=4,
-        enable_fp_fusion=True,
     )
     return _GradientPlan(
         transform.basis.gain,
@@ -501,7 +341,7 @@ def _gradient_plan(
         whole,
         g,
         z if with_dx or whole is None else None,
-        _Memory((n_splits, transform.slots, 2 * m, 2 * n), torch.float32, device),
+        Memory((n_splits, transform.slots, 2 * m, 2 * n), torch.float32, device),
         chunks,
         spectrum,
         fold,
@@ -509,7 +349,7 @@ def _gradient_plan(
     )
 
 
-def _whole_analysis(transform: _Transform, dtype: torch.dtype, n_tokens: int, blocks: int) -> _Analysis | None:
+def _whole_analysis(transform: Transform, dtype: torch.dtype, n_tokens: int, blocks: int) -> _Analysis | None:
     """Of all of x at once, if its spectrum takes no more than half of the scratch."""
     memory = transform.memory(n_tokens * blocks)
     scratch = SCRATCH_BYTES[transform.card]
@@ -519,27 +359,25 @@ def _whole_analysis(transform: _Transform, dtype: torch.dtype, n_tokens: int, bl
     return _Analysis(memory, _analysis(transform, n_tokens, blocks, memory), what)
 
 
-def _weight_analysis(transform: _Transform, shape: tuple[int, int, int], transpose: bool) -> _Analysis:
+def _weight_analysis(transform: Transform, shape: tuple[int, int, int], transpose: bool) -> _Analysis:
     m, n, b = shape
     rows, cols = (n, m) if transpose else (m, n)
     device = transform.basis.matrices[0].device
-    memory = _Memory((transform.slots, 2 * rows, 2 * cols), transform.scratch, device)
-    exact = _exact_transform(device, b)
+    memory = Memory((transform.slots, 2 * rows, 2 * cols), transform.scratch, device)
+    exact = fft_bases.exact_transform(device, b)
     analyse = _analysis(exact, m * n, 1, memory, (m, n), transpose, transform.precision)
     return _Analysis(memory, analyse, (transform.scratch, transform.precision, transpose))
 
 
-def _chunk_tokens(
-    transform: _Transform, n_tokens: int, widest: int, blocks: int, whole: _Analysis | None = None
-) -> int:
+def _chunk_tokens(transform: Transform, n_tokens: int, widest: int, blocks: int, whole: _Analysis | None = None) -> int:
     """Tokens of a chunk: chunks of equal size, a multiple of 128, that fit what `whole` leaves of the scratch."""
     limit = _MOST_ROWS // widest
     scratch = SCRATCH_BYTES[transform.card]
     if scratch:
         scratch -= 0 if whole is None else whole.memory.n_bytes
         limit = min(limit, scratch // (2 * transform.slots * blocks * transform.scratch.itemsize))
-    chunks = launch._cdiv(n_tokens, max(limit, 128))
-    return launch._round_up(launch._cdiv(n_tokens, chunks), 128)
+    chunks = cdiv(n_tokens, max(limit, 128))
+    return round_up(cdiv(n_tokens, chunks), 128)
 
 
 def _cut(n_tokens: int, step: int, blocks: int) -> list[_Tokens]:
@@ -551,16 +389,16 @@ def _cut(n_tokens: int, step: int, blocks: int) -> list[_Tokens]:
 
 
 def _analysis(
-    transform: _Transform,
+    transform: Transform,
     n_tokens: int,
     blocks: int,
-    z: _Memory,
+    z: Memory,
     weight_blocks: tuple[int, int] = (0, 0),
     transpose: bool = False,
     precision: str | None = None,
-) -> _Launch:
+) -> Launch:
     """z = the spectrum of x's blocks; with `weight_blocks` (m, n), of w's, as matrices for products in `precision`."""
-    fft = launch._kernels().fft
+    fft = kernels().fft
     out_blocks, in_blocks = weight_blocks
     return _transform_launch(
         transform,
@@ -578,11 +416,9 @@ def _analysis(
     )
 
 
-def _synthesis(
-    transform: _Transform, n_tokens: int, blocks: int, y: _Memory, has_bias: bool, accumulate: bool
-) -> _Launch:
+def _synthesis(transform: Transform, n_tokens: int, blocks: int, y: Memory, has_bias: bool, accumulate: bool) -> Launch:
     """out = scale · the inverse of the analysis (+ bias) (+ out)."""
-    fft = launch._kernels().fft
+    fft = kernels().fft
     return _transform_launch(
         transform,
         (fft.synthesis_kernel, fft.two_level_synthesis_kernel),
@@ -598,22 +434,24 @@ def _synthesis(
 
 
 def _transform_launch(
-    transform: _Transform,
+    transform: Transform,
     kernels: tuple[Any, Any],
     n_rows: int,
     columns: int,
     inner: int,
     basis: Tensor,
     **arguments: Any,
-) -> _Launch:
+) -> Launch:
     """One of the kernels for one and for two levels, which turns rows of `inner` values into rows of `columns`."""
     one_level, two_levels = kernels
     p, q = transform.basis.factors
     if p > 1:
         tile = two_level_tile(transform.card, transform.b, transform.precision)
         first, second, twiddle = transform.basis.matrices
-        return functools.partial(
-            two_levels[launch._cdiv(n_rows, tile.block_t), 1, 1],
+        return bound(
+            two_levels,
+            (cdiv(n_rows, tile.block_t), 1, 1),
+            tile,
             **arguments,
             first_ptr=first,
             second_ptr=second,
@@ -623,13 +461,13 @@ def _transform_launch(
             Q=q,
             DOT=transform.precision,
             BLOCK_R=tile.block_t,
-            num_warps=tile.num_warps,
-            enable_fp_fusion=True,
         )
     tile = transform_tile(transform.card, basis.itemsize, columns, inner)
-    return functools.partial(
+    return bound(
         # One program per tile of rows and columns.
-        one_level[launch._cdiv(n_rows, tile.block_t) * launch._cdiv(columns, tile.block_o), 1, 1],
+        one_level,
+        (cdiv(n_rows, tile.block_t) * cdiv(columns, tile.block_o), 1, 1),
+        tile,
         **arguments,
         basis_ptr=basis,
         n_rows=n_rows,
@@ -638,19 +476,18 @@ def _transform_launch(
         BLOCK_R=tile.block_t,
         BLOCK_C=tile.block_o,
         BLOCK_K=tile.block_i,
-        num_warps=tile.num_warps,
-        enable_fp_fusion=True,
-        num_stages=tile.num_stages,
     )
 
 
-def _mix(transform: _Transform, n_tokens: int, stride_z: int, stride_y: int, rows: int, cols: int) -> _Launch:
+def _mix(transform: Transform, n_tokens: int, stride_z: int, stride_y: int, rows: int, cols: int) -> Launch:
     """y = z · blocksᵀ, slot by slot."""
     tile = mix_tile(transform.card, transform.scratch.itemsize, n_tokens, 2 * rows, 2 * cols)
-    tiles = launch._cdiv(n_tokens, tile.block_t) * launch._cdiv(2 * rows, tile.block_o)
-    return functools.partial(
+    tiles = cdiv(n_tokens, tile.block_t) * cdiv(2 * rows, tile.block_o)
+    return bound(
         # One program per tile of tokens and columns, and per slot.
-        launch._kernels().fft.mix_kernel[tiles, transform.slots, 1],
+        kernels().fft.mix_kernel,
+        (tiles, transform.slots, 1),
+        tile,
         n_tokens=n_tokens,
         stride_z_f=stride_z,
         stride_y_f=stride_y,
@@ -660,7 +497,4 @@ def _mix(transform: _Transform, n_tokens: int, stride_z: int, stride_y: int, row
         BLOCK_T=tile.block_t,
         BLOCK_C=tile.block_o,
         BLOCK_K=tile.block_i,
-        num_warps=tile.num_warps,
-        enable_fp_fusion=True,
-        num_stages=tile.num_stages,
     )

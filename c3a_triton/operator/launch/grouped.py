@@ -1,30 +1,35 @@
 """Host side of `kernels/grouped.py`: the product where every row of a batch has an adapter of its own.
 
-As in `launch`: torch tensors in and out, nothing here knows about autograd. What tells a kernel which row has which
+Torch tensors in and out, nothing here knows about autograd. What tells a kernel which row has which
 adapter is computed on the host from a list of integers, and copied to the device once per list: no call waits for the
 GPU, and a captured CUDA graph finds what was copied before.
 """
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..errors import ShapeError
-from . import launch, spectra
-from .tiles import grouped_tile
+from ...errors import ShapeError
+from .. import spectra
+from . import plans, specs
+from .plans import bound, cdiv, planned, split, summation
+from .specs import Spec
+from .tiles import SMALL_T, grouped_tile, hankel_tile
 
 __all__ = ["Segments", "grouped_product", "on_device", "runs_on", "segments"]
 
 # So many lists of integers are kept on devices before all but those of captured graphs are dropped.
 _MOST_TABLES = 4096
 _ALIGNMENT = 16  # bytes
+
+# run(x, one table of integers for each launch, bias, scale)
+_Product = Callable[[Tensor, Sequence[Tensor], Tensor | None, float], Tensor]
 
 
 class Segments(NamedTuple):
@@ -82,124 +87,143 @@ def grouped_product(
     # Held until the launches are queued: kernels see addresses only.
     kernels = [_readable(w) for w in kernels]
     out_features = _check(x, kernels, rows, transpose, bias)
-    if x.shape[0] == 0:
+    n_tokens, n_rows, rows = x.shape[0], len(rows), tuple(rows)
+    if n_tokens == 0:
         return torch.empty(0, out_features, dtype=x.dtype, device=x.device)
-    x = launch._with_contiguous_rows(x)
+    x = specs.with_contiguous_rows(x)
     bias = None if bias is None else bias.contiguous()
-    few = x.shape[0] <= launch.SMALL_T * len(set(rows))
-    with launch._on(x):
-        product = _hankel_product if few else _tiled_product
-        return product(x, kernels, tuple(rows), out_features, scale, transpose, bias)
-
-
-def _hankel_product(
-    x: Tensor,
-    kernels: Sequence[Tensor],
-    rows: tuple[int, ...],
-    out_features: int,
-    scale: float,
-    transpose: bool,
-    bias: Tensor | None,
-) -> Tensor:
-    n_tokens, in_features = x.shape
-    block_m, block_k = 16, 64
     groups = _by_block_size(kernels, rows)
-    tiles = {b: launch._cdiv(out_features // b, block_m) * launch._cdiv(b, _block_j(b)) for b, _ in groups}
+    sizes = tuple(b for b, _ in groups)
+    described = (out_features, transpose, bias is not None, specs.precision(x.dtype))
+    with specs.on_device_of(x):
+        if n_tokens <= SMALL_T * len(set(rows)):
+            run = _hankel_plan(specs.spec(x), n_rows, sizes, *described)
+            tables = [addresses for _, addresses in groups]
+        else:
+            block_t = grouped_tile(x.element_size()).block_t
+            tiles = [_token_tiles(addresses, rows, n_tokens // n_rows, block_t) for _, addresses in groups]
+            counts = tuple(len(of_group) // 3 for of_group in tiles)
+            run = _tiled_plan(specs.spec(x), n_rows, tuple(zip(sizes, counts, strict=True)), *described)
+            tables = [(*of_group, *segments(rows).order) for of_group in tiles]
+        return run(x, [on_device(table, x.device) for table in tables], bias, scale)
+
+
+@planned
+def _hankel_plan(
+    x: Spec, n_rows: int, sizes: tuple[int, ...], out_features: int, transpose: bool, has_bias: bool, precision: str
+) -> _Product:
+    """The product of few tokens by adapters of these block sizes."""
+    (n_tokens, in_features), dtype, device = x
+    tiles = {b: hankel_tile(dtype.itemsize, b) for b in sizes}
+    programs = {
+        b: cdiv(out_features // b, tile.block_t) * cdiv(b, tile.block_o) * n_tokens for b, tile in tiles.items()
+    }
     # Splits as in `direct_product`; the same for every block size, so that one launch adds them all.
-    steps = launch._cdiv(in_features, block_k)
-    split_steps = max(2, launch._cdiv(steps, launch._cdiv(launch._PROGRAMS, min(tiles.values()) * n_tokens)))
-    n_splits = launch._cdiv(steps, split_steps)
+    step = max(tile.block_i for tile in tiles.values())
+    split_length, n_splits = split(in_features, step, min(programs.values()), least=2)
     final = n_splits == 1
-    out = torch.empty(n_tokens, out_features, dtype=x.dtype, device=x.device)
-    partials = out[None] if final else torch.empty(n_splits, *out.shape, dtype=torch.float32, device=x.device)
-    for b, addresses in groups:
-        stride_w_row, stride_w_col = _w_strides(in_features, b, out_features, transpose)
-        # One program per token, tile of its outputs and split of its sum.
-        _kernels().grouped_hankel_kernel[n_tokens * tiles[b], n_splits, 1](
-            x_ptr=x,
-            addresses_ptr=on_device(addresses, x.device),
-            bias_ptr=bias if final else None,
-            out_ptr=partials,
-            scale=scale if final else 1.0,
+    launches = [
+        bound(
+            # One program per token, tile of its outputs and split of its sum.
+            plans.kernels().grouped.grouped_hankel_kernel,
+            (programs[b], n_splits, 1),
+            tile,
             n_tokens=n_tokens,
-            tokens_per_row=n_tokens // len(rows),
+            tokens_per_row=n_tokens // n_rows,
             row_blocks=out_features // b,
             col_blocks=in_features // b,
-            split_length=split_steps * block_k,
-            stride_w_row=stride_w_row,
-            stride_w_col=stride_w_col,
-            stride_x_t=x.stride(0),
+            split_length=split_length,
             b=b,
             TRANSPOSE=transpose,
-            HAS_BIAS=final and bias is not None,
-            EVEN_K=in_features % block_k == 0,
-            PRECISION=launch._precision(),
-            BLOCK_M=block_m,
-            BLOCK_J=_block_j(b),
-            BLOCK_K=block_k,
-            num_warps=4,
-            enable_fp_fusion=True,
-            num_stages=3,
+            HAS_BIAS=final and has_bias,
+            EVEN_K=in_features % tile.block_i == 0,
+            PRECISION=precision,
+            BLOCK_M=tile.block_t,
+            BLOCK_J=tile.block_o,
+            BLOCK_K=tile.block_i,
+            **_w_strides(in_features, b, out_features, transpose),
         )
-    if not final:
-        add_up = launch._sum_of_partials((n_splits, n_tokens, out_features), bias is not None, accumulate=False)
-        add_up(partials_ptr=partials, bias_ptr=bias, out_ptr=out, scale=scale, stride_out_row=out_features)
-    return out
+        for b, tile in tiles.items()
+    ]
+    add_up = summation((n_splits, n_tokens, out_features), has_bias)
+
+    def run(x: Tensor, tables: Sequence[Tensor], bias: Tensor | None, scale: float) -> Tensor:
+        out = torch.empty(n_tokens, out_features, dtype=dtype, device=device)
+        target = out if final else torch.empty(n_splits, *out.shape, dtype=torch.float32, device=device)
+        for launch, addresses in zip(launches, tables, strict=True):
+            launch(
+                x_ptr=x,
+                addresses_ptr=addresses,
+                bias_ptr=bias if final else None,
+                out_ptr=target,
+                scale=scale if final else 1.0,
+                stride_x_t=x.stride(0),
+            )
+        if not final:
+            add_up(partials_ptr=target, bias_ptr=bias, out_ptr=out, scale=scale, stride_out_row=out_features)
+        return out
+
+    return run
 
 
-def _tiled_product(
-    x: Tensor,
-    kernels: Sequence[Tensor],
-    rows: tuple[int, ...],
+@planned
+def _tiled_plan(
+    x: Spec,
+    n_rows: int,
+    groups: tuple[tuple[int, int], ...],
     out_features: int,
-    scale: float,
     transpose: bool,
-    bias: Tensor | None,
-) -> Tensor:
-    n_tokens, in_features = x.shape
-    tokens_per_row = n_tokens // len(rows)
-    tile = grouped_tile(x.element_size())
-    out = torch.empty(n_tokens, out_features, dtype=x.dtype, device=x.device)
-    for b, addresses in _by_block_size(kernels, rows):
-        order, _, runs = segments(rows)
-        tiles: list[int] = []
-        first = 0
-        for _, count in runs:
-            address = addresses[order[first // tokens_per_row]]
-            end = first + count * tokens_per_row
-            if address >= 0:
-                for start in range(first, end, tile.block_t):
-                    tiles += (address, start, min(tile.block_t, end - start))
-            first = end
-        n_tiles = len(tiles) // 3
-        stride_w_row, stride_w_col = _w_strides(in_features, b, out_features, transpose)
-        # One program per tile of tokens of one adapter and tile of outputs.
-        _kernels().grouped_product_kernel[n_tiles * launch._cdiv(out_features, tile.block_o), 1, 1](
-            x_ptr=x,
-            table_ptr=on_device((*tiles, *order), x.device),
-            bias_ptr=bias,
-            out_ptr=out,
-            scale=scale,
+    has_bias: bool,
+    precision: str,
+) -> _Product:
+    """The product of many tokens by adapters of these block sizes, each with so many tiles of tokens."""
+    (n_tokens, in_features), dtype, device = x
+    tile = grouped_tile(dtype.itemsize)
+    launches = [
+        bound(
+            # One program per tile of tokens of one adapter and tile of outputs.
+            plans.kernels().grouped.grouped_product_kernel,
+            (n_tiles * cdiv(out_features, tile.block_o), 1, 1),
+            tile,
             n_tiles=n_tiles,
-            tokens_per_row=tokens_per_row,
+            tokens_per_row=n_tokens // n_rows,
             out_features=out_features,
             in_features=in_features,
-            stride_w_row=stride_w_row,
-            stride_w_col=stride_w_col,
-            stride_x_t=x.stride(0),
             b=b,
             TRANSPOSE=transpose,
-            HAS_BIAS=bias is not None,
+            HAS_BIAS=has_bias,
             EVEN_K=in_features % tile.block_i == 0,
-            PRECISION=launch._precision(),
+            PRECISION=precision,
             BLOCK_T=tile.block_t,
             BLOCK_O=tile.block_o,
             BLOCK_I=tile.block_i,
-            num_warps=tile.num_warps,
-            enable_fp_fusion=True,
-            num_stages=tile.num_stages,
+            **_w_strides(in_features, b, out_features, transpose),
         )
-    return out
+        for b, n_tiles in groups
+    ]
+
+    def run(x: Tensor, tables: Sequence[Tensor], bias: Tensor | None, scale: float) -> Tensor:
+        out = torch.empty(n_tokens, out_features, dtype=dtype, device=device)
+        for launch, table in zip(launches, tables, strict=True):
+            launch(x_ptr=x, table_ptr=table, bias_ptr=bias, out_ptr=out, scale=scale, stride_x_t=x.stride(0))
+        return out
+
+    return run
+
+
+def _token_tiles(addresses: tuple[int, ...], rows: tuple[int, ...], tokens_per_row: int, block_t: int) -> list[int]:
+    """(address, first place, number of places) of every tile of tokens, one after another; tiles of −1 are left out."""
+    order, _, runs = segments(rows)
+    tiles: list[int] = []
+    first = 0
+    for _, count in runs:
+        address = addresses[order[first // tokens_per_row]]
+        end = first + count * tokens_per_row
+        if address >= 0:
+            for start in range(first, end, block_t):
+                tiles += (address, start, min(block_t, end - start))
+        first = end
+    return tiles
 
 
 def _by_block_size(kernels: Sequence[Tensor], rows: tuple[int, ...]) -> list[tuple[int, tuple[int, ...]]]:
@@ -250,20 +274,10 @@ def on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
     return table.values
 
 
-@functools.cache
-def _kernels() -> ModuleType:
-    from ..kernels import grouped
-
-    return grouped
-
-
-def _block_j(b: int) -> int:
-    return min(64, max(16, 1 << (b - 1).bit_length()))
-
-
-def _w_strides(in_features: int, b: int, out_features: int, transpose: bool) -> tuple[int, int]:
+def _w_strides(in_features: int, b: int, out_features: int, transpose: bool) -> dict[str, int]:
     """From row block to row block and from column block to column block of the product, in w."""
-    return (b, out_features) if transpose else (in_features, b)
+    row, col = (b, out_features) if transpose else (in_features, b)
+    return {"stride_w_row": row, "stride_w_col": col}
 
 
 # w that kernels cannot read where it lies → its copy.
@@ -276,7 +290,7 @@ def _readable(w: Tensor) -> Tensor:
     w may have changed, so each call copies its values; but to the same place, where a captured graph finds and renews
     them.
     """
-    if w.dtype not in launch._DTYPES or w.device.type == "meta":
+    if w.dtype not in specs.DTYPES or w.device.type == "meta":
         return w  # and is refused
     if w.dtype == torch.float32 and w.is_contiguous() and w.data_ptr() % _ALIGNMENT == 0:
         return w
@@ -291,8 +305,8 @@ def _readable(w: Tensor) -> Tensor:
 
 def _check(x: Tensor, kernels: Sequence[Tensor], rows: Sequence[int], transpose: bool, bias: Tensor | None) -> int:
     """The product's width, if all operands fit."""
-    launch._check_rows("x", launch._spec(x))
-    launch._check_available(x.device)
+    specs.check_rows("x", specs.spec(x))
+    specs.check_available(x.device)
     if not rows or x.shape[0] % len(rows):
         raise ShapeError(f"x has {x.shape[0]} tokens for {len(rows)} rows: each row must have the same number")
     if not -1 <= min(rows) <= max(rows) < len(kernels) or max(rows) < 0:
@@ -301,7 +315,7 @@ def _check(x: Tensor, kernels: Sequence[Tensor], rows: Sequence[int], transpose:
         )
     widths = set()
     for w in kernels:
-        launch._check_w(launch._spec(w))
+        specs.check_w(specs.spec(w))
         if w.device != x.device:
             raise ShapeError(f"x is on {x.device}, w on {w.device}: they must be on the same device")
         m, n, b = w.shape

@@ -1,6 +1,6 @@
 """The operator where every row of a batch has an adapter of its own, as when one base serves many fine-tunes.
 
-Two custom ops, closed under differentiation as those of `ops` are:
+Two custom ops, closed under differentiation as those of `autograd` are:
 
     c3a_triton::linear_rows       x Wᵀ + bias + x ΔW_aᵀ, a given for each row   (or, transposed, x W + x ΔW_a)
     c3a_triton::weight_grad_rows  dw of every ΔW_a
@@ -14,22 +14,9 @@ from torch import Tensor
 
 from .._ops import ops as registered_ops
 from ..errors import BackendError, ShapeError
-from . import launch_grouped
-from .ops import (
-    _autocast,
-    _autocasts,
-    _base_grads,
-    _check,
-    _choose,
-    _is_plain,
-    _linear,
-    _linear_call,
-    _linear_fake,
-    _weight_grad,
-    _weight_grad_fake,
-    _without_autocast,
-    register,
-)
+from . import arguments, step
+from .autograd import linear_call, linear_fake, register, weight_grad_fake
+from .launch import grouped
 
 __all__ = ["c3a_linear_rows"]
 
@@ -66,11 +53,11 @@ def c3a_linear_rows(
     """
     if backend == "fold":
         raise BackendError("backend 'fold' adds ΔW to a layer's weight, and here each row has its own: use 'auto'")
-    if _autocasts(x.device.type):
-        x, weight, bias = _autocast(x), *(None if part is None else _autocast(part) for part in (weight, bias))
+    if arguments.autocasts(x.device.type):
+        x, weight, bias = arguments.autocast(x, weight, bias)
         with torch.autocast(x.device.type, enabled=False):
             return c3a_linear_rows(x, weight, bias, kernels, rows, backend=backend)
-    _check(x, weight, bias, kernels)
+    arguments.check(x, weight, bias, kernels)
     if x.dim() < 2 or x.shape[0] != len(rows):
         raise ShapeError(f"x has the shape {tuple(x.shape)} for {len(rows)} rows: give an index for each of x's rows")
     if isinstance(rows, Tensor):
@@ -83,11 +70,11 @@ def c3a_linear_rows(
     if torch._C._are_functorch_transforms_active():
         # torch.func finds no rules on these ops, but on those that they are composed of.
         def product(part: Tensor, w: list[Tensor]) -> Tensor:
-            return _linear_call(part, None, bias, w, scale, False, backend)
+            return linear_call(part, None, bias, w, scale, False, backend)
 
         y = _by_adapter(x, bias, kernels, _checked(rows, kernels), False, product)
         return y if weight is None else y + x @ weight.t()
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _is_plain(x):
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not arguments.is_plain(x):
         return _rows_call(x, weight, bias, kernels, rows, scale, False, backend)
     return _linear_rows(x, weight, bias, kernels, rows, scale, False, backend)
 
@@ -121,11 +108,11 @@ def _linear_rows(
     flat = x.reshape(-1, x.shape[-1])
     indices = _checked(rows, kernels)
     if _grouped(flat, kernels, indices, backend):
-        y = launch_grouped.grouped_product(flat, kernels, indices, scale=scale, transpose=transpose, bias=bias)
+        y = grouped.grouped_product(flat, kernels, indices, scale=scale, transpose=transpose, bias=bias)
     else:
 
         def product(part: Tensor, w: list[Tensor]) -> Tensor:
-            return _linear(part, None, bias, w, scale, transpose, backend)
+            return step.linear(part, None, bias, w, scale, transpose, backend)
 
         y = _by_adapter(x, bias, kernels, indices, transpose, product)
         y = y.view(flat.shape[0], y.shape[-1])
@@ -137,10 +124,10 @@ def _linear_rows(
 def _grouped(flat: Tensor, kernels: Sequence[Tensor], rows: Sequence[int], backend: str) -> bool:
     """Whether one launch serves all adapters: where "direct" is what one adapter's share of the tokens would take."""
     used = {adapter for adapter in rows if adapter >= 0}
-    if not used or not flat.shape[0] or not launch_grouped.runs_on(flat.device):
+    if not used or not flat.shape[0] or not grouped.runs_on(flat.device):
         return False
     share = flat[: -(-flat.shape[0] // len(used))]
-    return all(_choose(backend, share, kernels[adapter]) == "direct" for adapter in used)
+    return all(step.choose(backend, share, kernels[adapter]) == "direct" for adapter in used)
 
 
 def _by_adapter(
@@ -152,7 +139,7 @@ def _by_adapter(
     product: Callable[[Tensor, list[Tensor]], Tensor],
 ) -> Tensor:
     """The rows of each adapter through `product` (which adds the bias), one call each; those of none are the bias."""
-    order, inverse, runs = launch_grouped.segments(rows)
+    order, inverse, runs = grouped.segments(rows)
     features = kernels[0].shape[1 if transpose else 0] * kernels[0].shape[2]
     parts = []
     for (adapter, _), part in zip(runs, _split(x, order, runs), strict=True):
@@ -172,7 +159,7 @@ def _split(x: Tensor, order: tuple[int, ...], runs: tuple[tuple[int, int], ...])
 def _taken(x: Tensor, order: tuple[int, ...]) -> Tensor:
     if order == tuple(range(len(order))):
         return x
-    return x.index_select(0, launch_grouped.on_device(order, x.device))
+    return x.index_select(0, grouped.on_device(order, x.device))
 
 
 def _weight_grad_rows(
@@ -185,10 +172,10 @@ def _weight_grad_rows(
     backend: str,
 ) -> list[Tensor]:
     """Implementation of `c3a_triton::weight_grad_rows`: an adapter that has no rows gets zeros."""
-    order, _, runs = launch_grouped.segments(_checked(rows, block_sizes))
+    order, _, runs = grouped.segments(_checked(rows, block_sizes))
     parts = zip(runs, _split(dy, order, runs), _split(x, order, runs), strict=True)
     found = {
-        adapter: _weight_grad(dy_part, x_part, block_sizes[adapter], scale, dtype, backend)
+        adapter: step.weight_grad(dy_part, x_part, block_sizes[adapter], scale, dtype, backend)
         for (adapter, _), dy_part, x_part in parts
         if adapter >= 0
     }
@@ -206,7 +193,7 @@ def _linear_rows_fake(
     transpose: bool,
     backend: str,
 ) -> Tensor:
-    return _linear_fake(x, weight, bias, kernels, scale, transpose, backend)
+    return linear_fake(x, weight, bias, kernels, scale, transpose, backend)
 
 
 def _weight_grad_rows_fake(
@@ -218,7 +205,7 @@ def _weight_grad_rows_fake(
     dtype: torch.dtype,
     backend: str,
 ) -> list[Tensor]:
-    return [_weight_grad_fake(dy, x, b, scale, dtype, backend) for b in block_sizes]
+    return [weight_grad_fake(dy, x, b, scale, dtype, backend) for b in block_sizes]
 
 
 def _linear_rows_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -244,7 +231,7 @@ def _linear_rows_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         found = registered_ops.weight_grad_rows(left, right, sizes, rows, ctx.scale, wide, ctx.backend)
         for i, dw in zip(wanted, found, strict=True):
             dws[i] = dw.to(kernels[i].dtype)
-    dweight, dbias = _base_grads(dy, x, needs_weight, needs_bias, ctx.transpose)
+    dweight, dbias = step.base_grads(dy, x, needs_weight, needs_bias, ctx.transpose)
     return dx, dweight, dbias, dws, None, None, None, None
 
 
@@ -266,7 +253,7 @@ register(
     "linear_rows",
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor[] kernels, Tensor rows, float scale, bool transpose, str backend)"
     " -> Tensor",
-    _without_autocast(_linear_rows),
+    arguments.without_autocast(_linear_rows),
     _linear_rows_fake,
     _linear_rows_setup,
     _linear_rows_backward,

@@ -15,6 +15,7 @@ __all__ = [
     "GENERATIONS",
     "SCRATCH_BYTES",
     "SHARED_MEMORY",
+    "SMALL_T",
     "Lookup",
     "TileConfig",
     "bounds",
@@ -23,6 +24,7 @@ __all__ = [
     "diagonal_tile",
     "generation",
     "grouped_tile",
+    "hankel_tile",
     "inner_block",
     "mix_tile",
     "outer_tile",
@@ -33,6 +35,10 @@ __all__ = [
     "two_level_tile",
     "weight_grad_tile",
 ]
+
+
+# Up to so many tokens, `direct_product` takes the Hankel kernel, and a whole layer is one kernel (`decode_linear`).
+SMALL_T = 16
 
 
 @dataclass(frozen=True)
@@ -196,6 +202,8 @@ FIELDS = tuple(field.name for field in fields(TileConfig))
 _BOUNDS: dict[str, tuple[tuple[int, int], tuple[int, int], tuple[int, int]]] = {
     # `inner_block` knows steps up to 128.
     "product_tile": ((16, 256), (16, 256), (16, 128)),
+    # The Hankel kernels mask or repeat everything.
+    "hankel_tile": ((16, 64), (16, 128), (16, 128)),
     # One side for both, which holds a whole block of up to 64. 256 tokens a step take minutes to compile.
     "weight_grad_tile": ((16, 128), (64, 128), (64, 128)),
     "diagonal_tile": ((16, 128), (32, 128), (32, 128)),
@@ -286,6 +294,15 @@ def decode_tile(n_tokens: int, block_size: int) -> TileConfig:
     return replace(tile, block_t=block_t, block_i=tile.block_i if block_size % 16 == 0 else tile.block_i // 2)
 
 
+@_tunable()
+def hankel_tile(itemsize: int, block_size: int) -> TileConfig:
+    """The tile of `hankel_kernel` and `grouped_hankel_kernel`, the same on every card.
+
+    Of one token: block_t row blocks of ΔW by block_o positions within a block, block_i values of the sum at a time.
+    """
+    return TileConfig(16, min(64, max(16, 1 << (block_size - 1).bit_length())), 64, 4, 3)
+
+
 def grouped_tile(itemsize: int) -> TileConfig:
     """The tile of `grouped_product_kernel`, the same on every card."""
     return _GROUPED[itemsize]
@@ -341,7 +358,7 @@ def two_level_tile(card: str, block_size: int, precision: str) -> TileConfig:
         rows, num_warps = 8, block_size // 128
     else:  # three products keep three times the operands
         rows, num_warps = 4096 // block_size, 8
-    return TileConfig(rows, block_size, block_size, num_warps, 1)
+    return TileConfig(rows, block_size, block_size, num_warps, 3)
 
 
 @_tunable(tokens_at=2)

@@ -1,0 +1,34 @@
+"""The backends, each with the functions that compute by it."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from . import fourier, reference
+from .launch import direct, expand, fft, weight_grad
+
+__all__ = ["BY_NAME", "Backend"]
+
+
+class Backend(NamedTuple):
+    """One way of computing the product and its gradients; the arguments are those of `fourier`'s functions.
+
+    Those of a backend that shares spectra have one more, `source`, which says whose rows they get.
+    """
+
+    product: Callable[..., Tensor]
+    weight_grad: Callable[..., Tensor]
+    backward: Callable[..., tuple[Tensor, Tensor]] | None = None
+    """Both gradients in one call, where they share work."""
+    shares_spectra: bool = False
+    by_triton: bool = True
+
+
+BY_NAME = {
+    "reference": Backend(reference.product, reference.weight_grad, by_triton=False),
+    "torch": Backend(fourier.product, fourier.weight_grad, fourier.backward, by_triton=False),
+    "direct": Backend(direct.direct_product, weight_grad.weight_grad),
+    "fft": Backend(fft.fft_product, fft.fft_weight_grad, fft.fft_backward, shares_spectra=True),
+    "expand": Backend(expand.expand_product, weight_grad.weight_grad),
+}

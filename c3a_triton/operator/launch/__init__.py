@@ -1,0 +1,1 @@
+"""One host file per file of `kernels/`, and what they share: plans, checks, tiles."""

@@ -1,0 +1,219 @@
+"""The tensors that kernels take: what plans know of them, whether they fit together, where they can be computed.
+
+Tensors are on an NVIDIA GPU, or on the CPU under Triton's interpreter (`TRITON_INTERPRET=1` before triton is imported).
+Shapes: w is [m, n, b] float32, with ΔW[M·b + j, N·b + p] = scale · w[M, N, (p − j) mod b], out_features = m·b and
+in_features = n·b. Products accumulate in float32. With 16-bit x, w is rounded to x's dtype before it is multiplied
+and `scale` is applied to the float32 sum: float16 keeps |w| between about 1e-5 and 65504 to its usual precision, less
+below that, and nothing below 3e-8; bfloat16 and float32 have no such limits.
+"""
+
+import functools
+import importlib.util
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...errors import BackendError, ShapeError
+from . import plans
+from .tiles import generation
+
+__all__ = [
+    "DTYPES",
+    "Spec",
+    "card_of",
+    "check_available",
+    "check_rows",
+    "check_w",
+    "check_weight_grad",
+    "new_or_given",
+    "on_device_of",
+    "precision",
+    "product_output",
+    "product_shape",
+    "spec",
+    "unavailable_reason",
+    "weight_grad_shape",
+    "with_contiguous_rows",
+]
+
+# Elements between rows: a tile of 256 rows, the next one included, stays within 32 bits.
+MAX_ROW_STRIDE = 2**22
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_PACKAGE = str(__package__).rpartition(".operator")[0]
+
+
+class Spec(NamedTuple):
+    """What of a tensor plans are made from and looked up by."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+@functools.cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+@functools.cache
+def card_of(device: torch.device) -> str:
+    """The card generation whose tiles serve `device`; the interpreter takes those of the smallest card."""
+    return generation(torch.cuda.get_device_capability(device)) if device.type == "cuda" else "sm_80"
+
+
+@functools.cache
+def _cuda_reason(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return "the kernels are written for NVIDIA GPUs"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"the GPU has compute capability {major}.{minor}, the kernels need 8.0"
+
+
+def unavailable_reason(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on tensors of `device`; None when they can.
+
+    Raises:
+        BackendError: the kernels themselves are missing, which is a broken installation and not a property of the
+            machine.
+    """
+    if not _installed(f"{_PACKAGE}.kernels"):
+        raise BackendError(
+            "c3a_triton.kernels is missing: c3a_triton is imported from a checkout that is not installed. "
+            "Install it with `pip install -e .` in the repository root."
+        )
+    if not _installed("triton"):
+        return "triton is not installed (`pip install triton`)"
+    if device.type == "cuda":
+        return _cuda_reason(device)
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return (
+            "Triton kernels run on CPU tensors only in its interpreter (TRITON_INTERPRET=1 before triton is imported)"
+        )
+    return f"Triton kernels do not run on {device.type} tensors"
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 operands are multiplied: as three TF32 products, or as one where torch's own switch allows that.
+
+    Kernels without float32 operands ignore it, so that for other dtypes it need not follow the switch.
+    """
+    if dtype != torch.float32:
+        return "tf32x3"
+    matmul = torch.backends.cuda.matmul
+    return "tf32" if matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+def product_output(x: Tensor, w: Tensor, transpose: bool, out: Tensor | None, bias: Tensor | None) -> Tensor:
+    """What a product writes to, `out` or a new tensor, after checking that all of its operands fit."""
+    out_spec, bias_spec = None if out is None else spec(out), None if bias is None else spec(bias)
+    return new_or_given(product_shape(spec(x), spec(w), out_spec, bias_spec, transpose), x, out)
+
+
+def new_or_given(shape: tuple[int, int], x: Tensor, out: Tensor | None) -> Tensor:
+    """`out`, if its rows are contiguous, or a new tensor of x's dtype."""
+    if out is None:
+        return torch.empty(*shape, dtype=x.dtype, device=x.device)
+    if out.stride(1) != 1 and shape[1] > 1:
+        raise ShapeError(f"out has strides {out.stride()}: its rows must be contiguous")
+    return out
+
+
+@plans.planned
+def product_shape(x: Spec, w: Spec, out: Spec | None, bias: Spec | None, transpose: bool) -> tuple[int, int]:
+    """The shape of a product, of operands that all fit."""
+    check_w(w)
+    check_rows("x", x)
+    (n_tokens, features), dtype, device = x
+    if device != w.device:
+        raise ShapeError(f"x is on {device}, w on {w.device}: they must be on the same device")
+    check_available(device)
+    m, n, b = w.shape
+    row_blocks, col_blocks = (n, m) if transpose else (m, n)
+    if features != col_blocks * b:
+        raise ShapeError(
+            f"x has {features} features, w {tuple(w.shape)} takes {col_blocks} · {b} = {col_blocks * b}"
+            + (" transposed" if transpose else "")
+        )
+    shape = n_tokens, row_blocks * b
+    if bias is not None and (bias.shape != shape[1:] or bias.device != device):
+        raise ShapeError(f"bias {tuple(bias.shape)} on {bias.device}: the product needs ({shape[1]},) on {device}")
+    if out is not None and out != (shape, dtype, device):
+        raise ShapeError(
+            f"out {tuple(out.shape)} {out.dtype} on {out.device}: the product is {shape} {dtype} on {device}"
+        )
+    return shape
+
+
+def check_weight_grad(dy: Tensor, x: Tensor, b: int) -> None:
+    """Raise `ShapeError` unless the operands of a weight gradient fit."""
+    weight_grad_shape(spec(dy), spec(x), b)
+
+
+@plans.planned
+def weight_grad_shape(dy: Spec, x: Spec, b: int) -> tuple[int, int, int]:
+    """The shape of dw, of operands that fit."""
+    check_rows("x", x)
+    check_rows("dy", dy)
+    check_available(x.device)
+    if (dy.shape[0], *dy[1:]) != (x.shape[0], *x[1:]):
+        raise ShapeError(
+            f"dy {tuple(dy.shape)} {dy.dtype} on {dy.device} and x {tuple(x.shape)} {x.dtype} on {x.device} must agree "
+            "in tokens, dtype and device"
+        )
+    out_features, in_features = dy.shape[1], x.shape[1]
+    if b < 1 or out_features % b or in_features % b:
+        raise ShapeError(f"block_size {b} does not divide both widths, {out_features} (dy) and {in_features} (x)")
+    return out_features // b, in_features // b, b
+
+
+def check_w(w: Spec) -> None:
+    """Raise `ShapeError` unless it is [m, n, b] float32."""
+    shape, dtype, _ = w
+    if len(shape) != 3 or dtype != torch.float32 or 0 in shape:
+        raise ShapeError(f"w {tuple(shape)} {dtype}: the kernels take [m, n, b] float32, none of them 0")
+
+
+def check_rows(name: str, tensor: Spec) -> None:
+    """Raise `ShapeError` unless it is [tokens, features] in one of `DTYPES`."""
+    shape, dtype, _ = tensor
+    if len(shape) != 2 or dtype not in DTYPES:
+        raise ShapeError(
+            f"{name} {tuple(shape)} {dtype}: the kernels take [tokens, features] in float32, float16 or bfloat16"
+        )
+
+
+def check_available(device: torch.device) -> None:
+    """Raise `BackendError` where the kernels cannot run."""
+    reason = unavailable_reason(device)
+    if reason is not None:
+        raise BackendError(f"the Triton kernels cannot run here: {reason}")
+
+
+def spec(tensor: Tensor) -> Spec:
+    """What plans know of a tensor."""
+    # As the constructor does, in one frame.
+    return tuple.__new__(Spec, (tensor.shape, tensor.dtype, tensor.device))
+
+
+def with_contiguous_rows(x: Tensor) -> Tensor:
+    """x, or a copy of it where kernels could not read its rows."""
+    # A kernel counts from row to row of a tile in 32 bits. Rows too far apart for that (one token out of each of many
+    # long sequences) are few enough to copy.
+    fits = x.stride(0) <= MAX_ROW_STRIDE or x.shape[0] == 1
+    return x if fits and (x.stride(1) == 1 or x.shape[1] == 1) else x.contiguous()
+
+
+_HERE = nullcontext()
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current CUDA device: make it the tensor's where it is not."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device_of(tensor)
+    return _HERE

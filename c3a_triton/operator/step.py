@@ -1,0 +1,164 @@
+"""One product and its gradients, by whichever backend is chosen: what the eager node and the custom ops compute.
+
+Nothing here is recorded by autograd.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import arguments, backends, dense, dispatch, spectra
+from .cost_model import Sizes
+from .launch import decode
+
+__all__ = ["as_own", "base_grads", "choose", "linear", "linear_backward", "rows_of", "weight_grad"]
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kernels: Sequence[Tensor],
+    scale: float,
+    transpose: bool,
+    backend: str,
+    source: Tensor | None = None,
+) -> Tensor:
+    """Implementation of `c3a_triton::linear`, autocast being off.
+
+    With `source`, the x of eager code, its spectrum may be shared: compiled code, which calls the op, writes into the
+    same tensors again without counting versions.
+    """
+    y = _product_of_rows(rows_of(x), weight, bias, kernels, scale, transpose, backend, source)
+    return y if x.dim() == 2 else as_own(y, (*x.shape[:-1], y.shape[1]))
+
+
+def as_own(y: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Not a view for autograd: what a Function returns as a view cannot be modified in place by its user."""
+    return torch.ops.aten._unsafe_view.default(y, shape)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x [*, features] as [tokens, features]."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _product_of_rows(
+    rows: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kernels: Sequence[Tensor],
+    scale: float,
+    transpose: bool,
+    backend: str,
+    source: Tensor | None,
+) -> Tensor:
+    """The adapters first, so that the base GEMM's epilogue adds their sum; for a few tokens both in one kernel."""
+    if backend == "fold":
+        if weight is not None:
+            weight, kernels = dense.folded_weight(weight, kernels, scale), ()
+        else:
+            backend = "auto"  # a term of a derivative without the weight: nothing to fold into
+    summed = arguments.summed(kernels)
+    if weight is not None and not transpose and len(summed) == 1 and decode.decodes(rows, weight):
+        w = summed[0][0]
+        if choose(backend, rows, w) == "direct":
+            return decode.decode_linear(rows, weight, w, bias, scale=scale)
+    y = None
+    for w, members in summed:
+        chosen = backends.BY_NAME[choose(backend, rows, w)]
+        shared = _shared(chosen, source, kernels[members[0]])
+        y = chosen.product(rows, w, scale=scale, transpose=transpose, bias=bias if y is None else None, out=y, **shared)
+    if weight is not None:
+        matrix = weight if transpose else weight.t()
+        if y is not None:
+            y.addmm_(rows, matrix)
+        else:
+            y = rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
+    assert y is not None, "neither a weight nor a kernel"
+    return y
+
+
+@arguments.without_autocast
+def linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    kernels: Sequence[Tensor],
+    scale: float,
+    backend: str,
+    needs_x: bool,
+    needs_w: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dx and the dw's of `linear` (not transposed), each spectrum computed once where a backend has spectra."""
+    if backend == "fold":
+        # The folded weight is built again: kept from the forward it would be as large as the weight, in every layer.
+        dx = linear(dy, weight, None, kernels, scale, True, backend) if needs_x else None
+        return dx, linear_backward(dy, x, None, kernels, scale, "auto", False, needs_w)[1]
+    rows = rows_of(dy)
+    x_rows = None if x is None else rows_of(x)
+    dx = None
+    dws: list[Tensor | None] = [None] * len(kernels)
+    for w, members in arguments.summed(kernels):
+        chosen = backends.BY_NAME[choose(backend, rows, w, backward=True)]
+        shared = _shared(chosen, x, kernels[members[0]])
+        wanted = [i for i in members if needs_w[i]]
+        if needs_x and wanted and chosen.backward is not None:
+            dx, dw = chosen.backward(rows, x_rows, w, scale=scale, out=dx, **shared)
+        else:
+            if needs_x:
+                dx = chosen.product(rows, w, scale=scale, transpose=True, bias=None, out=dx)
+            if wanted:
+                dw = chosen.weight_grad(rows, x_rows, w.shape[2], scale=scale, dtype=w.dtype, **shared)
+        for i in wanted:
+            dws[i] = dw if dw.dtype == kernels[i].dtype else dw.to(kernels[i].dtype)
+    if needs_x:
+        if weight is not None:
+            dx = rows @ weight if dx is None else dx.addmm_(rows, weight)
+        assert dx is not None
+        dx = dx if dy.dim() == 2 else dx.view(*dy.shape[:-1], dx.shape[1])
+    return dx, dws
+
+
+@arguments.without_autocast
+def weight_grad(dy: Tensor, x: Tensor, block_size: int, scale: float, dtype: torch.dtype, backend: str) -> Tensor:
+    """Implementation of `c3a_triton::weight_grad`."""
+    backend = "auto" if backend == "fold" else backend
+    dy, x = rows_of(dy), rows_of(x)
+    wide = torch.float64 if dtype == torch.float64 else dy.dtype
+    sizes = Sizes(dy.shape[0], x.shape[1], dy.shape[1], block_size, wide, dy.device)
+    chosen = backends.BY_NAME[dispatch.choose(backend, sizes, backward=True)]
+    return chosen.weight_grad(dy, x, block_size, scale=scale, dtype=dtype)
+
+
+def base_grads(
+    dy: Tensor, x: Tensor | None, needs_weight: bool, needs_bias: bool, transpose: bool = False
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the base layer's own parameters, in plain torch: right at any order."""
+    if not (needs_weight or needs_bias):
+        return None, None
+    dweight = dbias = None
+    rows = rows_of(dy)
+    if needs_weight:
+        assert x is not None
+        x_rows = rows_of(x)
+        dweight = x_rows.T @ rows if transpose else rows.T @ x_rows
+    if needs_bias:
+        dbias = rows.sum(0)
+    return dweight, dbias
+
+
+def _shared(backend: backends.Backend, x: Tensor | None, w: Tensor) -> dict[str, Any]:
+    """The argument by which a backend that has spectra may share that of x with other calls."""
+    return {"source": spectra.Source(x, w)} if backend.shares_spectra and x is not None else {}
+
+
+def choose(backend: str, rows: Tensor, w: Tensor, *, backward: bool = False) -> str:
+    """The name of the backend that multiplies rows by ΔW, or computes the gradients of that."""
+    out_blocks, in_blocks, b = w.shape
+    dtype = torch.float64 if w.dtype == torch.float64 else rows.dtype
+    # As the constructor does, in one frame less.
+    sizes = tuple.__new__(Sizes, (rows.shape[0], in_blocks * b, out_blocks * b, b, dtype, rows.device))
+    return dispatch.choose(backend, sizes, backward=backward)
