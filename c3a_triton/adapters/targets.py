@@ -13,7 +13,7 @@ from c3a_triton.files.block_sizes import check_block_size, suggest_block_size
 from c3a_triton.files.config import DEFAULT_TARGET_MODULES, C3AConfig
 from c3a_triton.files.expressions import Matching
 from c3a_triton.files.patterns import block_size_rule, target_rule, unmatched_keys
-from c3a_triton.files.values import shown
+from c3a_triton.files.values import shown, some
 
 from .base_model import base_modules, near_names, warn_tied
 from .layer import C3ALinear
@@ -124,9 +124,8 @@ def _all_linear(
             continue
         found.append((name, module))
     if unfit:
-        names = ", ".join(name for name, _ in unfit[:5]) + (f" and {len(unfit) - 5} more" if len(unfit) > 5 else "")
         reasons = "; ".join(dict.fromkeys(reason for _, reason in unfit))
-        warnings.warn(f"{names}: left out of target_modules='all-linear', because {reasons}", stacklevel=2)
+        warnings.warn(f"{some(dict(unfit))}: left out of target_modules='all-linear', because {reasons}", stacklevel=2)
     return found
 
 
