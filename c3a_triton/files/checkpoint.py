@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from c3a_triton.errors import CheckpointError
 
-from .atomic import abandoned, flush_to_disk, temporary_path, write_temporary
+from .atomic import abandoned, flush_to_disk, replace_file, temporary_path, write_temporary
 from .config import CONFIG_NAME, MAX_CONFIG_BYTES, C3AConfig, read_config_file
 from .peft_rules import peft_safe_pattern, peft_safe_targets
 from .values import some
@@ -269,7 +269,10 @@ def _replace_both(new_config: Path, config_path: Path, new_weights: Path, weight
         os.replace(new_weights, weights_path)
     except OSError as error:
         try:
-            _put_back(former, config_path)
+            if former is None:
+                config_path.unlink()
+            else:
+                replace_file(config_path, former)
         except OSError as second_error:
             raise CheckpointError(
                 f"cannot replace {weights_path}: {error}. And {config_path}, which was replaced already, cannot be put "
@@ -277,18 +280,6 @@ def _replace_both(new_config: Path, config_path: Path, new_weights: Path, weight
             ) from error
         raise
     flush_to_disk(config_path.parent)  # the names are on disk only when the folder is
-
-
-def _put_back(former: bytes | None, path: Path) -> None:
-    """Restores the content that a file had, None where there was no file."""
-    if former is None:
-        path.unlink()
-        return
-    temporary = write_temporary(path, former)
-    try:
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _remove_abandoned(directory: Path) -> None:
