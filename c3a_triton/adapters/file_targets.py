@@ -110,7 +110,7 @@ def find_file_targets(model: nn.Module, file: AdapterFile) -> list[Target]:
                 + (f", and b has to divide {sizes.divided}{sizes.what}" if sizes.what else "")
             )
         else:
-            targets.append(Target(name, module, b, chosen_by(name)))
+            targets.append(Target(name, module, sizes, b, chosen_by(name)))
     if file.config.target_modules not in (None, "all-linear"):
         is_target = target_rule(file.config, matching)
         problems += [

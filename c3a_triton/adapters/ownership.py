@@ -13,7 +13,7 @@ from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
 from .names import Scope
 
-__all__ = ["check_owner", "is_own", "own_parts"]
+__all__ = ["check_owner", "is_own", "own_copies", "own_layers", "own_parts"]
 
 
 def is_own(module: nn.Module, scope: Scope) -> TypeGuard[C3ALinear | ModulesToSave]:
@@ -28,6 +28,16 @@ def own_parts(model: nn.Module, scope: Scope) -> Iterator[tuple[str, C3ALinear |
     for name, module in base_modules(model):
         if is_own(module, scope):
             yield name, module
+
+
+def own_layers(model: nn.Module, scope: Scope) -> Iterator[tuple[str, C3ALinear]]:
+    """(name, layer) of the adapted layers that are that manager's."""
+    return ((name, part) for name, part in own_parts(model, scope) if isinstance(part, C3ALinear))
+
+
+def own_copies(model: nn.Module, scope: Scope) -> list[tuple[str, ModulesToSave]]:
+    """(name, module) of the modules trained whole that are that manager's."""
+    return [(name, part) for name, part in own_parts(model, scope) if isinstance(part, ModulesToSave)]
 
 
 def check_owner(model: nn.Module, scope: Scope) -> None:

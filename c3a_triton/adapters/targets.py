@@ -32,10 +32,11 @@ _SEQ_CLS_HEADS = ("score", "classifier")
 
 @dataclass(frozen=True)
 class Target:
-    """A module to adapt: its name, itself (a base layer, or an adapted one), b, and what decided on b."""
+    """A module to adapt: its name, itself (a base layer, or an adapted one), its sizes, b, and what decided on b."""
 
     name: str
     module: nn.Module
+    sizes: Geometry
     block_size: int
     chosen_by: str
 
@@ -160,7 +161,7 @@ def _target(name: str, module: nn.Module, config: C3AConfig, size: int | str, ke
         size, chosen_by = suggest_block_size(*sizes.divided, rank=config.rank), "auto"
     assert isinstance(size, int)
     check_block_size(size, *sizes.divided, name + sizes.what)
-    return Target(name, module, size, chosen_by)
+    return Target(name, module, sizes, size, chosen_by)
 
 
 def geometry_of(module: nn.Module) -> Geometry | None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from c3a_triton.adapters.base_model import warn_tied
 from c3a_triton.adapters.file_targets import check_file_values, find_file_targets, with_names_of
+from c3a_triton.adapters.injection import layer_class
 from c3a_triton.adapters.layer import C3ALinear
-from c3a_triton.adapters.manager import layer_class
 from c3a_triton.adapters.names import Scope
 from c3a_triton.adapters.samples import output_of, sample_inputs
 from c3a_triton.adapters.targets import Target, find_modules_to_save

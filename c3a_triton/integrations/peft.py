@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import hotswap, other
 from torch import Tensor, nn
 
-from c3a_triton.adapters import layer
+from c3a_triton.adapters import layer, merging
 from c3a_triton.adapters.modules_to_save import CopiesByCall
 from c3a_triton.adapters.names import BASE_ROW, Scope
 from c3a_triton.adapters.row_names import RowNames
@@ -93,7 +93,7 @@ class C3ALinear(layer.C3ALinear, peft_layer.C3ALinear):
         """
         names = self.unmerged(check_adapters_to_merge(self, adapter_names))
         if names:
-            self._merge(names, keep_base, safe_merge)
+            merging.merge(self, names, keep_base, safe_merge)
 
     def unmerge(self) -> None:
         """Bring back the base weight as it was before anything was merged, bit for bit.
