@@ -1,6 +1,6 @@
 """What an adapter file means for a model: under which names, which modules, and what is wrong. Changes nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -9,7 +9,8 @@ from c3a_triton.bases.linear_like import unfit_for_adapters
 from c3a_triton.bases.model_names import renaming_of, unwrapped_name
 from c3a_triton.errors import CheckpointError
 from c3a_triton.files.checkpoint import KERNEL_SUFFIX, AdapterFile
-from c3a_triton.files.patterns import block_size_for, target_rule
+from c3a_triton.files.expressions import Matching
+from c3a_triton.files.patterns import block_size_rule, target_rule
 
 from .base_model import base_module_names, base_modules, base_name, embedding_weights, near_names
 from .layer import C3ALinear
@@ -88,7 +89,8 @@ def find_file_targets(model: nn.Module, file: AdapterFile) -> list[Target]:
         f"the model has no {name}.{near_names(name, modules) if number < 5 else ''}"
         for number, name in enumerate(sorted(file.block_sizes.keys() - modules.keys()))
     ]
-    targets = []
+    targets, matching = [], Matching()
+    chosen_by = chosen_by_file(file, matching)
     for name, module in modules.items():
         if name not in file.block_sizes:
             continue
@@ -108,9 +110,9 @@ def find_file_targets(model: nn.Module, file: AdapterFile) -> list[Target]:
                 + (f", and b has to divide {sizes.divided}{sizes.what}" if sizes.what else "")
             )
         else:
-            targets.append(Target(name, module, sizes, b, chosen_by_file(file, name)))
+            targets.append(Target(name, module, sizes, b, chosen_by(name)))
     if file.config.target_modules not in (None, "all-linear"):
-        is_target = target_rule(file.config)
+        is_target = target_rule(file.config, matching)
         problems += [
             f"its configuration targets {name}, for which it has no kernel"
             for name, module in modules.items()
@@ -120,12 +122,17 @@ def find_file_targets(model: nn.Module, file: AdapterFile) -> list[Target]:
     return targets
 
 
-def chosen_by_file(file: AdapterFile, name: str) -> str:
-    """What decided on the block size of a file's layer: a key, "block_size", "auto", or "file" where none says it."""
-    size, key = block_size_for(file.config, name)
-    if size == file.block_sizes[name]:
-        return "block_size" if key is None else key
-    return "auto" if size == "auto" else "file"
+def chosen_by_file(file: AdapterFile, matching: Matching | None = None) -> Callable[[str], str]:
+    """What decided on a layer's block size, by its name: a key, "block_size", "auto", or "file" where none says it."""
+    block_size_of = block_size_rule(file.config, matching)
+
+    def chosen_by(name: str) -> str:
+        size, key = block_size_of(name)
+        if size == file.block_sizes[name]:
+            return "block_size" if key is None else key
+        return "auto" if size == "auto" else "file"
+
+    return chosen_by
 
 
 def check_file_values(

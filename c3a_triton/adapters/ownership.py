@@ -6,6 +6,7 @@ from typing import TypeGuard
 from torch import nn
 
 from c3a_triton.errors import AdapterStateError
+from c3a_triton.files.values import some
 
 from .base_model import base_modules
 from .layer import C3ALinear
@@ -52,7 +53,7 @@ def check_owner(model: nn.Module, scope: Scope) -> None:
     }
     if not foreign:
         return
-    names = ", ".join(list(foreign)[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+    names = some(foreign, most=3)
     kind = type(model).__name__
     for part, module in model.named_modules():
         if part and getattr(module.__dict__.get("c3a"), "_scope", None) in foreign.values():

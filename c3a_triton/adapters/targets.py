@@ -11,8 +11,9 @@ from c3a_triton.bases.sharded import is_partitioned, is_sharded
 from c3a_triton.errors import ConfigError
 from c3a_triton.files.block_sizes import check_block_size, suggest_block_size
 from c3a_triton.files.config import DEFAULT_TARGET_MODULES, C3AConfig
-from c3a_triton.files.patterns import block_size_for, match_target, target_rule, unmatched_keys
-from c3a_triton.files.values import shown
+from c3a_triton.files.expressions import Matching
+from c3a_triton.files.patterns import block_size_rule, target_rule, unmatched_keys
+from c3a_triton.files.values import shown, some
 
 from .base_model import base_modules, near_names, warn_tied
 from .layer import C3ALinear
@@ -48,15 +49,19 @@ def find_targets(model: nn.Module, config: C3AConfig) -> list[Target]:
         ShapeError: a block size that does not divide a layer's widths.
     """
     modules = [(name, module) for name, module in base_modules(model) if name]
-    found = _matches(model, config, modules)
+    names, matching = [name for name, _ in modules], Matching()
+    found = _matches(model, config, modules, matching)
     if not found:
-        raise ConfigError(_nothing_found(config, [name for name, _ in modules]))
-    targets = [_target(name, module, config) for name, module in found]
-    _warn_about(model, config, targets, [name for name, _ in modules])
+        raise ConfigError(_nothing_found(config, names, matching))
+    block_size_of = block_size_rule(config, matching)
+    targets = [_target(name, module, config, *block_size_of(name)) for name, module in found]
+    _warn_about(model, config, targets, names, matching)
     return targets
 
 
-def _matches(model: nn.Module, config: C3AConfig, modules: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+def _matches(
+    model: nn.Module, config: C3AConfig, modules: list[tuple[str, nn.Module]], matching: Matching
+) -> list[tuple[str, nn.Module]]:
     for name, module in modules:
         if any(cls.__module__.startswith("peft.tuners.") for cls in type(module).__mro__):
             raise ConfigError(
@@ -64,10 +69,10 @@ def _matches(model: nn.Module, config: C3AConfig, modules: list[tuple[str, nn.Mo
                 "merge_and_unload() returns"
             )
     if config.target_modules == "all-linear":
-        return _all_linear(model, config, modules)
+        return _all_linear(model, config, modules, matching)
     if config.target_modules is None:
         config = replace(config, target_modules=_default_targets(model))
-    is_target = target_rule(config)
+    is_target = target_rule(config, matching)
     found = [(name, module) for name, module in modules if is_target(name)]
     for name, _ in found:
         if _is_bypassed(model, name):
@@ -101,9 +106,9 @@ def _default_targets(model: nn.Module) -> list[str] | str:
 
 
 def _all_linear(
-    model: nn.Module, config: C3AConfig, modules: list[tuple[str, nn.Module]]
+    model: nn.Module, config: C3AConfig, modules: list[tuple[str, nn.Module]], matching: Matching
 ) -> list[tuple[str, nn.Module]]:
-    is_allowed = target_rule(replace(config, target_modules=".*"))
+    is_allowed = target_rule(replace(config, target_modules=".*"), matching)
     heads = _output_heads(model, config)
     found, unfit = [], []
     for name, module in modules:
@@ -120,9 +125,8 @@ def _all_linear(
             continue
         found.append((name, module))
     if unfit:
-        names = ", ".join(name for name, _ in unfit[:5]) + (f" and {len(unfit) - 5} more" if len(unfit) > 5 else "")
         reasons = "; ".join(dict.fromkeys(reason for _, reason in unfit))
-        warnings.warn(f"{names}: left out of target_modules='all-linear', because {reasons}", stacklevel=2)
+        warnings.warn(f"{some(dict(unfit))}: left out of target_modules='all-linear', because {reasons}", stacklevel=2)
     return found
 
 
@@ -139,7 +143,7 @@ def _output_heads(model: Any, config: C3AConfig) -> list[nn.Module]:
     return [] if head is None else [head]
 
 
-def _target(name: str, module: nn.Module, config: C3AConfig) -> Target:
+def _target(name: str, module: nn.Module, config: C3AConfig, size: int | str, key: str | None) -> Target:
     if isinstance(module, ModulesToSave):
         raise ConfigError(f"{name} cannot be adapted: another adapter trains it as a whole (modules_to_save)")
     sizes = geometry_of(module)
@@ -152,7 +156,6 @@ def _target(name: str, module: nn.Module, config: C3AConfig) -> Target:
         raise ConfigError(problem)
     if not isinstance(module, C3ALinear) and (reason := unfit_for_adapters(module)):
         raise ConfigError(f"{name}: {reason}. Leave it out of target_modules, or name it in exclude_modules")
-    size, key = block_size_for(config, name)
     chosen_by = "block_size" if key is None else key
     if size == "auto":
         size, chosen_by = suggest_block_size(*sizes.divided, rank=config.rank), "auto"
@@ -185,11 +188,11 @@ def sharding_problem(name: str, module: nn.Module) -> str | None:
     )
 
 
-def _nothing_found(config: C3AConfig, names: list[str]) -> str:
+def _nothing_found(config: C3AConfig, names: list[str], matching: Matching) -> str:
     targets = config.target_modules
     message = f"target_modules={shown(targets)} matches no module"
     unrestricted = replace(config, exclude_modules=None, modules_to_save=None, layers_to_transform=None)
-    if targets not in (None, "all-linear") and any(match_target(unrestricted, name) for name in names):
+    if targets not in (None, "all-linear") and any(map(target_rule(unrestricted, matching), names)):
         return message + (
             f" that is left by exclude_modules={config.exclude_modules!r}, modules_to_save={config.modules_to_save!r} "
             f"and layers_to_transform={config.layers_to_transform!r}"
@@ -198,9 +201,11 @@ def _nothing_found(config: C3AConfig, names: list[str]) -> str:
     return message + "." + "".join(dict.fromkeys(hints))
 
 
-def _warn_about(model: nn.Module, config: C3AConfig, targets: list[Target], names: list[str]) -> None:
+def _warn_about(
+    model: nn.Module, config: C3AConfig, targets: list[Target], names: list[str], matching: Matching
+) -> None:
     adapted = [target.name for target in targets]
-    if keys := unmatched_keys(config, adapted):
+    if keys := unmatched_keys(config, adapted, matching):
         warnings.warn(
             f"block_size_pattern: these keys match no adapted module: {', '.join(map(repr, keys))}", stacklevel=2
         )
@@ -213,7 +218,7 @@ def _warn_about(model: nn.Module, config: C3AConfig, targets: list[Target], name
             warnings.warn(f"target_modules: {', '.join(map(shown, idle[:20]))} select no module.{hints}", stacklevel=2)
     if config.exclude_modules:
         everything = C3AConfig(target_modules=".*", exclude_modules=config.exclude_modules)
-        if all(match_target(everything, name) for name in names):
+        if all(map(target_rule(everything, matching), names)):
             warnings.warn(f"exclude_modules={config.exclude_modules!r} matches no module", stacklevel=2)
     _warn_shared(model, adapted, "adapted")
     warn_tied(model, adapted, "the adapter changes only what this layer computes, but merging it would change both")

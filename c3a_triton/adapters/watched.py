@@ -289,7 +289,7 @@ def _trained_parameters(part: Part) -> list[nn.Parameter]:
         return []
     parameters = list((part.c3a_kernel if isinstance(part, C3ALinear) else part.active_module()).parameters())
     # Sharding libraries collect gradients in their own way.
-    return [w for w in parameters if w.requires_grad and w.is_leaf and not (is_sharded(w) or hasattr(w, "ds_id"))]
+    return [w for w in parameters if w.requires_grad and w.is_leaf and not is_sharded(w)]
 
 
 def _put(module: nn.Module, hook: Callable[..., None]) -> None:

@@ -5,9 +5,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["gather_with", "gathered", "is_partitioned", "is_sharded", "whole"]
+from c3a_triton.errors import ShapeError
+
+__all__ = ["check_gathered", "gather_with", "gathered", "is_partitioned", "is_sharded", "whole", "whole_shape"]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -18,6 +21,24 @@ def is_sharded(tensor: Tensor) -> bool:
 def is_partitioned(tensor: Tensor) -> bool:
     """Whether a tensor is a parameter in the care of DeepSpeed's ZeRO-3, which leaves it empty between uses."""
     return hasattr(tensor, "ds_id")
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """The shape of a parameter, which may be ZeRO-3's and empty now."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def check_gathered(w: Tensor) -> None:
+    """Refuse a kernel that ZeRO-3 has left empty, before an operator says less about it.
+
+    Raises:
+        ShapeError: it is one.
+    """
+    if is_partitioned(w) and not w.numel():
+        raise ShapeError(
+            f"w has the shape {tuple(w.shape)}: it must be (out_blocks, in_blocks, block_size). DeepSpeed's ZeRO-3 "
+            "keeps it in parts: put it together with deepspeed.zero.GatheredParameters"
+        )
 
 
 def _zero() -> Any:

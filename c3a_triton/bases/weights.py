@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import Parameter
 
 from c3a_triton.errors import AdapterStateError
 
 from .linear_like import computes_its_weight, geometry, is_transposed
+from .probe import is_ordinary
 from .quantized import quantized_weight
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "weight_access",
 ]
 
-_ORDINARY = (Parameter, Tensor)
 # Elements that a fingerprint multiplies at a time: the product should stay in a processor's cache.
 _FINGERPRINT_ELEMENTS = 2**18
 
@@ -185,7 +184,7 @@ def unmergeable(base: nn.Module) -> str | None:
     expected = None if sizes is None else (sizes.out_features, sizes.in_features)
     if weight is None:
         return "its weight is not a parameter of its own"
-    if type(weight) not in _ORDINARY or not weight.is_floating_point() or weight.dtype.itemsize < 2:
+    if not is_ordinary(weight):
         return f"its weight is a {type(weight).__name__} of {weight.dtype}, not an ordinary floating-point matrix"
     if not computes_its_weight(base):
         return "its class computes a forward of its own, which is not the product with its weight"

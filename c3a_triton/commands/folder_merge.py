@@ -5,12 +5,9 @@ tensor keeps its name, dtype and shape. Everything happens in a temporary folder
 when it is complete.
 """
 
-import contextlib
-import glob
 import json
 import os
 import shutil
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +21,7 @@ from c3a_triton.adapters.report import format_bytes
 from c3a_triton.adapters.untying import clear_flags
 from c3a_triton.bases.structure import load_structure
 from c3a_triton.errors import C3AError, CheckpointError, ConfigError
-from c3a_triton.files.atomic import flush_to_disk, temporary_path
+from c3a_triton.files.atomic import abandoned, flush_to_disk, temporary_path
 from c3a_triton.files.checkpoint import read_adapter
 from c3a_triton.files.config import CONFIG_NAME, MODEL_CONFIG_NAME
 
@@ -40,8 +37,6 @@ ONE_SHARD_NAME = "model-00001-of-00001.safetensors"
 # Weights in other formats would still be those without the adapter.
 _WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".npz")
 _COPIED_FOLDERS = ("additional_chat_templates",)
-# A temporary folder in which nothing was written for so long was left by a merge that was killed.
-_ABANDONED_AFTER_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -118,7 +113,8 @@ def merge_folder(
     except OSError as error:
         raise CheckpointError(f"cannot write {output}: {error}") from error
     try:
-        _remove_abandoned(output)
+        for left in abandoned(output):  # of a model's size: they must not fill the disk
+            shutil.rmtree(left, ignore_errors=True)
         _check_space(checkpoint, output.parent)
         _copy_other_files(model, temporary, plan)
         for number, shard in enumerate(checkpoint.shards, start=1):
@@ -299,13 +295,3 @@ def _put_in_place(temporary: Path, output: Path) -> None:
         os.rename(former, output)
         raise
     shutil.rmtree(former, ignore_errors=True)
-
-
-def _remove_abandoned(output: Path) -> None:
-    """Remove what killed merges into this folder have left; one of a model's size must not fill the disk."""
-    for folder in output.parent.glob(f".{glob.escape(output.name)}.*.tmp"):
-        # Another merge may remove or rename its own folder meanwhile: then it is not abandoned.
-        with contextlib.suppress(FileNotFoundError):
-            times = [path.stat().st_mtime for path in [folder, *folder.rglob("*")]]
-            if folder.is_dir() and time.time() - max(times) > _ABANDONED_AFTER_S:
-                shutil.rmtree(folder, ignore_errors=True)

@@ -169,7 +169,8 @@ def _model_text(document: dict[str, Any]) -> str:
 
 
 def _adapter_document(file: AdapterFile) -> dict[str, Any]:
-    layers = [_file_layer(file, name, b) for name, b in file.block_sizes.items()]
+    chosen_by = chosen_by_file(file)
+    layers = [_file_layer(file, name, b, chosen_by(name)) for name, b in file.block_sizes.items()]
     kernels = sum(layer.in_features * layer.out_features // layer.block_size for layer in layers)
     return {
         "adapter": str(file.path),
@@ -195,9 +196,9 @@ def _adapter_document(file: AdapterFile) -> dict[str, Any]:
     }
 
 
-def _file_layer(file: AdapterFile, name: str, b: int) -> _Layer:
+def _file_layer(file: AdapterFile, name: str, b: int, chosen_by: str) -> _Layer:
     out_blocks, in_blocks, _ = file.tensors[name + KERNEL_SUFFIX].shape
-    return _Layer(name, in_blocks * b, out_blocks * b, b, chosen_by_file(file, name))
+    return _Layer(name, in_blocks * b, out_blocks * b, b, chosen_by)
 
 
 def _adapter_text(document: dict[str, Any]) -> str:

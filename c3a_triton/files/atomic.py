@@ -1,13 +1,19 @@
-"""Files written whole: under a temporary name first, which takes the place of the former file when it is on disk."""
+"""Files and folders written whole: under a temporary name, which takes the former one's place once it is on disk."""
 
+import contextlib
 import errno
+import glob
 import os
+import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from c3a_triton.errors import CheckpointError
 
-__all__ = ["flush_to_disk", "replace_file", "temporary_path", "write_temporary"]
+__all__ = ["abandoned", "flush_to_disk", "replace_file", "temporary_path", "write_temporary"]
+
+_ABANDONED_AFTER_S = 3600.0
 
 
 def flush_to_disk(path: Path) -> None:
@@ -38,8 +44,18 @@ def flush_to_disk(path: Path) -> None:
 
 
 def temporary_path(path: Path) -> Path:
-    """An unused name in the same folder, for a file that is to take the place of `path` when it is complete."""
+    """An unused name in the same folder, for what is to take the place of `path` when it is complete."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+def abandoned(path: Path) -> Iterator[Path]:
+    """What was to take the place of `path`, and in which nothing was written for an hour: its writer was killed."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        # A writer that is alive may remove or rename it meanwhile.
+        with contextlib.suppress(OSError):
+            times = [part.stat().st_mtime for part in (temporary, *temporary.rglob("*"))]
+            if time.time() - max(times) > _ABANDONED_AFTER_S:
+                yield temporary
 
 
 def write_temporary(path: Path, content: bytes) -> Path:

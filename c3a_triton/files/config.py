@@ -13,7 +13,7 @@ from c3a_triton.errors import CheckpointError, ConfigError
 
 from .atomic import replace_file
 from .expressions import check_sizes, compile_pattern
-from .values import described, is_positive_int, plain, shown
+from .values import described, is_positive_int, plain, shown, some
 
 __all__ = [
     "BLOCK_SIZE_KEY_FORM",
@@ -258,8 +258,9 @@ class C3AConfig:
         known = {item.name for item in fields(cls)}
         unknown = sorted(str(name) for name in values if name not in known and name != "peft_type")
         if unknown:
-            names = ", ".join(unknown[:20]) + (f" and {len(unknown) - 20} more" if len(unknown) > 20 else "")
-            warnings.warn(f"C3AConfig does not know these fields and ignores them: {names}", stacklevel=2)
+            warnings.warn(
+                f"C3AConfig does not know these fields and ignores them: {some(unknown, most=20)}", stacklevel=2
+            )
         return cls(**{name: value for name, value in values.items() if name in known})
 
     @classmethod

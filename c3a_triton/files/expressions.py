@@ -7,7 +7,6 @@ together get `TIME_LIMIT_S` of processor time, and all matches of a `Matching` `
 import re
 import time
 import warnings
-from collections.abc import Callable
 from functools import lru_cache
 
 import regex
@@ -23,7 +22,6 @@ __all__ = [
     "check_re_syntax",
     "check_sizes",
     "compile_pattern",
-    "matcher",
 ]
 
 # Patterns come from strangers' files, and compiling one has no time limit. Together they may have so many characters,
@@ -82,36 +80,29 @@ def check_re_syntax(pattern: str) -> None:
 
 
 @lru_cache(maxsize=4 * MAX_PATTERNS)
-def compile_pattern(pattern: str, form: str = "{}") -> "regex.Pattern[str]":
+def compile_pattern(pattern: str, form: str) -> "_Limited":
     """Compiles a user's regular expression, completed by `form`; a bad one is a `ConfigError` that names it.
 
     It has to be one for `re`: `regex` has more to offer, which PEFT would not read, and some of which (recursion) can
-    fill the memory before any time limit is reached.
+    fill the memory before any time limit is reached. The time that a pattern takes is counted wherever it is used.
     """
     check_re_syntax(pattern)
     try:
-        return regex.compile(form.replace("{}", pattern))
+        return _Limited(pattern, regex.compile(form.replace("{}", pattern)))
     except (regex.error, ValueError, RecursionError, OverflowError, MemoryError) as error:
         raise ConfigError(f"{shown(pattern)} is not a valid regular expression: {error}") from error
 
 
-class _Matcher:
+class _Limited:
     """A compiled pattern with a limit on the processor time that its slow matches may take together."""
 
-    def __init__(self, pattern: str, form: str) -> None:
-        self.pattern = pattern
-        self._compiled = compile_pattern(pattern, form)
+    def __init__(self, pattern: str, compiled: "regex.Pattern[str]") -> None:
+        self._pattern, self._compiled = pattern, compiled
         self._seconds_left = TIME_LIMIT_S
 
-    def match(self, name: str) -> "regex.Match[str] | None":
-        """As `re.match`: from the start of the name."""
-        return self._timed(self._compiled.match, name)
-
-    def fullmatch(self, name: str) -> "regex.Match[str] | None":
-        """As `re.fullmatch`: the whole name."""
-        return self._timed(self._compiled.fullmatch, name)
-
-    def _timed(self, match: Callable[..., "regex.Match[str] | None"], name: str) -> "regex.Match[str] | None":
+    def match(self, name: str, *, whole: bool) -> "regex.Match[str] | None":
+        """As `re.fullmatch` for the `whole` name, otherwise as `re.match`."""
+        match = self._compiled.fullmatch if whole else self._compiled.match
         if self._seconds_left > 0:
             start = time.thread_time()
             try:
@@ -124,34 +115,32 @@ class _Matcher:
                     self._seconds_left -= seconds
                 return found
         raise ConfigError(
-            f"the pattern {shown(self.pattern)} takes too long to match module names (more than {TIME_LIMIT_S} s, "
+            f"the pattern {shown(self._pattern)} takes too long to match module names (more than {TIME_LIMIT_S} s, "
             f"at {name!r}): write it without nested repetitions"
         )
 
 
-@lru_cache(maxsize=4 * MAX_PATTERNS)
-def matcher(pattern: str, form: str = "{}") -> _Matcher:
-    """The one matcher of a pattern, whose time is counted wherever it is used."""
-    return _Matcher(pattern, form)
-
-
 class Matching:
-    """Matches for one configuration, whose many patterns may each be quick enough and together take too long."""
+    """Matches for one configuration, whose many patterns may each be quick enough and together take too long.
+
+    Whoever asks about many names shares one, and what is asked about one model for one configuration does.
+    """
 
     def __init__(self) -> None:
         self._seconds_left = TOTAL_TIME_LIMIT_S
 
     def match(self, pattern: str, form: str, name: str) -> "regex.Match[str] | None":
         """As `re.match`: from the start of the name."""
-        return self._timed(matcher(pattern, form).match, name)
+        return self._timed(pattern, form, name, whole=False)
 
     def fullmatch(self, pattern: str, form: str, name: str) -> "regex.Match[str] | None":
         """As `re.fullmatch`: the whole name."""
-        return self._timed(matcher(pattern, form).fullmatch, name)
+        return self._timed(pattern, form, name, whole=True)
 
-    def _timed(self, match: Callable[[str], "regex.Match[str] | None"], name: str) -> "regex.Match[str] | None":
+    def _timed(self, pattern: str, form: str, name: str, *, whole: bool) -> "regex.Match[str] | None":
+        compiled = compile_pattern(pattern, form)
         start = time.thread_time()
-        found = match(name)
+        found = compiled.match(name, whole=whole)
         self._seconds_left -= time.thread_time() - start
         if self._seconds_left < 0:
             raise ConfigError(

@@ -8,15 +8,10 @@ from c3a_triton.errors import ConfigError
 from .config import BLOCK_SIZE_KEY_FORM, LAYERS_PATTERN_FORM, MODULES_TO_SAVE_FORM, C3AConfig
 from .expressions import Matching
 
-__all__ = ["block_size_for", "match_target", "target_rule", "unmatched_keys"]
+__all__ = ["block_size_rule", "target_rule", "unmatched_keys"]
 
 # PEFT's way to find a layer's index where `layers_pattern` names nothing: the first numbered part after two others.
 _ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
-
-
-def _matching(config: C3AConfig) -> Matching:
-    """The matching of this very object: no field of it, so that neither copies by `replace` nor files have it."""
-    return vars(config).setdefault("_matching", Matching())
 
 
 def _endings(name: str) -> set[str]:
@@ -24,26 +19,21 @@ def _endings(name: str) -> set[str]:
     return {name, *(name[dot.end() :] for dot in re.finditer(r"\.", name))}
 
 
-def match_target(config: C3AConfig, name: str) -> bool:
-    """Whether a module is a target of the configuration, by PEFT's rule (`check_target_module_exists`).
+def target_rule(config: C3AConfig, matching: Matching | None = None) -> Callable[[str], bool]:
+    """Whether a module of some name is a target, by PEFT's rule (`check_target_module_exists`), as a function of names.
 
     In this order: excluded modules and `modules_to_save` (with all that lies in them) are no targets; a regular
     expression has to match the whole name; a name in the list is a target whatever its layer; a name that ends with "."
     and an entry is one if its layer's index is among `layers_to_transform`, where that is set. The nameless root is
     never a target.
 
-    Raises:
-        ConfigError: `target_modules` is None or "all-linear", which only a model can resolve, or a pattern takes too
-            long.
-    """
-    return target_rule(config)(name)
-
-
-def target_rule(config: C3AConfig) -> Callable[[str], bool]:
-    """`match_target` as a function of the name alone, for many names: lists become sets once.
+    Args:
+        config: the configuration.
+        matching: where the time of its matches is counted; None for one of this rule's own.
 
     Raises:
-        ConfigError: as `match_target`; a pattern that takes too long, when the function is called.
+        ConfigError: `target_modules` is None or "all-linear", which only a model can resolve; a pattern that takes too
+            long, when the function is called.
     """
     targets = config.target_modules
     if targets is None or targets == "all-linear":
@@ -53,9 +43,8 @@ def target_rule(config: C3AConfig) -> Callable[[str], bool]:
     excluded = config.exclude_modules or []
     target_set = frozenset([] if isinstance(targets, str) else targets)
     excluded_set = frozenset([] if isinstance(excluded, str) else excluded)
-    layers = config.layers_to_transform
-    layer_set = frozenset([layers] if isinstance(layers, int) else layers or ())
-    matching = _matching(config)
+    matching = matching or Matching()
+    is_in_layers = _layer_rule(config, matching)
 
     def is_target(name: str) -> bool:
         endings = _endings(name)
@@ -67,40 +56,55 @@ def target_rule(config: C3AConfig) -> Callable[[str], bool]:
             return False
         if isinstance(targets, str):
             return matching.fullmatch(targets, "{}", name) is not None
-        return name in target_set or (not target_set.isdisjoint(endings) and _is_in_layers(config, layer_set, name))
+        return name in target_set or (not target_set.isdisjoint(endings) and is_in_layers(name))
 
     return is_target
 
 
-def _is_in_layers(config: C3AConfig, layers: frozenset[int], name: str) -> bool:
-    if not layers:
-        return True
-    matching = _matching(config)
-    if config.layers_pattern:
-        patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
-        matches = (matching.match(pattern, LAYERS_PATTERN_FORM, name) for pattern in patterns)
+def _layer_rule(config: C3AConfig, matching: Matching) -> Callable[[str], bool]:
+    """Whether the layer of a name is one of those that the configuration transforms."""
+    layers, names = config.layers_to_transform, config.layers_pattern
+    layer_set = frozenset([layers] if isinstance(layers, int) else layers or ())
+    forms = [(_ANY_LAYER, "{}")]
+    if names:
+        forms = [(name, LAYERS_PATTERN_FORM) for name in ([names] if isinstance(names, str) else names)]
+
+    def is_in_layers(name: str) -> bool:
+        if not layer_set:
+            return True
+        matches = (matching.match(pattern, form, name) for pattern, form in forms)
         found = next((match for match in matches if match is not None), None)
-    else:
-        found = matching.match(_ANY_LAYER, "{}", name)
-    return found is not None and int(found["idx"]) in layers
+        return found is not None and int(found["idx"]) in layer_set
+
+    return is_in_layers
 
 
-def block_size_for(config: C3AConfig, name: str) -> tuple[int | str, str | None]:
-    """A module's block size (or "auto") and the key of `block_size_pattern` that decided, None where none did.
+def block_size_rule(
+    config: C3AConfig, matching: Matching | None = None
+) -> Callable[[str], tuple[int | str, str | None]]:
+    """A module's block size (or "auto") and the key of `block_size_pattern` that decided (or None), by its name.
 
     A key matches when the whole name matches `(?:.*\\.)?(?:key)`; the first key that matches wins.
 
+    Args:
+        config: the configuration.
+        matching: where the time of its matches is counted; None for one of this rule's own.
+
     Raises:
-        ConfigError: a pattern takes too long.
+        ConfigError: a pattern takes too long, when the function is called.
     """
-    matching = _matching(config)
-    for key, size in config.block_size_pattern.items():
-        if matching.fullmatch(key, BLOCK_SIZE_KEY_FORM, name):
-            return size, key
-    return config.block_size, None
+    matching = matching or Matching()
+
+    def block_size_of(name: str) -> tuple[int | str, str | None]:
+        for key, size in config.block_size_pattern.items():
+            if matching.fullmatch(key, BLOCK_SIZE_KEY_FORM, name):
+                return size, key
+        return config.block_size, None
+
+    return block_size_of
 
 
-def unmatched_keys(config: C3AConfig, names: Iterable[str]) -> list[str]:
+def unmatched_keys(config: C3AConfig, names: Iterable[str], matching: Matching | None = None) -> list[str]:
     """The keys of `block_size_pattern` that match none of these module names.
 
     A key that matches but never decides, because another one comes before it, is not among them.
@@ -108,8 +112,7 @@ def unmatched_keys(config: C3AConfig, names: Iterable[str]) -> list[str]:
     Raises:
         ConfigError: a pattern takes too long.
     """
-    names = list(names)
-    matching = _matching(config)
+    names, matching = list(names), matching or Matching()
     return [
         key
         for key in config.block_size_pattern

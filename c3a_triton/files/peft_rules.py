@@ -2,17 +2,17 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
 from c3a_triton.errors import ConfigError
 
 from .config import LAYERS_PATTERN_FORM, C3AConfig
-from .expressions import check_re_syntax, matcher
+from .expressions import check_re_syntax, compile_pattern
 from .patterns import target_rule
 
-__all__ = ["peft_block_size_for", "peft_safe_pattern", "peft_safe_targets"]
+__all__ = ["peft_block_size_rule", "peft_safe_pattern", "peft_safe_targets"]
 
 # PEFT's way to complete a key of `block_size_pattern`: ungrouped, and only after a dot.
 _PEFT_KEY_FORM = r".*\.{}$"
@@ -32,22 +32,28 @@ def _is_valid_for_re(pattern: str) -> bool:
     return True
 
 
-def peft_block_size_for(pattern: Mapping[str, int], default: int, name: str) -> int:
-    """The block size that PEFT's C3A gives a module, which is not always the one that `block_size_for` gives.
+def peft_block_size_rule(pattern: Mapping[str, int], default: int) -> Callable[[str], int]:
+    """The block size that PEFT's C3A gives a module, by its name: not always the one that `block_size_rule` gives.
 
     PEFT takes the first key for which `re.match(rf".*\\.{key}$", name)` holds: only after a dot, and ungrouped, so that
     `a|b` means `.*\\.a` or `b$`. Where no key matches so, it looks the whole name up as a key. PEFT sorts keys when it
     saves, so they are taken in sorted order here: what is right in that order stays right.
 
     Raises:
-        ConfigError: PEFT could not match a key at all: it is not valid for `re` in this place, or takes too long.
+        ConfigError: PEFT could not match a key at all: it is not valid for `re` in this place, or takes too long; when
+            the function is called.
     """
-    for key in sorted(pattern):
-        if not _is_valid_for_re(_PEFT_KEY_FORM.replace("{}", key)):
-            raise ConfigError(f"PEFT cannot use the block_size_pattern key {key!r}")
-        if matcher(key, _PEFT_KEY_FORM).match(name):
-            return pattern[key]
-    return pattern.get(name, default)
+    keys = sorted(pattern)
+
+    def block_size_of(name: str) -> int:
+        for key in keys:
+            if not _is_valid_for_re(_PEFT_KEY_FORM.replace("{}", key)):
+                raise ConfigError(f"PEFT cannot use the block_size_pattern key {key!r}")
+            if compile_pattern(key, _PEFT_KEY_FORM).match(name, whole=False):
+                return pattern[key]
+        return pattern.get(name, default)
+
+    return block_size_of
 
 
 def _exactly(names: Iterable[str]) -> str:
@@ -73,7 +79,8 @@ def peft_safe_pattern(resolved: Mapping[str, int], config: C3AConfig) -> tuple[i
     """
 
     def is_right(default: int, pattern: dict[str, int]) -> bool:
-        return all(peft_block_size_for(pattern, default, name) == size for name, size in resolved.items())
+        block_size_of = peft_block_size_rule(pattern, default)
+        return all(block_size_of(name) == size for name, size in resolved.items())
 
     if isinstance(config.block_size, int):
         default = config.block_size
@@ -92,16 +99,15 @@ def peft_safe_pattern(resolved: Mapping[str, int], config: C3AConfig) -> tuple[i
             names_of_size.setdefault(size, []).append(name)
         return default, {_exactly(names): size for size, names in names_of_size.items()}
     pattern = {name: size for name, size in full_names.items() if _is_valid_for_re(_PEFT_KEY_FORM.replace("{}", name))}
-    pattern |= {
-        _exactly([name]): size for name, size in resolved.items() if peft_block_size_for(pattern, default, name) != size
-    }
+    by_names = peft_block_size_rule(pattern, default)
+    pattern |= {_exactly([name]): size for name, size in resolved.items() if by_names(name) != size}
     if not is_right(default, pattern):
         raise ConfigError(f"no block_size_pattern makes PEFT use these block sizes: {dict(resolved)}")
     return default, dict(sorted(pattern.items()))
 
 
 def _peft_reads_alike(config: C3AConfig) -> bool:
-    """Whether PEFT is bound to read targets and layers as `match_target` does, `exclude_modules` apart."""
+    """Whether PEFT is bound to read targets and layers as `target_rule` does, `exclude_modules` apart."""
     if isinstance(config.target_modules, str):
         return True
     layers_pattern = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern or []

@@ -3,12 +3,12 @@
 import os
 import reprlib
 from collections import UserString
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from enum import Enum
 from numbers import Integral
 from typing import Any
 
-__all__ = ["described", "is_positive_int", "plain", "shown"]
+__all__ = ["described", "is_positive_int", "plain", "shown", "some"]
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 200
@@ -18,6 +18,12 @@ _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxdict = 20
 def shown(value: object) -> str:
     """A value's repr for a message, cut where it is long: a stranger's may have megabytes."""
     return _SHORT.repr(value)
+
+
+def some(names: Iterable[str], most: int = 5) -> str:
+    """The first of some names for a message, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def plain(value: Any) -> Any:

@@ -91,7 +91,7 @@ def reference_of(policy: nn.Module) -> nn.Module:
     Raises:
         AdapterStateError: the model's parameters are sharded or partitioned, so that a copy would have a part of them.
     """
-    if any(is_sharded(parameter) or hasattr(parameter, "ds_id") for parameter in policy.parameters()):
+    if any(map(is_sharded, policy.parameters())):
         raise AdapterStateError(
             f"the reference of this trainer is a copy of the {type(policy).__name__} before training, which cannot be "
             "made of sharded or partitioned parameters: give the trainer a ref_model of your own (load the base model, "

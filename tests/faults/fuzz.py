@@ -30,7 +30,7 @@ NAMES = ["first", "norm", "second", "model.layers.0.self_attn.q_proj", "model.la
 
 def import_readers() -> None:
     """Import what is fuzzed; under atheris with coverage of it."""
-    global torch, C3AConfig, C3AError, block_size_for, checkpoint, model_folder, target_rule, tuned, unmatched_keys
+    global torch, C3AConfig, C3AError, block_size_rule, checkpoint, model_folder, target_rule, tuned, unmatched_keys
     import torch
 
     instrumented = contextlib.nullcontext()
@@ -40,7 +40,7 @@ def import_readers() -> None:
         from c3a_triton import C3AConfig, C3AError
         from c3a_triton.commands import model_folder
         from c3a_triton.files import checkpoint
-        from c3a_triton.files.patterns import block_size_for, target_rule, unmatched_keys
+        from c3a_triton.files.patterns import block_size_rule, target_rule, unmatched_keys
         from c3a_triton.operator import tuned
 
 
@@ -49,8 +49,7 @@ def read_config(content: bytes, folder: Path) -> None:
     (folder / "adapter_config.json").write_bytes(content)
     config = C3AConfig.from_pretrained(folder)
     assert C3AConfig.from_dict(config.to_dict()) == config
-    for name in NAMES:
-        block_size_for(config, name)
+    list(map(block_size_rule(config), NAMES))
     unmatched_keys(config, NAMES)
     if config.target_modules not in (None, "all-linear"):
         rule = target_rule(config)

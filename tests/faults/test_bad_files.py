@@ -437,7 +437,7 @@ def catastrophic() -> nn.Module:
 )
 def test_a_catastrophic_expression_ends_in_time(field: str, monkeypatch: pytest.MonkeyPatch, bounded: None) -> None:
     monkeypatch.setattr(expressions, "TIME_LIMIT_S", 0.2)
-    expressions.matcher.cache_clear()
+    expressions.compile_pattern.cache_clear()
     name = "a" * 40 + "b"
     value = {"block_size_pattern": {SLOW: 6}, "modules_to_save": [SLOW], "layers_pattern": [SLOW]}.get(field, SLOW)
     more = {"layers_to_transform": [0], "target_modules": ["0"]} if field == "layers_pattern" else {}
@@ -449,7 +449,7 @@ def test_a_catastrophic_expression_ends_in_time(field: str, monkeypatch: pytest.
     with pytest.raises(ConfigError, match=r"\(a\|a\|aa\)\+\$.* takes too long.*without nested repetitions"):
         c3a_triton.apply(model, config)
     assert [type(module) for module in model.modules()] == classes
-    expressions.matcher.cache_clear()
+    expressions.compile_pattern.cache_clear()
 
 
 def test_many_expressions_that_are_each_quick_enough(monkeypatch: pytest.MonkeyPatch, bounded: None) -> None:
