@@ -96,8 +96,6 @@ class C3ALinear(nn.Module):
             raise ConfigError(f"{self._label}: {reason}")
         self.update_layer(adapter_name, block_size, init_weights, config=config)
 
-    # What the forward reads
-
     @classmethod
     def _around(
         cls, base_layer: nn.Module, sizes: Geometry, *, active: list[str], backend: str, layer_name: str
@@ -135,6 +133,8 @@ class C3ALinear(nn.Module):
         self._geometry = sizes
         self.in_features, self.out_features = sizes.in_features, sizes.out_features
         self._watch()
+
+    # What the forward reads
 
     def _watch(self) -> None:
         watch(self.c3a_kernel, self)
@@ -485,7 +485,7 @@ class C3ALinear(nn.Module):
             group = [(self, names), *beside]
             merging.check(group)
             if finite:
-                merging.finite_sum(group)
+                merging.check_finite(group)
 
     def weight_place(self) -> Hashable | None:
         """What is equal for layers whose weight is the same memory, or None where that does not count."""

@@ -358,7 +358,7 @@ class AdapterManager(Activation):
         for group in groups:
             merging.check(group)
         for group in groups if safe_merge else ():
-            merging.finite_sum(group)
+            merging.check_finite(group)
         warn_tied(self.model, [name for name, _, _ in work], "merging changes both")
         done = 0
         for group in groups:

@@ -21,8 +21,8 @@ __all__ = [
     "bring_back",
     "by_weight",
     "check",
+    "check_finite",
     "check_unmerge",
-    "finite_sum",
     "merge",
     "move",
     "unmerge_all",
@@ -66,8 +66,8 @@ def check(group: Group) -> None:
 
 
 @torch.no_grad()
-def finite_sum(group: Group) -> Tensor:
-    """What merging makes of the weight, as the first layer reads it.
+def check_finite(group: Group) -> None:
+    """Refuse what merging would make of the weight where that is not finite, and change nothing.
 
     Raises:
         AdapterStateError: it is not finite.
@@ -80,7 +80,6 @@ def finite_sum(group: Group) -> Tensor:
         raise AdapterStateError(
             f"{first._label}: merging {names} gives a weight that is not finite; nothing was merged"
         )
-    return total
 
 
 @torch.no_grad()
@@ -121,12 +120,12 @@ def merge(layer: Any, names: list[str], keep_base: str | None, safe_merge: bool)
     """Merge these adapters of one layer, which it has and which are not merged, if they can be.
 
     Raises:
-        AdapterStateError: as `check`, as `finite_sum` with `safe_merge`, and as `add`. The layer stays as it was.
+        AdapterStateError: as `check`, with `safe_merge` as `check_finite`, and as `add`. The layer stays as it was.
     """
     group = [(layer, names)]
     check(group)
     if safe_merge:
-        finite_sum(group)
+        check_finite(group)
     add(group, keep_base)
 
 
