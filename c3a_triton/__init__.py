@@ -25,7 +25,8 @@ from .errors import (
     ConfigError,
     ShapeError,
 )
-from .files.config import C3AConfig, suggest_block_size, valid_block_sizes
+from .files.block_sizes import suggest_block_size, valid_block_sizes
+from .files.config import C3AConfig
 from .operator.calls import c3a_linear, circulant_linear
 from .operator.dense import circulant_matrix
 

@@ -19,7 +19,7 @@ from c3a_triton.errors import CheckpointError, ConfigError
 from c3a_triton.files import checkpoint
 from c3a_triton.files.checkpoint import WEIGHTS_NAME, read_adapter, write_adapter
 from c3a_triton.files.config import CONFIG_NAME, C3AConfig
-from c3a_triton.files.patterns import block_size_for, match_target
+from c3a_triton.files.patterns import block_size_rule, target_rule
 
 peft = pytest.importorskip("peft")
 
@@ -59,8 +59,8 @@ def kernels_for(model: nn.Module, config: C3AConfig) -> tuple[dict[str, torch.Te
     """Random kernels for the linear layers that a configuration means, and their block sizes."""
     tensors, sizes = {}, {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and match_target(config, name):
-            size = block_size_for(config, name)[0]
+        if isinstance(module, nn.Linear) and target_rule(config)(name):
+            size = block_size_rule(config)(name)[0]
             sizes[name] = size
             tensors[f"{name}.c3a_kernel"] = torch.randn(module.out_features // size, module.in_features // size, size)
     return tensors, sizes

@@ -428,14 +428,14 @@ def test_merge_of_a_model_that_does_not_fit_into_memory(run, folders, tmp_path, 
 
 def test_merge_checks_what_the_folder_has_lost(run, folders, tmp_path, monkeypatch):
     """What loading would make up is told from what it makes up for the model, too."""
-    plan = folder_merge._plan
+    plan = folder_merge.plan_merge
 
     def without_added(*arguments):
         found = plan(*arguments)
         found.added.clear()
         return found
 
-    monkeypatch.setattr(folder_merge, "_plan", without_added)
+    monkeypatch.setattr(folder_merge, "plan_merge", without_added)
     model = tiny_models.llama(tied=True)
     model.save_pretrained(tmp_path / "model")
     config = C3AConfig(block_size=4, target_modules=["q_proj"], modules_to_save=["lm_head"])

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import c3a_triton
+from c3a_triton.bases.sharded import check_gathered, whole_shape
 from c3a_triton.errors import ShapeError
 
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
@@ -146,7 +147,7 @@ def test_what_is_in_parts_is_refused_outside_the_model(zero3_results: dict[str, 
     said = zero3_results["apply"]["refused"]
     for case in ("delta", "function"):
         assert said[case].startswith("ShapeError: w has the shape (0,)")
-        assert "deepspeed.zero.GatheredParameters" in said[case]
+    assert "deepspeed.zero.GatheredParameters" in said["delta"]
     assert said["merge"].startswith("AdapterStateError: blocks.0.up: nothing can be merged")
     assert said["hot swap"].startswith("AdapterStateError: blocks.0.up is sharded")
 
@@ -167,6 +168,17 @@ def test_a_layer_lets_zero3_gather_its_kernels(monkeypatch: pytest.MonkeyPatch) 
     for _ in range(2):
         torch.testing.assert_close(layer(x), y)
     assert [(module is layer, parameter is kernel) for module, parameter in registered] == [(True, True)]
+
+
+def test_a_kernel_that_zero3_has_left_empty_is_refused() -> None:
+    kernel: Any = torch.nn.Parameter(torch.empty(0))
+    check_gathered(kernel)  # nobody's: what it lacks is the operator's to say
+    kernel.ds_id, kernel.ds_shape = 0, torch.Size([2, 2, 4])
+    with pytest.raises(ShapeError, match=r"^w has the shape \(0,\).*deepspeed\.zero\.GatheredParameters"):
+        check_gathered(kernel)
+    assert whole_shape(kernel).numel() == 16
+    kernel.data = torch.ones(2, 2, 4)
+    check_gathered(kernel)
 
 
 # examples/train.py

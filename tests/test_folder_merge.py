@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 import c3a_triton
 from c3a_triton import AdapterStateError, C3AConfig, CheckpointError, ConfigError
 from c3a_triton.commands import folder_merge
-from c3a_triton.commands.folder_merge import INDEX_NAME, SINGLE_NAME, merge_folder
+from c3a_triton.commands.folder_merge import merge_folder
+from c3a_triton.commands.model_folder import INDEX_NAME, SINGLE_NAME
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

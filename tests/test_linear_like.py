@@ -9,14 +9,8 @@ from torch.nn.utils import parametrizations, weight_norm
 from transformers.pytorch_utils import Conv1D
 
 from c3a_triton.adapters.layer import C3ALinear
-from c3a_triton.bases.linear_like import (
-    fingerprint,
-    is_plain,
-    is_transposed,
-    kernel_device,
-    linear_widths,
-    weight_access,
-)
+from c3a_triton.bases.linear_like import is_plain, is_transposed, linear_widths
+from c3a_triton.bases.weights import fingerprint, kernel_device, weight_access
 from c3a_triton.errors import AdapterStateError
 
 

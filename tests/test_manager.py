@@ -4,9 +4,11 @@ import copy
 import io
 import pickle
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 import accelerate
 import oracle
@@ -18,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import IDS, MLP, bert_classifier, gpt2, llama, llama_classifier, logits
 from torch import Tensor, nn
 
-import c3a_triton.adapters.manager
 from c3a_triton.adapters.layer import C3ALinear
 from c3a_triton.adapters.manager import AdapterManager
 from c3a_triton.api import apply, load_adapter
+from c3a_triton.bases.linear_like import geometry
 from c3a_triton.errors import (
     AdapterNotFoundError,
     AdapterStateError,
@@ -31,6 +33,7 @@ from c3a_triton.errors import (
     ConfigError,
     ShapeError,
 )
+from c3a_triton.files.block_sizes import check_block_size
 from c3a_triton.files.config import C3AConfig
 
 QV = C3AConfig(block_size=4, target_modules=["q_proj", "v_proj"])
@@ -189,21 +192,49 @@ def test_a_failure_leaves_the_model_as_it_was(failure: str, start: str) -> None:
 
 
 def test_a_failure_while_layers_are_built_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    built = []
+    uniform, left = nn.init.uniform_, iter(range(2))
 
-    class Failing(C3ALinear):
-        def __init__(self, *args: object, **kwargs: object) -> None:
-            if len(built) == 2:
-                raise MemoryError
-            super().__init__(*args, **kwargs)
-            built.append(self)
+    def uniform_twice(*args: object) -> None:
+        if next(left, None) is None:
+            raise MemoryError
+        uniform(*args)
 
-    monkeypatch.setattr(c3a_triton.adapters.manager, "C3ALinear", Failing)
+    monkeypatch.setattr(nn.init, "uniform_", uniform_twice)
     model = llama()
     before = snapshot(model)
     with pytest.raises(MemoryError):
         apply(model, QV)
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("how", ["apply", "a further one", "load"])
+def test_a_layer_is_looked_at_once(tmp_path: Path, how: str) -> None:
+    """Its widths are found once on the way from the configuration to the adapted layer, and b is held against them."""
+    model = adapted() if how == "a further one" else llama()
+    adapted().c3a.save_pretrained(tmp_path)
+    calls = {
+        "apply": lambda: apply(model, QV),
+        "a further one": lambda: model.c3a.add_adapter("other", QV),
+        "load": lambda: load_adapter(model, tmp_path),
+    }
+    looked_at: list[nn.Module] = []
+    checked: list[int] = []
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and frame.f_code is geometry.__code__:
+            looked_at.append(frame.f_locals["module"])
+        elif event == "call" and frame.f_code is check_block_size.__code__:
+            checked.append(frame.f_locals["block_size"])
+
+    sys.setprofile(note)
+    try:
+        calls[how]()
+    finally:
+        sys.setprofile(None)
+    layers = [layer for _, layer in model.c3a.layers()]
+    assert len(layers) == 4
+    assert all(sum(module is layer.base_layer for module in looked_at) == 1 for layer in layers)
+    assert checked == ([] if how == "load" else [4] * 4)  # a file's sizes have been held against its tensors
 
 
 def test_warnings_that_are_errors_leave_the_model_as_it_was() -> None:

@@ -393,14 +393,12 @@ class Sequence:
         """A safe merge of an adapter whose last kernel is not finite changes no layer."""
         if name not in self.expected.adapters or name in self.expected.merged_names():
             return
-        *_, kernel = (m.c3a_kernel[name].data for _, m in self.model.c3a.layers() if name in m.c3a_kernel)
+        *_, kernel = (m.c3a_kernel[name].detach() for _, m in self.model.c3a.layers() if name in m.c3a_kernel)
         finite = kernel.clone()
         kernel.fill_(torch.inf)
         with self.attempt(False):
             self.model.c3a.merge_adapter([name], safe_merge=True)
         kernel.copy_(finite)
-        for _, layer in self.model.c3a.layers():
-            layer._refresh()  # a write through `.data` is not seen
 
     @operation(4)
     def unmerge(self) -> None:

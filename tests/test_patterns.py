@@ -1,4 +1,7 @@
+import contextlib
+import dataclasses
 import itertools
+import pickle
 import re
 import warnings
 from types import SimpleNamespace
@@ -9,17 +12,13 @@ from hypothesis import strategies as st
 from torch import nn
 from versions import PEFT
 
+import c3a_triton
+from c3a_triton.adapters.targets import find_targets
 from c3a_triton.errors import ConfigError
-from c3a_triton.files import patterns
+from c3a_triton.files import expressions
 from c3a_triton.files.config import C3AConfig
-from c3a_triton.files.patterns import (
-    block_size_for,
-    match_target,
-    peft_block_size_for,
-    peft_safe_pattern,
-    peft_safe_targets,
-    unmatched_keys,
-)
+from c3a_triton.files.patterns import block_size_rule, target_rule, unmatched_keys
+from c3a_triton.files.peft_rules import peft_block_size_rule, peft_safe_pattern, peft_safe_targets
 
 peft = pytest.importorskip("peft")
 
@@ -94,17 +93,17 @@ def test_targets_are_pefts(fields, names):
     if PEFT < (0, 20) and fields.get("layers_to_transform") is not None:
         return  # it took the index of a layer from another place of the name
     for name in names:
-        assert match_target(ours, name) == bool(check_target_module_exists(theirs, name)), name
+        assert target_rule(ours)(name) == bool(check_target_module_exists(theirs, name)), name
 
 
 @pytest.mark.parametrize("targets", [None, "all-linear"])
 def test_targets_that_need_a_model_are_refused(targets):
     with pytest.raises(ConfigError, match="has to be resolved"):
-        match_target(C3AConfig(target_modules=targets), "q_proj")
+        target_rule(C3AConfig(target_modules=targets))("q_proj")
 
 
 def test_the_root_is_no_target():
-    assert not match_target(C3AConfig(target_modules=".*"), "")
+    assert not target_rule(C3AConfig(target_modules=".*"))("")
 
 
 @pytest.mark.parametrize(
@@ -125,18 +124,18 @@ def test_the_root_is_no_target():
 def test_block_size_key_matches_the_whole_name_or_all_after_a_dot(key, matching, other):
     config = C3AConfig(block_size=8, block_size_pattern={key: 4})
     for name in matching:
-        assert block_size_for(config, name) == (4, key)
+        assert block_size_rule(config)(name) == (4, key)
     for name in other:
-        assert block_size_for(config, name) == (8, None)
+        assert block_size_rule(config)(name) == (8, None)
 
 
 def test_first_key_wins():
     config = C3AConfig(block_size="auto", block_size_pattern={"q_proj": 128, "model.layers.0.*": 64})
-    assert block_size_for(config, "model.layers.0.self_attn.q_proj") == (128, "q_proj")
-    assert block_size_for(config, "model.layers.0.self_attn.v_proj") == (64, "model.layers.0.*")
-    assert block_size_for(config, "model.layers.1.self_attn.v_proj") == ("auto", None)
+    assert block_size_rule(config)("model.layers.0.self_attn.q_proj") == (128, "q_proj")
+    assert block_size_rule(config)("model.layers.0.self_attn.v_proj") == (64, "model.layers.0.*")
+    assert block_size_rule(config)("model.layers.1.self_attn.v_proj") == ("auto", None)
     config = C3AConfig(block_size_pattern={"model.layers.0.*": 64, "q_proj": 128})
-    assert block_size_for(config, "model.layers.0.self_attn.q_proj") == (64, "model.layers.0.*")
+    assert block_size_rule(config)("model.layers.0.self_attn.q_proj") == (64, "model.layers.0.*")
 
 
 def test_unmatched_keys_are_those_that_match_nothing():
@@ -147,37 +146,59 @@ def test_unmatched_keys_are_those_that_match_nothing():
 @pytest.mark.parametrize(
     "use",
     [
-        lambda bad, name: match_target(C3AConfig(target_modules=bad), name),
-        lambda bad, name: match_target(C3AConfig(target_modules=["q"], exclude_modules=bad), name),
-        lambda bad, name: match_target(C3AConfig(target_modules=["q"], modules_to_save=[bad]), name),
-        lambda bad, name: match_target(
-            C3AConfig(target_modules=["aa"], layers_to_transform=1, layers_pattern=bad), name + ".aa"
+        lambda bad, name: target_rule(C3AConfig(target_modules=bad))(name),
+        lambda bad, name: target_rule(C3AConfig(target_modules=["q"], exclude_modules=bad))(name),
+        lambda bad, name: target_rule(C3AConfig(target_modules=["q"], modules_to_save=[bad]))(name),
+        lambda bad, name: target_rule(C3AConfig(target_modules=["aa"], layers_to_transform=1, layers_pattern=bad))(
+            name + ".aa"
         ),
-        lambda bad, name: block_size_for(C3AConfig(block_size_pattern={bad: 4}), name),
+        lambda bad, name: block_size_rule(C3AConfig(block_size_pattern={bad: 4}))(name),
         lambda bad, name: unmatched_keys(C3AConfig(block_size_pattern={bad: 4}), [name]),
-        lambda bad, name: peft_block_size_for({bad: 4}, 8, "x." + name),
+        lambda bad, name: peft_block_size_rule({bad: 4}, 8)("x." + name),
     ],
     ids=["targets", "excluded", "saved", "layers", "block size", "unmatched", "peft"],
 )
 def test_a_catastrophic_pattern_ends_in_an_error(monkeypatch, use):
-    monkeypatch.setattr(patterns, "TIME_LIMIT_S", 0.2)
-    patterns._matcher.cache_clear()
+    monkeypatch.setattr(expressions, "TIME_LIMIT_S", 0.2)
+    expressions.compile_pattern.cache_clear()
     bad = "(?:a|aa)+b|(?:a|aa)+c"
     with pytest.raises(ConfigError, match=re.escape(repr(bad)) + ".*too long"):
         use(bad, "a" * 60)  # without a limit for years
-    patterns._matcher.cache_clear()
+    expressions.compile_pattern.cache_clear()
 
 
 def test_many_matches_that_are_merely_slow_share_the_limit(monkeypatch):
     # By a clock of which a match takes one second.
-    monkeypatch.setattr(patterns, "time", SimpleNamespace(thread_time=itertools.count().__next__))
-    monkeypatch.setattr(patterns, "TIME_LIMIT_S", 4.5)
-    patterns._matcher.cache_clear()
+    monkeypatch.setattr(expressions, "time", SimpleNamespace(thread_time=itertools.count().__next__))
+    monkeypatch.setattr(expressions, "TIME_LIMIT_S", 4.5)
+    expressions.compile_pattern.cache_clear()
     config = C3AConfig(target_modules=".*b")
-    assert not any(match_target(config, "a") for _ in range(5))
+    assert not any(target_rule(config)("a") for _ in range(5))
     with pytest.raises(ConfigError, match="too long"):
-        match_target(config, "a")
-    patterns._matcher.cache_clear()
+        target_rule(config)("a")
+    expressions.compile_pattern.cache_clear()
+
+
+def test_all_that_a_configuration_is_asked_about_a_model_shares_a_limit(monkeypatch):
+    # By a clock of which a match takes 3 s: four names for targets, two for block sizes, one for idle keys are 21 s.
+    config = C3AConfig(target_modules="[ab]", block_size=4, block_size_pattern={"[ab]": 8})
+    monkeypatch.setattr(expressions, "time", SimpleNamespace(thread_time=itertools.count().__next__))
+    monkeypatch.setattr(expressions, "TIME_LIMIT_S", 1000.0)
+    expressions.compile_pattern.cache_clear()
+    for limit, message in ((24.5, None), (20.5, r"more than 20\.5 s"), (14.5, "more than 14")):
+        monkeypatch.setattr(expressions, "TOTAL_TIME_LIMIT_S", limit)
+        with contextlib.nullcontext() if message is None else pytest.raises(ConfigError, match=message):
+            find_targets(model_of(["a", "b", "c", "d"]), config)
+    expressions.compile_pattern.cache_clear()
+
+
+def test_a_configuration_holds_its_fields_alone():
+    """What matching takes along is neither copied nor pickled with it."""
+    config = C3AConfig(target_modules=".*q", block_size=4, block_size_pattern={"a.*": 8})
+    model = model_of(["a.q", "b.q", "b.v"])
+    assert len(find_targets(model, config)) == 2
+    assert vars(config).keys() == {item.name for item in dataclasses.fields(C3AConfig)}
+    assert b"c3a_triton.files" not in pickle.dumps(c3a_triton.apply(model, config))
 
 
 class Leaf(nn.Linear):
@@ -231,7 +252,7 @@ def test_simulated_block_sizes_are_pefts(names, pattern, default):
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert peft_block_sizes(model, config) == {name: peft_block_size_for(pattern, default, name) for name in names}
+        assert peft_block_sizes(model, config) == {name: peft_block_size_rule(pattern, default)(name) for name in names}
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -245,7 +266,7 @@ def test_what_is_written_for_peft_means_the_same_to_it(names, pattern, default, 
     config = C3AConfig(block_size=default, block_size_pattern=pattern, **fields | {"modules_to_save": None})
     model = model_of(names)
     module_names = [name for name, _ in model.named_modules()]
-    resolved = {name: block_size_for(config, name)[0] for name in names if match_target(config, name)}
+    resolved = {name: block_size_rule(config)(name)[0] for name in names if target_rule(config)(name)}
     if not resolved:
         return
     block_size, safe_pattern = peft_safe_pattern(resolved, config)
@@ -264,14 +285,14 @@ def test_what_is_written_for_peft_means_the_same_to_it(names, pattern, default, 
 
 def test_a_pattern_that_peft_reads_alike_is_kept():
     config = C3AConfig(block_size=64, block_size_pattern={"v_proj": 32, ".*mlp.*": 16})
-    resolved = {name: block_size_for(config, name)[0] for name in LLAMA}
+    resolved = {name: block_size_rule(config)(name)[0] for name in LLAMA}
     assert peft_safe_pattern(resolved, config) == (64, {".*mlp.*": 16, "v_proj": 32})
 
 
 def test_documented_example_is_written_with_full_names():
     config = C3AConfig(block_size=64, block_size_pattern={"q_proj": 32, "model.layers.0.*": 16})
     names = [f"model.layers.{layer}.self_attn.{part}_proj" for layer in range(2) for part in "qv"]
-    resolved = {name: block_size_for(config, name)[0] for name in names}
+    resolved = {name: block_size_rule(config)(name)[0] for name in names}
     assert peft_safe_pattern(resolved, config) == (
         64,
         {
@@ -285,16 +306,16 @@ def test_documented_example_is_written_with_full_names():
 def test_keys_whose_order_decides_survive_pefts_sorting():
     # As given, "q" comes first; PEFT would sort "a.*" before it.
     config = C3AConfig(block_size=64, block_size_pattern={"q": 32, "a.*": 16})
-    assert block_size_for(config, "x.a.q") == (32, "q")
+    assert block_size_rule(config)("x.a.q") == (32, "q")
     _, pattern = peft_safe_pattern({"x.a.q": 32, "x.a.v": 16}, config)
-    assert [peft_block_size_for(pattern, 64, name) for name in ("x.a.q", "x.a.v")] == [32, 16]
+    assert [peft_block_size_rule(pattern, 64)(name) for name in ("x.a.q", "x.a.v")] == [32, 16]
 
 
 def test_names_that_take_in_each_other_are_told_apart():
     resolved = {"lin": 32, "x.lin": 64, "y.x.lin": 256, "z.lin": 256, "lin(": 16, "x.lin(": 8}
     default, pattern = peft_safe_pattern(resolved, C3AConfig(block_size=256))
     assert default == 256
-    assert {name: peft_block_size_for(pattern, default, name) for name in resolved} == resolved
+    assert {name: peft_block_size_rule(pattern, default)(name) for name in resolved} == resolved
     for name, size in resolved.items():
         key = next(filter(lambda key: re.match(rf".*\.{key}$", name), sorted(pattern)), name)
         assert pattern.get(key, default) == size
@@ -308,12 +329,12 @@ def test_automatic_sizes_become_a_number_and_full_names():
 def test_patterns_that_peft_cannot_use_where_it_puts_them_are_not_written():
     # A flag has to stand at the start of an expression, and PEFT puts something before it.
     config = C3AConfig(block_size=64, block_size_pattern={"(?i)Q_PROJ": 32})
-    assert block_size_for(config, "a.q_proj") == (32, "(?i)Q_PROJ")
+    assert block_size_rule(config)("a.q_proj") == (32, "(?i)Q_PROJ")
     with pytest.raises(ConfigError, match="PEFT cannot use"):
-        peft_block_size_for(config.block_size_pattern, 64, "a.q_proj")
+        peft_block_size_rule(config.block_size_pattern, 64)("a.q_proj")
     assert peft_safe_pattern({"a.q_proj": 32, "b": 64}, config) == (64, {"a.q_proj": 32})
     config = C3AConfig(target_modules=["q"], layers_to_transform=0, layers_pattern="(?i)H")
-    assert match_target(config, "h.0.q")
+    assert target_rule(config)("h.0.q")
     assert peft_safe_targets(["h.0.q"], config, ["", "h", "h.0", "h.0.q", "q"]) == (["h.0.q"], None, None)
 
 
@@ -322,7 +343,7 @@ def test_very_many_full_names_share_keys():
     resolved = {name: 8 if index < 280 else 4 if index < 300 else 16 for index, name in enumerate(names)}
     default, pattern = peft_safe_pattern(resolved, C3AConfig(block_size="auto"))
     assert len(pattern) == 2
-    assert {name: peft_block_size_for(pattern, default, name) for name in names} == resolved
+    assert {name: peft_block_size_rule(pattern, default)(name) for name in names} == resolved
 
 
 @pytest.mark.parametrize(
@@ -362,7 +383,7 @@ def test_layers_are_not_written_beside_a_list_that_peft_shortens():
     # "v_proj" first, and would then count layers.
     names = [name for name in LLAMA if name.endswith(("q_proj", "v_proj"))]
     config = C3AConfig(target_modules=names, layers_to_transform=[0], block_size=8)
-    assert all(match_target(config, name) for name in names)
+    assert all(target_rule(config)(name) for name in names)
     model = model_of(names)
     targets, layers, _ = peft_safe_targets(names, config, [name for name, _ in model.named_modules()])
     theirs = peft.C3AConfig(target_modules=targets, layers_to_transform=layers, block_size=8)

@@ -416,7 +416,7 @@ def test_merging_for_good_copies_no_weights(monkeypatch: pytest.MonkeyPatch) -> 
     def keep(*args: object) -> None:
         raise AssertionError("a weight that nobody will ask for was kept")
 
-    monkeypatch.setattr("c3a_triton.bases.linear_like._PlainWeight.keep", keep)
+    monkeypatch.setattr("c3a_triton.bases.weights._PlainWeight.keep", keep)
     adapted("applied").merge_and_unload()
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import c3a_triton
 from c3a_triton import AdapterStateError, C3AConfig
-from c3a_triton.adapters import layer
+from c3a_triton.adapters import layer, merging
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -85,7 +85,6 @@ def test_both_updates_are_added_once_and_taken_back(build):
         model.c3a.merge_adapter()
         torch.testing.assert_close(bits(model), expected)
         assert model.a.weight.data_ptr() == model.b.weight.data_ptr()
-        assert model.a._merge_state is model.b._merge_state
         if verb == "disable_adapter":
             with model.c3a.disable_adapter():
                 assert torch.equal(bits(model), before)
@@ -238,12 +237,10 @@ def test_a_weight_that_took_anothers_place():
     model = adapted()
     model.a.merge()
     place = model.a.weight_place()
-    state = model.a._merge_state
     model.a.base_layer.weight = nn.Parameter(torch.zeros(8, 8))
     assert model.b.weight_place() == place
     before = model.b.weight.detach().clone()
     model.b.merge()
-    assert model.b._merge_state is not state
     model.b.unmerge()
     assert torch.equal(model.b.weight, before)
 
@@ -266,6 +263,36 @@ def test_layers_of_peft():
     torch.testing.assert_close(bits(model.merge_and_unload()), expected)
 
 
+def fingerprints(monkeypatch):
+    """Addresses of the weights whose fingerprint is computed from now on."""
+    read = []
+    fingerprint = merging.fingerprint
+    monkeypatch.setattr(merging, "fingerprint", lambda weight: read.append(weight.data_ptr()) or fingerprint(weight))
+    return read
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+@pytest.mark.parametrize("adapted_in_two", [True, False], ids=["tied", "one by one"])
+def test_a_fingerprint_is_computed_once_for_what_a_weight_is(monkeypatch, adapted_in_two, safe_merge):
+    """Of each weight: as it is once merged, as it is found by the next merge and left by it, and by unmerging."""
+    read = fingerprints(monkeypatch)
+    config = C3AConfig(block_size=4, target_modules=["a", "b", "c"] if adapted_in_two else ["a", "c"])
+    model = c3a_triton.apply(Tied(), config)
+    model.c3a.add_adapter("other", config)
+    weights = sorted({layer.weight.data_ptr() for _, layer in model.c3a.layers()})
+    assert len(weights) == 2
+    steps = [
+        (1, lambda: model.c3a.merge_adapter(safe_merge=safe_merge)),
+        (2, lambda: model.c3a.merge_adapter("other", safe_merge=safe_merge)),
+        (1, model.c3a.unmerge_adapter),
+        (0, lambda: model.c3a.merge_adapter(keep_base=None)),
+    ]
+    for times, step in steps:
+        step()
+        assert sorted(read) == sorted(weights * times)
+        read.clear()
+
+
 @pytest.mark.parametrize("ask", ["manager", "layers", "disable"])
 def test_unmerging_reads_each_weight_once(monkeypatch, ask):
     model = c3a_triton.apply(Tied(), C3AConfig(block_size=4, target_modules=["a", "b", "c"]))
@@ -274,9 +301,7 @@ def test_unmerging_reads_each_weight_once(monkeypatch, ask):
             nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), C3AConfig(block_size=4, target_modules=".*")
         )
     model.c3a.merge_adapter()
-    read = []
-    fingerprint = layer.fingerprint
-    monkeypatch.setattr(layer, "fingerprint", lambda weight: read.append(weight.data_ptr()) or fingerprint(weight))
+    read = fingerprints(monkeypatch)
     if ask == "manager":
         model.c3a.unmerge_adapter()
     elif ask == "layers":
@@ -287,6 +312,29 @@ def test_unmerging_reads_each_weight_once(monkeypatch, ask):
             pass
     assert len(read) == 2
     assert len(set(read)) == 2
+
+
+@pytest.mark.parametrize("then", ["unmerge", "merge"])
+def test_a_failure_between_two_layers_of_one_weight(monkeypatch, then):
+    model = adapted()
+    before, expected = bits(model), summed(model, "a", "b")
+    add = layer.add_circulant_
+    left = iter([add])
+
+    def add_once(weight, kernels):
+        next(left)(weight, kernels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layer, "add_circulant_", add_once)
+        with pytest.raises(StopIteration):
+            model.c3a.merge_adapter()
+    assert model.a.merged
+    assert not model.b.merged
+    if then == "merge":
+        model.c3a.merge_adapter()
+        torch.testing.assert_close(bits(model), expected)
+    model.c3a.unmerge_adapter()
+    assert torch.equal(bits(model), before)
 
 
 def test_a_layer_that_kept_nothing_beside_one_that_did():

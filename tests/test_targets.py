@@ -8,16 +8,10 @@ from tiny_models import MLP, bert_classifier, gpt2, llama, llama_classifier
 from torch import nn
 
 import c3a_triton
+from c3a_triton.adapters.base_model import base_module_names, base_modules, embeddings_of
 from c3a_triton.adapters.layer import C3ALinear
 from c3a_triton.adapters.modules_to_save import ModulesToSave
-from c3a_triton.adapters.targets import (
-    base_module_names,
-    base_modules,
-    embeddings_of,
-    find_modules_to_save,
-    find_targets,
-    with_task_heads,
-)
+from c3a_triton.adapters.targets import find_modules_to_save, find_targets, with_task_heads
 from c3a_triton.errors import ConfigError, ShapeError
 from c3a_triton.files.config import C3AConfig
 

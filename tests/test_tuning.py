@@ -19,7 +19,8 @@ from torch import nn
 
 import c3a_triton
 from c3a_triton import BackendError, C3AConfig, CheckpointError, ConfigError, valid_block_sizes
-from c3a_triton.files.patterns import block_size_for, peft_block_size_for
+from c3a_triton.files.patterns import block_size_rule
+from c3a_triton.files.peft_rules import peft_block_size_rule
 from c3a_triton.operator import cost_model, dispatch, tuned
 from c3a_triton.operator.cost_model import Sizes
 from c3a_triton.operator.tuned import Times
@@ -226,8 +227,8 @@ def test_patterns_mean_the_sizes_to_us_and_to_peft(sizes, default, keys):
     block_size, pattern = tuned_settings.minimal_pattern(sizes)
     config = C3AConfig(block_size=block_size, block_size_pattern=pattern)
     for name, size in sizes.items():
-        assert block_size_for(config, name)[0] == size
-        assert peft_block_size_for(pattern, block_size, name) == size
+        assert block_size_rule(config)(name)[0] == size
+        assert peft_block_size_rule(pattern, block_size)(name) == size
     assert block_size == default
     if keys is not None:
         assert list(pattern) == keys
@@ -243,8 +244,8 @@ NAMES = st.lists(
 def test_any_sizes_of_any_names_have_a_pattern(sizes):
     block_size, pattern = tuned_settings.minimal_pattern(sizes)
     config = C3AConfig(block_size=block_size, block_size_pattern=pattern)
-    assert {name: block_size_for(config, name)[0] for name in sizes} == sizes
-    assert {name: peft_block_size_for(pattern, block_size, name) for name in sizes} == sizes
+    assert {name: block_size_rule(config)(name)[0] for name in sizes} == sizes
+    assert {name: peft_block_size_rule(pattern, block_size)(name) for name in sizes} == sizes
 
 
 # The whole, predicted

@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from c3a_triton.bases.model_names import unwrapped_name
 from c3a_triton.errors import ConfigError
 from c3a_triton.files.checkpoint import AdapterFile
-from c3a_triton.files.config import C3AConfig, shown
+from c3a_triton.files.config import C3AConfig
+from c3a_triton.files.values import shown, some
 
+from .base_model import base_modules, base_name, embeddings_of
 from .hooks import remove_hooks
 from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
-from .targets import base_modules, base_name, embeddings_of, unwrapped_name
 
 __all__ = [
     "embedding_parameters",
@@ -166,7 +168,7 @@ def _untold(names: list[str], told: set[str]) -> str:
     """The first of the names that were not told before, as text, or nothing; they are told now."""
     new = [name for name in names if name not in told]
     told.update(new)
-    return ", ".join(new[:5]) + (f" and {len(new) - 5} more" if len(new) > 5 else "")
+    return some(new)
 
 
 def watch_statistics(model: nn.Module) -> None:

@@ -1,15 +1,21 @@
 """Several adapters' kernels of one layer as one kernel: a weighted sum, or one of PEFT's combinations."""
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from c3a_triton.errors import ConfigError
+from c3a_triton.bases.weights import stored_tensor
+from c3a_triton.errors import ConfigError, ShapeError
+from c3a_triton.files.checkpoint import KERNEL_SUFFIX
 
-__all__ = ["combination"]
+from .layer import C3ALinear
+from .targets import Target
+
+__all__ = ["combination", "combined"]
 
 Combine = Callable[[Sequence[Tensor], Sequence[float]], Tensor]
 
@@ -70,3 +76,45 @@ def _factors(weights: Sequence[float], kernel: Tensor) -> Tensor:
     if not all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in weights):
         raise ConfigError(f"weights must be finite numbers, got {list(weights)!r}")
     return torch.tensor(weights, dtype=kernel.dtype, device=kernel.device)
+
+
+def combined(
+    layers: Iterable[tuple[str, C3ALinear]],
+    names: Sequence[str],
+    weights: Sequence[float],
+    combine: Combine,
+    chosen_by: str,
+) -> tuple[dict[str, Tensor], list[Target]]:
+    """The kernels of adapters combined in each layer that one of them has.
+
+    Args:
+        layers: (name, layer) of the adapted layers.
+        names: the adapters.
+        weights: as many factors.
+        combine: what `combination` gave.
+        chosen_by: what is said to have decided on the block size.
+
+    Returns:
+        The kernels under the names of a file, and the layers, for the new adapter.
+
+    Raises:
+        ConfigError: a weight that is not finite.
+        ShapeError: a layer in which the adapters' block sizes differ.
+    """
+    tensors, targets = {}, []
+    for layer_name, layer in layers:
+        kernels = {name: stored_tensor(layer.c3a_kernel, name) for name in names if name in layer.c3a_kernel}
+        if not kernels:
+            continue
+        sizes = {name: kernel.shape[-1] for name, kernel in kernels.items()}
+        if len(set(sizes.values())) > 1:
+            raise ShapeError(
+                f"{layer_name}: the adapters' block sizes differ, {sizes}, and a circulant block of one size is "
+                "none of another. Let them be active together, which sums them (set_adapter), or merge them"
+            )
+        used = [weight for name, weight in zip(names, weights, strict=True) if name in kernels]
+        # After a cast of the model older kernels have another dtype than those added since: the widest computes.
+        dtype = functools.reduce(torch.promote_types, (kernel.dtype for kernel in kernels.values()), torch.float32)
+        tensors[layer_name + KERNEL_SUFFIX] = combine([w.detach().to(dtype) for w in kernels.values()], used)
+        targets.append(Target(layer_name, layer, layer._geometry, sizes[next(iter(sizes))], chosen_by))
+    return tensors, targets

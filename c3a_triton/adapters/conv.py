@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from c3a_triton._public import public
-from c3a_triton.bases.linear_like import as_weight
+from c3a_triton.bases.weights import as_weight
 from c3a_triton.operator.dense import circulant_matrix
 
 from .layer import C3ALinear

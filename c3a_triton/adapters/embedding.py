@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from c3a_triton._public import public
-from c3a_triton.bases.linear_like import stored_tensor
+from c3a_triton.bases.linear_like import Geometry
 from c3a_triton.bases.probe import behaviour
+from c3a_triton.bases.weights import stored_tensor
 from c3a_triton.errors import ConfigError
 from c3a_triton.operator.dense import add_circulant_, circulant_matrix
 
@@ -44,8 +45,8 @@ class C3AEmbedding(C3ALinear):
     kind = "embedding"
     has_backends = False
 
-    def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
-        super().__init__(base_layer, *args, **kwargs)
+    def _prepare(self, backend: str, layer_name: str, sizes: Geometry | None = None) -> None:
+        super()._prepare(backend, layer_name, sizes)
         base: Any = self.get_base_layer()
         if base.max_norm is not None or base.scale_grad_by_freq:
             what = "max_norm, which rewrites its weight as it is read" if base.max_norm else "scale_grad_by_freq"

@@ -7,7 +7,7 @@ from torch import nn
 
 from c3a_triton._public import public
 from c3a_triton.errors import ConfigError
-from c3a_triton.files.config import check_block_size
+from c3a_triton.files.block_sizes import check_block_size
 from c3a_triton.operator import dispatch
 from c3a_triton.operator.cost_model import Sizes, base_seconds, predicted_seconds
 from c3a_triton.operator.launch import specs

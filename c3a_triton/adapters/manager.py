@@ -1,79 +1,55 @@
 """`AdapterManager`: the adapters of one model, from injection to removal. It is what `model.c3a` refers to."""
 
-import functools
 import os
 import sys
 import warnings
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from c3a_triton._public import public
-from c3a_triton.bases.linear_like import gathered, geometry, is_sharded, stored_tensor
-from c3a_triton.bases.quantized import hold_layout, release_layout, torchao_config_of
+from c3a_triton.bases.quantized import hold_layout, release_layout
+from c3a_triton.bases.sharded import gathered, is_sharded
 from c3a_triton.errors import (
-    AdapterNotFoundError,
     AdapterStateError,
-    BackendError,
-    C3AError,
-    CheckpointError,
     ConfigError,
-    ShapeError,
 )
-from c3a_triton.files.checkpoint import KERNEL_SUFFIX, peft_config, read_adapter, write_adapter
+from c3a_triton.files.checkpoint import peft_config, read_adapter
 from c3a_triton.files.config import C3AConfig
-from c3a_triton.operator.dispatch import check_backend
 
-from . import pretrained
+from . import merging, pretrained
+from .activation import Activation
+from .base_model import base_module_names, base_modules, base_name, model_name_or_path, warn_tied
 from .beside import (
     embedding_parameters,
     embeddings_in,
-    embeddings_to_save,
     unwatch_statistics,
     warn_embeddings,
     warn_statistics,
     warn_unsaved,
 )
-from .combine import combination
-from .conv import C3AConv2d
-from .embedding import C3AEmbedding
-from .layer import KEEP_BASE, C3ALinear, check_adapter_name
-from .modules_to_save import ModulesToSave
-from .names import BASE_ROW, Scope
-from .ownership import check_owner, is_own, own_parts
-from .renaming import with_names_of
+from .combine import combination, combined
+from .file_targets import check_file_values, find_file_targets, same_tensors, with_names_of
+from .injection import new_copy, new_layer, put_plain, replace_module, without_adapters
+from .ownership import check_owner
+from .parameters import check_adapter_name
 from .report import count_parameters, summary_table
 from .row_names import RowNames
 from .samples import computes_the_same
-from .targets import (
-    Target,
-    base_module_names,
-    base_modules,
-    base_name,
-    check_file_values,
-    find_file_targets,
-    find_modules_to_save,
-    find_targets,
-    model_name_or_path,
-    near_names,
-    same_tensors,
-    unwrapped_name,
-    warn_tied,
-    with_task_heads,
-)
+from .targets import Target, find_modules_to_save, find_targets, with_task_heads
 from .untying import Untying, homes_of, plan_parts, tensors_by_name, untie
 from .watched import Watch
-from .wrapping import Wrappers, unwatch
+from .wrapping import unwatch
 
-__all__ = ["AdapterManager", "layer_class"]
+__all__ = ["AdapterManager"]
 
 
 @public
-class AdapterManager:
+class AdapterManager(Activation):
     """The C3A adapters of a model, with PEFT's verbs. `c3a_triton.apply` makes it and binds it to the model as `c3a`.
 
     It is no module and holds no tensors of its own: the model's `state_dict` does not know it, and copies and pickles
@@ -93,53 +69,11 @@ class AdapterManager:
     """
 
     def __init__(self, model: nn.Module, *, backend: str = "auto") -> None:
-        check_backend(backend)
-        self.model = model
-        self.backend = backend
-        self._configs: dict[str, C3AConfig] = {}
-        self._active: list[str] = []
-        self._n_activations = 0
-        self._inference_mode = False  # whether the active ones were left frozen
-        self._scope = Scope(managed=True)
+        super().__init__(model, backend)
         # adapter name → layer name → what decided on the layer's block size
         self._chosen_by: dict[str, dict[str, str]] = {}
-        self.wrappers = Wrappers()
-        self._embeddings: dict[str, set[str]] = {}  # adapter name → embeddings that its file has brought
         self._told_unsaved: set[str] = set()
         self._watch = Watch(model)
-
-    # What there is
-
-    @property
-    def adapters(self) -> dict[str, C3AConfig]:
-        """Adapter name → configuration, in the order in which they were added."""
-        return dict(self._configs)
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """Names of the active adapters."""
-        return list(self._active)
-
-    def layers(self) -> Iterator[tuple[str, C3ALinear]]:
-        """(name, layer) of every adapted layer."""
-        for name, part in own_parts(self.model, self._scope):
-            if isinstance(part, C3ALinear):
-                yield name, part
-
-    def _saved_modules(self) -> list[tuple[str, ModulesToSave]]:
-        return [(name, part) for name, part in own_parts(self.model, self._scope) if isinstance(part, ModulesToSave)]
-
-    def _parts(self) -> list[C3ALinear | ModulesToSave]:
-        return [part for _, part in own_parts(self.model, self._scope)]
-
-    def _known(self, adapter_names: str | Iterable[str]) -> list[str]:
-        """The names as a list, each once, if all are known."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(dict.fromkeys(adapter_names))
-        for name in names:
-            if name not in self._configs:
-                known = ", ".join(map(repr, self._configs)) or "none"
-                raise AdapterNotFoundError(f"there is no adapter {name!r}; there are: {known}")
-        return names
 
     def _check_free(self, name: str) -> None:
         check_adapter_name(name)
@@ -247,22 +181,7 @@ class AdapterManager:
                     f"adapter {name!r} also trains biases or whole modules (bias, modules_to_save), of which no "
                     "weighted sum is taken: combine adapters without them"
                 )
-        tensors, targets = {}, []
-        for layer_name, layer in self.layers():
-            kernels = {name: stored_tensor(layer.c3a_kernel, name) for name in names if name in layer.c3a_kernel}
-            if not kernels:
-                continue
-            sizes = {name: kernel.shape[-1] for name, kernel in kernels.items()}
-            if len(set(sizes.values())) > 1:
-                raise ShapeError(
-                    f"{layer_name}: the adapters' block sizes differ, {sizes}, and a circulant block of one size is "
-                    "none of another. Let them be active together, which sums them (set_adapter), or merge them"
-                )
-            used = [weight for name, weight in zip(names, weights, strict=True) if name in kernels]
-            # After a cast of the model older kernels have another dtype than those added since: the widest computes.
-            dtype = functools.reduce(torch.promote_types, (kernel.dtype for kernel in kernels.values()), torch.float32)
-            tensors[layer_name + KERNEL_SUFFIX] = combine([w.detach().to(dtype) for w in kernels.values()], used)
-            targets.append(Target(layer_name, layer, sizes[next(iter(sizes))], combination_type))
+        tensors, targets = combined(self.layers(), names, weights, combine, combination_type)
         block_sizes = {target.name: target.block_size for target in targets}
         config = peft_config(self._configs[names[0]], block_sizes, base_module_names(self.model))
         self._inject(adapter_name, replace(config, inference_mode=False), targets, [], tensors)
@@ -283,11 +202,9 @@ class AdapterManager:
             CheckpointError: the folder cannot be read, or has other tensors than the adapter. Nothing has changed.
         """
         self._known(adapter_name)
-        if any(adapter_name in layer.merged_adapters for _, layer in self.layers()):
+        if adapter_name in self._merged():
             raise AdapterStateError(f"adapter {adapter_name!r} is merged: unmerge it before its values are replaced")
-        for name, layer in self.layers():
-            if adapter_name not in layer.c3a_kernel:
-                continue
+        for name, layer in self._tensors(adapter_name).layers():
             if layer.c3a_kernel[adapter_name].is_meta:
                 raise AdapterStateError(f"{name} is offloaded: delete the adapter and load the other one in its place")
             if is_sharded(layer.c3a_kernel[adapter_name]):
@@ -317,13 +234,9 @@ class AdapterManager:
                 'adapter; use bias="none"'
             )
         is_first = not self._configs
-        try:
-            layers = [self._new_layer(adapter_name, config, target, tensors) for target in targets]
-            copies = [self._new_copy(name, module, tensors) for name, module in saved]
-        except C3AError:
-            if is_first:
-                release_layout(self.model)
-            raise
+        new = partial(new_layer, self.model, backend=self.backend, active=self._active)
+        layers = [new(target, adapter_name, config.init_weights, tensors) for target in targets]
+        copies = [new_copy(name, module, tensors) for name, module in saved]
 
         if is_first:
             self.model.requires_grad_(False)
@@ -333,11 +246,11 @@ class AdapterManager:
         for target, (layer, kernel) in zip(targets, layers, strict=True):
             layer._install(adapter_name, kernel, trainable=False)
             if layer is not target.module:
-                self._replace(target.name, layer)
+                replace_module(self.model, target.name, layer)
         for (name, module), (wrapper, module_copy) in zip(saved, copies, strict=True):
             wrapper.install(adapter_name, module_copy)
             if wrapper is not module:
-                self._replace(name, wrapper)
+                replace_module(self.model, name, wrapper)
         self._scope.trials.clear()  # the new layers were in none
         for part in self._parts():
             part._scope = self._scope
@@ -346,208 +259,6 @@ class AdapterManager:
         if is_first:
             self._activate([adapter_name], inference_mode=config.inference_mode)
         self._watch.begin()
-
-    def _new_layer(
-        self, adapter_name: str, config: C3AConfig, target: Target, tensors: Mapping[str, Tensor] | None
-    ) -> tuple[C3ALinear, nn.Parameter]:
-        layer = target.module
-        init_weights = config.init_weights if tensors is None else True
-        if isinstance(layer, C3ALinear):
-            if adapter_name in layer.c3a_kernel:
-                raise AdapterStateError(f"{target.name} has an adapter {adapter_name!r} that nobody here knows")
-            kernel = layer._new_kernel(adapter_name, target.block_size, init_weights)
-        else:
-            new_class = layer_class(layer)
-            backend = self.backend if new_class.has_backends else "auto"
-            layer = new_class(
-                layer, adapter_name, target.block_size, init_weights, backend=backend, layer_name=target.name
-            )
-            layer.quantization_config = torchao_config_of(self.model)
-            layer._register_state_dict_hook(pretrained.warn_outer_save)
-            kernel = layer.c3a_kernel[adapter_name]
-            if self._configs:
-                layer.set_adapter(self._active)
-            if isinstance(self.model.get_submodule(target.name.rpartition(".")[0]), nn.TransformerEncoderLayer):
-                # torch's fused encoder layer reads the weights and calls no layer; any hook makes it step aside.
-                layer.register_forward_pre_hook(_do_nothing)
-        if tensors is not None:
-            if kernel.is_meta:
-                raise CheckpointError(
-                    f"{target.name} is on the meta device, where values are lost: load the model before its adapter"
-                )
-            kernel.data.copy_(tensors[target.name + KERNEL_SUFFIX])
-        return layer, kernel
-
-    def _new_copy(
-        self, name: str, module: nn.Module, tensors: Mapping[str, Tensor] | None
-    ) -> tuple[ModulesToSave, nn.Module]:
-        wrapper = module if isinstance(module, ModulesToSave) else ModulesToSave(module, name)
-        module_copy = wrapper.new_copy()
-        if tensors is not None:
-            module_copy.load_state_dict({key: tensors[f"{name}.{key}"] for key in module_copy.state_dict()})
-        return wrapper, module_copy
-
-    def _replace(self, name: str, module: nn.Module) -> None:
-        parent, _, child = name.rpartition(".")
-        setattr(self.model.get_submodule(parent), child, module)
-
-    # Activation
-
-    def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
-        """Activate an adapter, or several whose updates are summed. Active adapters are trainable, others frozen.
-
-        Merged adapters are unmerged first, with a warning.
-
-        Args:
-            adapter_name: one name or several.
-            inference_mode: leave the active ones frozen too.
-
-        Raises:
-            AdapterNotFoundError: an unknown name.
-            AdapterStateError: two adapters with a copy of the same module (`modules_to_save`), or a merged layer that
-                cannot be unmerged; or a DDP that was given to `apply` and cannot be built again.
-        """
-        names = self._known(adapter_name)
-        for _, module in self._saved_modules():
-            module.check_set_adapter(names)
-        self.wrappers.check()
-        if self._unmerge_all():
-            warnings.warn("adapters were merged; they have been unmerged before another one was set", stacklevel=2)
-        self._activate(names, inference_mode)
-
-    def _activate(self, names: list[str], inference_mode: bool) -> None:
-        for part in self._parts():
-            part.set_adapter(names, inference_mode)
-        self._active = list(names)
-        self._n_activations += 1
-        self._inference_mode = inference_mode
-        for name, config in self._configs.items():
-            for parameter in self._biases(name, config.bias).values():
-                parameter.requires_grad_(name in names and not inference_mode)
-        self.wrappers.rebuild()
-
-    def _biases(self, adapter_name: str, bias: str) -> dict[str, nn.Parameter]:
-        """Full name → parameter of the biases that an adapter trains."""
-        if bias == "none":
-            return {}
-        own = [f"{name}.base_layer.bias" for name, layer in self.layers() if adapter_name in layer.c3a_kernel]
-        whole = tuple(f"{name}." for name, _ in self._saved_modules())
-        return {
-            name: parameter
-            for name, parameter in self.model.named_parameters()
-            if (name in own if bias == "c3a_only" else f".{name}".endswith(".bias") and not name.startswith(whole))
-        }
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Within the context the model computes its base alone. Merged adapters are unmerged, and stay so afterwards.
-
-        It holds in this thread or asyncio task; another one that calls the model meanwhile without a context of its own
-        (`using`) is refused. What is trained stays so, and adapters can be added, set and deleted meanwhile.
-
-        Raises:
-            AdapterStateError: a merged layer cannot be unmerged.
-        """
-        trained = [name for name in self._active if self._configs[name].bias != "none"]
-        if trained:
-            warnings.warn(
-                f"the biases that {trained[0]!r} has trained stay as they are while adapters are disabled", stacklevel=3
-            )
-        self._unmerge_all()
-        with self._scope.bound(disabled=True):
-            yield
-
-    @contextmanager
-    def using(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
-        """Within the context each row of a batch has the adapter of its name, whatever is active.
-
-        The names belong to this thread or asyncio task. Another one that calls the model meanwhile has to say what it
-        wants, with a context of its own (`using(None)` for the active adapters) or `adapter_names=`, or is refused: a
-        thread that was started within the context does not know its names
-        (`contextvars.copy_context().run(function)` tells it). A generator that yields within the context lets whoever
-        iterates compute with its names, and computes with theirs: enter it anew for each step. A backward pass that
-        computes layers again (gradient checkpointing) uses the names of its forward pass, within the context and after
-        it.
-
-        Where a layer sees several consecutive rows for one of the batch (beams, flattened sequences, windows), each
-        gets its name. Whether its rows follow from the batch at all is tried out in a few calls of the base model, with
-        one and with two of the rows, before the first call of a form with different names (before the first four where
-        a layer sees tokens without a batch, which may be routed). Where some layer's do not (sequence-first models,
-        relative positions, routed tokens), the model is called once for each adapter, with its rows; where its
-        outputs cannot be joined (a loss over all rows), the layer is refused by name.
-        `model(..., adapter_names=...)` is the same for one call.
-
-        Args:
-            adapter_names: one name per row; `"__base__"` for the base model alone. None: the active adapters.
-
-        Raises:
-            AdapterNotFoundError: an unknown name.
-            AdapterStateError: adapters are merged.
-        """
-        with self._scope.bound(names=self.check_rows(adapter_names), is_open=adapter_names is not None):
-            yield
-
-    def check_rows(self, adapter_names: Sequence[str] | None) -> tuple[str, ...] | None:
-        """The names for the rows of a batch, if they can be used; raises as `using`."""
-        if adapter_names is None:
-            return None
-        names = () if isinstance(adapter_names, str) else tuple(adapter_names)
-        if not names or not all(isinstance(name, str) for name in names):
-            raise ConfigError(f"using() takes a list with one adapter name per row, got {adapter_names!r}")
-        self._known(name for name in names if name != BASE_ROW)
-        merged = sorted({name for _, layer in self.layers() for name in layer.merged_adapters})
-        if merged:
-            raise AdapterStateError(f"rows cannot have adapters of their own while {merged} are merged: unmerge first")
-        return names
-
-    def set_backend(self, name: str, layers: str | Iterable[str] | None = None) -> None:
-        """Choose how the adapters of linear layers are computed.
-
-        Args:
-            name: a name of `c3a_triton.operator.dispatch.BACKENDS`.
-            layers: full names of layers, or what they end with after a dot; None means all, and those adapted later.
-
-        Raises:
-            BackendError: an unknown backend, or a layer is named that has no choice.
-            ConfigError: a name that no adapted layer has.
-        """
-        check_backend(name)
-        adapted = list(self.layers())
-        if layers is None:
-            self.backend = name
-            chosen = [layer for _, layer in adapted if layer.has_backends]
-        else:
-            chosen = []
-            for entry in [layers] if isinstance(layers, str) else layers:
-                found = [layer for other, layer in adapted if f".{other}".endswith(f".{entry}")]
-                if not found:
-                    raise ConfigError(f"no adapted layer is named {entry!r}.{near_names(entry, dict(adapted))}")
-                chosen += found
-        if name != "auto" and (fixed := [layer for layer in chosen if not layer.has_backends]):
-            raise BackendError(f"{fixed[0].layer_name} is a {fixed[0].kind} layer, which has no choice of backend")
-        for layer in chosen:
-            layer.backend = name
-
-    def freeze_for_inference(self, frozen: bool = True) -> None:
-        """Keep what is derived from the adapters' parameters from one call to the next, or end that, in every layer.
-
-        For inference only: `C3ALinear.freeze_for_inference` has the rules. Adapters that are added or loaded later are
-        not frozen before it is called again.
-
-        Args:
-            frozen: freeze all adapters, whose kernels, modules and biases then want no gradient until `set_adapter`; or
-                let go of what is kept.
-        """
-        for _, layer in self.layers():
-            layer.freeze_for_inference(frozen)
-        if not frozen:
-            return
-        for _, module in self._saved_modules():
-            module.requires_grad_(False)
-        for name, config in self._configs.items():
-            for parameter in self._biases(name, config.bias).values():
-                parameter.requires_grad_(False)
-        self._inference_mode = True
 
     # Removing and renaming
 
@@ -562,7 +273,7 @@ class AdapterManager:
         """
         self._known(adapter_name)
         self._check_unused(adapter_name)
-        if any(adapter_name in layer.merged_adapters for _, layer in self.layers()):
+        if adapter_name in self._merged():
             raise AdapterStateError(f"adapter {adapter_name!r} is merged: unmerge it before deleting it")
         if adapter_name in self._active:
             active, inference_mode = [name for name in self._active if name != adapter_name], self._inference_mode
@@ -626,10 +337,10 @@ class AdapterManager:
             AdapterNotFoundError: an unknown name.
             AdapterStateError: a layer that cannot be merged into, or with `safe_merge` a result that is not finite.
         """
-        if keep_base not in KEEP_BASE:
-            raise ConfigError(f"keep_base must be one of {KEEP_BASE}, got {keep_base!r}")
+        if keep_base not in merging.KEEP_BASE:
+            raise ConfigError(f"keep_base must be one of {merging.KEEP_BASE}, got {keep_base!r}")
         names = self._active if adapter_names is None else self._known(adapter_names)
-        merged = sorted({name for _, layer in self.layers() for name in layer.merged_adapters})
+        merged = self._merged()
         if merged and not any(layer.unmerged(names) for _, layer in self.layers()):
             warnings.warn(f"{merged} are merged already, nothing to do", stacklevel=2)
         elif merged and set(names) - set(merged):
@@ -639,25 +350,23 @@ class AdapterManager:
     def _merge(
         self, names: list[str], safe_merge: bool, keep_base: str | None, progressbar: bool, merge_uncalled: bool
     ) -> None:
-        work = [(name, layer, layer.unmerged(names)) for name, layer in self.layers()]
-        work = [item for item in work if item[2]]
+        work = [(name, layer, left) for name, layer in self.layers() if (left := layer.unmerged(names))]
         if not merge_uncalled:
             work = self._watch.without_uncalled(work)
-        sharing: dict[
-            Hashable, list[tuple[C3ALinear, list[str]]]
-        ] = {}  # layers of one weight are merged into it together
-        for _, layer, left in work:
-            layer.check_merge(left)
-            sharing.setdefault(layer.weight_place() or id(layer), []).append((layer, left))
-        for (layer, left), *beside in sharing.values() if safe_merge else ():
-            layer.check_merge(left, finite=True, beside=beside)
+        # Layers of one weight are merged into it together.
+        groups = merging.by_weight([(layer, left) for _, layer, left in work])
+        for group in groups:
+            merging.check(group)
+        for group in groups if safe_merge else ():
+            merging.check_finite(group)
         warn_tied(self.model, [name for name, _, _ in work], "merging changes both")
-        for done, (_, layer, left) in enumerate(work, start=1):
-            layer._merge(left, keep_base)
+        done = 0
+        for group in groups:
+            merging.add(group, keep_base)
+            done += len(group)
             if progressbar:
-                print(
-                    f"\rmerging {done}/{len(work)}", end="\n" if done == len(work) else "", file=sys.stderr, flush=True
-                )
+                end = "\n" if done == len(work) else ""
+                print(f"\rmerging {done}/{len(work)}", end=end, file=sys.stderr, flush=True)
 
     def unmerge_adapter(self) -> None:
         """Bring back the base weights as they were before anything was merged, bit for bit.
@@ -667,19 +376,6 @@ class AdapterManager:
         """
         if not self._unmerge_all():
             warnings.warn("nothing is merged, so there is nothing to unmerge", stacklevel=2)
-
-    def _unmerge_all(self) -> bool:
-        """Unmerge whatever is merged, if all of it can be; whether there was anything."""
-        # One of the layers that have a weight in common brings it back for all of them.
-        merged: dict[Hashable, C3ALinear] = {}
-        for _, layer in self.layers():
-            if layer.merged:
-                merged.setdefault((id(layer._merge_state), layer.weight_place() or id(layer)), layer)
-        for layer in merged.values():
-            layer.check_unmerge()
-        for layer in merged.values():
-            layer._bring_back(everyone=True)
-        return bool(merged)
 
     def merge_and_unload(
         self,
@@ -745,40 +441,15 @@ class AdapterManager:
         """
         if all(module.active_module() is module.original_module for _, module in self._saved_modules()):
             return []
-        with self._without_adapters(with_copies=False):
+        with without_adapters(self.model, self._scope, with_copies=False):
             before, homes = {name: id(tensor) for name, tensor in tensors_by_name(self.model)}, homes_of(self.model)
-        with self._without_adapters(with_copies=True):
+        with without_adapters(self.model, self._scope, with_copies=True):
             after = {name: id(tensor) for name, tensor in tensors_by_name(self.model)}
             return plan_parts(self.model, before, after, homes, computes_the_same)
 
-    @contextmanager
-    def _without_adapters(self, *, with_copies: bool) -> Iterator[None]:
-        """Within it the model is the plain one, with the modules that the active adapter trained whole or without."""
-        replaced = self._put_plain(with_copies=with_copies)
-        try:
-            yield
-        finally:
-            for name, module in replaced:
-                self._replace(name, module)
-
-    def _put_plain(self, *, with_copies: bool) -> list[tuple[str, nn.Module]]:
-        """Put plain layers in the place of adapted ones, which are returned with their names."""
-        replaced: list[tuple[str, nn.Module]] = []
-        # Every name under which a layer is known, not only the first.
-        for name, module in list(self.model.named_modules(remove_duplicate=False)):
-            if not is_own(module, self._scope):
-                continue
-            if isinstance(module, C3ALinear):
-                plain = module.base_layer
-            else:
-                plain = module.active_module() if with_copies else module.original_module
-            self._replace(name, plain)
-            replaced.append((name, module))
-        return replaced
-
     def _remove(self, *, with_copies: bool) -> None:
         self._watch.end()
-        self._put_plain(with_copies=with_copies)
+        put_plain(self.model, self._scope, with_copies=with_copies)
         release_layout(self.model)
         self._configs.clear()
         self._chosen_by.clear()
@@ -815,53 +486,8 @@ class AdapterManager:
             AdapterStateError: an adapter is merged into embeddings that are among them.
             ConfigError: a value of `save_embedding_layers` that means nothing.
         """
-        tensors = self._stored_tensors(adapter_name, save_embedding_layers)
+        tensors = self._tensors(adapter_name).held_by_model(save_embedding_layers)
         return {name: gathered(tensor).detach() for name, tensor in tensors.items()}
-
-    def _stored_tensors(self, adapter_name: str, save_embedding_layers: bool | str) -> dict[str, Tensor]:
-        """What `state_dict` gives, as the model holds it."""
-        self._known(adapter_name)
-        tensors = {
-            name + KERNEL_SUFFIX: stored_tensor(layer.c3a_kernel, adapter_name)
-            for name, layer in self.layers()
-            if adapter_name in layer.c3a_kernel
-        }
-        for name, module in self._saved_modules():
-            if adapter_name in module.modules_to_save:
-                values = module.modules_to_save[adapter_name].state_dict(keep_vars=True)
-                tensors |= {f"{name}.{key}": value for key, value in values.items()}
-        tensors |= self._biases(adapter_name, self._configs[adapter_name].bias)
-        return tensors | self._embeddings_to_save(adapter_name, save_embedding_layers)
-
-    def _embeddings_to_save(self, adapter_name: str, save_embedding_layers: bool | str) -> dict[str, nn.Parameter]:
-        config, held = self._configs[adapter_name], self._embeddings.get(adapter_name, ())
-        embeddings = embeddings_to_save(self.model, config, save_embedding_layers, held=held)
-        for name, layer in self.layers():
-            own = list(layer.get_base_layer().parameters()) if layer.merged else ()
-            if any(parameter is other for parameter in own for other in embeddings.values()):
-                raise AdapterStateError(
-                    f"{name} is to be saved beside the adapter, but {layer.merged_adapters} are merged into it: "
-                    "unmerge them first (model.c3a.unmerge_adapter()), or save with save_embedding_layers=False"
-                )
-        return embeddings
-
-    def _tensors_in(
-        self, state_dict: Mapping[str, Tensor], adapter_name: str, save_embedding_layers: bool | str
-    ) -> dict[str, Tensor]:
-        """What `state_dict` gives, taken from the model's state_dict, which others have put together."""
-        self._known(adapter_name)
-        beside = self._biases(adapter_name, self._configs[adapter_name].bias)
-        beside |= self._embeddings_to_save(adapter_name, save_embedding_layers)
-        names = {unwrapped_name(name) for name in beside}
-        kernel_end, copy = f"{KERNEL_SUFFIX}.{adapter_name}", f".modules_to_save.{adapter_name}."
-        tensors = {}
-        for key, tensor in state_dict.items():
-            name = unwrapped_name(key)
-            if name.endswith(kernel_end):
-                tensors[name.removesuffix(f".{adapter_name}")] = tensor
-            elif copy in name or name in names:
-                tensors[name.replace(copy, ".")] = tensor
-        return tensors
 
     def save_pretrained(
         self,
@@ -889,32 +515,17 @@ class AdapterManager:
             CheckpointError: it cannot be written.
             ConfigError: a value of `save_embedding_layers` that means nothing.
         """
+        stored = self._tensors(adapter_name)
         sharded = state_dict is None and any(map(is_sharded, self.model.parameters()))
         if state_dict is None:
             tensors = self.state_dict(adapter_name, save_embedding_layers=save_embedding_layers)
         else:
-            tensors = self._tensors_in(state_dict, adapter_name, save_embedding_layers)
+            tensors = stored.found_in(state_dict, save_embedding_layers)
         self._warn_unsaved(tensors)
-        block_sizes = {
-            name: layer.block_size[adapter_name] for name, layer in self.layers() if adapter_name in layer.block_size
-        }
-        adapted = ((name, layer.get_base_layer()) for name, layer in self.layers() if name in block_sizes)
-        own = [name for name, base in adapted if not isinstance(base, nn.Linear)]
-        if own:
-            warnings.warn(
-                f"PEFT adapts linear layers alone (nn.Linear): it cannot load this adapter, which has {len(own)} "
-                f"others ({', '.join(own[:3])}{', …' if len(own) > 3 else ''}); c3a_triton.load_adapter does",
-                stacklevel=2,
-            )
+        stored.warn_unreadable()
         try:
             if not sharded or torch.distributed.get_rank() == 0:
-                write_adapter(
-                    directory,
-                    pretrained.with_auto_mapping(self.model, self._configs[adapter_name]),
-                    {unwrapped_name(name): tensor for name, tensor in tensors.items()},
-                    block_sizes={unwrapped_name(name): b for name, b in block_sizes.items()},
-                    module_names=[unwrapped_name(name) for name in base_module_names(self.model)],
-                )
+                stored.write(directory, tensors)
         finally:
             if sharded:
                 torch.distributed.barrier()
@@ -922,8 +533,8 @@ class AdapterManager:
     def _warn_unsaved(self, tensors: Mapping[str, Tensor]) -> None:
         saved = [parameter for _, layer in self.layers() for parameter in layer.c3a_kernel.parameters()]
         saved += [parameter for _, module in self._saved_modules() for parameter in module.parameters()]
-        for name, config in self._configs.items():
-            saved += self._biases(name, config.bias).values()
+        for name in self._configs:
+            saved += self._tensors(name).biases().values()
         saved += [parameter for name, parameter in embedding_parameters(self.model).items() if name in tensors]
         warn_unsaved(self.model, saved, self._told_unsaved)
         warn_statistics(self.model, self._told_unsaved)  # of compiled models, whose calls nobody sees
@@ -947,19 +558,3 @@ class AdapterManager:
         where an adapter file has another size than its configuration says.
         """
         return summary_table(base_modules(self.model), self._active, self._chosen_by)
-
-
-def layer_class(base: nn.Module) -> type[C3ALinear]:
-    """What adapts a base layer."""
-    sizes = geometry(base)
-    kind = "linear" if sizes is None else sizes.kind
-    return {"linear": C3ALinear, "conv2d": C3AConv2d, "embedding": C3AEmbedding}[kind]
-
-
-def _trained(parts: Iterable[nn.Module]) -> list[tuple[nn.Parameter, bool]]:
-    """Each parameter with whether it is trained."""
-    return [(parameter, parameter.requires_grad) for part in parts for parameter in part.parameters()]
-
-
-def _do_nothing(module: nn.Module, args: Any) -> None:
-    return None

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from c3a_triton.bases.linear_like import whole
+from c3a_triton.bases.sharded import whole
 from c3a_triton.errors import AdapterStateError, ConfigError
 
 from .layer import C3ALinear
-from .names import BASE_ROW, Scope, row_indices, uncompiled
+from .names import Scope, rows_of_call, uncompiled
 
 __all__ = ["CopiesByCall", "ModulesToSave"]
 
@@ -60,19 +60,8 @@ class CopiesByCall(nn.Module):
         x = _first_tensor(args, kwargs)
         if x is None or not x.dim():
             raise AdapterStateError(f"{self.layer_name}: its input has no tensor whose rows could go their own ways")
+        present, rows = rows_of_call(self._scope, self.layer_name, x, self.modules_to_save)
         compiling = torch.compiler.is_compiling()
-        if compiling:
-            present = tuple(self.modules_to_save)  # which of them the rows have is known when the graph runs
-            rows = row_indices(self._scope, x, self.layer_name, present)
-        else:
-            call = self._scope.present()
-            assert call is not None
-            assert call.names is not None
-            self._scope.check_layout(self.layer_name, x, call)
-            present = tuple(
-                name for name in dict.fromkeys(call.names) if name != BASE_ROW and name in self.modules_to_save
-            )
-            rows = call.rows(present, x.shape[0])
         y: Tensor | None = None
         for i in range(-1, len(present)):
             module = self.original_module if i < 0 else self.modules_to_save[present[i]]

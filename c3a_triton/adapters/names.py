@@ -25,7 +25,7 @@ from c3a_triton._ops import add_op_namespace_prefix
 from c3a_triton._ops import ops as registered_ops
 from c3a_triton.errors import AdapterStateError, ShapeError
 
-__all__ = ["BASE_ROW", "Call", "Layout", "Scope", "expand_rows", "row_indices", "uncompiled"]
+__all__ = ["BASE_ROW", "Call", "Layout", "Scope", "expand_rows", "rows_of_call", "uncompiled"]
 
 BASE_ROW = "__base__"
 """The name, among the adapter names of a batch's rows, of a row that gets the base model alone."""
@@ -400,9 +400,23 @@ def _in_event_loop() -> bool:
 uncompiled = _disable_dynamo
 
 
-def row_indices(scope: Scope, x: Tensor, layer_name: str, adapters: Iterable[str]) -> Tensor:
-    """`Call.rows` for the call that is under way when a compiled graph runs, whatever it was when it was traced."""
-    return registered_ops.row_indices(x, scope.key, layer_name, list(adapters))
+def rows_of_call(scope: Scope, layer_name: str, x: Tensor, held: Iterable[str]) -> tuple[tuple[str, ...], Tensor]:
+    """Adapters among those that a layer has, and for each of x's rows the index of its own among them (−1 for none).
+
+    In compiled code these are all of the layer's, and the rows those of the call that is under way when the graph runs.
+
+    Raises:
+        ShapeError: the rows do not follow from the batch, or that cannot be told.
+    """
+    if torch.compiler.is_compiling():
+        present = tuple(held)
+        return present, registered_ops.row_indices(x, scope.key, layer_name, list(present))
+    call = scope.present()
+    assert call is not None
+    assert call.names is not None
+    scope.check_layout(layer_name, x, call)
+    present = tuple(name for name in dict.fromkeys(call.names) if name in held)
+    return present, call.rows(present, x.shape[0])
 
 
 def _row_indices(x: Tensor, scope: int, layer_name: str, adapters: list[str]) -> Tensor:

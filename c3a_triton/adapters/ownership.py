@@ -6,13 +6,14 @@ from typing import TypeGuard
 from torch import nn
 
 from c3a_triton.errors import AdapterStateError
+from c3a_triton.files.values import some
 
+from .base_model import base_modules
 from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
 from .names import Scope
-from .targets import base_modules
 
-__all__ = ["check_owner", "is_own", "own_parts"]
+__all__ = ["check_owner", "is_own", "own_copies", "own_layers", "own_parts"]
 
 
 def is_own(module: nn.Module, scope: Scope) -> TypeGuard[C3ALinear | ModulesToSave]:
@@ -29,6 +30,16 @@ def own_parts(model: nn.Module, scope: Scope) -> Iterator[tuple[str, C3ALinear |
             yield name, module
 
 
+def own_layers(model: nn.Module, scope: Scope) -> Iterator[tuple[str, C3ALinear]]:
+    """(name, layer) of the adapted layers that are that manager's."""
+    return ((name, part) for name, part in own_parts(model, scope) if isinstance(part, C3ALinear))
+
+
+def own_copies(model: nn.Module, scope: Scope) -> list[tuple[str, ModulesToSave]]:
+    """(name, module) of the modules trained whole that are that manager's."""
+    return [(name, part) for name, part in own_parts(model, scope) if isinstance(part, ModulesToSave)]
+
+
 def check_owner(model: nn.Module, scope: Scope) -> None:
     """Refuse a model in which another manager has layers: switching, saving or deleting would be one's of both.
 
@@ -42,7 +53,7 @@ def check_owner(model: nn.Module, scope: Scope) -> None:
     }
     if not foreign:
         return
-    names = ", ".join(list(foreign)[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+    names = some(foreign, most=3)
     kind = type(model).__name__
     for part, module in model.named_modules():
         if part and getattr(module.__dict__.get("c3a"), "_scope", None) in foreign.values():

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from c3a_triton.bases.linear_like import is_sharded
+from c3a_triton.bases.model_names import unwrapped_name
+from c3a_triton.bases.sharded import is_sharded
 from c3a_triton.errors import AdapterStateError
 from c3a_triton.files.config import MODEL_CONFIG_NAME, C3AConfig
 
+from .base_model import base_name, embeddings_of
 from .hooks import remove_hooks
 from .layer import C3ALinear
-from .targets import base_name, embeddings_of, unwrapped_name
 from .tying import keep_ties, release_ties
 
 __all__ = [

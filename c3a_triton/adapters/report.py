@@ -4,6 +4,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import nn
 
+from c3a_triton.bases.sharded import whole_shape
+
 from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
 
@@ -21,9 +23,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 def _count(parameter: nn.Parameter) -> int:
     """A parameter's elements, those that DeepSpeed keeps elsewhere and those packed in 4-bit bytes included."""
-    count = parameter.numel()
-    if count == 0 and hasattr(parameter, "ds_numel"):
-        count = parameter.ds_numel
+    count = whole_shape(parameter).numel()
     if type(parameter).__name__ == "Params4bit":
         count *= 2 * parameter.element_size()
     return count

@@ -1,42 +1,25 @@
-"""What a configuration or an adapter file means for a model: which modules, and what is wrong. Changes nothing."""
+"""What a configuration means for a model: which modules, and what is wrong. Changes nothing."""
 
-import difflib
-import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from c3a_triton.bases.linear_like import Geometry, geometry, is_linear, is_partitioned, is_sharded, unfit_for_adapters
-from c3a_triton.errors import CheckpointError, ConfigError
-from c3a_triton.files.checkpoint import KERNEL_SUFFIX, AdapterFile
-from c3a_triton.files.config import DEFAULT_TARGET_MODULES, C3AConfig, check_block_size, shown, suggest_block_size
-from c3a_triton.files.patterns import block_size_for, match_target, target_rule, unmatched_keys
+from c3a_triton.bases.linear_like import Geometry, geometry, is_linear, unfit_for_adapters
+from c3a_triton.bases.sharded import is_partitioned, is_sharded
+from c3a_triton.errors import ConfigError
+from c3a_triton.files.block_sizes import check_block_size, suggest_block_size
+from c3a_triton.files.config import DEFAULT_TARGET_MODULES, C3AConfig
+from c3a_triton.files.expressions import Matching
+from c3a_triton.files.patterns import block_size_rule, target_rule, unmatched_keys
+from c3a_triton.files.values import shown, some
 
+from .base_model import base_modules, near_names, warn_tied
 from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
 
-__all__ = [
-    "Target",
-    "base_module_names",
-    "base_modules",
-    "base_name",
-    "check_file_values",
-    "chosen_by_file",
-    "embeddings_of",
-    "find_file_targets",
-    "find_modules_to_save",
-    "find_targets",
-    "model_name_or_path",
-    "near_names",
-    "same_tensors",
-    "tied_names",
-    "unwrapped_name",
-    "warn_tied",
-    "with_task_heads",
-]
+__all__ = ["Target", "find_modules_to_save", "find_targets", "geometry_of", "sharding_problem", "with_task_heads"]
 
 # The modules that PEFT trains whole for a task, where the model has them.
 _TASK_HEADS = {
@@ -44,64 +27,18 @@ _TASK_HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-_WRAPPERS = re.compile(r"(?<![^.])(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 _SEQ_CLS_HEADS = ("score", "classifier")
 
 
 @dataclass(frozen=True)
 class Target:
-    """A module to adapt: its name, itself (a base layer, or an adapted one), b, and what decided on b."""
+    """A module to adapt: its name, itself (a base layer, or an adapted one), its sizes, b, and what decided on b."""
 
     name: str
     module: nn.Module
+    sizes: Geometry
     block_size: int
     chosen_by: str
-
-
-def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of a model; adapted layers and modules that are trained whole hide what they hold."""
-    hidden: str | None = None
-    for name, module in model.named_modules():
-        if hidden is not None and name.startswith(hidden):
-            continue
-        hidden = f"{name}." if isinstance(module, (C3ALinear, ModulesToSave)) else None
-        yield name, module
-
-
-def base_module_names(model: nn.Module) -> list[str]:
-    """The names of all modules that the model has without adapters, as `named_modules` gave them then."""
-    names = []
-    for name, module in base_modules(model):
-        inner = module.original_module if isinstance(module, ModulesToSave) else module
-        inner = inner.base_layer if isinstance(inner, C3ALinear) else inner
-        names.append(name)
-        if inner is not module:
-            names += [f"{name}.{suffix}" for suffix, _ in inner.named_modules() if suffix]
-    return names
-
-
-def base_name(name: str) -> str:
-    """A tensor's name in the model without adapters."""
-    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
-
-
-def unwrapped_name(name: str) -> str:
-    """A name without the parts that wrappers put into it: FSDP1, torch's activation checkpointing, torch.compile."""
-    return _WRAPPERS.sub("", name)
-
-
-# What is longer is no module's name, and takes long to compare with them.
-_LONGEST_NAME = 1000
-
-
-def near_names(name: str, known: Iterable[str]) -> str:
-    """A sentence that suggests names like this one, or nothing."""
-    if len(name) > _LONGEST_NAME:
-        return ""
-    known = list(known)
-    last_parts = {other.rpartition(".")[2] for other in known}
-    close = difflib.get_close_matches(name, last_parts, n=3) or difflib.get_close_matches(name, known, n=3)
-    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def find_targets(model: nn.Module, config: C3AConfig) -> list[Target]:
@@ -112,15 +49,19 @@ def find_targets(model: nn.Module, config: C3AConfig) -> list[Target]:
         ShapeError: a block size that does not divide a layer's widths.
     """
     modules = [(name, module) for name, module in base_modules(model) if name]
-    found = _matches(model, config, modules)
+    names, matching = [name for name, _ in modules], Matching()
+    found = _matches(model, config, modules, matching)
     if not found:
-        raise ConfigError(_nothing_found(config, [name for name, _ in modules]))
-    targets = [_target(name, module, config) for name, module in found]
-    _warn_about(model, config, targets, [name for name, _ in modules])
+        raise ConfigError(_nothing_found(config, names, matching))
+    block_size_of = block_size_rule(config, matching)
+    targets = [_target(name, module, config, *block_size_of(name)) for name, module in found]
+    _warn_about(model, config, targets, names, matching)
     return targets
 
 
-def _matches(model: nn.Module, config: C3AConfig, modules: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+def _matches(
+    model: nn.Module, config: C3AConfig, modules: list[tuple[str, nn.Module]], matching: Matching
+) -> list[tuple[str, nn.Module]]:
     for name, module in modules:
         if any(cls.__module__.startswith("peft.tuners.") for cls in type(module).__mro__):
             raise ConfigError(
@@ -128,10 +69,10 @@ def _matches(model: nn.Module, config: C3AConfig, modules: list[tuple[str, nn.Mo
                 "merge_and_unload() returns"
             )
     if config.target_modules == "all-linear":
-        return _all_linear(model, config, modules)
+        return _all_linear(model, config, modules, matching)
     if config.target_modules is None:
         config = replace(config, target_modules=_default_targets(model))
-    is_target = target_rule(config)
+    is_target = target_rule(config, matching)
     found = [(name, module) for name, module in modules if is_target(name)]
     for name, _ in found:
         if _is_bypassed(model, name):
@@ -165,9 +106,9 @@ def _default_targets(model: nn.Module) -> list[str] | str:
 
 
 def _all_linear(
-    model: nn.Module, config: C3AConfig, modules: list[tuple[str, nn.Module]]
+    model: nn.Module, config: C3AConfig, modules: list[tuple[str, nn.Module]], matching: Matching
 ) -> list[tuple[str, nn.Module]]:
-    is_allowed = target_rule(replace(config, target_modules=".*"))
+    is_allowed = target_rule(replace(config, target_modules=".*"), matching)
     heads = _output_heads(model, config)
     found, unfit = [], []
     for name, module in modules:
@@ -184,9 +125,8 @@ def _all_linear(
             continue
         found.append((name, module))
     if unfit:
-        names = ", ".join(name for name, _ in unfit[:5]) + (f" and {len(unfit) - 5} more" if len(unfit) > 5 else "")
         reasons = "; ".join(dict.fromkeys(reason for _, reason in unfit))
-        warnings.warn(f"{names}: left out of target_modules='all-linear', because {reasons}", stacklevel=2)
+        warnings.warn(f"{some(dict(unfit))}: left out of target_modules='all-linear', because {reasons}", stacklevel=2)
     return found
 
 
@@ -203,36 +143,35 @@ def _output_heads(model: Any, config: C3AConfig) -> list[nn.Module]:
     return [] if head is None else [head]
 
 
-def _target(name: str, module: nn.Module, config: C3AConfig) -> Target:
+def _target(name: str, module: nn.Module, config: C3AConfig, size: int | str, key: str | None) -> Target:
     if isinstance(module, ModulesToSave):
         raise ConfigError(f"{name} cannot be adapted: another adapter trains it as a whole (modules_to_save)")
-    sizes = _geometry(module)
+    sizes = geometry_of(module)
     if sizes is None:
         raise ConfigError(
             f"{name} is a {type(module).__name__}, which cannot be adapted: only linear layers, nn.Conv2d and "
             "nn.Embedding can. Make target_modules more precise, or name it in exclude_modules"
         )
-    if problem := _sharded(name, module):
+    if problem := sharding_problem(name, module):
         raise ConfigError(problem)
     if not isinstance(module, C3ALinear) and (reason := unfit_for_adapters(module)):
         raise ConfigError(f"{name}: {reason}. Leave it out of target_modules, or name it in exclude_modules")
-    size, key = block_size_for(config, name)
     chosen_by = "block_size" if key is None else key
     if size == "auto":
         size, chosen_by = suggest_block_size(*sizes.divided, rank=config.rank), "auto"
     assert isinstance(size, int)
     check_block_size(size, *sizes.divided, name + sizes.what)
-    return Target(name, module, size, chosen_by)
+    return Target(name, module, sizes, size, chosen_by)
 
 
-def _geometry(module: nn.Module) -> Geometry | None:
+def geometry_of(module: nn.Module) -> Geometry | None:
     """What is known of a base layer, or of the one under an adapted layer."""
     if isinstance(module, ModulesToSave):
         return None
     return geometry(module.get_base_layer() if isinstance(module, C3ALinear) else module)
 
 
-def _sharded(name: str, module: nn.Module) -> str | None:
+def sharding_problem(name: str, module: nn.Module) -> str | None:
     """What is wrong with adapting a layer of which this process holds a part, or None.
 
     A kernel that is added afterwards would be neither sharded nor reduced. DeepSpeed's ZeRO-3 takes new parameters in
@@ -249,11 +188,11 @@ def _sharded(name: str, module: nn.Module) -> str | None:
     )
 
 
-def _nothing_found(config: C3AConfig, names: list[str]) -> str:
+def _nothing_found(config: C3AConfig, names: list[str], matching: Matching) -> str:
     targets = config.target_modules
     message = f"target_modules={shown(targets)} matches no module"
     unrestricted = replace(config, exclude_modules=None, modules_to_save=None, layers_to_transform=None)
-    if targets not in (None, "all-linear") and any(match_target(unrestricted, name) for name in names):
+    if targets not in (None, "all-linear") and any(map(target_rule(unrestricted, matching), names)):
         return message + (
             f" that is left by exclude_modules={config.exclude_modules!r}, modules_to_save={config.modules_to_save!r} "
             f"and layers_to_transform={config.layers_to_transform!r}"
@@ -262,9 +201,11 @@ def _nothing_found(config: C3AConfig, names: list[str]) -> str:
     return message + "." + "".join(dict.fromkeys(hints))
 
 
-def _warn_about(model: nn.Module, config: C3AConfig, targets: list[Target], names: list[str]) -> None:
+def _warn_about(
+    model: nn.Module, config: C3AConfig, targets: list[Target], names: list[str], matching: Matching
+) -> None:
     adapted = [target.name for target in targets]
-    if keys := unmatched_keys(config, adapted):
+    if keys := unmatched_keys(config, adapted, matching):
         warnings.warn(
             f"block_size_pattern: these keys match no adapted module: {', '.join(map(repr, keys))}", stacklevel=2
         )
@@ -277,7 +218,7 @@ def _warn_about(model: nn.Module, config: C3AConfig, targets: list[Target], name
             warnings.warn(f"target_modules: {', '.join(map(shown, idle[:20]))} select no module.{hints}", stacklevel=2)
     if config.exclude_modules:
         everything = C3AConfig(target_modules=".*", exclude_modules=config.exclude_modules)
-        if all(match_target(everything, name) for name in names):
+        if all(map(target_rule(everything, matching), names)):
             warnings.warn(f"exclude_modules={config.exclude_modules!r} matches no module", stacklevel=2)
     _warn_shared(model, adapted, "adapted")
     warn_tied(model, adapted, "the adapter changes only what this layer computes, but merging it would change both")
@@ -297,36 +238,6 @@ def _warn_shared(model: nn.Module, chosen: list[str], done: str) -> None:
     for names in map(list, map(dict.values, places.values())):
         if len(names) > 1 and names[0] in wanted:
             warnings.warn(f"{' and '.join(names)} are one module: only its use as {names[0]} is {done}", stacklevel=2)
-
-
-def tied_names(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
-    """Module name → names of the other parameters that are the same as its weight, where there are any."""
-    holders: dict[int, list[str]] = {}
-    for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(prefix, recurse=False):
-            holders.setdefault(id(parameter), []).append(base_name(name))
-    wanted = {f"{name}.weight": name for name in names}
-    return {
-        wanted[name]: [other for other in dict.fromkeys(group) if other != name]
-        for group in holders.values()
-        if len(set(group)) > 1
-        for name in dict.fromkeys(group)
-        if name in wanted
-    }
-
-
-def warn_tied(model: nn.Module, names: Iterable[str], what: str) -> None:
-    """Warn about modules whose weight other modules share, as tied embeddings do."""
-    parameters = {base_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
-    embeddings = _embedding_weights(model)
-    for name, others in tied_names(model, names).items():
-        is_embedding = any(parameters[others[0]] is weight for weight in embeddings)
-        remedy = (
-            "To keep them apart, load the model with tie_word_embeddings=False"
-            if is_embedding
-            else "Where that is not meant, leave it unmerged"
-        )
-        warnings.warn(f"{name}.weight is one tensor with {', '.join(others)} (tied): {what}. {remedy}", stacklevel=2)
 
 
 def with_task_heads(model: nn.Module, config: C3AConfig) -> C3AConfig:
@@ -354,166 +265,3 @@ def find_modules_to_save(model: nn.Module, config: C3AConfig) -> list[tuple[str,
     _warn_shared(model, [name for name, _ in found], "trained whole (modules_to_save)")
     warn_tied(model, [name for name, _ in found], "modules_to_save gives it a copy of its own")
     return found
-
-
-def model_name_or_path(model: Any) -> str | None:
-    """Where transformers loaded the model from, or None."""
-    return getattr(model, "name_or_path", None) or None
-
-
-# What a file means for a model
-
-
-def find_file_targets(model: nn.Module, file: AdapterFile) -> list[Target]:
-    """The modules that an adapter file adapts in a model, in the model's order, each checked against its tensor.
-
-    Raises:
-        CheckpointError: the file's layers are not those of the model, or one that its configuration targets is missing.
-    """
-    modules = {name: module for name, module in base_modules(model) if name}
-    problems = [
-        f"the model has no {name}.{near_names(name, modules) if number < 5 else ''}"
-        for number, name in enumerate(sorted(file.block_sizes.keys() - modules.keys()))
-    ]
-    targets = []
-    for name, module in modules.items():
-        if name not in file.block_sizes:
-            continue
-        b = file.block_sizes[name]
-        sizes = _geometry(module)
-        shape = tuple(file.tensors[name + KERNEL_SUFFIX].shape)
-        if sizes is None:
-            problems.append(f"{name} is a {type(module).__name__}, not a layer to adapt")
-        elif problem := _sharded(name, module):
-            problems.append(problem)
-        elif not isinstance(module, C3ALinear) and (reason := unfit_for_adapters(module)):
-            problems.append(f"{name}: {reason}")
-        elif any(width % b for width in sizes.divided) or shape != sizes.kernel_shape(b):
-            problems.append(
-                f"{name}: its kernel {list(shape)} is for in_features={shape[1] * b} and out_features={shape[0] * b}, "
-                f"the layer has in_features={sizes.in_features} and out_features={sizes.out_features}"
-                + (f", and b has to divide {sizes.divided}{sizes.what}" if sizes.what else "")
-            )
-        else:
-            targets.append(Target(name, module, b, chosen_by_file(file, name)))
-    if file.config.target_modules not in (None, "all-linear"):
-        is_target = target_rule(file.config)
-        problems += [
-            f"its configuration targets {name}, for which it has no kernel"
-            for name, module in modules.items()
-            if name not in file.block_sizes and _geometry(module) and is_target(name)
-        ]
-    _raise_problems(file, problems)
-    return targets
-
-
-def chosen_by_file(file: AdapterFile, name: str) -> str:
-    """What decided on the block size of a file's layer: a key, "block_size", "auto", or "file" where none says it."""
-    size, key = block_size_for(file.config, name)
-    if size == file.block_sizes[name]:
-        return "block_size" if key is None else key
-    return "auto" if size == "auto" else "file"
-
-
-def check_file_values(
-    model: nn.Module, file: AdapterFile, saved: list[tuple[str, nn.Module]], *, on_meta: bool = False
-) -> list[tuple[nn.Parameter, Tensor]]:
-    """The base model's parameters that a file replaces (biases, and embeddings, which PEFT adds), with their values.
-
-    Also checks that the file has every tensor of the modules that it trains whole, and nothing that has no place.
-
-    Args:
-        model: the model.
-        file: the adapter file.
-        saved: what `find_modules_to_save` found for its configuration.
-        on_meta: whether the model is a mere structure, whose values nobody is going to replace.
-
-    Raises:
-        CheckpointError: a tensor is missing, has another shape, or has no place in the model.
-    """
-    left = {name: value for name, value in file.tensors.items() if not name.endswith(KERNEL_SUFFIX)}
-    problems = []
-    for name, module in saved:
-        original = module.original_module if isinstance(module, ModulesToSave) else module
-        for key, tensor in original.state_dict().items():
-            value = left.pop(f"{name}.{key}", None)
-            if value is None:
-                problems.append(f"it has no {name}.{key}, which modules_to_save promises")
-            elif value.shape != tensor.shape:
-                problems.append(f"{name}.{key} has shape {list(value.shape)}, in the model {list(tensor.shape)}")
-    parameters = {base_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
-    embeddings = _embedding_weights(model)
-    replaced: list[tuple[nn.Parameter, Tensor]] = []
-    for name, value in left.items():
-        # PEFT writes the biases of modules_to_save twice with bias="all".
-        if ".modules_to_save." in name:
-            continue
-        parameter = parameters.get(base_name(name))
-        if parameter is None or not (name.endswith(".bias") or any(parameter is weight for weight in embeddings)):
-            problems.append(f"nothing in the model takes {name}")
-        elif parameter.shape != value.shape:
-            problems.append(f"{name} has shape {list(value.shape)}, in the model {list(parameter.shape)}")
-            if not name.endswith(".bias") and value.shape[1:] == parameter.shape[1:]:
-                problems[-1] += f": call model.resize_token_embeddings({len(value)}) before the adapter is loaded"
-        elif any(parameter is other and not value.equal(former) for other, former in replaced):
-            problems.append(
-                f"{name} is tied to another tensor in this model, and the file has different values for the two: load "
-                "the model with tie_word_embeddings=False"
-            )
-        elif parameter.is_meta and not on_meta:
-            problems.append(f"{name} cannot be replaced while the model keeps it on the meta device")
-        else:
-            replaced.append((parameter, value))
-    _raise_problems(file, problems)
-    return replaced
-
-
-def same_tensors(present: Mapping[str, Tensor], file: AdapterFile) -> list[tuple[Tensor, Tensor]]:
-    """(present tensor, the file's value for it) for each of an adapter's tensors, of which the file has exactly these.
-
-    Raises:
-        CheckpointError: a tensor is missing, has another shape, or has no place in the adapter.
-    """
-    present = {base_name(name): tensor for name, tensor in present.items()}
-    # PEFT writes the biases of modules_to_save twice with bias="all".
-    values = {base_name(name): value for name, value in file.tensors.items() if ".modules_to_save." not in name}
-    problems = [f"it has no {name}" for name in present if name not in values]
-    problems += [f"nothing in the adapter takes {name}" for name in values if name not in present]
-    problems += [
-        f"{name} has shape {list(values[name].shape)}, in the model {list(tensor.shape)}"
-        for name, tensor in present.items()
-        if name in values and values[name].shape != tensor.shape
-    ]
-    _raise_problems(file, problems)
-    return [(tensor, values[name]) for name, tensor in present.items()]
-
-
-def embeddings_of(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
-    """What transformers' models call their input and output embeddings; None for a part that a model does not have.
-
-    An error within a method of somebody's own model is theirs to see.
-    """
-    found: list[nn.Module | None] = []
-    for name in ("get_input_embeddings", "get_output_embeddings"):
-        method: Any = getattr(model, name, None)
-        try:
-            found.append(None if method is None else method())
-        except NotImplementedError:
-            found.append(None)
-        except AttributeError:
-            # transformers' own raise it for backbones without such a part, and transformers passes it over.
-            if not getattr(method, "__module__", "").startswith("transformers."):
-                raise
-            found.append(None)
-    return found[0], found[1]
-
-
-def _embedding_weights(model: nn.Module) -> list[Tensor]:
-    weights = [getattr(module, "weight", None) for module in embeddings_of(model)]
-    return [weight for weight in weights if isinstance(weight, Tensor)]
-
-
-def _raise_problems(file: AdapterFile, problems: list[str]) -> None:
-    if problems:
-        more = f" (and {len(problems) - 5} more like these)" if len(problems) > 5 else ""
-        raise CheckpointError(f"the adapter in {file.path} does not fit this model: {'; '.join(problems[:5])}{more}")

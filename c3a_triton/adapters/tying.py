@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from c3a_triton.bases.sharded import whole_shape
 from c3a_triton.errors import AdapterStateError
 
+from .base_model import base_modules, embedding_weights, embeddings_of
 from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
-from .targets import base_modules, embeddings_of
 
 __all__ = ["bare", "keep_ties", "release_ties"]
 
@@ -63,8 +64,8 @@ class _ResizeTokenEmbeddings(_BareMethod):
         """
         wanted = _wanted_rows(self.model, *args, **kwargs)
         held = _held_embeddings(self.model, self.root)
-        if changed := [name for name, weight in held if wanted is not None and _n_rows(weight) != wanted]:
-            size = _n_rows(dict(held)[changed[0]])
+        if changed := [name for name, weight in held if wanted is not None and whole_shape(weight)[0] != wanted]:
+            size = whole_shape(dict(held)[changed[0]])[0]
             raise AdapterStateError(
                 f"resize_token_embeddings: {' and '.join(changed)} have adapters, or copies that are trained whole "
                 f"(modules_to_save), for {size} tokens, not {wanted}. Resize the model before it is adapted; or after "
@@ -82,18 +83,14 @@ def _wanted_rows(
         return new_num_tokens
     if new_num_tokens is None:
         with bare(model):
-            new_num_tokens = _n_rows(embeddings_of(model)[0].weight)  # type: ignore[arg-type, union-attr]
+            new_num_tokens = whole_shape(embeddings_of(model)[0].weight)[0]  # type: ignore[arg-type, union-attr]
     return -(-new_num_tokens // pad_to_multiple_of) * pad_to_multiple_of
-
-
-def _n_rows(weight: Tensor) -> int:
-    return getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 leaves it empty
 
 
 def _held_embeddings(model: nn.Module, root: nn.Module) -> list[tuple[str, Tensor]]:
     """(name, weight) of what in `root` has adapters or copies among the embeddings, and what is tied to them."""
     with bare(model):
-        weights = [getattr(module, "weight", None) for module in embeddings_of(model)]
+        weights = embedding_weights(model)
     held = []
     for name, module in base_modules(root):
         if isinstance(module, C3ALinear):

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from c3a_triton.bases.linear_like import is_sharded
+from c3a_triton.bases.sharded import is_sharded
 
+from .base_model import base_modules, embeddings_of
 from .hooks import remove_hooks
 from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
-from .targets import base_modules, embeddings_of
 
 __all__ = ["Watch"]
 
@@ -289,7 +289,7 @@ def _trained_parameters(part: Part) -> list[nn.Parameter]:
         return []
     parameters = list((part.c3a_kernel if isinstance(part, C3ALinear) else part.active_module()).parameters())
     # Sharding libraries collect gradients in their own way.
-    return [w for w in parameters if w.requires_grad and w.is_leaf and not (is_sharded(w) or hasattr(w, "ds_id"))]
+    return [w for w in parameters if w.requires_grad and w.is_leaf and not is_sharded(w)]
 
 
 def _put(module: nn.Module, hook: Callable[..., None]) -> None:

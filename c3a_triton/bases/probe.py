@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
-__all__ = ["Behaviour", "behaviour"]
+__all__ = ["Behaviour", "behaviour", "is_ordinary"]
 
 _BASES = (nn.Linear, nn.Conv2d, nn.Embedding)
 # Up to so many elements a weight is made in its real size: in float64, and in float32.
@@ -61,7 +61,7 @@ def behaviour(module: nn.Module) -> Behaviour:
     if inherited and (base is not nn.Conv2d or type(module)._conv_forward is nn.Conv2d._conv_forward):  # type: ignore[attr-defined]
         return _PRODUCT
     weight = module._parameters.get("weight")
-    if type(weight) not in (Parameter, Tensor) or not weight.is_floating_point() or weight.dtype.itemsize < 2:  # type: ignore[union-attr]
+    if weight is None or not is_ordinary(weight):
         return _OTHER
     key = _key(module, forward)
     if key is not None and key in _known:
@@ -78,6 +78,11 @@ def behaviour(module: nn.Module) -> Behaviour:
     if key is not None and found.kind != "unfit":  # on another device it may be another
         _known[key] = found
     return found
+
+
+def is_ordinary(weight: Tensor) -> bool:
+    """Whether a weight is a tensor of torch itself, of floating-point values that have 16 bits or more."""
+    return type(weight) in (Parameter, Tensor) and weight.is_floating_point() and weight.dtype.itemsize >= 2
 
 
 def _own_forward(module: nn.Module) -> Callable[..., Any]:

@@ -13,7 +13,8 @@ from c3a_triton.bases.structure import load_structure, transformers_package
 from c3a_triton.benchmark import cases, gate, layer, models, peers, timing
 from c3a_triton.benchmark.machine import cpu_name
 from c3a_triton.errors import C3AError, ConfigError
-from c3a_triton.files.config import C3AConfig, check_block_size
+from c3a_triton.files.block_sizes import check_block_size
+from c3a_triton.files.config import C3AConfig
 from c3a_triton.operator import dispatch
 
 from .options import DTYPES, add_command, add_target_options, device_option, module_choice, positive_int, print_json

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from c3a_triton.adapters.file_targets import chosen_by_file
 from c3a_triton.adapters.report import format_bytes, format_table
-from c3a_triton.adapters.targets import chosen_by_file, find_targets
+from c3a_triton.adapters.targets import find_targets
 from c3a_triton.bases.linear_like import linear_widths
 from c3a_triton.bases.structure import load_structure
+from c3a_triton.files.block_sizes import valid_block_sizes
 from c3a_triton.files.checkpoint import KERNEL_SUFFIX, WEIGHTS_NAME, AdapterFile, config_state, read_adapter
-from c3a_triton.files.config import CONFIG_NAME, C3AConfig, valid_block_sizes
+from c3a_triton.files.config import CONFIG_NAME, C3AConfig
 
 from .options import add_command, add_target_options, module_choice, print_json
 
@@ -167,7 +169,8 @@ def _model_text(document: dict[str, Any]) -> str:
 
 
 def _adapter_document(file: AdapterFile) -> dict[str, Any]:
-    layers = [_file_layer(file, name, b) for name, b in file.block_sizes.items()]
+    chosen_by = chosen_by_file(file)
+    layers = [_file_layer(file, name, b, chosen_by(name)) for name, b in file.block_sizes.items()]
     kernels = sum(layer.in_features * layer.out_features // layer.block_size for layer in layers)
     return {
         "adapter": str(file.path),
@@ -193,9 +196,9 @@ def _adapter_document(file: AdapterFile) -> dict[str, Any]:
     }
 
 
-def _file_layer(file: AdapterFile, name: str, b: int) -> _Layer:
+def _file_layer(file: AdapterFile, name: str, b: int, chosen_by: str) -> _Layer:
     out_blocks, in_blocks, _ = file.tensors[name + KERNEL_SUFFIX].shape
-    return _Layer(name, in_blocks * b, out_blocks * b, b, chosen_by_file(file, name))
+    return _Layer(name, in_blocks * b, out_blocks * b, b, chosen_by)
 
 
 def _adapter_text(document: dict[str, Any]) -> str:

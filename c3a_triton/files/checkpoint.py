@@ -10,9 +10,8 @@ import hashlib
 import json
 import os
 import reprlib
-import time
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,10 @@ from safetensors.torch import save_file
 
 from c3a_triton.errors import CheckpointError
 
-from .config import (
-    CONFIG_NAME,
-    MAX_CONFIG_BYTES,
-    C3AConfig,
-    flush_to_disk,
-    read_config_file,
-    temporary_path,
-    write_temporary,
-)
-from .patterns import peft_safe_pattern, peft_safe_targets
+from .atomic import abandoned, flush_to_disk, replace_file, temporary_path, write_temporary
+from .config import CONFIG_NAME, MAX_CONFIG_BYTES, C3AConfig, read_config_file
+from .peft_rules import peft_safe_pattern, peft_safe_targets
+from .values import some
 
 __all__ = [
     "KERNEL_SUFFIX",
@@ -61,8 +54,6 @@ DIGEST_KEY = "c3a_triton_sha256"
 # Fields that say where an adapter comes from, not what it is: a configuration file that differs from the saved one in
 # these alone still belongs to its weights.
 _BOOKKEEPING = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type")
-# Temporary files older than this were left by a save that was killed, not by one under way.
-_ABANDONED_AFTER_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -170,7 +161,7 @@ def read_adapter(directory: str | os.PathLike[str]) -> AdapterFile:
 
     foreign = [key for key in stored if not key.startswith(PREFIX) or f"{KERNEL_SUFFIX}." in key]
     if foreign:
-        raise CheckpointError(f"{path} has keys that no C3A adapter on disk has: {_some(foreign)}")
+        raise CheckpointError(f"{path} has keys that no C3A adapter on disk has: {some(sorted(foreign))}")
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in stored.items()}
     tensors = {key: tensor for key, tensor in tensors.items() if not _is_wrapper_copy(key, tensors)}
     kernels = _kernels(tensors)
@@ -212,17 +203,12 @@ def _is_wrapper_copy(key: str, keys: Collection[str]) -> bool:
     return False
 
 
-def _some(names: Iterable[str], most: int = 5) -> str:
-    names = sorted(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 def _check_kernels(tensors: Mapping[str, torch.Tensor], block_sizes: Mapping[str, int]) -> None:
     kernels = _kernels(tensors)
     if not kernels:
         raise CheckpointError("there is nothing to save: no layer has a C3A kernel")
     if unpaired := kernels.keys() ^ block_sizes.keys():
-        raise CheckpointError(f"layers with a kernel or a block size, but not both: {_some(unpaired)}")
+        raise CheckpointError(f"layers with a kernel or a block size, but not both: {some(sorted(unpaired))}")
     for name, kernel in kernels.items():
         if kernel.ndim != 3 or kernel.shape[-1] != block_sizes[name]:
             raise CheckpointError(
@@ -230,7 +216,7 @@ def _check_kernels(tensors: Mapping[str, torch.Tensor], block_sizes: Mapping[str
                 f"got {list(kernel.shape)}"
             )
     if without_values := [key for key, tensor in tensors.items() if tensor.is_meta]:
-        raise CheckpointError(f"tensors on the meta device have no values to save: {_some(without_values)}")
+        raise CheckpointError(f"tensors on the meta device have no values to save: {some(sorted(without_values))}")
 
 
 def peft_config(config: C3AConfig, block_sizes: Mapping[str, int], module_names: Sequence[str]) -> C3AConfig:
@@ -283,7 +269,10 @@ def _replace_both(new_config: Path, config_path: Path, new_weights: Path, weight
         os.replace(new_weights, weights_path)
     except OSError as error:
         try:
-            _put_back(former, config_path)
+            if former is None:
+                config_path.unlink()
+            else:
+                replace_file(config_path, former)
         except OSError as second_error:
             raise CheckpointError(
                 f"cannot replace {weights_path}: {error}. And {config_path}, which was replaced already, cannot be put "
@@ -293,25 +282,12 @@ def _replace_both(new_config: Path, config_path: Path, new_weights: Path, weight
     flush_to_disk(config_path.parent)  # the names are on disk only when the folder is
 
 
-def _put_back(former: bytes | None, path: Path) -> None:
-    """Restores the content that a file had, None where there was no file."""
-    if former is None:
-        path.unlink()
-        return
-    temporary = write_temporary(path, former)
-    try:
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _remove_abandoned(directory: Path) -> None:
     """Removes temporary files of saves that were killed. A courtesy: what cannot be removed stays."""
     for name in (CONFIG_NAME, WEIGHTS_NAME):
-        for path in directory.glob(f".{name}.*.tmp"):
+        for path in abandoned(directory / name):
             with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > _ABANDONED_AFTER_S:
-                    path.unlink()
+                path.unlink()
 
 
 def _read_weights(directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -1,50 +1,30 @@
 """The configuration of one adapter: PEFT's field names, checked when it is built, in PEFT's JSON on disk."""
 
-import errno
 import json
-import math
 import os
-import re
-import reprlib
-import uuid
 import warnings
-from collections import UserString
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from enum import Enum
-from fractions import Fraction
-from functools import lru_cache
-from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
 
-import regex
-
 from c3a_triton._public import public
-from c3a_triton.errors import CheckpointError, ConfigError, ShapeError
+from c3a_triton.errors import CheckpointError, ConfigError
+
+from .atomic import replace_file
+from .expressions import check_sizes, compile_pattern
+from .values import described, is_positive_int, plain, shown, some
 
 __all__ = [
     "BLOCK_SIZE_KEY_FORM",
     "CONFIG_NAME",
-    "DEFAULT_RANK",
     "DEFAULT_TARGET_MODULES",
     "LAYERS_PATTERN_FORM",
-    "MAX_PATTERNS",
+    "MAX_CONFIG_BYTES",
     "MODEL_CONFIG_NAME",
     "MODULES_TO_SAVE_FORM",
     "C3AConfig",
-    "check_block_size",
-    "check_re_syntax",
-    "compile_pattern",
-    "flush_to_disk",
-    "plain",
     "read_config_file",
-    "replace_file",
-    "shown",
-    "suggest_block_size",
-    "temporary_path",
-    "valid_block_sizes",
-    "write_temporary",
 ]
 
 CONFIG_NAME = "adapter_config.json"
@@ -52,15 +32,7 @@ MODEL_CONFIG_NAME = "config.json"
 PEFT_TYPE = "C3A"
 # A configuration is a few kilobytes; one that lists every module of a large model is a few megabytes.
 MAX_CONFIG_BYTES = 16 * 2**20
-# Patterns come from strangers' files, and compiling one has no time limit. Together they may have so many characters,
-# counted repetitions multiplied out, as `regex` does (about fifteen seconds and 300 MB at most), and be so many.
-MAX_PATTERN_CHARACTERS = 2**20
-MAX_PATTERNS = 4096
 MAX_NAMES = 65536
-
-# What `suggest_block_size` assumes when it is given neither a rank nor a number of parameters: at 4096 × 4096 features
-# it leads to the default block size of 256.
-DEFAULT_RANK = 16
 
 INIT_WEIGHTS = ("gaussian", "kaiming_uniform", "xavier_uniform")
 BIASES = ("none", "all", "c3a_only")
@@ -102,115 +74,10 @@ DEFAULT_TARGET_MODULES: dict[str, list[str] | str] = {
 } | {"gemma4": r".*language_model\..*\.(q_proj|v_proj)"}
 
 
-# A counted repetition's first number, and what stands before it where that is one character or one set of them.
-_COUNTED = re.compile(r"([\w.\]])?\{(\d+)")
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 200
-_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxdict = 20
-
-
-def shown(value: object) -> str:
-    """A value's repr for a message, cut where it is long: a stranger's may have megabytes."""
-    return _SHORT.repr(value)
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON knows it: what PEFT takes where it asks for an int, a bool, a string, a list or a dict.
-
-    Numbers, strings and arrays of numpy, members of enumerations, paths, sequences and mappings of any kind
-    (OmegaConf's) and sets, which are sorted. Whatever else stays as it is.
-    """
-    if isinstance(value, Enum):
-        return plain(value.value)
-    if type(value).__module__.partition(".")[0] == "numpy" and hasattr(value, "tolist"):
-        return value.tolist()
-    if isinstance(value, (str, UserString)):
-        return str(value)
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, Integral) and not isinstance(value, bool):
-        return int(value)
-    if isinstance(value, Mapping):
-        return {plain(key): plain(item) for key, item in value.items()}
-    if isinstance(value, Set):
-        return sorted(
-            map(plain, value), key=lambda item: (type(item).__name__, item if isinstance(item, int) else str(item))
-        )
-    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray, memoryview)):
-        return [plain(item) for item in value]
-    return value
-
-
-def _described(value: object) -> str:
-    """A value and its type, and those of what a list holds, for a message."""
-    kinds = sorted({type(item).__name__ for item in value}) if isinstance(value, list) else []
-    return f"{shown(value)}, a {type(value).__name__}" + (f" of {' and '.join(kinds)}" if kinds else "")
-
-
-def _is_positive_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _multiplied_out(pattern: str) -> int:
-    """At least the characters of a pattern whose counted repetitions are written out: groups as if all were nested."""
-    size, largest = len(pattern), 1
-    for character, digits in _COUNTED.findall(pattern):
-        count = max(int(digits[:9]), 1)
-        if character:
-            largest = max(largest, count)
-        else:
-            size = min(size * count, 2 * MAX_PATTERN_CHARACTERS)
-    return size * largest
-
-
-def _check_sizes(patterns: list[str]) -> None:
-    """Refuses patterns whose compilation would take too long or too much memory."""
-    if len(patterns) > MAX_PATTERNS:
-        raise ConfigError(
-            f"block_size_pattern, modules_to_save and layers_pattern have {len(patterns)} patterns, more than "
-            f"{MAX_PATTERNS}: write fewer, which match more names each"
-        )
-    total = 0
-    for pattern in patterns:
-        total += _multiplied_out(pattern)
-        if total > MAX_PATTERN_CHARACTERS:
-            raise ConfigError(
-                f"the patterns up to {shown(pattern)} have more than {MAX_PATTERN_CHARACTERS} characters, counted "
-                "repetitions multiplied out: write them shorter, without {n} after a group"
-            )
-
-
-def check_re_syntax(pattern: str) -> None:
-    """Refuses, by a `ConfigError`, what `re`, with which PEFT matches, does not take in every supported Python."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # Python 3.10 still takes what later versions refuse.
-            warnings.simplefilter("error", DeprecationWarning)
-            re.compile(pattern)
-    except (re.error, ValueError, RecursionError, OverflowError, DeprecationWarning) as error:
-        raise ConfigError(f"{shown(pattern)} is not a valid regular expression: {error}") from error
-
-
-@lru_cache(maxsize=4 * MAX_PATTERNS)
-def compile_pattern(pattern: str, form: str = "{}") -> "regex.Pattern[str]":
-    """Compiles a user's regular expression, completed by `form`; a bad one is a `ConfigError` that names it.
-
-    It has to be one for `re`: `regex` has more to offer, which PEFT would not read, and some of which (recursion) can
-    fill the memory before any time limit is reached.
-    """
-    check_re_syntax(pattern)
-    try:
-        return regex.compile(form.replace("{}", pattern))
-    except (regex.error, ValueError, RecursionError, OverflowError, MemoryError) as error:
-        raise ConfigError(f"{shown(pattern)} is not a valid regular expression: {error}") from error
-
-
 def _name_list(value: Any, what: str) -> list[str]:
     """A list of non-empty names, each once, in their order."""
     if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
-        raise ConfigError(f"{what} must be a list of non-empty names, got {_described(value)}")
+        raise ConfigError(f"{what} must be a list of non-empty names, got {described(value)}")
     if len(value) > MAX_NAMES:
         raise ConfigError(f"{what} has {len(value)} names, more than {MAX_NAMES}: write a regular expression")
     return list(dict.fromkeys(value))
@@ -276,28 +143,28 @@ class C3AConfig:
         self._check_patterns()
         if not isinstance(self.init_weights, bool) and self.init_weights not in INIT_WEIGHTS:
             raise ConfigError(
-                f"init_weights must be True, False or one of {INIT_WEIGHTS}, got {_described(self.init_weights)}"
+                f"init_weights must be True, False or one of {INIT_WEIGHTS}, got {described(self.init_weights)}"
             )
         if self.bias not in BIASES:
-            raise ConfigError(f"bias must be one of {BIASES}, got {_described(self.bias)}")
+            raise ConfigError(f"bias must be one of {BIASES}, got {described(self.bias)}")
         if not isinstance(self.inference_mode, bool):
-            raise ConfigError(f"inference_mode must be True or False, got {_described(self.inference_mode)}")
+            raise ConfigError(f"inference_mode must be True or False, got {described(self.inference_mode)}")
         for name in ("task_type", "base_model_name_or_path", "revision", "peft_version"):
             value = getattr(self, name)
             if not (value is None or isinstance(value, str)):
-                raise ConfigError(f"{name} must be a string or None, got {_described(value)}")
+                raise ConfigError(f"{name} must be a string or None, got {described(value)}")
         if not (self.auto_mapping is None or isinstance(self.auto_mapping, dict)):
-            raise ConfigError(f"auto_mapping must be a dict or None, got {_described(self.auto_mapping)}")
+            raise ConfigError(f"auto_mapping must be a dict or None, got {described(self.auto_mapping)}")
         try:
             json.dumps(self.auto_mapping)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"auto_mapping has to be written as JSON: {error}") from error
 
     def _check_block_sizes(self) -> None:
-        if self.block_size != "auto" and not _is_positive_int(self.block_size):
-            raise ConfigError(f'block_size must be a positive integer or "auto", got {_described(self.block_size)}')
-        if self.rank is not None and not _is_positive_int(self.rank):
-            raise ConfigError(f"rank must be a positive integer or None, got {_described(self.rank)}")
+        if self.block_size != "auto" and not is_positive_int(self.block_size):
+            raise ConfigError(f'block_size must be a positive integer or "auto", got {described(self.block_size)}')
+        if self.rank is not None and not is_positive_int(self.rank):
+            raise ConfigError(f"rank must be a positive integer or None, got {described(self.rank)}")
         if self.rank is not None and self.block_size != "auto":
             raise ConfigError(
                 f"rank={self.rank} has no meaning beside block_size={self.block_size}: "
@@ -306,15 +173,13 @@ class C3AConfig:
         pattern = {} if self.block_size_pattern is None else self.block_size_pattern
         if not isinstance(pattern, dict):
             raise ConfigError(
-                f"block_size_pattern must be a dict of patterns and block sizes, got {_described(pattern)}"
+                f"block_size_pattern must be a dict of patterns and block sizes, got {described(pattern)}"
             )
         for key, size in pattern.items():
             if not isinstance(key, str) or not key:
                 raise ConfigError(f"block_size_pattern: a key must be a non-empty regular expression, got {shown(key)}")
-            if not _is_positive_int(size):
-                raise ConfigError(
-                    f"block_size_pattern[{shown(key)}] must be a positive integer, got {_described(size)}"
-                )
+            if not is_positive_int(size):
+                raise ConfigError(f"block_size_pattern[{shown(key)}] must be a positive integer, got {described(size)}")
         self.block_size_pattern = pattern
 
     def _check_modules(self) -> None:
@@ -344,7 +209,7 @@ class C3AConfig:
             isinstance(index, int) and not isinstance(index, bool)
             for index in (layers if isinstance(layers, list) else [layers])
         ):
-            raise ConfigError(f"layers_to_transform must be a layer index or a list of them, got {_described(layers)}")
+            raise ConfigError(f"layers_to_transform must be a layer index or a list of them, got {described(layers)}")
         if self.layers_pattern is not None and not isinstance(self.layers_pattern, str):
             self.layers_pattern = _name_list(self.layers_pattern, "layers_pattern")
 
@@ -357,7 +222,7 @@ class C3AConfig:
         ]
         forms += [(name, MODULES_TO_SAVE_FORM) for name in self.modules_to_save or ()]
         forms += [(pattern, LAYERS_PATTERN_FORM) for pattern in layers_pattern or ()]
-        _check_sizes([pattern for pattern, _ in forms])
+        check_sizes([pattern for pattern, _ in forms])
         for pattern, form in forms:
             compile_pattern(pattern, form)
 
@@ -393,8 +258,9 @@ class C3AConfig:
         known = {item.name for item in fields(cls)}
         unknown = sorted(str(name) for name in values if name not in known and name != "peft_type")
         if unknown:
-            names = ", ".join(unknown[:20]) + (f" and {len(unknown) - 20} more" if len(unknown) > 20 else "")
-            warnings.warn(f"C3AConfig does not know these fields and ignores them: {names}", stacklevel=2)
+            warnings.warn(
+                f"C3AConfig does not know these fields and ignores them: {some(unknown, most=20)}", stacklevel=2
+            )
         return cls(**{name: value for name, value in values.items() if name in known})
 
     @classmethod
@@ -492,153 +358,3 @@ def _read_json(path: Path) -> tuple[dict[str, Any], bytes]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} must hold a JSON object, found {type(values).__name__}")
     return values, content
-
-
-def flush_to_disk(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on disk.
-
-    Some file systems, such as mounted object stores, know no such request for folders, or let nobody open one, and
-    Windows has none at all: there the names are not waited for.
-
-    Raises:
-        OSError: the system reports a failure.
-    """
-    is_folder = path.is_dir()
-    if is_folder and os.name != "posix":
-        return
-    try:
-        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
-    except PermissionError:
-        if is_folder:
-            return
-        raise
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if not is_folder or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def temporary_path(path: Path) -> Path:
-    """An unused name in the same folder, for a file that is to take the place of `path` when it is complete."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-
-
-def write_temporary(path: Path, content: bytes) -> Path:
-    """Writes `content` to disk under a temporary name beside `path`, creating the folder; returns that name.
-
-    Raises:
-        CheckpointError: it cannot be written. Nothing is left behind.
-    """
-    temporary = temporary_path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        if path.parent.is_dir():
-            temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {path}: {error}") from error
-    return temporary
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file whole, creating the folder where it is missing: a former one is there until it is replaced.
-
-    Raises:
-        CheckpointError: it cannot be written.
-    """
-    temporary = write_temporary(path, content)
-    try:
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {path}: {error}") from error
-
-
-@public
-def valid_block_sizes(in_features: int, out_features: int) -> list[int]:
-    """The block sizes that a layer of these widths can take: the common divisors, ascending.
-
-    Raises:
-        ShapeError: a width that is not a positive integer.
-    """
-    in_features, out_features = plain(in_features), plain(out_features)
-    if not (_is_positive_int(in_features) and _is_positive_int(out_features)):
-        raise ShapeError(
-            f"widths must be positive integers, got in_features={in_features!r}, out_features={out_features!r}"
-        )
-    common = math.gcd(in_features, out_features)
-    small = [divisor for divisor in range(1, math.isqrt(common) + 1) if common % divisor == 0]
-    return small + [common // divisor for divisor in reversed(small) if divisor * divisor != common]
-
-
-@public
-def suggest_block_size(
-    in_features: int, out_features: int, *, rank: int | None = None, max_params: int | None = None
-) -> int:
-    """The block size for a layer by the rule of C3A's authors, for a given LoRA rank, a parameter budget, or both.
-
-    With `rank`, the common divisor b of both widths that is nearest to √(in·out)/rank, that is with the smallest
-    |log(b·rank/√(in·out))|; of two equally near ones the larger (fewer parameters). The layer then has about
-    rank·√(in·out) parameters (in·out/b exactly), half of what LoRA of this rank has on a square layer.
-    With `max_params`, only block sizes with in·out/b ≤ max_params count. Alone it gives the smallest of them, the most
-    parameters that the budget allows. With neither, `rank` is `DEFAULT_RANK`.
-
-    Raises:
-        ConfigError: a rank or budget that is not a positive integer, or a budget that no block size meets.
-        ShapeError: a width that is not a positive integer.
-    """
-    sizes = valid_block_sizes(in_features, out_features)
-    in_features, out_features, rank, max_params = map(plain, (in_features, out_features, rank, max_params))
-    for name, value in (("rank", rank), ("max_params", max_params)):
-        if value is not None and not _is_positive_int(value):
-            raise ConfigError(f"{name} must be a positive integer or None, got {_described(value)}")
-    area = in_features * out_features
-    if max_params is not None:
-        if area // sizes[-1] > max_params:
-            raise ConfigError(
-                f"a layer with in_features={in_features} and out_features={out_features} needs at least "
-                f"{area // sizes[-1]} parameters (block size {sizes[-1]}), more than max_params={max_params}"
-            )
-        sizes = [size for size in sizes if area // size <= max_params]
-        if rank is None:
-            return sizes[0]
-    rank = DEFAULT_RANK if rank is None else rank
-
-    def distance(size: int) -> Fraction:
-        # The squared ratio to √(in·out)/rank, or its inverse, whichever is above one: exact, so that ties are ties.
-        squared = Fraction((size * rank) ** 2, area)
-        return max(squared, 1 / squared)
-
-    return min(reversed(sizes), key=distance)
-
-
-def check_block_size(block_size: int, in_features: int, out_features: int, layer: str) -> None:
-    """Refuses a block size that a layer cannot take.
-
-    Raises:
-        ConfigError: it is not a positive integer.
-        ShapeError: it does not divide both widths; the message names the layer and the nearest sizes that do.
-    """
-    block_size = plain(block_size)
-    if not _is_positive_int(block_size):
-        raise ConfigError(f"{layer}: block_size must be a positive integer, got {_described(block_size)}")
-    wrong = [
-        f"{name}={width}"
-        for name, width in (("in_features", in_features), ("out_features", out_features))
-        if width % block_size
-    ]
-    if not wrong:
-        return
-    sizes = valid_block_sizes(in_features, out_features)
-    nearby = [size for size in sizes if size < block_size][-2:] + [size for size in sizes if size > block_size][:2]
-    raise ShapeError(
-        f"{layer}: block_size={block_size} does not divide {' or '.join(wrong)} "
-        f"(in_features={in_features}, out_features={out_features}); valid sizes nearby: {', '.join(map(str, nearby))}; "
-        f"the largest is {sizes[-1]}"
-    )

@@ -18,13 +18,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import hotswap, other
 from torch import Tensor, nn
 
-from c3a_triton.adapters import layer
+from c3a_triton.adapters import layer, merging
 from c3a_triton.adapters.modules_to_save import CopiesByCall
 from c3a_triton.adapters.names import BASE_ROW, Scope
 from c3a_triton.adapters.row_names import RowNames
 from c3a_triton.adapters.watched import Watch
-from c3a_triton.bases.linear_like import is_sharded, stored_tensor
 from c3a_triton.bases.quantized import hold_layout, release_layout, torchao_config_of
+from c3a_triton.bases.sharded import is_sharded
+from c3a_triton.bases.weights import stored_tensor
 from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, ConfigError
 from c3a_triton.operator.dispatch import check_backend
 
@@ -92,7 +93,7 @@ class C3ALinear(layer.C3ALinear, peft_layer.C3ALinear):
         """
         names = self.unmerged(check_adapters_to_merge(self, adapter_names))
         if names:
-            self._merge(names, keep_base, safe_merge)
+            merging.merge(self, names, keep_base, safe_merge)
 
     def unmerge(self) -> None:
         """Bring back the base weight as it was before anything was merged, bit for bit.

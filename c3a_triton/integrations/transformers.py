@@ -8,7 +8,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from c3a_triton.adapters.manager import AdapterManager
 from c3a_triton.adapters.pretrained import SavePretrained, save_adapters
-from c3a_triton.bases.linear_like import is_sharded
+from c3a_triton.bases.sharded import is_sharded
 from c3a_triton.errors import ConfigError
 
 __all__ = ["SaveAdapterCallback"]

@@ -18,7 +18,7 @@ from torch import nn
 
 from c3a_triton.adapters.manager import AdapterManager
 from c3a_triton.adapters.pretrained import is_fused_by_trl, refuse_adapted_head
-from c3a_triton.bases.linear_like import is_sharded
+from c3a_triton.bases.sharded import is_sharded
 from c3a_triton.errors import AdapterStateError
 
 __all__ = ["patch_trl", "patch_trl_when_imported", "reference_of", "unpatch_trl"]
@@ -91,7 +91,7 @@ def reference_of(policy: nn.Module) -> nn.Module:
     Raises:
         AdapterStateError: the model's parameters are sharded or partitioned, so that a copy would have a part of them.
     """
-    if any(is_sharded(parameter) or hasattr(parameter, "ds_id") for parameter in policy.parameters()):
+    if any(map(is_sharded, policy.parameters())):
         raise AdapterStateError(
             f"the reference of this trainer is a copy of the {type(policy).__name__} before training, which cannot be "
             "made of sharded or partitioned parameters: give the trainer a ref_model of your own (load the base model, "

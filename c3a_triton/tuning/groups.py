@@ -9,7 +9,8 @@ from torch import nn
 from c3a_triton.adapters.targets import find_targets
 from c3a_triton.bases.linear_like import linear_widths
 from c3a_triton.errors import ConfigError
-from c3a_triton.files.config import C3AConfig, valid_block_sizes
+from c3a_triton.files.block_sizes import valid_block_sizes
+from c3a_triton.files.config import C3AConfig
 
 __all__ = ["Group", "adapter_file_overhead", "affordable_sizes", "find_groups", "lora_params", "rule_block_size"]
 

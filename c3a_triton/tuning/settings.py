@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from c3a_triton.errors import ConfigError
 from c3a_triton.files.config import C3AConfig
-from c3a_triton.files.patterns import block_size_for, peft_block_size_for, peft_safe_targets
+from c3a_triton.files.patterns import block_size_rule
+from c3a_triton.files.peft_rules import peft_block_size_rule, peft_safe_targets
 
 __all__ = ["chosen_config", "minimal_pattern"]
 
@@ -57,11 +58,9 @@ def minimal_pattern(sizes: Mapping[str, int]) -> tuple[int, dict[str, int]]:
 
 def _is_right(sizes: Mapping[str, int], default: int, pattern: dict[str, int]) -> bool:
     config = C3AConfig(block_size=default, block_size_pattern=pattern)
+    ours, pefts = block_size_rule(config), peft_block_size_rule(pattern, default)
     try:
-        return all(
-            block_size_for(config, name)[0] == size == peft_block_size_for(pattern, default, name)
-            for name, size in sizes.items()
-        )
+        return all(ours(name)[0] == size == pefts(name) for name, size in sizes.items())
     except ConfigError:  # a key that PEFT could not use
         return False
 

@@ -12,11 +12,13 @@ from torch import nn
 
 from c3a_triton import __version__
 from c3a_triton._public import public
-from c3a_triton.adapters import targets
+from c3a_triton.adapters.base_model import base_module_names, model_name_or_path
+from c3a_triton.adapters.targets import with_task_heads
 from c3a_triton.bases import structure
 from c3a_triton.benchmark import peers
 from c3a_triton.errors import CheckpointError, ConfigError
-from c3a_triton.files.config import CONFIG_NAME, C3AConfig, replace_file
+from c3a_triton.files.atomic import replace_file
+from c3a_triton.files.config import CONFIG_NAME, C3AConfig
 from c3a_triton.operator import dispatch
 from c3a_triton.operator.launch import specs
 
@@ -192,7 +194,7 @@ def autotune(
         task_type=next((task for end, task in _TASKS.items() if type(model).__name__.endswith(end)), None),
         base_model_name_or_path=_source(model_or_config),
     )
-    groups = find_groups(model, targets.with_task_heads(model, config))
+    groups = find_groups(model, with_task_heads(model, config))
     stated = Budget.of(groups, max_params, like_lora_rank, max_adapter_mb)
     sizes = affordable_sizes(groups, stated.max_params)
 
@@ -209,7 +211,7 @@ def autotune(
     if to_measure and not (compare and peers.why_no_peft() is None):
         compared = []
     resolved = {name: b for group, b in zip(groups, chosen, strict=True) for name in group.names}
-    names = [name for name in targets.base_module_names(model) if name]
+    names = [name for name in base_module_names(model) if name]
     return TuningResult(
         Outcome(
             model=_source(model_or_config) or type(model).__name__,
@@ -322,7 +324,7 @@ def _source(model_or_config: Any) -> str | None:
     """Where the model is from, as a name or path."""
     if isinstance(model_or_config, (str, os.PathLike)):
         return os.fspath(model_or_config)
-    return targets.model_name_or_path(model_or_config)
+    return model_name_or_path(model_or_config)
 
 
 def _in_order(sizes: dict[str, int], names: list[str]) -> dict[str, int]:

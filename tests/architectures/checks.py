@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 import c3a_triton
 from c3a_triton import C3AConfig, C3AError, circulant_matrix
-from c3a_triton.adapters.targets import embeddings_of
+from c3a_triton.adapters.base_model import embeddings_of
 from c3a_triton.commands.folder_merge import merge_folder
 
 # What a check can come to, the worst last. "base": the model itself does not do what the check needs.

@@ -30,7 +30,7 @@ NAMES = ["first", "norm", "second", "model.layers.0.self_attn.q_proj", "model.la
 
 def import_readers() -> None:
     """Import what is fuzzed; under atheris with coverage of it."""
-    global torch, C3AConfig, C3AError, block_size_for, checkpoint, folder_merge, target_rule, tuned, unmatched_keys
+    global torch, C3AConfig, C3AError, block_size_rule, checkpoint, model_folder, target_rule, tuned, unmatched_keys
     import torch
 
     instrumented = contextlib.nullcontext()
@@ -38,9 +38,9 @@ def import_readers() -> None:
         instrumented = sys.modules["atheris"].instrument_imports(include=["c3a_triton"])
     with instrumented:
         from c3a_triton import C3AConfig, C3AError
-        from c3a_triton.commands import folder_merge
+        from c3a_triton.commands import model_folder
         from c3a_triton.files import checkpoint
-        from c3a_triton.files.patterns import block_size_for, target_rule, unmatched_keys
+        from c3a_triton.files.patterns import block_size_rule, target_rule, unmatched_keys
         from c3a_triton.operator import tuned
 
 
@@ -49,8 +49,7 @@ def read_config(content: bytes, folder: Path) -> None:
     (folder / "adapter_config.json").write_bytes(content)
     config = C3AConfig.from_pretrained(folder)
     assert C3AConfig.from_dict(config.to_dict()) == config
-    for name in NAMES:
-        block_size_for(config, name)
+    list(map(block_size_rule(config), NAMES))
     unmatched_keys(config, NAMES)
     if config.target_modules not in (None, "all-linear"):
         rule = target_rule(config)
@@ -84,8 +83,8 @@ def read_table(content: bytes, folder: Path) -> None:
 def read_index(content: bytes, folder: Path) -> None:
     """`model.safetensors.index.json` of a model to merge into."""
     shutil.copy(CORPUS / "weights.bin", folder / "model-1.safetensors")
-    (folder / folder_merge.INDEX_NAME).write_bytes(content)
-    folder_merge._read_checkpoint(folder)
+    (folder / model_folder.INDEX_NAME).write_bytes(content)
+    model_folder.read_model_folder(folder)
 
 
 READERS: tuple[Callable[[bytes, Path], None], ...] = (read_config, read_weights, read_header, read_table, read_index)

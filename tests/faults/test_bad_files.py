@@ -27,10 +27,12 @@ from torch import nn
 
 import c3a_triton
 from c3a_triton import C3AConfig, C3AError, CheckpointError, ConfigError
-from c3a_triton.commands.folder_merge import INDEX_NAME, merge_folder
-from c3a_triton.files import checkpoint, patterns
+from c3a_triton.commands.folder_merge import merge_folder
+from c3a_triton.commands.model_folder import INDEX_NAME
+from c3a_triton.files import checkpoint, expressions
 from c3a_triton.files.checkpoint import WEIGHTS_NAME, AdapterFile, read_adapter
 from c3a_triton.files.config import CONFIG_NAME
+from c3a_triton.files.patterns import unmatched_keys
 from c3a_triton.operator import tuned
 from c3a_triton.operator.tuned import Key, Times
 
@@ -434,8 +436,8 @@ def catastrophic() -> nn.Module:
     "field", ["target_modules", "exclude_modules", "block_size_pattern", "modules_to_save", "layers_pattern"]
 )
 def test_a_catastrophic_expression_ends_in_time(field: str, monkeypatch: pytest.MonkeyPatch, bounded: None) -> None:
-    monkeypatch.setattr(patterns, "TIME_LIMIT_S", 0.2)
-    patterns._matcher.cache_clear()
+    monkeypatch.setattr(expressions, "TIME_LIMIT_S", 0.2)
+    expressions.compile_pattern.cache_clear()
     name = "a" * 40 + "b"
     value = {"block_size_pattern": {SLOW: 6}, "modules_to_save": [SLOW], "layers_pattern": [SLOW]}.get(field, SLOW)
     more = {"layers_to_transform": [0], "target_modules": ["0"]} if field == "layers_pattern" else {}
@@ -447,14 +449,14 @@ def test_a_catastrophic_expression_ends_in_time(field: str, monkeypatch: pytest.
     with pytest.raises(ConfigError, match=r"\(a\|a\|aa\)\+\$.* takes too long.*without nested repetitions"):
         c3a_triton.apply(model, config)
     assert [type(module) for module in model.modules()] == classes
-    patterns._matcher.cache_clear()
+    expressions.compile_pattern.cache_clear()
 
 
 def test_many_expressions_that_are_each_quick_enough(monkeypatch: pytest.MonkeyPatch, bounded: None) -> None:
-    monkeypatch.setattr(patterns, "TOTAL_TIME_LIMIT_S", 0.3)
+    monkeypatch.setattr(expressions, "TOTAL_TIME_LIMIT_S", 0.3)
     config = C3AConfig(target_modules=["first"], block_size_pattern={f"(a|a|aa)+{i}": 6 for i in range(1500)})
     with pytest.raises(ConfigError, match=r"take more than 0\.3 s.*write fewer and simpler ones"):
-        patterns.unmatched_keys(config, [f"{'a' * 14}b{i}" for i in range(100)])
+        unmatched_keys(config, [f"{'a' * 14}b{i}" for i in range(100)])
 
 
 def test_nothing_that_a_file_names_is_followed(folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,231 @@
+"""Which of a model's adapters compute: the active ones, those of a context, of each row, or none; and by what."""
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, BackendError, ConfigError
+from c3a_triton.files.config import C3AConfig
+from c3a_triton.operator.dispatch import check_backend
+
+from . import merging
+from .base_model import near_names
+from .layer import C3ALinear
+from .modules_to_save import ModulesToSave
+from .names import BASE_ROW, Scope
+from .ownership import own_copies, own_layers, own_parts
+from .saving import AdapterTensors
+from .wrapping import Wrappers
+
+__all__ = ["Activation"]
+
+
+class Activation:
+    """The adapters of a model and which of them compute, as `AdapterManager` documents it, which adds them.
+
+    Args:
+        model: the model.
+        backend: how adapters are computed.
+
+    Raises:
+        BackendError: an unknown backend.
+    """
+
+    def __init__(self, model: nn.Module, backend: str) -> None:
+        check_backend(backend)
+        self.model = model
+        self.backend = backend
+        self._configs: dict[str, C3AConfig] = {}
+        self._active: list[str] = []
+        self._n_activations = 0
+        self._inference_mode = False  # whether the active ones were left frozen
+        self._scope = Scope(managed=True)
+        self._embeddings: dict[str, set[str]] = {}  # adapter name → embeddings that its file has brought
+        self.wrappers = Wrappers()
+
+    @property
+    def adapters(self) -> dict[str, C3AConfig]:
+        """Adapter name → configuration, in the order in which they were added."""
+        return dict(self._configs)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        return list(self._active)
+
+    def layers(self) -> Iterator[tuple[str, C3ALinear]]:
+        """(name, layer) of every adapted layer."""
+        return own_layers(self.model, self._scope)
+
+    def _saved_modules(self) -> list[tuple[str, ModulesToSave]]:
+        return own_copies(self.model, self._scope)
+
+    def _parts(self) -> list[C3ALinear | ModulesToSave]:
+        return [part for _, part in own_parts(self.model, self._scope)]
+
+    def _merged(self) -> list[str]:
+        """Names of the adapters that are merged into any layer."""
+        return sorted({name for _, layer in self.layers() for name in layer.merged_adapters})
+
+    def _known(self, adapter_names: str | Iterable[str]) -> list[str]:
+        """The names as a list, each once, if all are known."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(dict.fromkeys(adapter_names))
+        for name in names:
+            if name not in self._configs:
+                known = ", ".join(map(repr, self._configs)) or "none"
+                raise AdapterNotFoundError(f"there is no adapter {name!r}; there are: {known}")
+        return names
+
+    def _tensors(self, adapter_name: str) -> AdapterTensors:
+        self._known(adapter_name)
+        held = self._embeddings.get(adapter_name, ())
+        return AdapterTensors(self.model, self._scope, adapter_name, self._configs[adapter_name], held)
+
+    def _unmerge_all(self) -> bool:
+        """Unmerge whatever is merged, if all of it can be; whether there was anything."""
+        return merging.unmerge_all(layer for _, layer in self.layers())
+
+    def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
+        """Activate an adapter, or several whose updates are summed. Active adapters are trainable, others frozen.
+
+        Merged adapters are unmerged first, with a warning.
+
+        Args:
+            adapter_name: one name or several.
+            inference_mode: leave the active ones frozen too.
+
+        Raises:
+            AdapterNotFoundError: an unknown name.
+            AdapterStateError: two adapters with a copy of the same module (`modules_to_save`), or a merged layer that
+                cannot be unmerged; or a DDP that was given to `apply` and cannot be built again.
+        """
+        names = self._known(adapter_name)
+        for _, module in self._saved_modules():
+            module.check_set_adapter(names)
+        self.wrappers.check()
+        if self._unmerge_all():
+            warnings.warn("adapters were merged; they have been unmerged before another one was set", stacklevel=2)
+        self._activate(names, inference_mode)
+
+    def _activate(self, names: list[str], inference_mode: bool) -> None:
+        for part in self._parts():
+            part.set_adapter(names, inference_mode)
+        self._active = list(names)
+        self._n_activations += 1
+        self._inference_mode = inference_mode
+        for name in self._configs:
+            for parameter in self._tensors(name).biases().values():
+                parameter.requires_grad_(name in names and not inference_mode)
+        self.wrappers.rebuild()
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within the context the model computes its base alone. Merged adapters are unmerged, and stay so afterwards.
+
+        It holds in this thread or asyncio task; another one that calls the model meanwhile without a context of its own
+        (`using`) is refused. What is trained stays so, and adapters can be added, set and deleted meanwhile.
+
+        Raises:
+            AdapterStateError: a merged layer cannot be unmerged.
+        """
+        trained = [name for name in self._active if self._configs[name].bias != "none"]
+        if trained:
+            warnings.warn(
+                f"the biases that {trained[0]!r} has trained stay as they are while adapters are disabled", stacklevel=3
+            )
+        self._unmerge_all()
+        with self._scope.bound(disabled=True):
+            yield
+
+    @contextmanager
+    def using(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
+        """Within the context each row of a batch has the adapter of its name, whatever is active.
+
+        The names belong to this thread or asyncio task. Another one that calls the model meanwhile has to say what it
+        wants, with a context of its own (`using(None)` for the active adapters) or `adapter_names=`, or is refused: a
+        thread that was started within the context does not know its names
+        (`contextvars.copy_context().run(function)` tells it). A generator that yields within the context lets whoever
+        iterates compute with its names, and computes with theirs: enter it anew for each step. A backward pass that
+        computes layers again (gradient checkpointing) uses the names of its forward pass, within the context and after
+        it.
+
+        Where a layer sees several consecutive rows for one of the batch (beams, flattened sequences, windows), each
+        gets its name. Whether its rows follow from the batch at all is tried out in a few calls of the base model, with
+        one and with two of the rows, before the first call of a form with different names (before the first four where
+        a layer sees tokens without a batch, which may be routed). Where some layer's do not (sequence-first models,
+        relative positions, routed tokens), the model is called once for each adapter, with its rows; where its
+        outputs cannot be joined (a loss over all rows), the layer is refused by name.
+        `model(..., adapter_names=...)` is the same for one call.
+
+        Args:
+            adapter_names: one name per row; `"__base__"` for the base model alone. None: the active adapters.
+
+        Raises:
+            AdapterNotFoundError: an unknown name.
+            AdapterStateError: adapters are merged.
+        """
+        with self._scope.bound(names=self.check_rows(adapter_names), is_open=adapter_names is not None):
+            yield
+
+    def check_rows(self, adapter_names: Sequence[str] | None) -> tuple[str, ...] | None:
+        """The names for the rows of a batch, if they can be used; raises as `using`."""
+        if adapter_names is None:
+            return None
+        names = () if isinstance(adapter_names, str) else tuple(adapter_names)
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ConfigError(f"using() takes a list with one adapter name per row, got {adapter_names!r}")
+        self._known(name for name in names if name != BASE_ROW)
+        if merged := self._merged():
+            raise AdapterStateError(f"rows cannot have adapters of their own while {merged} are merged: unmerge first")
+        return names
+
+    def set_backend(self, name: str, layers: str | Iterable[str] | None = None) -> None:
+        """Choose how the adapters of linear layers are computed.
+
+        Args:
+            name: a name of `c3a_triton.operator.dispatch.BACKENDS`.
+            layers: full names of layers, or what they end with after a dot; None means all, and those adapted later.
+
+        Raises:
+            BackendError: an unknown backend, or a layer is named that has no choice.
+            ConfigError: a name that no adapted layer has.
+        """
+        check_backend(name)
+        adapted = list(self.layers())
+        if layers is None:
+            self.backend = name
+            chosen = [layer for _, layer in adapted if layer.has_backends]
+        else:
+            chosen = []
+            for entry in [layers] if isinstance(layers, str) else layers:
+                found = [layer for other, layer in adapted if f".{other}".endswith(f".{entry}")]
+                if not found:
+                    raise ConfigError(f"no adapted layer is named {entry!r}.{near_names(entry, dict(adapted))}")
+                chosen += found
+        if name != "auto" and (fixed := [layer for layer in chosen if not layer.has_backends]):
+            raise BackendError(f"{fixed[0].layer_name} is a {fixed[0].kind} layer, which has no choice of backend")
+        for layer in chosen:
+            layer.backend = name
+
+    def freeze_for_inference(self, frozen: bool = True) -> None:
+        """Keep what is derived from the adapters' parameters from one call to the next, or end that, in every layer.
+
+        For inference only: `C3ALinear.freeze_for_inference` has the rules. Adapters that are added or loaded later are
+        not frozen before it is called again.
+
+        Args:
+            frozen: freeze all adapters, whose kernels, modules and biases then want no gradient until `set_adapter`; or
+                let go of what is kept.
+        """
+        for _, layer in self.layers():
+            layer.freeze_for_inference(frozen)
+        if not frozen:
+            return
+        for _, module in self._saved_modules():
+            module.requires_grad_(False)
+        for name in self._configs:
+            for parameter in self._tensors(name).biases().values():
+                parameter.requires_grad_(False)
+        self._inference_mode = True

@@ -1,0 +1,173 @@
+"""What a layer computes where its base layer computes by itself, or where each row of a batch has its own adapter."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from c3a_triton.bases.linear_like import is_plain
+from c3a_triton.bases.sharded import gather_with
+from c3a_triton.errors import AdapterStateError, BackendError, ShapeError
+from c3a_triton.operator.rows import c3a_linear_rows
+
+from .names import expand_rows, rows_of_call
+
+__all__ = ["COMPUTED_DTYPES", "general_forward"]
+
+COMPUTED_DTYPES = (torch.float32, torch.float64)
+
+
+def general_forward(
+    layer: Any, kind: str, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+) -> Tensor:
+    """The base layer's output plus what holds for this call, in x's dtype.
+
+    Args:
+        layer: the `C3ALinear`, which stands on this file.
+        kind: what the call computes, of `Scope.kind`.
+        x: as in `C3ALinear.forward`.
+        adapter_names: as in `C3ALinear.forward`.
+        args, kwargs: passed on to the base layer.
+
+    Raises:
+        ShapeError: sizes that do not fit.
+        AdapterStateError: names of rows, or the base alone, while adapters are merged; a base layer that passes no
+            gradient on.
+        BackendError: the layer's backend cannot run here.
+    """
+    # All of them, whichever this call applies: DeepSpeed expects each call to fetch the same parameters.
+    gather_with(layer, layer._stored_kernels())
+    if kind == "probe":
+        layer._scope.note(layer._label, x)
+    if kind == "base" and layer.merged_adapters:
+        raise AdapterStateError(
+            f"{layer._label}: {layer.merged_adapters} were merged while adapters are disabled (disable_adapter) in a "
+            "thread, which cannot compute the base alone any more: unmerge them first"
+        )
+    if layer._disable_adapters or kind == "probe":
+        kind = "base"
+    elif adapter_names is not None and kind != "base":
+        names = expand_rows(adapter_names, x.shape[0], exact=True)
+        present = tuple(name for name in dict.fromkeys(names) if name in layer.c3a_kernel)
+        index = {name: i for i, name in enumerate(present)}
+        rows = torch.tensor([index.get(name, -1) for name in names], device="cpu")
+        return _forward_rows(layer, present, rows, x, *args, **kwargs)
+    if kind == "rows":
+        is_vector = x.dim() == 1 and layer.kind == "linear"  # a single one, which is no batch
+        x = x[None] if is_vector else x
+        call = rows_of_call(layer._scope, layer._label, x, layer.c3a_kernel)
+        y = _forward_rows(layer, *call, x, *args, **kwargs)
+        return y[0] if is_vector else y
+    y = layer.base_layer(x, *args, **kwargs)
+    dtype = x.dtype if x.is_floating_point() else y.dtype
+    if kind == "base":
+        return y.to(dtype)
+    # With offloading or several devices the base layer's hook decides where it computes.
+    x = x.to(y.device)
+    kernels = layer._kernels
+    if kernels is None or any(w.device != x.device or w.dtype not in COMPUTED_DTYPES for w in kernels):
+        kernels = tuple(layer._kernel_on(name, x.device) for name in layer._applied_names())
+    if kernels and torch._C._get_tracing_state() is None:
+        _check_base_output(layer, x, y)
+    for kernel in _sums_by_block_size(kernels):
+        y = y + layer._delta(x, kernel, _backend_beside_base(layer)).to(y.dtype)
+    return y.to(dtype)
+
+
+def _check_base_output(layer: Any, x: Tensor, y: Tensor) -> None:
+    """Refuse a base layer whose output an adapter's part cannot be added to."""
+    fits = (x.shape[-1:], y.shape[-1:]) == ((layer.in_features,), (layer.out_features,))
+    if layer.kind == "linear" and not fits:
+        raise ShapeError(
+            f"{layer._label}: x has the shape {tuple(x.shape)} and the base layer gives {tuple(y.shape)}, where "
+            f"in_features={layer.in_features} and out_features={layer.out_features}. A tensor-parallel base "
+            "layer, of which each process computes a part, cannot be adapted: leave it out of the plan, or "
+            "shard with FSDP2 (fully_shard), which puts weights together"
+        )
+    if x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
+        # The adapter's part alone would pass one on, a wrong one.
+        raise AdapterStateError(
+            f"{layer._label}: this {type(layer.get_base_layer()).__name__} passes no gradient on to its input, "
+            "as some quantized layers do not (torchao's with quantized activations): layers below it cannot be "
+            "trained. Load the base model in another format, or adapt no layer below this one"
+        )
+
+
+def _forward_rows(layer: Any, present: tuple[str, ...], rows: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The base layer's output plus, for each row, that of the adapter of its index among these, if it has one."""
+    if layer.merged_adapters:
+        raise AdapterStateError(
+            f"{layer._label}: rows cannot have adapters of their own while {layer.merged_adapters} are merged; "
+            "unmerge them first"
+        )
+    base: Any = layer.base_layer
+    if present and layer.kind == "linear" and not args and not kwargs and is_plain(base, x):
+        return _delta_rows(layer, x, base.weight, base.bias, present, rows).to(x.dtype)
+    y = base(x, *args, **kwargs)
+    dtype = x.dtype if x.is_floating_point() else y.dtype
+    if present:
+        x = x.to(y.device)
+        _check_base_output(layer, x, y)
+        y = y + _delta_rows(layer, x, None, None, present, rows).to(y.dtype)
+    return y.to(dtype)
+
+
+def _delta_rows(
+    layer: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, names: tuple[str, ...], rows: Tensor
+) -> Tensor:
+    """What the adapters add for x, each row by that of its index into `names` (−1 for none), and x Wᵀ + bias."""
+    kernels = [layer._kernel_on(name, x.device) for name in names]
+    if layer.kind != "linear":
+        return _delta_by_adapter(layer, x, kernels, rows)
+    try:
+        return c3a_linear_rows(x, weight, bias, kernels, rows, backend=_backend_beside_base(layer))
+    except ShapeError as error:
+        raise ShapeError(f"{layer._label}: {error}") from None
+
+
+def _delta_by_adapter(layer: Any, x: Tensor, kernels: list[Tensor], rows: Tensor) -> Tensor:
+    """The adapters' part of `_delta_rows`, one adapter after another: of layers that have no kernels for rows."""
+    total: Tensor | None = None
+    for i, kernel in enumerate(kernels):
+        # A graph cannot depend on how many rows an adapter has: there each adapter computes them all.
+        chosen = None if torch.compiler.is_compiling() else (rows == i).nonzero().squeeze(1).to(x.device)
+        part = layer._delta(x if chosen is None else x.index_select(0, chosen), kernel, _backend_beside_base(layer))
+        if total is None:
+            total = part.new_zeros(x.shape[0], *part.shape[1:])
+        # An adapter that was added after a cast to float64 is in float32 beside the others.
+        dtype = torch.promote_types(total.dtype, part.dtype)
+        total, part = total.to(dtype), part.to(dtype)
+        if chosen is None:
+            mine = (rows == i).to(x.device).view(-1, *(1,) * (part.dim() - 1))
+            total = torch.where(mine, part, total)
+        else:
+            total = total.index_add(0, chosen, part)
+    assert total is not None, "no adapter for any row"
+    return total
+
+
+def _sums_by_block_size(kernels: Sequence[Tensor]) -> list[Tensor]:
+    """Kernels of equal block size summed: the product is linear in them."""
+    sums: dict[int, Tensor] = {}
+    for kernel in kernels:
+        b = kernel.shape[-1]
+        sums[b] = sums[b] + kernel if b in sums else kernel
+    return list(sums.values())
+
+
+def _backend_beside_base(layer: Any) -> str:
+    """The backend of adapters that are computed beside the base layer."""
+    if layer.backend != "auto" and not layer.has_backends:
+        raise BackendError(
+            f"{layer._label}: backend {layer.backend!r} is for linear layers; a {layer.kind} layer has no choice of "
+            "backend: leave it at 'auto'"
+        )
+    if layer.backend == "fold":
+        raise BackendError(
+            f"{layer._label}: backend 'fold' adds the adapters to the weight of a plain nn.Linear. Here they are "
+            "computed beside the base layer: it is of another kind, hooked, offloaded or called with more than x, "
+            "the adapters are on another device or of 8 bits, or each row of the batch has its "
+            "own. Choose another backend for this layer, such as 'auto'"
+        )
+    return layer.backend

@@ -1,0 +1,136 @@
+"""Adapted layers, and copies of modules that are trained whole: built for a model, put into it, taken out again."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from c3a_triton.bases.linear_like import geometry
+from c3a_triton.bases.quantized import torchao_config_of
+from c3a_triton.errors import AdapterStateError, CheckpointError
+from c3a_triton.files.checkpoint import KERNEL_SUFFIX
+
+from . import pretrained
+from .conv import C3AConv2d
+from .embedding import C3AEmbedding
+from .layer import C3ALinear
+from .modules_to_save import ModulesToSave
+from .names import Scope
+from .ownership import is_own
+from .targets import Target
+
+__all__ = ["layer_class", "new_copy", "new_layer", "put_plain", "replace_module", "without_adapters"]
+
+_CLASSES = {"linear": C3ALinear, "conv2d": C3AConv2d, "embedding": C3AEmbedding}
+
+
+def layer_class(base: nn.Module) -> type[C3ALinear]:
+    """What adapts a base layer."""
+    sizes = geometry(base)
+    return C3ALinear if sizes is None else _CLASSES[sizes.kind]
+
+
+def new_layer(
+    model: nn.Module,
+    target: Target,
+    adapter_name: str,
+    init_weights: bool | str,
+    tensors: Mapping[str, Tensor] | None,
+    *,
+    backend: str,
+    active: list[str],
+) -> tuple[C3ALinear, nn.Parameter]:
+    """The adapted layer of a target, which is not put into the model yet, and a kernel, which is not the layer's yet.
+
+    Args:
+        model: the model.
+        target: what is to be adapted.
+        adapter_name: the adapter's name.
+        init_weights: as in `C3AConfig`.
+        tensors: a file's, which take the place of initial values.
+        backend: what a new layer gets, where there is a choice.
+        active: what a new layer has as active adapters.
+
+    Raises:
+        AdapterStateError: the layer has an adapter of that name.
+        CheckpointError: the layer is on the meta device, where a file's values would be lost.
+        ConfigError: an unknown `init_weights`, or an embedding that cannot be adapted.
+    """
+    layer = target.module
+    if not isinstance(layer, C3ALinear):
+        new_class = _CLASSES[target.sizes.kind]
+        layer = new_class._around(
+            layer,
+            target.sizes,
+            active=active,
+            backend=backend if new_class.has_backends else "auto",
+            layer_name=target.name,
+        )
+        layer.quantization_config = torchao_config_of(model)
+        layer._register_state_dict_hook(pretrained.warn_outer_save)
+        if isinstance(model.get_submodule(target.name.rpartition(".")[0]), nn.TransformerEncoderLayer):
+            # torch's fused encoder layer reads the weights and calls no layer; any hook makes it step aside.
+            layer.register_forward_pre_hook(_do_nothing)
+    elif adapter_name in layer.c3a_kernel:
+        raise AdapterStateError(f"{target.name} has an adapter {adapter_name!r} that nobody here knows")
+    kernel = layer._new_kernel(target.block_size, init_weights if tensors is None else True)
+    if tensors is not None:
+        if kernel.is_meta:
+            raise CheckpointError(
+                f"{target.name} is on the meta device, where values are lost: load the model before its adapter"
+            )
+        kernel.data.copy_(tensors[target.name + KERNEL_SUFFIX])
+    return layer, kernel
+
+
+def _do_nothing(module: nn.Module, args: Any) -> None:
+    return None
+
+
+def new_copy(name: str, module: nn.Module, tensors: Mapping[str, Tensor] | None) -> tuple[ModulesToSave, nn.Module]:
+    """What holds the copies of a module of the model, and a copy, with a file's tensors, which it does not have yet."""
+    wrapper = module if isinstance(module, ModulesToSave) else ModulesToSave(module, name)
+    module_copy = wrapper.new_copy()
+    if tensors is not None:
+        module_copy.load_state_dict({key: tensors[f"{name}.{key}"] for key in module_copy.state_dict()})
+    return wrapper, module_copy
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module into a model under a name that it has."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def put_plain(model: nn.Module, scope: Scope, *, with_copies: bool) -> list[tuple[str, nn.Module]]:
+    """Put plain layers in the place of a manager's adapted ones, which are returned with their names.
+
+    Args:
+        model: the model.
+        scope: the manager's.
+        with_copies: whether modules that the active adapter trained whole stay as it has them.
+    """
+    replaced: list[tuple[str, nn.Module]] = []
+    # Every name under which a layer is known, not only the first.
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if not is_own(module, scope):
+            continue
+        if isinstance(module, C3ALinear):
+            plain = module.base_layer
+        else:
+            plain = module.active_module() if with_copies else module.original_module
+        replace_module(model, name, plain)
+        replaced.append((name, module))
+    return replaced
+
+
+@contextmanager
+def without_adapters(model: nn.Module, scope: Scope, *, with_copies: bool) -> Iterator[None]:
+    """Within it the model is the plain one that `put_plain` makes of it."""
+    replaced = put_plain(model, scope, with_copies=with_copies)
+    try:
+        yield
+    finally:
+        for name, module in replaced:
+            replace_module(model, name, module)

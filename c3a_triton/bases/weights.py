@@ -1,0 +1,252 @@
+"""A base layer's weight: where it is, how it is read, written, kept and brought back, and told from what it was.
+
+Where accelerate keeps it elsewhere and leaves an empty one on meta, it is what accelerate keeps.
+"""
+
+from collections.abc import Hashable
+from itertools import chain
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from c3a_triton.errors import AdapterStateError
+
+from .linear_like import computes_its_weight, geometry, is_transposed
+from .probe import is_ordinary
+from .quantized import quantized_weight
+
+__all__ = [
+    "WeightAccess",
+    "as_weight",
+    "fingerprint",
+    "first_tensor",
+    "kernel_device",
+    "rounding_dtype",
+    "stored_tensor",
+    "unmergeable",
+    "weight_access",
+]
+
+# Elements that a fingerprint multiplies at a time: the product should stay in a processor's cache.
+_FINGERPRINT_ELEMENTS = 2**18
+
+
+def _offload_hook(module: nn.Module) -> Any:
+    """accelerate's hook that brings the module's tensors for each forward, or None."""
+    hook = getattr(module, "_hf_hook", None)
+    for part in getattr(hook, "hooks", (hook,)):
+        if getattr(part, "offload", False) and getattr(part, "weights_map", None) is not None:
+            return part
+    return None
+
+
+def stored_tensor(module: nn.Module, name: str) -> Tensor:
+    """A module's tensor; where accelerate has offloaded it, the one that it keeps."""
+    tensor = getattr(module, name)
+    if tensor.is_meta and (hook := _offload_hook(module)) is not None:
+        return hook.weights_map[name]
+    return tensor
+
+
+def first_tensor(base: nn.Module) -> Tensor | None:
+    """A base layer's weight, or what stands in its place."""
+    for name in ("weight", "qweight", "W_q"):
+        tensor = getattr(base, name, None)
+        if isinstance(tensor, Tensor):
+            return tensor
+    return next(chain(base.parameters(), base.buffers()), None)
+
+
+def kernel_device(base: nn.Module) -> torch.device:
+    """Where a base layer computes, and so where its adapters belong; meta for a layer that really is on meta."""
+    hook = _offload_hook(base)
+    if hook is not None and hook.execution_device is not None:
+        device = hook.execution_device
+        return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    tensor = first_tensor(base)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+def rounding_dtype(base: nn.Module) -> torch.dtype | None:
+    """The 16-bit dtype of a base layer, or None.
+
+    PEFT passes fresh adapters through it on their way to float32, which decides their initial values.
+    """
+    tensor = first_tensor(base)
+    dtype = getattr(base, "compute_dtype", None) or (None if tensor is None else tensor.dtype)
+    return dtype if dtype in (torch.float16, torch.bfloat16) else None
+
+
+class WeightAccess(Protocol):
+    """A base layer's weight as a matrix [out, in] that can be read, replaced, kept and brought back."""
+
+    in_place: bool
+    """Whether what `read` returns is the weight's own storage."""
+
+    def place(self) -> Hashable | None:
+        """Where the weight is in memory, equal for all layers that have this memory as their weight, if that counts."""
+
+    def read(self) -> Tensor:
+        """The weight, [out, in]."""
+
+    def write(self, weight: Tensor) -> None:
+        """Replace the weight's values."""
+
+    def keep(self, where: str) -> Tensor | nn.Module:
+        """What `restore` needs to bring the present weight back bit for bit, on `"cpu"` or the weight's `"device"`."""
+
+    def restore(self, kept: Tensor | nn.Module) -> None:
+        """Bring back the weight that was kept."""
+
+
+def _as_matrix(base: nn.Module, weight: Tensor) -> Tensor:
+    """A layer's weight as [out, in]; a convolution's inputs are the channels of each tap, tap after tap."""
+    if is_transposed(base):
+        return weight.t()
+    return weight.permute(0, 2, 3, 1).flatten(1) if isinstance(base, nn.Conv2d) else weight
+
+
+def as_weight(base: nn.Module, matrix: Tensor) -> Tensor:
+    """A matrix [out, in] in the order of its layer's weight."""
+    if is_transposed(base):
+        return matrix.t()
+    if isinstance(base, nn.Conv2d):
+        return matrix.unflatten(1, (*base.kernel_size, -1)).permute(0, 3, 1, 2)
+    return matrix
+
+
+class _PlainWeight:
+    def __init__(self, base: nn.Module) -> None:
+        self._base = base
+        self.in_place = not isinstance(base, nn.Conv2d)
+
+    def _weight(self) -> Tensor:
+        return self._base._parameters["weight"].detach()  # type: ignore[union-attr]
+
+    def place(self) -> Hashable | None:
+        weight = self._weight()
+        return str(weight.device), weight.data_ptr(), weight.dtype, tuple(weight.shape), weight.stride()
+
+    def read(self) -> Tensor:
+        return _as_matrix(self._base, self._weight())
+
+    def write(self, weight: Tensor) -> None:
+        self._weight().copy_(as_weight(self._base, weight))
+
+    def keep(self, where: str) -> Tensor:
+        weight = self.read()
+        return weight.to("cpu", copy=True) if where == "cpu" else weight.clone()
+
+    def restore(self, kept: Tensor | nn.Module) -> None:
+        assert isinstance(kept, Tensor)
+        self.write(kept)
+
+
+class _OffloadedWeight:
+    """The weight in accelerate's map. It is replaced there, not changed: others may hold the tensor, or a file."""
+
+    in_place = False
+
+    def __init__(self, base: nn.Module, weights: Any) -> None:
+        self._base = base
+        self._weights = weights
+
+    def place(self) -> Hashable | None:
+        return None  # what is written replaces this layer's alone
+
+    def read(self) -> Tensor:
+        return _as_matrix(self._base, self._weights["weight"])
+
+    def write(self, weight: Tensor) -> None:
+        weights, key = self._weights, "weight"
+        while hasattr(weights, "prefix") and hasattr(weights, "dataset"):
+            weights, key = weights.dataset, weights.prefix + key
+        # A loader looks at its tensors in memory before its files, which are the user's and stay as they are.
+        weights = weights.state_dict if hasattr(weights, "index") else weights
+        weights[key] = as_weight(self._base, weight).contiguous()
+
+    def keep(self, where: str) -> Tensor:
+        return self.read()
+
+    def restore(self, kept: Tensor | nn.Module) -> None:
+        assert isinstance(kept, Tensor)
+        self.write(kept)
+
+
+def unmergeable(base: nn.Module) -> str | None:
+    """Why nothing can be added to the weight of a layer like this, wherever the weight is, or None.
+
+    The weight of what is found here is one that a checkpoint holds as it is.
+    """
+    weight = base._parameters.get("weight")
+    sizes = geometry(base)
+    expected = None if sizes is None else (sizes.out_features, sizes.in_features)
+    if weight is None:
+        return "its weight is not a parameter of its own"
+    if not is_ordinary(weight):
+        return f"its weight is a {type(weight).__name__} of {weight.dtype}, not an ordinary floating-point matrix"
+    if not computes_its_weight(base):
+        return "its class computes a forward of its own, which is not the product with its weight"
+    if weight.dim() != (4 if isinstance(base, nn.Conv2d) else 2) or _as_matrix(base, weight).shape != expected:
+        return f"its weight has shape {tuple(weight.shape)}, which is not all of {expected}, as a sharded one has"
+    return None
+
+
+def weight_access(owner: Any) -> WeightAccess:
+    """How the weight under an adapter layer is merged into.
+
+    Args:
+        owner: a layer with `base_layer` and `get_base_layer()`.
+
+    Raises:
+        AdapterStateError: it cannot be; the message says why.
+    """
+    base = owner.get_base_layer()
+    hook = _offload_hook(base)
+    reason = unmergeable(base)
+    if reason is None:
+        if not base._parameters["weight"].is_meta:
+            return _PlainWeight(base)
+        if hook is not None:  # while PEFT merges, it lends an offloaded layer its weight
+            return _OffloadedWeight(base, hook.weights_map)
+        reason = "its weight is on the meta device and holds no values"
+    access = quantized_weight(owner)
+    if not isinstance(access, str):
+        return access
+    raise AdapterStateError(
+        f"nothing can be merged into this {type(base).__name__}: {reason}; {access}. Keep the adapter unmerged, or "
+        "load the base model in 16 or 32 bits"
+    )
+
+
+def fingerprint(weight: Tensor) -> int:
+    """A 64-bit hash of a matrix's bits that depends on their positions, equal on all devices.
+
+    A change of one element always shows, any other with probability 1 − 2⁻⁶⁴ or so. It reads the matrix once.
+    """
+    rows = weight.detach()
+    rows = rows.t() if rows.t().is_contiguous() and not rows.is_contiguous() else rows.contiguous()
+    if rows.shape[1] * rows.dtype.itemsize % 8 == 0:
+        # Eight bytes at a time: cheaper on a CPU than widening each element.
+        rows = (
+            rows if rows.data_ptr() % 8 == 0 and rows.storage_offset() * rows.dtype.itemsize % 8 == 0 else rows.clone()
+        )
+        bits = rows.view(torch.int64)
+    else:
+        bits = rows.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.dtype.itemsize])
+    n_rows, n_columns = bits.shape
+    row_keys, column_keys = _odd_keys(n_rows, bits.device), _odd_keys(n_columns, bits.device)
+    step = max(1, _FINGERPRINT_ELEMENTS // max(n_columns, 1))
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for part, keys in zip(bits.split(step), row_keys.split(step), strict=True):
+        total += ((part.to(torch.int64) * column_keys).sum(dim=1) * keys).sum()
+    return int(total)
+
+
+def _odd_keys(count: int, device: torch.device) -> Tensor:
+    """Scattered odd int64 numbers: multiplying by one modulo 2⁶⁴ loses nothing."""
+    keys = torch.arange(1, count + 1, dtype=torch.int64, device=device) * -7046029254386353131
+    keys = (keys ^ (keys >> 30)) * -4658895280553007687
+    keys = (keys ^ (keys >> 27)) * -7723592293110705685
+    return (keys ^ (keys >> 31)) | 1
