@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import sysconfig
@@ -20,11 +21,12 @@ import tiny_models
 import c3a_triton
 from c3a_triton import C3AConfig, cli
 from c3a_triton.benchmark import gate, layer, peers
-from c3a_triton.commands import bench, doctor, folder_merge, merge
+from c3a_triton.commands import bench, doctor, folder_merge, merge, parsers
 from c3a_triton.commands.options import module_choice
+from c3a_triton.operator import calls, dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("inspect", "merge", "bench", "doctor")
+COMMANDS = ("autotune", "cache", "inspect", "merge", "bench", "doctor")
 needs_peft = pytest.mark.skipif(peers.why_no_peft() is not None, reason="needs PEFT")
 
 
@@ -130,6 +132,24 @@ def test_help_has_examples_and_a_form_for_machines(run, name):
     assert code == 0
     assert f"examples:\n  c3a-triton {name}" in out
     assert "--json" in out
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [("--help", 0), ("--version", 0), ("bench --help", 0), ("bench --in 8 --block-size 4 --tokens 4", 2)],
+)
+def test_what_computes_nothing_is_answered_at_once(tmp_path, line, code):
+    """In less CPU time than torch takes to be imported, several times over."""
+    script = "import sys; from c3a_triton.cli import main; code = main(); print('torch' in sys.modules); sys.exit(code)"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = command(sys.executable, "-c", script, *line.split(), cwd=tmp_path)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (code, "False"), done.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+
+
+def test_backends_are_those_of_the_operator():
+    assert parsers.BACKENDS == dispatch.BACKENDS
 
 
 def test_help_names_the_commands(run):
@@ -655,12 +675,14 @@ def test_doctor_finds_what_is_broken(run, quick, monkeypatch):
 
 @pytest.mark.parametrize("wrong", ["y", "dx", "dw"])
 def test_doctor_finds_what_is_wrong(run, quick, monkeypatch, wrong):
+    right = calls.c3a_linear
+
     class Wrong(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, weight, bias, w, backend):
             with torch.enable_grad():
                 ctx.inputs = x.detach().requires_grad_(), w.detach().requires_grad_()
-                ctx.y = c3a_triton.c3a_linear(ctx.inputs[0], weight, bias, [ctx.inputs[1]], backend="torch")
+                ctx.y = right(ctx.inputs[0], weight, bias, [ctx.inputs[1]], backend="torch")
             return ctx.y.detach() * (1.001 if wrong == "y" else 1)
 
         @staticmethod
@@ -672,7 +694,7 @@ def test_doctor_finds_what_is_wrong(run, quick, monkeypatch, wrong):
         return Wrong.apply(x, weight, bias, *kernels, backend)
 
     monkeypatch.setattr(doctor.dispatch, "BACKENDS", ("torch",))
-    monkeypatch.setattr(doctor.ops, "c3a_linear", c3a_linear)
+    monkeypatch.setattr(doctor.calls, "c3a_linear", c3a_linear)
     code, out, _ = run("doctor")
     assert code == 1
     assert "broken: wrong by 0.001, allowed: 1e-05" in out

@@ -17,9 +17,9 @@ from c3a_triton.errors import C3AError
 from c3a_triton.operator import calls, dispatch, reference, tuned
 from c3a_triton.operator.launch import specs
 
-from .options import add_command, print_json
+from .options import print_json
 
-__all__ = ["add"]
+__all__ = ["run"]
 
 PACKAGES = ("c3a_triton", "torch", "triton", "transformers", "peft", "safetensors", "numpy")
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
@@ -28,25 +28,10 @@ VARIABLES = re.compile(r"C3A_TRITON_\w+|TRITON_\w+|CUDA_\w+|PYTORCH_\w+|TORCH_\w
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
 # Tokens, in_blocks, out_blocks, b: one for the kernels of few tokens, one for the others, b no power of two.
 SHAPES = ((4, 2, 3, 16), (40, 3, 2, 24))
-_EXAMPLES = """\
-  c3a-triton doctor
-  c3a-triton doctor --json | jq .backends"""
 
 
-def add(subparsers: Any) -> None:
-    """Add the command."""
-    parser = add_command(
-        subparsers,
-        "doctor",
-        "show versions, devices and which backends work here, for a bug report",
-        "Show versions and devices, and compute a small product and its gradients by every backend on every device,\n"
-        "held against the dense definition. The exit code is 1 where something that should work does not.",
-        _EXAMPLES,
-    )
-    parser.set_defaults(run=_run)
-
-
-def _run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
+    """The command."""
     backends = _backends()
     document = {
         "versions": package_versions(PACKAGES) | {"cuda": torch.version.cuda},
