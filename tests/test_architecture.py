@@ -1,5 +1,5 @@
 """The order of the house: a folder stands on those before it, a file imports no file that imports it, and the operator
-needs nothing but torch, triton and the standard library.
+needs nothing but torch, triton, einops and the standard library.
 """
 
 import ast
@@ -113,9 +113,9 @@ def test_every_package_is_installed():
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "operator").rglob("*.py")), ids=module_of)
-def test_the_operator_stands_on_torch_triton_and_the_standard_library(path):
+def test_the_operator_stands_on_torch_triton_einops_and_the_standard_library(path):
     roots = {module.split(".")[0] for module in imports(path)}
-    assert roots <= {"torch", "triton", "c3a_triton", *sys.stdlib_module_names}
+    assert roots <= {"torch", "triton", "einops", "c3a_triton", *sys.stdlib_module_names}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=module_of)
@@ -126,7 +126,7 @@ def test_kernels_are_triton_only(path):
 
 def test_imports_are_light():
     """`import c3a_triton` takes nothing along; its names and the tuner neither Triton nor an optional package."""
-    heavy = ("triton", "transformers", "peft", "accelerate", "scipy", "matplotlib", "rich", "einops", "numpy.testing")
+    heavy = ("triton", "transformers", "peft", "accelerate", "scipy", "matplotlib", "rich", "numpy.testing")
     code = f"""
 import sys
 import c3a_triton

@@ -22,7 +22,7 @@ from .options import print_json
 
 __all__ = ["run"]
 
-PACKAGES = ("c3a_triton", "torch", "triton", "transformers", "peft", "safetensors", "numpy")
+PACKAGES = ("c3a_triton", "torch", "triton", "transformers", "peft", "safetensors", "einops", "numpy")
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
 VARIABLES = re.compile(r"C3A_TRITON_\w+|TRITON_\w+|CUDA_\w+|PYTORCH_\w+|TORCH_\w+|OMP_NUM_THREADS|MKL_NUM_THREADS")
 # Relative error of a product and its gradients; Triton's interpreter truncates to bfloat16 instead of rounding.
