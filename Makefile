@@ -96,7 +96,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 .venv36/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv36
 	.venv36/bin/pip install -q -c constraints.txt torch
-	.venv36/bin/pip install -q 'numpy<2.4' safetensors regex hypothesis pytest
+	.venv36/bin/pip install -q 'numpy<2.4' safetensors regex einops hypothesis pytest
 	.venv36/bin/pip install -q --no-deps triton==3.6.0
 	.venv36/bin/pip install -q --no-deps -e .
 	touch $@
@@ -105,7 +105,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-compat
 	.venv-compat/bin/pip install -q -c constraints.txt torch
 	.venv-compat/bin/pip install -q transformers==4.57.6 peft==0.17.0 accelerate 'numpy<2.4' safetensors regex \
-		scipy platformdirs shtab matplotlib rich hypothesis pytest pytest-xdist
+		einops scipy platformdirs shtab matplotlib rich hypothesis pytest pytest-xdist
 	.venv-compat/bin/pip install -q --no-deps triton==3.6.0
 	.venv-compat/bin/pip install -q --no-deps -e .
 	touch $@
@@ -114,7 +114,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 .venv-gpu/.installed: pyproject.toml
 	$(PYTHON312) -m venv .venv-gpu
 	.venv-gpu/bin/pip install -q torch==2.11.0 triton==3.6.0 transformers==5.17.0 accelerate==1.15.0 peft==0.21.2 \
-		numpy==2.5.2 setuptools==81.0.0 safetensors regex scipy matplotlib rich hypothesis \
+		numpy==2.5.2 setuptools==81.0.0 safetensors regex einops scipy matplotlib rich hypothesis \
 		pytest pytest-xdist pytest-timeout
 	.venv-gpu/bin/pip install -q --no-deps --target .venv-gpu/numpy-for-triton numpy==2.3.5
 	.venv-gpu/bin/pip install -q --no-deps -e .

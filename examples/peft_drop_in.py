@@ -22,6 +22,7 @@ import corpus
 import peft
 import torch
 import transformers
+from einops import rearrange
 from torch import Tensor, nn
 
 import c3a_triton
@@ -71,7 +72,8 @@ def adapted(options: argparse.Namespace, *, faster: bool) -> Any:
 def windows(options: argparse.Namespace) -> list[dict[str, Tensor]]:
     """English text, cut into as many examples as the training takes."""
     text = torch.frombuffer(bytearray(corpus.documentation()), dtype=torch.uint8).long()
-    rows = text[: options.steps * options.batch * options.length].view(-1, options.length)
+    examples = options.steps * options.batch
+    rows = rearrange(text[: examples * options.length], "(row position) -> row position", row=examples)
     return [{"input_ids": row, "labels": row} for row in rows]
 
 

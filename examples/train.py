@@ -24,6 +24,7 @@ from typing import Any
 import corpus
 import torch
 import transformers
+from einops import rearrange
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
@@ -37,7 +38,8 @@ class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
     def __init__(self, tokens: Tensor, length: int) -> None:
         if len(tokens) < length:
             raise ValueError(f"the text has {len(tokens)} tokens where windows of {length} are wanted: give more text")
-        self.windows = tokens[: len(tokens) // length * length].view(-1, length)
+        windows = len(tokens) // length
+        self.windows = rearrange(tokens[: windows * length], "(window position) -> window position", window=windows)
 
     def __len__(self) -> int:
         return len(self.windows)

@@ -49,7 +49,7 @@ def metadata(general: dict[str, Any], backend: str, identifier: str, files: dict
         "id": identifier,
         "version": general["version"],
         "license": general["license"],
-        "python-depends": [],
+        "python-depends": general["python-depends"],
         "backend": {"type": backend},
         "digest": {"algorithm": "sha256", "files": digests},
     }

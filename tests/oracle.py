@@ -6,6 +6,7 @@ Everything here is float64 and knows nothing of the library.
 """
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 # Relative error ‖out − ref‖ / ‖ref‖ that each dtype must keep on random normal data.
@@ -14,12 +15,10 @@ BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.
 
 def dense(w: Tensor, scale: float | None = None) -> Tensor:
     """ΔW [m·b, n·b] in float64 of w [m, n, b]; `scale=None` means 1 / (n·b)."""
-    m, n, b = w.shape
+    _, n, b = w.shape
     w = w.detach().to("cpu", torch.float64)
-    matrix = torch.empty(m, b, n, b, dtype=torch.float64)
-    for j in range(b):
-        matrix[:, j] = w[:, :, [(p - j) % b for p in range(b)]]
-    return matrix.reshape(m * b, n * b) * (1 / (n * b) if scale is None else scale)
+    j, p = torch.arange(b)[:, None], torch.arange(b)
+    return rearrange(w[:, :, (p - j) % b], "M N j p -> (M j) (N p)") * (1 / (n * b) if scale is None else scale)
 
 
 def product(x: Tensor, w: Tensor, scale: float | None = None) -> Tensor:
@@ -34,14 +33,11 @@ def input_grad(dy: Tensor, w: Tensor, scale: float | None = None) -> Tensor:
 
 def weight_grad(dy: Tensor, x: Tensor, b: int, scale: float | None = None) -> Tensor:
     """dw [m, n, b] in float64: entries of dyᵀ x summed along circulant diagonals, for dy [..., m·b], x [..., n·b]."""
-    dy = dy.detach().to("cpu", torch.float64).reshape(-1, dy.shape[-1])
-    x = x.detach().to("cpu", torch.float64).reshape(-1, x.shape[-1])
-    m, n = dy.shape[-1] // b, x.shape[-1] // b
-    dense_grad = (dy.T @ x).reshape(m, b, n, b)
-    dw = torch.zeros(m, n, b, dtype=torch.float64)
-    for j in range(b):
-        dw += dense_grad[:, j][:, :, [(j + q) % b for q in range(b)]]
-    return dw * (1 / (n * b) if scale is None else scale)
+    dy, x = (rearrange(rows.detach().to("cpu", torch.float64), "... width -> (...) width") for rows in (dy, x))
+    blocks = rearrange(dy.T @ x, "(M j) (N p) -> j M N p", j=b, p=b)
+    q = torch.arange(b)
+    dw = sum(blocks[j][:, :, (j + q) % b] for j in range(b))
+    return dw * (1 / x.shape[1] if scale is None else scale)
 
 
 def assert_close(out: Tensor, ref: Tensor, dtype: torch.dtype, *, bound: float | None = None) -> None:

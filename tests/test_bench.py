@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -738,6 +739,9 @@ def test_plots_of_several_panels(tmp_path: Path) -> None:
 
 # The tests that the job runs
 
+# Hypothesis's plugin takes every process of pytest two seconds to import.
+QUICK = ("-p", "no:hypothesispytest")
+
 
 def test_run_tests_counts(tmp_path: Path) -> None:
     tests = tmp_path / "test_some.py"
@@ -747,16 +751,26 @@ def test_run_tests_counts(tmp_path: Path) -> None:
             import sys
             import pytest
 
+            pytestmark = pytest.mark.native
+
             def test_good(): assert "" not in sys.path
 
             def test_bad(): assert False
 
             @pytest.mark.skip(reason="no such card")
             def test_skipped(): pass
+
+            def test_subjects_on_the_gpu(): assert False, "the job does this itself"
+
+            @pytest.mark.nightly
+            def test_long(): assert False
             """
         )
     )
-    found = native_tests.run_tests(tmp_path, [str(tests)], limit=1800)
+    assert test_subjects_on_the_gpu.__name__ == native_tests.LEFT_OUT
+    options = native_tests._arguments(tiny=False)
+    chosen = options[: options.index(next(option for option in options if option.endswith(".py")))]
+    found = native_tests.run_tests(tmp_path, [*QUICK, *chosen, str(tests)], limit=1800)
     assert found["outcome"] == "failed"
     assert [found[name] for name in ("passed", "failed", "skipped")] == [1, 1, 1]
     # Before the file's name may stand folders, by where pytest takes its root to be.
@@ -770,7 +784,7 @@ def test_run_tests_counts(tmp_path: Path) -> None:
 def test_run_tests_ends_in_time(tmp_path: Path) -> None:
     tests = tmp_path / "test_endless.py"
     tests.write_text("import time\n\ndef test_endless(): time.sleep(600)\n")
-    found = native_tests.run_tests(tmp_path, [str(tests)], limit=3)
+    found = native_tests.run_tests(tmp_path, [*QUICK, str(tests)], limit=3)
     assert found["outcome"] == "interrupted after 3 s"
     assert found["seconds"] < 600
 
@@ -783,24 +797,29 @@ def test_an_interrupted_run_does_not_wait_for_its_processes_until_it_is_killed(t
         "from xdist.workermanage import NodeManager\n\n"
         f"def pytest_unconfigure(): open({str(told)!r}, 'w').write(str(NodeManager.EXIT_TIMEOUT))\n"
     )
-    assert native_tests.run_tests(tmp_path, [str(tmp_path)], limit=1800, workers=1)["outcome"] == "passed"
+    assert native_tests.run_tests(tmp_path, [*QUICK, str(tmp_path)], limit=1800, workers=1)["outcome"] == "passed"
     assert int(told.read_text()) < native_tests.GRACE
 
 
-def test_what_the_job_does_itself_is_left_out() -> None:
-    assert test_subjects_on_the_gpu.__name__ == native_tests.LEFT_OUT
-    options = native_tests._arguments(tiny=False)
-    tests = [str(ROOT / "tests" / name) for name in ("test_bench.py", "test_fft.py")]
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *options[:4], *tests]
-    listed = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True, check=True).stdout
-    assert "test_cuda_timer_measures_device_work" in listed
-    assert "test_fft.py::" in listed
-    assert native_tests.LEFT_OUT not in listed
+def test_what_runs_on_a_device_is_native(request: pytest.FixtureRequest, device: torch.device) -> None:
+    assert request.node.get_closest_marker("native")
 
 
 def test_a_dead_context_costs_one_test(tmp_path: Path) -> None:
     pytest.importorskip("xdist")
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    # In place of torch, which every process would take seconds to import.
+    (tmp_path / "torch.py").write_text(
+        textwrap.dedent(
+            """
+            from types import SimpleNamespace
+
+            Tensor = device = None
+            manual_seed = int
+            cuda = SimpleNamespace(is_available=lambda: False, is_initialized=lambda: False)
+            """
+        )
+    )
     (tmp_path / "test_some.py").write_text(
         textwrap.dedent(
             """
@@ -817,7 +836,10 @@ def test_a_dead_context_costs_one_test(tmp_path: Path) -> None:
             """
         )
     )
-    found = native_tests.run_tests(tmp_path, [str(tmp_path)], limit=1800, workers=2)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    found = native_tests.run_tests(
+        tmp_path, [*QUICK, str(tmp_path)], limit=1800, workers=2, variables={"PYTHONPATH": path}
+    )
     assert found["passed"] == 19
     assert list(found["failures"].values()) == ["RuntimeError: CUDA error: an illegal memory access was encountered"]
     assert "crashed while running" in (tmp_path / "tests.log").read_text()
@@ -853,29 +875,15 @@ def test_our_folder_does_not_shadow_the_published_kernels(tmp_path: Path) -> Non
     assert found.stdout.split() == [str(ROOT / "kernels" / "__init__.py"), "True"], found.stderr
 
 
-def test_transformers_imports_from_the_root() -> None:
-    pytest.importorskip("transformers")
-    found = _python(
-        """
-        import bench, sys
-        from transformers import LlamaForCausalLM
-        from c3a_triton.benchmark import peers
-        kernels = sys.modules.get("kernels")
-        assert kernels is None or bench.ROOT not in __import__("pathlib").Path(kernels.__file__).parents
-        print(peers.why_no_peft())
-        """
-    )
-    assert found.returncode == 0, found.stderr
-    if peers.why_no_peft() is None:
-        assert found.stdout.strip() == "None"
-
-
-def test_commands_explain_themselves() -> None:
-    for subject, option in (("cpu", "--json"), ("gpu", "--budget-s")):
-        command = [sys.executable, "-m", f"bench.{subject}", "--help"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert option in done.stdout
+@pytest.mark.parametrize(("subject", "option"), [("cpu", "--json"), ("gpu", "--budget-s")])
+def test_commands_explain_themselves(
+    subject: str, option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [subject, "--help"])
+    monkeypatch.delitem(sys.modules, f"bench.{subject}", raising=False)
+    with pytest.raises(SystemExit, match="^0$"):
+        runpy.run_module(f"bench.{subject}", run_name="__main__", alter_sys=True)
+    assert option in capsys.readouterr().out
 
 
 def test_bench_runs_where_the_package_is_not_installed() -> None:

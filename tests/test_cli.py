@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import sysconfig
 import warnings
 from collections.abc import Callable
+from math import nan
 from pathlib import Path
 
 import pytest
@@ -20,11 +22,12 @@ import tiny_models
 import c3a_triton
 from c3a_triton import C3AConfig, cli
 from c3a_triton.benchmark import gate, layer, peers
-from c3a_triton.commands import bench, doctor, folder_merge, merge
+from c3a_triton.commands import bench, doctor, folder_merge, merge, parsers
 from c3a_triton.commands.options import module_choice
+from c3a_triton.operator import calls, dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("inspect", "merge", "bench", "doctor")
+COMMANDS = ("autotune", "cache", "inspect", "merge", "bench", "doctor")
 needs_peft = pytest.mark.skipif(peers.why_no_peft() is not None, reason="needs PEFT")
 
 
@@ -130,6 +133,24 @@ def test_help_has_examples_and_a_form_for_machines(run, name):
     assert code == 0
     assert f"examples:\n  c3a-triton {name}" in out
     assert "--json" in out
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [("--help", 0), ("--version", 0), ("bench --help", 0), ("bench --in 8 --block-size 4 --tokens 4", 2)],
+)
+def test_what_computes_nothing_is_answered_at_once(tmp_path, line, code):
+    """In less CPU time than torch takes to be imported, several times over."""
+    script = "import sys; from c3a_triton.cli import main; code = main(); print('torch' in sys.modules); sys.exit(code)"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = command(sys.executable, "-c", script, *line.split(), cwd=tmp_path)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (code, "False"), done.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+
+
+def test_backends_are_those_of_the_operator():
+    assert parsers.BACKENDS == dispatch.BACKENDS
 
 
 def test_help_names_the_commands(run):
@@ -627,11 +648,11 @@ def test_doctor_says_what_it_tries_before_it_does(run, quick, monkeypatch):
     monkeypatch.setattr(doctor.dispatch, "BACKENDS", ("auto", "torch"))
     monkeypatch.setattr(doctor.torch.cuda, "device_count", lambda: 0)
 
-    def largest_error(backend, *where):
+    def errors(backend, *where):
         print(f"computing by {backend}", file=sys.stderr)
-        return 0.0
+        return [0.0]
 
-    monkeypatch.setattr(doctor, "_largest_error", largest_error)
+    monkeypatch.setattr(doctor, "_errors", errors)
     code, out, err = run("doctor", "--json")
     assert (code, len(json.loads(out)["backends"])) == (0, 2)
     assert err.splitlines() == [
@@ -653,26 +674,31 @@ def test_doctor_finds_what_is_broken(run, quick, monkeypatch):
     assert states["torch"]["state"] == "works"
 
 
-@pytest.mark.parametrize("wrong", ["y", "dx", "dw"])
-def test_doctor_finds_what_is_wrong(run, quick, monkeypatch, wrong):
+@pytest.mark.parametrize(
+    ("wrong", "factor", "error"),
+    [("y", 1.001, "0.001"), ("dx", 1.001, "0.001"), ("dw", 1.001, "0.001"), ("dw", nan, "nan")],
+)
+def test_doctor_finds_what_is_wrong(run, quick, monkeypatch, wrong, factor, error):
+    right = calls.c3a_linear
+
     class Wrong(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, weight, bias, w, backend):
             with torch.enable_grad():
                 ctx.inputs = x.detach().requires_grad_(), w.detach().requires_grad_()
-                ctx.y = c3a_triton.c3a_linear(ctx.inputs[0], weight, bias, [ctx.inputs[1]], backend="torch")
-            return ctx.y.detach() * (1.001 if wrong == "y" else 1)
+                ctx.y = right(ctx.inputs[0], weight, bias, [ctx.inputs[1]], backend="torch")
+            return ctx.y.detach() * (factor if wrong == "y" else 1)
 
         @staticmethod
         def backward(ctx, dy):
             dx, dw = torch.autograd.grad(ctx.y, ctx.inputs, dy)
-            return dx * (1.001 if wrong == "dx" else 1), None, None, dw * (1.001 if wrong == "dw" else 1), None
+            return dx * (factor if wrong == "dx" else 1), None, None, dw * (factor if wrong == "dw" else 1), None
 
     def c3a_linear(x, weight, bias, kernels, *, backend):
         return Wrong.apply(x, weight, bias, *kernels, backend)
 
     monkeypatch.setattr(doctor.dispatch, "BACKENDS", ("torch",))
-    monkeypatch.setattr(doctor.ops, "c3a_linear", c3a_linear)
+    monkeypatch.setattr(doctor.calls, "c3a_linear", c3a_linear)
     code, out, _ = run("doctor")
     assert code == 1
-    assert "broken: wrong by 0.001, allowed: 1e-05" in out
+    assert f"broken: wrong by {error}, allowed: 1e-05" in out

@@ -1,39 +1,22 @@
 """The demo in its short form, as a user runs it, and what it says about bad input."""
 
+import importlib
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import EXAMPLES, run_example
 
 for _package in ("transformers", "peft", "rich", "matplotlib"):
     pytest.importorskip(_package)
 
-DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo.py"
 
-
-def _run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    # The interpreter is the tests' own affair: the demo runs as it does for a user.
-    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, str(DEMO), *arguments],
-        cwd=folder,
-        env=variables | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=1800,
-    )
-
-
-def test_short_run(tmp_path: Path) -> None:
+def test_short_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Small steps: so few of them lower the loss only so, whatever the text of this Python's library.
-    done = _run(tmp_path, "--short", "--lr-scale", "0.1")
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert run_example("demo", tmp_path, "--short", "--lr-scale", "0.1") == 0
+    printed = capsys.readouterr().out
     out = tmp_path / "out" / "demo"
 
     # The table, with every method and what there is to say about PEFT's gradient.
@@ -45,7 +28,7 @@ def test_short_run(tmp_path: Path) -> None:
         "bits/byte after",
         "wrong gradient",
     ):
-        assert text in done.stdout
+        assert text in printed
 
     # Like is compared with like.
     report = json.loads((out / "report.json").read_text())
@@ -68,7 +51,7 @@ def test_short_run(tmp_path: Path) -> None:
     bound = 5e-2 if torch.cuda.is_available() else 1e-4
     assert len(report["differences"]) == 2
     assert all(difference <= bound for difference in report["differences"].values())
-    assert done.stdout.count(": agrees") == 2
+    assert printed.count(": agrees") == 2
 
 
 def test_own_model_tokenizer_and_text(tmp_path: Path) -> None:
@@ -92,8 +75,8 @@ def test_own_model_tokenizer_and_text(tmp_path: Path) -> None:
     transformers.Qwen2ForCausalLM(config).save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text(text)
 
-    done = _run(tmp_path, "--short", "--model", "model", "--data", "text.txt", "--steps", "3", "--out", "here")
-    assert done.returncode == 0, done.stdout + done.stderr
+    options = ("--short", "--model", "model", "--data", "text.txt", "--steps", "3", "--out", "here")
+    assert run_example("demo", tmp_path, *options) == 0
     run = json.loads((tmp_path / "here" / "report.json").read_text())["runs"][0]
     assert len(run["training_curve"]) == 3
     # An untrained model knows nothing: log2 of the vocabulary for each token, of which the text has fewer than bytes.
@@ -115,24 +98,19 @@ BAD_ARGUMENTS = {
 }
 
 
-def test_bad_arguments_are_named_before_any_work(tmp_path: Path) -> None:
-    """All in one process, as importing costs more than the checks."""
+@pytest.mark.parametrize("line", BAD_ARGUMENTS)
+def test_bad_arguments_are_named_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: str
+) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "one").write_text("too short")
-    code = f"""
-import sys
-sys.path.insert(0, {str(DEMO.parent)!r})
-import demo
-demo.train_base = None  # nothing may be trained
-for line in {list(BAD_ARGUMENTS)!r}:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    demo = importlib.import_module("demo")
+    monkeypatch.setattr(demo, "train_base", None)  # nothing may be trained
     try:
         status = demo.main(line.split())
     except SystemExit as stop:
         status = stop.code
-    print(status)
-    print("---", file=sys.stderr)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["2"] * len(BAD_ARGUMENTS), done.stderr
-    for said, expected in zip(done.stderr.split("---\n"), BAD_ARGUMENTS.values(), strict=False):
-        assert expected in said
+    assert status == 2
+    assert BAD_ARGUMENTS[line] in capsys.readouterr().err

@@ -42,7 +42,7 @@ def test_it_is_copied_whole_and_stands_on_its_own(assembled: Path) -> None:
                     roots = {str(node.module).split(".")[0]}
                 else:
                     continue
-                assert roots <= {"torch", "triton", *sys.stdlib_module_names}, name
+                assert roots <= {"torch", "triton", "einops", *sys.stdlib_module_names}, name
             origin = ROOT / name if name.parts[0] == "kernels" else ROOT / "c3a_triton" / name
             if str(name) not in ("__init__.py", "layers.py", "_ops.py"):
                 assert path.read_bytes() == origin.read_bytes()
@@ -58,6 +58,7 @@ def test_it_is_what_the_loader_and_the_builder_read(assembled: Path) -> None:
         variant = assembled / "build" / f"torch-{backend}"
         metadata = Metadata.read_from_file(variant / "metadata.json")
         assert metadata.id.startswith(f"_c3a_triton_{backend}_")
+        assert metadata.python_depends == ["einops"]
         metadata.digest.validate(Digest.hash_variant(DigestAlgorithm.SHA256, variant))
 
 

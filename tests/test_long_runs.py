@@ -93,7 +93,7 @@ def check_memory(steps: int) -> None:
 
 
 def test_training_does_not_grow() -> None:
-    check_memory(500)
+    check_memory(200)
 
 
 @pytest.mark.nightly
@@ -117,13 +117,13 @@ def test_the_memory_check_sees_one_kept_tensor_a_step(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(c3a_triton.C3ALinear, "forward", leaking)
     with pytest.raises(AssertionError):
-        check_memory(100)
+        check_memory(20)
 
 
 # Adding and deleting
 
 
-def test_a_thousand_adapters_come_and_go() -> None:
+def test_hundreds_of_adapters_come_and_go() -> None:
     model = c3a_triton.apply(new_model(), CONFIG)
     x, names = batch(0)[0], [name for name, _ in model.named_modules()]
     y = model(x)
@@ -132,7 +132,7 @@ def test_a_thousand_adapters_come_and_go() -> None:
     def cycle(i: int) -> None:
         model.c3a.add_adapter(f"adapter{i}", CONFIG)
         model.c3a.set_adapter(f"adapter{i}")
-        if i % 100 == 0:
+        if i % 50 == 0:
             model(x).sum().backward()
             model.c3a.merge_adapter()
             model.c3a.unmerge_adapter()
@@ -142,14 +142,14 @@ def test_a_thousand_adapters_come_and_go() -> None:
             model.c3a.rename_adapter(f"adapter{i}", f"renamed{i}")
         model.c3a.delete_adapter(f"renamed{i}" if i % 2 else f"adapter{i}")
 
-    for i in range(100):
+    for i in range(50):
         cycle(i)
     alive, objects = tensors_alive(), len(gc.get_objects())
-    for i in range(100, 1000):
+    for i in range(50, 350):
         cycle(i)
     assert tensors_alive() <= alive  # what other tests left may go
-    assert len(gc.get_objects()) - objects < 100 + 2 * 900  # the weak references of this test
-    assert len(gone) == 2000
+    assert len(gc.get_objects()) - objects < 100 + 2 * 300  # the weak references of this test
+    assert len(gone) == 700
     assert not any(reference() is not None for reference in gone)
     assert [name for name, _ in model.named_modules()] == names
     assert torch.equal(model(x), y)
@@ -169,7 +169,7 @@ def test_models_that_were_adapted_are_freed() -> None:
 
     live()
     alive = tensors_alive()
-    for _ in range(5):
+    for _ in range(2):
         references = live()
         gc.collect()
         assert not any(reference() is not None for reference in references)

@@ -2,9 +2,7 @@
 
 import copy
 import io
-import os
 import re
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,6 +12,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from scripts import run_example
 from tiny_models import IDS, llama, logits
 from torch import Tensor, nn
 
@@ -662,25 +661,14 @@ def test_a_copy_and_a_pickle_of_an_adapted_quantized_layer() -> None:
         torch.testing.assert_close(torch.load(file, weights_only=False)(x), expected, rtol=0, atol=0)
 
 
-def test_the_example_in_short(tmp_path: Path) -> None:
-    """As a user runs it: in a process of its own, with what it prints."""
+def test_the_example_in_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("rich")
-    example = Path(__file__).resolve().parents[1] / "examples" / "qc3a.py"
-    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(example), "--short", "--steps", "30", "--device", "cpu"],
-        cwd=tmp_path,
-        env=variables | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=1800,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    figures = re.search(r"text: (\S+) before, (\S+) after, (\S+) merged", done.stdout)
+    assert run_example("qc3a", tmp_path, "--short", "--steps", "30", "--device", "cpu") == 0
+    printed = capsys.readouterr().out
+    figures = re.search(r"text: (\S+) before, (\S+) after, (\S+) merged", printed)
     assert figures is not None
     before, after, merged = map(float, figures.groups())
     assert after < before - 0.01
     assert merged < before
-    assert "reloaded onto the quantized base: largest difference 0.0e+00" in done.stdout
+    assert "reloaded onto the quantized base: largest difference 0.0e+00" in printed
     assert (tmp_path / "out" / "qc3a" / "adapter" / "adapter_model.safetensors").stat().st_size > 1000

@@ -93,14 +93,12 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 # The Trainer
 
 REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
-NOT_REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 ACCUMULATED = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}
 OPTIONS = {
     "float32": {},
     "bfloat16": {"bf16": True},
     "accumulated": ACCUMULATED,
     "checkpointed, reentrant": REENTRANT,
-    "checkpointed": NOT_REENTRANT,
 }
 
 
@@ -114,8 +112,8 @@ def plainly_trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tenso
 
 @pytest.mark.parametrize(
     ("options", "only_adapter"),
-    [*((options, False) for options in OPTIONS.values()), ({}, True), (REENTRANT, True)],
-    ids=[*OPTIONS, "adapter only", "checkpointed, adapter only"],
+    [*((options, False) for options in OPTIONS.values()), (REENTRANT, True)],
+    ids=[*OPTIONS, "checkpointed, adapter only"],
 )
 def test_the_trainer_trains_saves_and_resumes_bit_for_bit(
     tmp_path: Path, plainly_trained: dict[str, Tensor], options: dict[str, Any], only_adapter: bool
@@ -461,32 +459,26 @@ MODELS: dict[str, tuple[Callable[[], Any], C3AConfig]] = {
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("options", [REENTRANT, NOT_REENTRANT], ids=["reentrant", "not reentrant"])
-def test_every_kind_of_model_trains_with_checkpointing(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
+def test_every_kind_of_model_trains_with_checkpointing(kind: str) -> None:
     """Every adapter gets the gradient that it has without checkpointing, the lowest one included."""
     build, config = MODELS[kind]
 
-    def gradients(**options: Any) -> tuple[dict[str, Tensor], Any]:
+    def gradients(**how: bool) -> dict[str, Tensor]:
         model = adapted(config, build).train()
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-        job = trainer(model, tmp_path, steps=1, save_strategy="no", max_grad_norm=0.0, **options)
-        found: dict[str, Tensor] = {}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.register_hook(lambda grad, name=name: found.__setitem__(name, grad.clone()))
-        job.train()
-        return found, model
+        if how:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)  # as the Trainer does
+        model(**Examples(model).batch()).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
-    expected, model = gradients()
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert expected.keys() == set(trained)
-    found, _ = gradients(**options)
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        assert gradient.abs().max() > 0
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7)
+    expected = gradients()
+    for found in (gradients(use_reentrant=True), gradients(use_reentrant=False)):
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert gradient.abs().max() > 0
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", MODELS)

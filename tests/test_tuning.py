@@ -24,7 +24,7 @@ from c3a_triton.files.peft_rules import peft_block_size_rule
 from c3a_triton.operator import cost_model, dispatch, tuned
 from c3a_triton.operator.cost_model import Sizes
 from c3a_triton.operator.tuned import Times
-from c3a_triton.tuning import costs, groups, measurement, outcome, solver, tuner
+from c3a_triton.tuning import costs, goal, groups, measurement, outcome, solver
 from c3a_triton.tuning import settings as tuned_settings
 from c3a_triton.tuning.solver import LATENCY_TOLERANCE, Choice
 
@@ -192,13 +192,13 @@ def test_the_file_is_no_larger_than_asked_for(tmp_path, megabytes):
     [("500k", 500_000), ("2M", 2_000_000), ("1.5m", 1_500_000), ("1b", 10**9), ("1_000", 1000), ("12,345", 12345)],
 )
 def test_sizes_have_suffixes(text, count):
-    assert tuner.parse_count(text) == count
+    assert goal.parse_count(text) == count
 
 
 @pytest.mark.parametrize("text", ["", "k", "-5", "2MM", "1e6", "0", "0.2", "nan", "inf"])
 def test_what_is_no_size(text):
     with pytest.raises(ConfigError, match="not a number of parameters"):
-        tuner.parse_count(text)
+        goal.parse_count(text)
 
 
 # Patterns
@@ -258,8 +258,8 @@ def tune(model=None, budget=3000, **options):
     return c3a_triton.autotune(on_meta(llama()) if model is None else model, budget, **options)
 
 
-@pytest.mark.parametrize("objective", solver.OBJECTIVES)
-@pytest.mark.parametrize("mode", tuner.MODES)
+@pytest.mark.parametrize("objective", goal.OBJECTIVES)
+@pytest.mark.parametrize("mode", goal.MODES)
 def test_the_choice_is_within_the_budget_and_is_what_is_applied(objective, mode):
     result = tune(objective=objective, mode=mode)
     assert result.outcome.parameters <= 3000

@@ -189,13 +189,6 @@ def test_what_cannot_be_written_is_refused_before_anything_is_measured(folder, t
     assert code == 1
 
 
-def test_help_has_examples(capsys):
-    for name in ("autotune", "cache"):
-        code, out, _ = called(capsys, name, "--help")
-        assert code == 0
-        assert f"c3a-triton {name} " in out.split("examples:")[1]
-
-
 def test_the_cache_is_shown_and_cleared(cache, capsys):
     assert called(capsys, "cache", "show")[:2] == (0, f"{cache}/tuned-1.json: 0 measured layers, 0 measured tiles\n")
     key = tuned.Key("NVIDIA Test", "9.0", "2.13", "3.9", "bfloat16", 13, 4096, 1024, 128, "fft")

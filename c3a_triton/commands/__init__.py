@@ -1,1 +1,1 @@
-"""The commands of `c3a-triton`, one module each: `add(subparsers)` adds the parser and sets what runs."""
+"""The commands of `c3a-triton`: `parsers` says what each takes, `run(args)` in the module of its name does it."""

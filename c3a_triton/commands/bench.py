@@ -17,65 +17,22 @@ from c3a_triton.files.block_sizes import check_block_size
 from c3a_triton.files.config import C3AConfig
 from c3a_triton.operator import dispatch
 
-from .options import DTYPES, add_command, add_target_options, device_option, module_choice, positive_int, print_json
+from .options import device_option, module_choice, print_json
 
-__all__ = ["add"]
+__all__ = ["run"]
 
-_EXAMPLES = """\
-  c3a-triton bench --in 4096 --out 4096 --block-size 128 --tokens 1024
-  c3a-triton bench --in 3072 --out 1024 --block-size 64 --tokens 8192 --dtype bfloat16 --backends auto direct fft
-  c3a-triton bench path/to/model --block-size 64 --tokens 212 --batch 4 --target-modules q_proj v_proj
-  c3a-triton bench path/to/model/config.json --block-size 64 --tokens 64 --layers 2 --device cpu --json"""
 MODEL_CHECKED_TOKENS = 16
 MODEL_TOLERANCES = {torch.float32: 1e-3, torch.float16: 1e-1, torch.bfloat16: 1e-1}
 _LABELS = {"base": "frozen base", "peft_lora": "PEFT LoRA", "peft_c3a": "PEFT C3A", "dense": "dense ΔW"}
 
 
-def add(subparsers: Any) -> None:
-    """Add the command."""
-    parser = add_command(
-        subparsers,
-        "bench",
-        "measure one layer or one model against PEFT on this machine",
-        "Measure one adapted layer (--in, --out), or a training step of a model with random weights (MODEL, of which\n"
-        "only the configuration is read), against PEFT's C3A and LoRA and the frozen base. First a layer's results\n"
-        "are held against the dense definition, a model's against PEFT's. Medians of wall time, in turn; of a layer\n"
-        "on a GPU, of its events with a cold cache.",
-        _EXAMPLES,
-    )
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="a transformers folder, name or config.json")
-    parser.add_argument("--in", dest="in_features", type=positive_int, metavar="N", help="one layer's input width")
-    parser.add_argument("--out", dest="out_features", type=positive_int, metavar="N", help="its output width")
-    parser.add_argument("--block-size", type=positive_int, required=True, metavar="B", help="size of circulant blocks")
-    parser.add_argument("--tokens", type=positive_int, required=True, metavar="T", help="tokens (of a sequence)")
-    parser.add_argument("--batch", type=positive_int, default=1, metavar="N", help="a model's sequences (default: 1)")
-    parser.add_argument("--layers", type=positive_int, metavar="N", help="measure a model of only so many layers")
-    add_target_options(parser)
-    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--device", help="cpu or cuda (default: the GPU where there is one)")
-    parser.add_argument(
-        "--backends",
-        nargs="+",
-        choices=dispatch.BACKENDS,
-        metavar="NAME",
-        help="ours to measure (default: auto, and of a layer on a GPU every other one that runs)",
-    )
-    parser.add_argument("--seconds", type=_seconds, default=4.0, help="for wall time in turn (default: %(default)s)")
-    parser.set_defaults(run=lambda args: _run(parser, args))
-
-
-def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    has_layer = args.in_features is not None and args.out_features is not None
-    if has_layer == (args.model is not None) or (args.in_features is None) != (args.out_features is None):
-        parser.error("give either MODEL, or --in and --out for one layer")
-    for name in ("target_modules", "exclude_modules", "layers"):
-        if has_layer and getattr(args, name) is not None:
-            parser.error(f"--{name.replace('_', '-')} is for a MODEL")
+def run(args: argparse.Namespace) -> int:
+    """The command."""
     device = device_option(args.device)
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     missing = peers.why_no_peft()
     try:
-        document = (_layer if has_layer else _model)(args, device, dtype, missing is None)
+        document = (_layer if args.model is None else _model)(args, device, dtype, missing is None)
     except gate.GateError as error:
         raise C3AError(f"nothing was measured, because a result is wrong: {error}") from error
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
@@ -85,13 +42,6 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     else:
         print(_text(document))
     return 0
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no time to measure for")
-    return value
 
 
 def _layer(args: argparse.Namespace, device: torch.device, dtype: str, with_peft: bool) -> dict[str, Any]:

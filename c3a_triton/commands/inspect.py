@@ -16,38 +16,14 @@ from c3a_triton.files.block_sizes import valid_block_sizes
 from c3a_triton.files.checkpoint import KERNEL_SUFFIX, WEIGHTS_NAME, AdapterFile, config_state, read_adapter
 from c3a_triton.files.config import CONFIG_NAME, C3AConfig
 
-from .options import add_command, add_target_options, module_choice, print_json
+from .options import module_choice, print_json
 
-__all__ = ["add"]
-
-_EXAMPLES = """\
-  c3a-triton inspect path/to/model
-  c3a-triton inspect path/to/model/config.json --target-modules q_proj v_proj
-  c3a-triton inspect path/to/model --target-modules '.*mlp.*' --exclude-modules down_proj
-  c3a-triton inspect path/to/adapter --json"""
+__all__ = ["run"]
 
 
-def add(subparsers: Any) -> None:
-    """Add the command."""
-    parser = add_command(
-        subparsers,
-        "inspect",
-        "show a model's layers and their block sizes, or what an adapter holds",
-        "Show which layers of a model can be adapted, their block sizes, and the parameters of each; or an adapter's\n"
-        "layers, block sizes and parameters. Of a model only the configuration is read, no weights.",
-        _EXAMPLES,
-    )
-    parser.add_argument(
-        "path", metavar="MODEL", help="a transformers folder or name, a config.json, or an adapter's folder"
-    )
-    add_target_options(parser)
-    parser.set_defaults(run=lambda args: _run(parser, args))
-
-
-def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
+    """The command."""
     if (Path(args.path) / CONFIG_NAME).exists():
-        if args.target_modules or args.exclude_modules:
-            parser.error(f"{args.path} is an adapter, whose layers are fixed: leave --target-modules out")
         document = _adapter_document(read_adapter(args.path))
         text = _adapter_text
     else:

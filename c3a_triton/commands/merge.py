@@ -16,59 +16,23 @@ from c3a_triton.benchmark.machine import available_memory
 from c3a_triton.errors import CheckpointError, ConfigError
 
 from .folder_merge import merge_folder
-from .options import add_command, device_option, print_json
+from .options import device_option, print_json
 
-__all__ = ["add"]
+__all__ = ["run"]
 
 # Of the largest output, with the sums in float32: what rounding the merged weights once may change.
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _FLOAT32_BYTES = 4
 # A model is loaded in its own dtype and then widened, and its forward takes some.
 _ROOM = 1.25
-_EXAMPLES = """\
-  c3a-triton merge --model path/to/model --adapter path/to/adapter --output merged
-  c3a-triton merge --model path/to/model --adapter path/to/adapter --output merged --force --no-check"""
 
 
 class _NotChecked(Exception):
     """Why the merged model cannot be held against model and adapter."""
 
 
-def add(subparsers: Any) -> None:
-    """Add the command."""
-    parser = add_command(
-        subparsers,
-        "merge",
-        "merge an adapter into a plain model folder, shard by shard",
-        "Write a model folder with an adapter merged into its weights, tensor by tensor: the model need not fit into\n"
-        "memory. The folder appears when it is complete. Every weight is summed in float32 and rounded once. Where\n"
-        "the model fits into memory, what the folder computes is compared with model and adapter before that.",
-        _EXAMPLES,
-    )
-    parser.add_argument("--model", required=True, metavar="DIR", help="a transformers folder with safetensors")
-    parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter's folder")
-    parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write")
-    parser.add_argument("--force", action="store_true", help="replace the output where it is a model's folder")
-    parser.add_argument("--device", default="cpu", help="where the sums are computed: cpu (the default) or cuda")
-    parser.add_argument(
-        "--check",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="load both models in float32, one after the other, and compare what they make of random inputs; where "
-        "that differs by more than rounding explains, nothing is written. By default it is done where the model fits "
-        "into memory and its inputs are known; with --check it is an error where they are not. It takes about as "
-        "long as the merge: two models are loaded, and three forward passes made",
-    )
-    parser.add_argument(
-        "--merge-uncalled",
-        action="store_true",
-        help="merge layers too that the model never calls; by default they are left out, because "
-        "adapters there compute nothing",
-    )
-    parser.set_defaults(run=_run)
-
-
-def _run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
+    """The command."""
     device = device_option(args.device)
     checked: dict[str, float] = {}
     not_checked: list[str] = []

@@ -1,6 +1,5 @@
-"""What the commands share: parsers that look alike, options of the same meaning, output for machines."""
+"""What the commands share: options of the same meaning, output for machines."""
 
-import argparse
 import json
 import re
 from typing import Any
@@ -9,44 +8,7 @@ import torch
 
 from c3a_triton.errors import ConfigError
 
-__all__ = [
-    "DTYPES",
-    "add_command",
-    "add_target_options",
-    "device_option",
-    "module_choice",
-    "positive_int",
-    "print_json",
-]
-
-DTYPES = ("float32", "float16", "bfloat16")
-
-
-def add_command(subparsers: Any, name: str, purpose: str, description: str, examples: str) -> argparse.ArgumentParser:
-    """A command's parser, with `--json` and examples below its help."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        name,
-        help=purpose,
-        description=description,
-        epilog=f"examples:\n{examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
-    return parser
-
-
-def add_target_options(parser: argparse.ArgumentParser) -> None:
-    """`--target-modules` and `--exclude-modules`, as `C3AConfig` takes them; see `module_choice`."""
-    parser.add_argument(
-        "--target-modules",
-        nargs="+",
-        metavar="NAME",
-        help='names of modules, one regular expression for whole names, or "all-linear"',
-    )
-    parser.add_argument(
-        "--exclude-modules", nargs="+", metavar="NAME", help="names of modules, or one regular expression: left out"
-    )
+__all__ = ["device_option", "module_choice", "print_json"]
 
 
 def module_choice(values: list[str] | None) -> list[str] | str | None:
@@ -56,14 +18,6 @@ def module_choice(values: list[str] | None) -> list[str] | str | None:
     if len(values) == 1 and (values[0] == "all-linear" or not re.fullmatch(r"[\w.,-]+", values[0])):
         return values[0]
     return [name for value in values for name in value.split(",") if name]
-
-
-def positive_int(text: str) -> int:
-    """A number of 1 or more, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
 
 
 def device_option(text: str | None) -> torch.device:

@@ -5,6 +5,7 @@ dtype. It has no hand-written backward rule of its own beyond the two products b
 """
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 __all__ = ["circulant_matrix", "product", "weight_grad"]
@@ -21,13 +22,13 @@ def circulant_matrix(w: Tensor, scale: float, dtype: torch.dtype | None = None) 
     Returns:
         `(out_blocks * b, in_blocks * b)`, contiguous.
     """
-    out_blocks, in_blocks, b = w.shape
+    b = w.shape[2]
     row = (w * scale).to(dtype or w.dtype)
     doubled = torch.cat([row, row], dim=-1)
     # Row j of a block is its first row shifted right by j: a window of the doubled row. Stacking windows writes the
     # result once, in order; gathering with an index tensor is four times slower.
     rows = [doubled[..., b - j : 2 * b - j] for j in range(b)]
-    return torch.stack(rows, dim=1).view(out_blocks * b, in_blocks * b)
+    return rearrange(torch.stack(rows, dim=1), "M j N p -> (M j) (N p)")
 
 
 def product(
@@ -55,9 +56,9 @@ def weight_grad(dy: Tensor, x: Tensor, block_size: int, *, scale: float, dtype: 
     """
     compute_dtype = torch.promote_types(torch.promote_types(dy.dtype, torch.float32), dtype)
     dense = (dy.to(compute_dtype).T @ x.to(compute_dtype)).mul_(scale)
-    blocks = dense.view(dense.shape[0] // block_size, block_size, dense.shape[1] // block_size, block_size)
+    blocks = rearrange(dense, "(M j) (N p) -> j M N p", j=block_size, p=block_size)
     # Sum each circulant diagonal: row j of a block, rotated left by j, lies over the first row.
-    rows = [blocks[:, j].roll(-j, dims=-1) for j in range(block_size)]
+    rows = [row.roll(-j, dims=-1) for j, row in enumerate(blocks)]
     return torch.stack(rows).sum(0).to(dtype)
 
 

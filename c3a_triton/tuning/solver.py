@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 
 from c3a_triton.errors import C3AError
 
-__all__ = ["LATENCY_TOLERANCE", "OBJECTIVES", "Choice", "pareto_front", "scipy_optimize", "solve"]
+__all__ = ["LATENCY_TOLERANCE", "Choice", "pareto_front", "scipy_optimize", "solve"]
 
-OBJECTIVES = ("latency", "params", "balanced")
 # Choices whose times differ by no more than this share count as equally fast: less than measurements scatter.
 LATENCY_TOLERANCE = 0.01
 

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,16 @@ from c3a_triton.operator.launch import specs
 
 from . import page, plots
 from .costs import LORA_RANKS, PEFT_C3A, PEFT_LORA, Case, Costs, Setting, layer_cases, predicted_times
+from .goal import MODES, OBJECTIVES, parse_count
 from .groups import Group, affordable_sizes, find_groups
 from .measurement import Progress, Timer, measured
 from .outcome import Budget, Outcome, choose_sizes
 from .settings import chosen_config
-from .solver import OBJECTIVES, scipy_optimize
+from .solver import scipy_optimize
 from .tile_search import measure_tiles
 
-__all__ = ["MODES", "TuningResult", "autotune", "check_writable", "parse_count"]
+__all__ = ["TuningResult", "autotune", "check_writable"]
 
-MODES = ("train", "infer")
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in specs.DTYPES}
 # The ending of a class's name → PEFT's task type.
 _TASKS = {
@@ -42,7 +41,6 @@ _TASKS = {
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
 
 
 class TuningResult:
@@ -227,19 +225,6 @@ def autotune(
             environment=_environment(setting, to_measure),
         )
     )
-
-
-def parse_count(text: str) -> int:
-    """A number of parameters: `"500k"`, `"2M"`, `"1.5m"`, `"1b"`, `"1_000_000"`.
-
-    Raises:
-        ConfigError: it is no such number, or not a positive one.
-    """
-    match = re.fullmatch(r"(\d[\d_,]*(?:\.\d+)?)\s*([kmbg]?)", text.strip(), re.IGNORECASE)
-    count = 0 if match is None else round(float(re.sub("[_,]", "", match[1])) * _UNITS[match[2].lower()])
-    if count < 1:
-        raise ConfigError(f"{text!r} is not a number of parameters: give for example 500000, 500k or 2M")
-    return count
 
 
 def config_file(path: str | os.PathLike[str]) -> Path:
