@@ -37,7 +37,7 @@ STANDS_ON["cli"] = STANDS_ON["commands"] | {"commands"}
 STANDS_ON["__main__"] = {"cli"}
 ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 FILES = sorted(PACKAGE.rglob("*.py")) + sorted((ROOT / "kernels").glob("*.py"))
-MOST_LINES = 970
+MOST_LINES = 600
 
 
 def module_of(path: Path) -> str:
