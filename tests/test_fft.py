@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from c3a_triton.errors import BackendError, ShapeError
-from c3a_triton.operator.launch import fft, fft_bases, plans, tiles
+from c3a_triton.operator.launch import fft, fft_bases, plans, specs, tiles
 from c3a_triton.operator.launch.fft import fft_backward, fft_product, fft_weight_grad
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
@@ -100,7 +100,7 @@ def two_level_from_256(fresh_plans: None, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def transform(device: torch.device, dtype: torch.dtype, b: int) -> fft_bases.Transform:
-    return fft_bases.transform(device, dtype, b, fft_bases.precision(dtype))
+    return fft_bases.transform(device, dtype, b, specs.precision(dtype, "tf32"))
 
 
 def test_two_levels(device: torch.device, dtype: torch.dtype, two_level_from_256: None) -> None:
@@ -270,8 +270,8 @@ def test_chunks_with_a_whole_spectrum(
     forget_plans()
     cut = fft_product(x, w, scale=0.37), *fft_backward(dy, x, w, scale=0.37)
     for plan in (
-        fft._product_plan(device, dtype, fft_bases.precision(dtype), t, w.shape, False, False, False),
-        fft._gradient_plan(device, dtype, fft_bases.precision(dtype), t, w.shape, True, False),
+        fft._product_plan(device, dtype, specs.precision(dtype, "tf32"), t, w.shape, False, False, False),
+        fft._gradient_plan(device, dtype, specs.precision(dtype, "tf32"), t, w.shape, True, False),
     ):
         assert plan.whole is not None
         assert len(plan.chunks) == 3

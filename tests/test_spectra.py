@@ -27,7 +27,7 @@ from bench import launch_hooks
 from c3a_triton import C3AConfig, C3ALinear, circulant_linear
 from c3a_triton.errors import BackendError
 from c3a_triton.operator import spectra
-from c3a_triton.operator.launch import fft, fft_bases, plans, tiles
+from c3a_triton.operator.launch import fft, fft_bases, plans, specs, tiles
 
 IN, OUT, B = 12, 8, 4
 
@@ -729,7 +729,7 @@ def test_what_is_kept_lies_in_no_graph_s_memory(device: torch.device) -> None:
         y = q(x)
     right(q, x, y)
     ((_, kept),) = spectra._frozen[q.c3a_kernel["default"]].values()
-    basis = fft_bases.transform(device, x.dtype, B, fft_bases.precision(x.dtype)).basis
+    basis = fft_bases.transform(device, x.dtype, B, specs.precision(x.dtype, "tf32")).basis
     assert y in memory
     assert [tensor in memory for tensor in (kept, *basis.matrices)] == [False] * 3
     # Under inference mode too: what is kept serves calls that have gradients.

@@ -10,6 +10,7 @@ import logging
 import os
 import platform
 import warnings
+from typing import Any
 
 import torch
 
@@ -79,16 +80,13 @@ def choose(backend: str, sizes: Sizes, *, backward: bool = False) -> str:
     device = sizes.device
     if device.type == "cuda" and _tiles_by_timing.get(device) is not by_timing:
         _install_tiles(device, by_timing)
-    return _choose(backend, said_by, _bucket(sizes), backward, by_timing)
-
-
-def _bucket(sizes: Sizes) -> Sizes:
-    """The same with the next power of two of tokens: few to remember where their number varies from call to call."""
-    return tuple.__new__(Sizes, (1 << tuned.token_bits(sizes.n_tokens), *sizes[1:]))
+    # Powers of two keep the cache small when the number of tokens varies from call to call.
+    return _choose(backend, said_by, (tuned.token_bits(sizes.n_tokens), *sizes[1:]), backward, by_timing)
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(backend: str, said_by: str, sizes: Sizes, backward: bool, by_timing: bool) -> str:
+def _choose(backend: str, said_by: str, bucket: tuple[Any, ...], backward: bool, by_timing: bool) -> str:
+    sizes = Sizes(1 << bucket[0], *bucket[1:])
     device = sizes.device
     check_backend(backend, said_by)
     if backend == "fold":
@@ -125,7 +123,7 @@ def _kernels_pay(device: torch.device) -> bool:
 
 def cheapest(sizes: Sizes, *, backward: bool = False) -> str:
     """What `"auto"` chooses by the cost model on a GPU, for the next power of two of tokens."""
-    sizes = _bucket(sizes)
+    sizes = sizes._replace(n_tokens=1 << tuned.token_bits(sizes.n_tokens))
     return min(AUTO_BACKENDS, key=lambda name: predicted_seconds(name, sizes, backward=backward))
 
 

@@ -69,7 +69,7 @@ def _product_of_rows(
     y = None
     for w, members in summed:
         chosen = backends.BY_NAME[choose(backend, rows, w)]
-        shared = _shared(chosen, source, kernels[members[0]])
+        shared = _shared(source, kernels[members[0]]) if chosen.shares_spectra else {}
         y = chosen.product(rows, w, scale=scale, transpose=transpose, bias=bias if y is None else None, out=y, **shared)
     if weight is not None:
         matrix = weight if transpose else weight.t()
@@ -103,7 +103,7 @@ def linear_backward(
     dws: list[Tensor | None] = [None] * len(kernels)
     for w, members in arguments.summed(kernels):
         chosen = backends.BY_NAME[choose(backend, rows, w, backward=True)]
-        shared = _shared(chosen, x, kernels[members[0]])
+        shared = _shared(x, kernels[members[0]]) if chosen.shares_spectra else {}
         wanted = [i for i in members if needs_w[i]]
         if needs_x and wanted and chosen.backward is not None:
             dx, dw = chosen.backward(rows, x_rows, w, scale=scale, out=dx, **shared)
@@ -150,9 +150,9 @@ def base_grads(
     return dweight, dbias
 
 
-def _shared(backend: backends.Backend, x: Tensor | None, w: Tensor) -> dict[str, Any]:
+def _shared(x: Tensor | None, w: Tensor) -> dict[str, Any]:
     """The argument by which a backend that has spectra may share that of x with other calls."""
-    return {"source": spectra.Source(x, w)} if backend.shares_spectra and x is not None else {}
+    return {} if x is None else {"source": spectra.Source(x, w)}
 
 
 def choose(backend: str, rows: Tensor, w: Tensor, *, backward: bool = False) -> str:

@@ -30,6 +30,8 @@ from .tiles import SCRATCH_BYTES, mix_tile, outer_tile, transform_tile, two_leve
 __all__ = ["fft_backward", "fft_product", "fft_weight_grad"]
 
 
+# How float32 operands that stand for 16-bit tensors are multiplied.
+_OF_16BIT = "tf32"
 # Rows in one chunk, whatever the scratch: kernels count them in 32 bits.
 _MOST_ROWS = 2**29
 
@@ -48,7 +50,9 @@ def fft_product(
 
     With `source`, which says whose rows x has, its spectrum may be shared with other calls.
     """
-    result = specs.product_output(x, w, transpose, out, bias)
+    bias_spec, out_spec = None if bias is None else specs.spec(bias), None if out is None else specs.spec(out)
+    shape = specs.product_shape(specs.spec(x), specs.spec(w), out_spec, bias_spec, transpose)
+    result = specs.new_or_given(shape, x, out)
     if x.shape[0] == 0:
         return result
     x = specs.with_contiguous_rows(x)
@@ -56,7 +60,7 @@ def fft_product(
     plan = _product_plan(
         x.device,
         x.dtype,
-        fft_bases.precision(x.dtype),
+        specs.precision(x.dtype, _OF_16BIT),
         x.shape[0],
         w.shape,
         transpose,
@@ -115,7 +119,9 @@ def fft_backward(
         ShapeError: sizes, dtypes or devices do not fit.
         BackendError: the kernels cannot run on x's device.
     """
-    dx = specs.product_output(dy, w, True, out, None)
+    out_spec = None if out is None else specs.spec(out)
+    shape = specs.product_shape(specs.spec(dy), specs.spec(w), out_spec, None, transpose=True)
+    dx = specs.new_or_given(shape, dy, out)
     specs.check_weight_grad(dy, x, w.shape[2])
     return dx, _gradients(dy, x, w.shape, scale=scale, source=source, w=w, dx=dx, accumulate=out is not None)
 
@@ -136,7 +142,9 @@ def _gradients(
     if x.numel() == 0 or dy.numel() == 0:
         return dw.zero_()
     dy, x = specs.with_contiguous_rows(dy), specs.with_contiguous_rows(x)
-    plan = _gradient_plan(x.device, x.dtype, fft_bases.precision(x.dtype), x.shape[0], shape, w is not None, accumulate)
+    plan = _gradient_plan(
+        x.device, x.dtype, specs.precision(x.dtype, _OF_16BIT), x.shape[0], shape, w is not None, accumulate
+    )
     scale *= plan.gain
     with specs.on_device_of(x):
         blocks = None if w is None else _weight_blocks(plan.blocks, w)

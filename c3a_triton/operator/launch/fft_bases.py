@@ -27,7 +27,6 @@ __all__ = [
     "Memory",
     "Transform",
     "exact_transform",
-    "precision",
     "spectrum_itemsize",
     "transform",
     "transform_flops",
@@ -106,11 +105,6 @@ class Transform(NamedTuple):
     def memory(self, rows: int) -> Memory:
         """Of the spectrum of so many rows: [slots, 2 · rows padded to whole tiles]."""
         return Memory((self.slots, 2 * round_up(rows, PAD)), self.scratch, self.basis.matrices[0].device)
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How float32 operands are multiplied that stand for tensors of `dtype`."""
-    return specs.precision(dtype) if dtype == torch.float32 else "tf32"
 
 
 def transform(device: torch.device, dtype: torch.dtype, b: int, precision: str) -> Transform:

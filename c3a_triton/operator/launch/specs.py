@@ -31,7 +31,6 @@ __all__ = [
     "new_or_given",
     "on_device_of",
     "precision",
-    "product_output",
     "product_shape",
     "spec",
     "unavailable_reason",
@@ -98,21 +97,19 @@ def unavailable_reason(device: torch.device) -> str | None:
     return f"Triton kernels do not run on {device.type} tensors"
 
 
-def precision(dtype: torch.dtype) -> str:
+def precision(dtype: torch.dtype, of_others: str = "tf32x3") -> str:
     """How float32 operands are multiplied: as three TF32 products, or as one where torch's own switch allows that.
 
     Kernels without float32 operands ignore it, so that for other dtypes it need not follow the switch.
+
+    Args:
+        dtype: of the tensors that come in.
+        of_others: the answer where that is not float32.
     """
     if dtype != torch.float32:
-        return "tf32x3"
+        return of_others
     matmul = torch.backends.cuda.matmul
     return "tf32" if matmul.fp32_precision == "tf32" else "tf32x3"
-
-
-def product_output(x: Tensor, w: Tensor, transpose: bool, out: Tensor | None, bias: Tensor | None) -> Tensor:
-    """What a product writes to, `out` or a new tensor, after checking that all of its operands fit."""
-    out_spec, bias_spec = None if out is None else spec(out), None if bias is None else spec(bias)
-    return new_or_given(product_shape(spec(x), spec(w), out_spec, bias_spec, transpose), x, out)
 
 
 def new_or_given(shape: tuple[int, int], x: Tensor, out: Tensor | None) -> Tensor:
