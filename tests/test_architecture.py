@@ -118,6 +118,12 @@ def test_the_operator_stands_on_torch_triton_einops_and_the_standard_library(pat
     assert roots <= {"torch", "triton", "einops", "c3a_triton", *sys.stdlib_module_names}
 
 
+@pytest.mark.parametrize("path", sorted((PACKAGE / "operator").rglob("*.py")), ids=module_of)
+def test_the_operator_knows_of_no_library_that_brings_it_tensors(path):
+    """What DeepSpeed or accelerate do with a parameter is for `bases` to know."""
+    assert not re.search(r"deepspeed|ds_id|zero-3|accelerate\b|_hf_hook", path.read_text(), re.IGNORECASE)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=module_of)
 def test_kernels_are_triton_only(path):
     roots = {module.split(".")[0] for module in imports(path)} - set(sys.stdlib_module_names)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from c3a_triton._public import public
 from c3a_triton.bases.linear_like import Geometry, geometry, is_plain, unfit_for_adapters
 from c3a_triton.bases.quantized import hold_layout
+from c3a_triton.bases.sharded import check_gathered
 from c3a_triton.bases.weights import (
     first_tensor,
     stored_tensor,
@@ -161,9 +162,11 @@ class C3ALinear(nn.Module):
             return []
         return [name for name in self._active_adapters if name in self.c3a_kernel and name not in self.merged_adapters]
 
-    def _kernel_on(self, name: str, device: torch.device) -> Tensor:
-        """An adapter's w on a device in a dtype to compute in, wherever it is kept."""
-        kernel = stored_tensor(self.c3a_kernel, name).to(device)
+    def _kernel_on(self, name: str, device: torch.device | None = None) -> Tensor:
+        """An adapter's w on a device (None: where it is kept) in a dtype to compute in."""
+        kernel = stored_tensor(self.c3a_kernel, name)
+        check_gathered(kernel)
+        kernel = kernel if device is None else kernel.to(device)
         return kernel if kernel.dtype in COMPUTED_DTYPES else kernel.float()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -323,11 +326,11 @@ class C3ALinear(nn.Module):
 
         Raises:
             AdapterNotFoundError: this layer has no such adapter.
+            ShapeError: ZeRO-3 keeps its kernel in parts.
         """
         self._check_known(adapter)
         dtype = self.weight.dtype
-        kernel = stored_tensor(self.c3a_kernel, adapter)
-        kernel = kernel if kernel.dtype in COMPUTED_DTYPES else kernel.float()
+        kernel = self._kernel_on(adapter)
         return self._delta_weight(kernel, dtype if dtype.is_floating_point else kernel.dtype)
 
     def _delta_weight(self, kernel: Tensor, dtype: torch.dtype) -> Tensor:

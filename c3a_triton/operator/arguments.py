@@ -64,10 +64,7 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
 def check_kernel(w: Tensor) -> None:
     """Raise `ShapeError` unless w is (out_blocks, in_blocks, b), floating."""
     if w.dim() != 3:
-        message = f"w has the shape {tuple(w.shape)}: it must be (out_blocks, in_blocks, block_size)"
-        if hasattr(w, "ds_id"):
-            message += ". DeepSpeed's ZeRO-3 keeps it in parts: put it together with deepspeed.zero.GatheredParameters"
-        raise ShapeError(message)
+        raise ShapeError(f"w has the shape {tuple(w.shape)}: it must be (out_blocks, in_blocks, block_size)")
     if not w.is_floating_point():
         raise ShapeError(f"w is {w.dtype}: it must be a floating dtype, float32 as a rule")
 
