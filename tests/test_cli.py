@@ -70,14 +70,12 @@ def command(*args: object, **options) -> subprocess.CompletedProcess:
     return subprocess.run([*map(str, args)], capture_output=True, text=True, env=env, **options)
 
 
-def test_the_installed_command(folders, tmp_path):
+def test_the_installed_command(tmp_path):
+    """What takes imports is run in this process by the tests below, and by test_tuning_command.py as installed."""
     script = Path(sysconfig.get_path("scripts")) / "c3a-triton"
-    done = command(script, "inspect", folders / "model", "--target-modules", "q_proj", "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["layers"] == 2
-    done = command(script, "inspect", folders / "nowhere", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"c3a-triton: error: there is no folder or file {folders / 'nowhere'}\n"
+    done = command(script, "--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"c3a_triton {c3a_triton.__version__}\n", "")
+    assert command(script, "frobnicate", cwd=tmp_path).returncode == 2
 
 
 @pytest.fixture

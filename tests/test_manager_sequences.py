@@ -775,7 +775,7 @@ def run_sequences(
 
 
 def test_sequences_of_operations() -> None:
-    met = run_sequences(range(200), 25)
+    met = run_sequences(range(100), 25)
     assert met["allowed"] > 0.7 * met["operations"], met
     assert met["merged"] > 0.25 * met["operations"], met
     assert met["disabled"] > 0.05 * met["operations"], met
