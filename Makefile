@@ -13,7 +13,7 @@ test: $(VENV)/.installed
 
 # The kernels under the oldest supported Triton. Its interpreter needs numpy < 2.4; torch's own pin names another triton.
 test-triton36: .venv36/.installed
-	.venv36/bin/pytest -q tests/test_kernels.py tests/test_fft.py tests/test_ops.py tests/test_aot.py
+	.venv36/bin/pytest -q tests/test_guards.py tests/test_kernels.py tests/test_fft.py tests/test_ops.py tests/test_aot.py
 
 # The oldest supported libraries around torch, together.
 test-compat: .venv-compat/.installed

@@ -95,14 +95,14 @@ def _node(name: str) -> str | None:
 # Where a result is wrong
 
 
-def pattern(value: Tensor, truth: Tensor, b: int, dtype: torch.dtype) -> dict[str, Any]:
+def pattern(value: Tensor, truth: Tensor, b: int, tolerance: float) -> dict[str, Any]:
     """Which elements of a result are wrong, as lines of a report and for a reader.
 
     Args:
         value: two-dimensional, or of more dimensions, whose last are its columns.
         truth: of the same shape, float64.
         b: block size, by which columns repeat.
-        dtype: by whose tolerance an element is wrong.
+        tolerance: the relative error that is allowed, by which an element is wrong.
 
     Returns:
         `where` in one line, the counts of `wrong` elements of all and of those not `finite`, their `rows`, `columns`,
@@ -112,8 +112,8 @@ def pattern(value: Tensor, truth: Tensor, b: int, dtype: torch.dtype) -> dict[st
     value, truth = (tensor.detach().to("cpu", torch.float64).flatten(0, -2) for tensor in (value, truth))
     size = torch.maximum(truth.abs(), truth.square().mean().sqrt())
     error = ((value - truth).abs() / size).nan_to_num(nan=torch.inf)
-    limit = kernel_cases.WORST * gate.TOLERANCES[dtype]
-    bad = error > limit if bool((error > limit).any()) else error > gate.TOLERANCES[dtype]
+    limit = kernel_cases.WORST * tolerance
+    bad = error > limit if bool((error > limit).any()) else error > tolerance
     rows, columns = (bad.any(axis).nonzero().flatten().tolist() for axis in (1, 0))
     blocks, phases = ({column // b for column in columns}, {column % b for column in columns})
     return {
@@ -173,8 +173,8 @@ def _element(value: Tensor, truth: Tensor, at: Tensor) -> dict[str, Any]:
 def _examined(
     results: Sequence[tuple[str, Tensor, Tensor]],
     b: int,
-    dtype: torch.dtype,
-    compare: Callable[[str, Tensor, Tensor, torch.dtype], None],
+    tolerance: float,
+    compare: Callable[[str, Tensor, Tensor], None],
     record: runs.Record,
 ) -> list[str]:
     """Adds to the record what is wrong with results, and their bits; returns a line for each wrong one."""
@@ -183,9 +183,9 @@ def _examined(
     for name, value, truth in results:
         record["bits"][name] = hashlib.sha1(_bytes(value)).hexdigest()
         try:
-            compare(name, value, truth, dtype)
+            compare(name, value, truth)
         except gate.GateError as error:
-            found = pattern(value, truth, b, dtype) if value.shape == truth.shape else {}
+            found = pattern(value, truth, b, tolerance) if value.shape == truth.shape else {}
             record["results"][name] = found
             said.append(f"{error} ({found['where']})" if found else str(error))
     return said
@@ -280,12 +280,13 @@ def _launched_as(variant: Variant) -> Iterator[None]:
 
 
 def _compute(variant: Variant, device: torch.device, record: runs.Record) -> None:
-    dtype = getattr(torch, variant.case.dtype)
+    case = variant.case
     with _launched_as(variant), tiles.recorded() as lookups:
-        results, damage, given = kernel_cases.computed(variant.case, device, guard=variant.guard, operands=_Described)
+        results, damage, given = kernel_cases.computed(case, device, guard=variant.guard, operands=_Described)
     assert isinstance(given, _Described)
     record |= {"asked": sorted(given.asked), "operands": given.made, "tiles": sorted(lookups, key=str)}
-    said = [*damage, *_examined(results, variant.case.b, dtype, kernel_cases.compare, record)]
+    compare = partial(kernel_cases.compare, tolerance=case.tolerance)
+    said = [*damage, *_examined(results, case.b, case.tolerance, compare, record)]
     if said:
         raise gate.GateError("; ".join(said))
 
@@ -300,7 +301,8 @@ def _layer_case(found: Mapping[str, Any]) -> layer.Case:
 def _compute_layer(case: layer.Case, backend: str, device: torch.device, record: runs.Record) -> None:
     work = layer.Workload.of(case, f"ours:{backend}", device)
     dtype = getattr(torch, case.dtype)
-    said = _examined(list(work.results(gate.Truths())), case.b, dtype, gate.check, record)
+    check = partial(gate.check, dtype=dtype)
+    said = _examined(list(work.results(gate.Truths())), case.b, gate.TOLERANCES[dtype], check, record)
     if said:
         raise gate.GateError("; ".join(said))
 

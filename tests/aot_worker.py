@@ -1,7 +1,8 @@
 """Compiles every kernel for one card without a GPU, through the launchers themselves, and prints what came out as JSON.
 
-Run by test_aot.py as a program of its own, without TRITON_INTERPRET: `python aot_worker.py sm_90 [case]`, where `few`
-leaves out `MORE_CASES`. A stand-in for Triton's driver names the card; each launch is turned into a compilation, so
+Run by test_aot.py as a program of its own, without TRITON_INTERPRET: `python aot_worker.py sm_90 [case]`; in place of
+a part of a case's name, `few` takes those that are no neighbours of others, `once` a case or two of each kernel. A
+stand-in for Triton's driver names the card; each launch is turned into a compilation, so
 that tiles, constants and the alignment of every argument are those of a real call. The tensors are never read.
 """
 
@@ -104,9 +105,22 @@ def grouped(dtype: torch.dtype, n_rows: int, tokens_per_row: int, in_features: i
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-# Together every tile of the table and every branch of the kernels, on sizes of real models.
-CASES = (
+# Every kernel, on sizes of real models.
+ONE_EACH = (
     (product, BF16, 8192, 4096, 256),
+    (product, BF16, 1, 4096, 256),
+    (decode, BF16, 1, 4096, 4096, 256),
+    (expand, BF16, 4096, 256),
+    (weight_grad, BF16, 8192, 4096, 256),
+    (weight_grad, BF16, 8192, 3072, 64),
+    (grouped, BF16, 128, 1, 4096, 4096, 256),
+    (grouped, BF16, 16, 512, 4096, 4096, 256),
+    (fft, BF16, 8192, 4096, 256),
+    (fft, BF16, 8192, 4096, 512),
+)
+# With these every tile of the table and every branch of the kernels.
+CASES = (
+    *ONE_EACH,
     (product, BF16, 8192, 4096, 256, True),
     (product, BF16, 8192, 3072, 96),
     (product, BF16, 8192, 4096, 16),
@@ -116,39 +130,28 @@ CASES = (
     (product, BF16, 40, 4096, 256),
     (product, FP32, 8192, 4096, 256),
     (product, FP32, 512, 4096, 64),
-    (product, BF16, 1, 4096, 256),
     (product, FP16, 16, 3072, 64, True),
     (product, FP32, 4, 4096, 256),
-    (decode, BF16, 1, 4096, 4096, 256),
     (decode, FP16, 4, 3072, 8192, 64),
     (decode, BF16, 8, 4096, 14336, 256),
     (decode, BF16, 16, 14336, 4096, 1024),
     (decode, BF16, 1, 1600, 1600, 25),
-    (expand, BF16, 4096, 256),
     (expand, FP32, 3072, 192),
-    (weight_grad, BF16, 8192, 4096, 256),
     (weight_grad, BF16, 8192, 3072, 192),
     (weight_grad, BF16, 8192, 3072, 96),
-    (weight_grad, BF16, 8192, 3072, 64),
     (weight_grad, BF16, 8192, 1600, 25),
     (weight_grad, FP32, 8192, 4096, 256),
     (weight_grad, FP32, 8192, 3072, 64),
-    (grouped, BF16, 128, 1, 4096, 4096, 256),
     (grouped, FP16, 4, 1, 3072, 8192, 64),
     (grouped, BF16, 32, 1, 1600, 4800, 25),
     (grouped, FP32, 64, 1, 4096, 4096, 256),
-    (grouped, BF16, 16, 512, 4096, 4096, 256),
     (grouped, FP16, 16, 100, 1600, 4800, 80),
     (grouped, FP32, 16, 512, 4096, 4096, 256),
-    (fft, BF16, 8192, 4096, 256),
-    (fft, BF16, 8192, 3072, 64),
     (fft, BF16, 2048, 1600, 100),
-    (fft, BF16, 8192, 4096, 512),
-    (fft, BF16, 8192, 4096, 4096),
     (fft, FP32, 8192, 4096, 128),
     (fft, FP32, 8192, 4096, 1024),
 )
-# Neighbours of the above in size or dtype.
+# Neighbours of the above in size or dtype, and the largest transform, which takes the compiler longest.
 MORE_CASES = (
     (product, BF16, 8192, 3072, 64),
     (product, FP16, 8192, 4096, 256),
@@ -158,6 +161,8 @@ MORE_CASES = (
     (weight_grad, BF16, 8192, 1600, 100),
     (weight_grad, FP16, 8192, 4096, 256),
     (fft, BF16, 32768, 4096, 256),
+    (fft, BF16, 8192, 4096, 4096),
+    (fft, BF16, 8192, 3072, 64),
     (fft, BF16, 8192, 3072, 192),
     (fft, BF16, 2048, 4096, 16),
     (fft, BF16, 8192, 4096, 1024),
@@ -194,9 +199,10 @@ def main() -> None:
 
     JITFunction.run = compile_only
     wanted = sys.argv[2] if len(sys.argv) > 2 else ""
-    for make, dtype, *sizes in CASES if wanted == "few" else CASES + MORE_CASES:
+    named = {"once": ONE_EACH, "few": CASES}
+    for make, dtype, *sizes in named.get(wanted, CASES + MORE_CASES):
         case = " ".join([make.__name__, str(dtype).removeprefix("torch."), *map(str, sizes)])
-        if wanted == "few" or wanted in case:
+        if wanted in named or wanted in case:
             make(dtype, *sizes)
 
 

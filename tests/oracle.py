@@ -5,12 +5,30 @@
 Everything here is float64 and knows nothing of the library.
 """
 
+from collections.abc import Iterable
+from itertools import cycle
+from typing import Any
+
+import pytest
 import torch
 from einops import rearrange
 from torch import Tensor
 
 # Relative error ‖out − ref‖ / ‖ref‖ that each dtype must keep on random normal data.
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 5e-3}
+
+
+def in_turn(
+    rows: Iterable[tuple[int | str, ...]],
+    dtypes: Iterable[torch.dtype] = (torch.float32, torch.float16, torch.bfloat16),
+) -> list[Any]:
+    """Rows of parameters, each with one of the dtypes before it: that every kernel is right in all of them is what
+    `bench/kernel_cases.py` shows.
+    """
+    return [
+        pytest.param(dtype, *row, id="-".join(map(str, (str(dtype).removeprefix("torch."), *row))))
+        for row, dtype in zip(rows, cycle(dtypes), strict=False)
+    ]
 
 
 def dense(w: Tensor, scale: float | None = None) -> Tensor:

@@ -16,7 +16,7 @@ from c3a_triton.benchmark import cases, layer, timing
 from c3a_triton.operator.launch import direct, tiles, weight_grad
 
 CPU = torch.device("cpu")
-F32 = torch.float32
+TOLERANCE = 2e-5
 
 
 def _key(start: str) -> str:
@@ -76,7 +76,7 @@ def test_the_pattern_of_wrong_elements_is_told(wrong: Any, where: str) -> None:
         value[rows[:, None], torch.tensor(range(24))[wrong[1]]] += 9.0
     else:
         value[wrong] += 9.0
-    found = diagnosis.pattern(value, truth, 8, F32)
+    found = diagnosis.pattern(value, truth, 8, TOLERANCE)
     assert found["where"] == where
     assert found["wrong"] == int((value != truth).sum())
     row, column = found["worst"][0]["at"]
@@ -87,13 +87,13 @@ def test_the_worst_element_and_its_neighbours_are_told() -> None:
     truth = torch.arange(12, dtype=torch.float64).view(2, 1, 6) + 1.0
     value = truth.clone()
     value[1, 0, 5], value[0, 0, 2] = torch.nan, 6.0
-    found = diagnosis.pattern(value, truth, 6, F32)
+    found = diagnosis.pattern(value, truth, 6, TOLERANCE)
     assert (found["wrong"], found["of"], found["not_finite"], found["rows"]) == (2, 12, 1, "0–1")
     worst, second = found["worst"][:2]
     assert (worst["at"], worst["expected"], worst["expected_around"]) == ([1, 5], 12.0, [11.0, 12.0])
     assert (second["at"], second["got"], second["got_around"]) == ([0, 2], 6.0, [2.0, 6.0, 4.0])
     assert found["where"] == "columns 2, 5 mod 6, 50.0% of them"
-    slightly = diagnosis.pattern(truth * 1.0001, truth, 6, F32)  # no element alone is out of bounds
+    slightly = diagnosis.pattern(truth * 1.0001, truth, 6, TOLERANCE)  # no element alone is out of bounds
     assert (slightly["where"], slightly["ratio"]) == ("everywhere", pytest.approx(1.0001))
 
 

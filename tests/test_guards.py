@@ -216,9 +216,8 @@ def test_one_wrong_element_does_not_hide_in_the_norm() -> None:
     truth = torch.ones(400, 400, dtype=torch.float64)
     value = truth.clone()
     value[7, 9] = 1.2
-    gate.check("y", value, truth, torch.bfloat16)
     with pytest.raises(gate.GateError, match="at one element"):
-        kernel_cases.compare("y", value, truth, torch.bfloat16)
+        kernel_cases.compare("y", value, truth, 1e-2)
 
 
 def test_a_kernel_that_writes_past_its_tensor_is_caught(device: torch.device) -> None:

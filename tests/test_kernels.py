@@ -1,7 +1,12 @@
-"""Every launcher against the dense definition: natively on a GPU, in Triton's interpreter elsewhere."""
+"""Every launcher against the dense definition: natively on a GPU, in Triton's interpreter elsewhere.
+
+Small and odd sizes in every dtype are those of `bench/kernel_cases.py` (test_guards.py). Here are all shapes, in one
+dtype each, and what that table lacks: strides, splits, ranges, plans, refusals.
+"""
 
 import random
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import oracle
@@ -22,13 +27,10 @@ SHAPES = (
     (33, 20, 1),
     (5, 3, 2),
     (2, 5, 3),
-    (5, 3, 7),
     (4, 3, 15),
     (3, 5, 16),
-    (2, 3, 24),
     (1, 3, 31),
     (3, 2, 64),
-    (3, 2, 72),
     (2, 1, 80),
     (2, 3, 96),
     (2, 1, 97),
@@ -59,7 +61,7 @@ def tensors(device: torch.device, dtype: torch.dtype, t: int, m: int, n: int, b:
     return x, dy, torch.randn(m, n, b, device=device)
 
 
-@pytest.mark.parametrize(("t", "m", "n", "b"), cases())
+@pytest.mark.parametrize(("dtype", "t", "m", "n", "b"), oracle.in_turn(cases()))
 def test_direct_product(device: torch.device, dtype: torch.dtype, t: int, m: int, n: int, b: int) -> None:
     x, dy, w = tensors(device, dtype, t, m, n, b)
     oracle.assert_close(direct.direct_product(x, w, scale=0.37), oracle.product(x, w, 0.37), dtype)
@@ -67,40 +69,37 @@ def test_direct_product(device: torch.device, dtype: torch.dtype, t: int, m: int
     oracle.assert_close(dx, oracle.input_grad(dy, w, 0.37), dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize(
-    ("t", "m", "n", "b"),
-    [
-        (1, 3, 40, 1),
-        (4, 2, 5, 3),
-        (16, 4, 3, 15),
-        (7, 2, 3, 24),
-        (2, 2, 1, 97),
-        (16, 3, 2, 16),
-        (1, 5, 3, 48),
-        (2, 1, 3, 112),
-        (8, 3, 2, 32),
-        (9, 3, 1, 64),
-        (5, 1, 40, 16),
-        (3, 1, 1, 256),
-    ],
+    ("dtype", "t", "m", "n", "b"),
+    oracle.in_turn(
+        [
+            (1, 3, 40, 1),
+            (4, 2, 5, 3),
+            (16, 4, 3, 15),
+            (7, 2, 3, 24),
+            (2, 2, 1, 97),
+            (16, 3, 2, 16),
+            (1, 5, 3, 48),
+            (2, 1, 3, 112),
+            (8, 3, 2, 32),
+            (9, 3, 1, 64),
+            (5, 1, 40, 16),
+            (3, 1, 1, 256),
+        ],
+        (torch.float16, torch.bfloat16),
+    ),
 )
 def test_decode_linear(device: torch.device, dtype: torch.dtype, t: int, m: int, n: int, b: int) -> None:
     x, _, w = tensors(device, dtype, t, m, n, b)
     weight = torch.randn(m * b, n * b, device=device).to(dtype)
     bias = torch.randn(m * b, device=device).to(dtype)
-    dense = weight.cpu().double() + oracle.dense(w, 0.37)
-    expected = x.cpu().double() @ dense.T
-    y = decode.decode_linear(x, weight, w, None, scale=0.37)
+    expected = x.cpu().double() @ (weight.cpu().double() + oracle.dense(w, 0.37)).T + bias.cpu().double()
     # The sum is rounded once: W and what the adapter adds to it keep the digits that a folded weight loses.
-    once = {torch.float16: 4e-4, torch.bfloat16: 3e-3}[dtype]
-    oracle.assert_close(y, expected, dtype, bound=once)
-    with_bias = decode.decode_linear(x, weight, w, bias, scale=0.37)
-    oracle.assert_close(with_bias, expected + bias.cpu().double(), dtype, bound=once)
-    # The adapter's own part, where the weight has nothing to hide it, and the same bits again.
+    once = {torch.float16: 2.6e-4, torch.bfloat16: 2.1e-3}[dtype]
+    oracle.assert_close(decode.decode_linear(x, weight, w, bias, scale=0.37), expected, dtype, bound=once)
+    # The adapter's own part, where the weight has nothing to hide it.
     alone = decode.decode_linear(x, torch.zeros_like(weight), w, None, scale=0.37)
     oracle.assert_close(alone, oracle.product(x, w, 0.37), dtype)
-    assert torch.equal(with_bias, decode.decode_linear(x, weight, w, bias, scale=0.37))
 
 
 @pytest.mark.parametrize("b", [5, 16])
@@ -129,7 +128,7 @@ def test_decode_keeps_what_folding_would_round_away(device: torch.device, b: int
     oracle.assert_close(decode.decode_linear(x, weight, w, None, scale=1e-3), expected, dtype)
 
 
-@pytest.mark.parametrize(("t", "m", "n", "b"), cases())
+@pytest.mark.parametrize(("dtype", "t", "m", "n", "b"), oracle.in_turn(cases()))
 def test_weight_grad(device: torch.device, dtype: torch.dtype, t: int, m: int, n: int, b: int) -> None:
     x, dy, _ = tensors(device, dtype, t, m, n, b)
     dw = weight_grad.weight_grad(dy, x, b, scale=0.37)
@@ -137,7 +136,7 @@ def test_weight_grad(device: torch.device, dtype: torch.dtype, t: int, m: int, n
     oracle.assert_close(dw, oracle.weight_grad(dy, x, b, 0.37), torch.float32)
 
 
-@pytest.mark.parametrize(("m", "n", "b"), SHAPES)
+@pytest.mark.parametrize(("dtype", "m", "n", "b"), oracle.in_turn(SHAPES))
 def test_expand_weight(device: torch.device, dtype: torch.dtype, m: int, n: int, b: int) -> None:
     w = torch.randn(m, n, b, device=device)
     oracle.assert_close(expand.expand_weight(w, scale=0.37, dtype=dtype), oracle.dense(w, 0.37), dtype)
@@ -146,8 +145,14 @@ def test_expand_weight(device: torch.device, dtype: torch.dtype, m: int, n: int,
     assert transposed.is_contiguous()
 
 
-@pytest.mark.parametrize(("m", "n", "b"), [(2, 3, 96), (5, 3, 7), (33, 20, 1), (1, 2, 256)])
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
+@pytest.mark.parametrize(
+    ("dtype", "layout", "m", "n", "b"),
+    oracle.in_turn(
+        (layout, *shape)
+        for layout in ("contiguous", "transposed", "sliced")
+        for shape in ((2, 3, 96), (5, 3, 7), (33, 20, 1), (1, 2, 256))
+    ),
+)
 def test_add_expanded(device: torch.device, dtype: torch.dtype, layout: str, m: int, n: int, b: int) -> None:
     w = torch.randn(m, n, b, device=device)
     rows, cols = m * b, n * b
@@ -161,7 +166,7 @@ def test_add_expanded(device: torch.device, dtype: torch.dtype, layout: str, m: 
     expand.add_expanded_(view(storage), w, scale=0.37)
     # In float32 with one rounding the result is the rounded sum but for the last bit of float32.
     exact = view(before).cpu().double() + oracle.dense(w, 0.37)
-    once = {torch.float32: 1e-7, torch.float16: 4e-4, torch.bfloat16: 2.5e-3}[dtype]
+    once = {torch.float32: 1e-7, torch.float16: 2.6e-4, torch.bfloat16: 2.1e-3}[dtype]
     oracle.assert_close(view(storage), exact, dtype, bound=once)
     folded = expand.folded_weight(view(before), w, scale=0.37)
     assert torch.equal(folded, view(storage))
@@ -171,18 +176,19 @@ def test_add_expanded(device: torch.device, dtype: torch.dtype, layout: str, m: 
     assert torch.equal(storage, before)
 
 
-@pytest.mark.parametrize("t", [5, 40])
-@pytest.mark.parametrize(("m", "n", "b"), [(2, 3, 32), (5, 3, 7), (10, 30, 1), (2, 1, 97)])
+@pytest.mark.parametrize(
+    ("dtype", "t", "m", "n", "b"),
+    oracle.in_turn((t, *shape) for t in (5, 40) for shape in ((2, 3, 32), (5, 3, 7), (10, 30, 1), (2, 1, 97))),
+)
 def test_product_epilogue(device: torch.device, dtype: torch.dtype, t: int, m: int, n: int, b: int) -> None:
     x, _, w = tensors(device, dtype, t, m, n, b)
     bias = torch.randn(m * b, device=device).to(dtype)
     base = torch.randn(t, m * b, device=device).to(dtype)
     product = oracle.product(x, w, 0.37)
-    oracle.assert_close(direct.direct_product(x, w, scale=0.37, bias=bias), product + bias.cpu().double(), dtype)
     out = base.clone()
     assert direct.direct_product(x, w, scale=0.37, out=out) is out
     oracle.assert_close(out, product + base.cpu().double(), dtype)
-    # Both at once, into rows of a wider tensor whose other columns stay as they are.
+    # With a bias, too, into rows of a wider tensor whose other columns stay as they are.
     wide = torch.full((t, m * b + 3), 7.0, device=device, dtype=dtype)
     wide[:, 1:-2] = base
     direct.direct_product(x, w, scale=0.37, out=wide[:, 1:-2], bias=bias)
@@ -191,9 +197,8 @@ def test_product_epilogue(device: torch.device, dtype: torch.dtype, t: int, m: i
     assert (wide[:, -2:] == 7).all()
 
 
-@pytest.mark.parametrize("t", [3, 33])
-@pytest.mark.parametrize("b", [5, 24, 66])
-def test_strided_rows(device: torch.device, dtype: torch.dtype, t: int, b: int) -> None:
+@pytest.mark.parametrize(("dtype", "b", "t"), oracle.in_turn(product((5, 24, 66), (3, 33))))
+def test_strided_rows(device: torch.device, dtype: torch.dtype, b: int, t: int) -> None:
     m, n = 2, 1
     w = torch.randn(m, n, b, device=device)
     wide = torch.randn(2 * t, n * b + 5, device=device).to(dtype)
@@ -223,6 +228,10 @@ def test_split_sums(device: torch.device) -> None:
     out = direct.direct_product(x, w, scale=0.37)
     oracle.assert_close(out, oracle.product(x, w, 0.37), torch.float32)
     assert torch.equal(out, direct.direct_product(x, w, scale=0.37))
+    x, _, w = tensors(device, torch.bfloat16, 5, 1, 40, 16)
+    weight = torch.randn(16, 640, device=device).bfloat16()
+    first, second = (decode.decode_linear(x, weight, w, None, scale=0.37) for _ in range(2))
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("b", [1, 16, 96])
@@ -393,7 +402,7 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
 
 
 @settings(
-    max_examples=4,
+    max_examples=3,
     deadline=None,
     derandomize=True,
     phases=[Phase.generate],

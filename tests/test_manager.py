@@ -512,6 +512,12 @@ def test_biases() -> None:
     with pytest.warns(UserWarning, match="biases"), model.c3a.disable_adapter():
         pass
     assert len(trainable(model)) == 5
+    # A module that is trained whole has its bias in its copy.
+    model = apply(MLP(), C3AConfig(block_size=2, target_modules=["first"], modules_to_save=["second"], bias="all"))
+    assert [name for name in trainable(model) if "second" in name] == [
+        "second.modules_to_save.default.weight",
+        "second.modules_to_save.default.bias",
+    ]
 
 
 def test_modules_trained_whole() -> None:

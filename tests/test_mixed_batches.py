@@ -158,6 +158,7 @@ def test_a_copy_follows_its_kernel(device: torch.device) -> None:
         grouped.grouped_product(x, [w], (0, 0), scale=1.0)
     for changed in (
         w,
+        torch.randn(2, 4, 9, device=device)[..., :8],
         torch.randn(4, 4, 8, device=device).transpose(0, 1),
         torch.randn(2, 4, 9, device=device)[..., 1:],
     ):

@@ -52,7 +52,6 @@ def check_all_three(device, backend, dtype, n_tokens, m, n, b, seed=0):
 
 
 @pytest.mark.parametrize("backend", ALL)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @settings(
     max_examples=6,
     deadline=None,
@@ -60,22 +59,18 @@ def check_all_three(device, backend, dtype, n_tokens, m, n, b, seed=0):
     derandomize=True,
 )
 @given(
+    dtype=st.sampled_from(DTYPES),
     n_tokens=st.integers(1, 40),
     m=st.integers(1, 4),
     n=st.integers(1, 4),
     b=st.sampled_from([1, 2, 3, 5, 7, 8, 12, 16, 24, 33, 48]),
     seed=st.integers(0, 2**16),
 )
-@example(n_tokens=1, m=2, n=3, b=5, seed=0)
-@example(n_tokens=0, m=2, n=1, b=4, seed=0)
+@example(dtype=torch.float16, n_tokens=1, m=2, n=3, b=5, seed=0)
+@example(dtype=torch.bfloat16, n_tokens=0, m=2, n=1, b=4, seed=0)
+@example(dtype=torch.float32, n_tokens=19, m=1, n=2, b=96, seed=0)
 def test_every_backend_equals_the_definition(device, backend, dtype, n_tokens, m, n, b, seed):
     check_all_three(device, backend, dtype, n_tokens, m, n, b, seed)
-
-
-@pytest.mark.parametrize("backend", ALL)
-@pytest.mark.parametrize(("m", "n", "b"), [(1, 2, 96), (2, 1, 192), (1, 1, 160)])
-def test_block_sizes_that_are_no_powers_of_two(device, backend, m, n, b):
-    check_all_three(device, backend, torch.bfloat16, 19, m, n, b)
 
 
 @pytest.mark.parametrize("backend", FLOAT64)
@@ -130,8 +125,11 @@ def test_shapes_and_strides(device, backend):
 
 
 @pytest.mark.parametrize("backend", [*ALL, "fold", "auto"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize(
+    ("dtype", "with_bias"),
+    [(torch.float32, True), (torch.float16, False), (torch.bfloat16, True)],
+    ids=["float32", "float16 without bias", "bfloat16"],
+)
 def test_fused_layer_equals_base_plus_adapters(device, backend, dtype, with_bias):
     x, dy, (w, other) = operands(device, dtype, 2 * 9, 3, 2, 8, kernels=2)
     _, _, (fine,) = operands(device, dtype, 1, 6, 4, 4, seed=5)
@@ -157,9 +155,13 @@ def test_fused_layer_equals_base_plus_adapters(device, backend, dtype, with_bias
         oracle.assert_close(grads[5], dy64.sum(0), dtype)
 
 
-@pytest.mark.parametrize("n_tokens", [1, 5, 16])
-@pytest.mark.parametrize(("m", "n", "b"), [(3, 2, 16), (2, 3, 7)])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "m", "n", "b", "n_tokens"),
+    oracle.in_turn(
+        ((*shape, n_tokens) for shape in ((3, 2, 16), (2, 3, 7)) for n_tokens in (1, 5, 16)),
+        (torch.float16, torch.bfloat16),
+    ),
+)
 def test_a_few_tokens_take_one_kernel_for_base_and_adapters(device, monkeypatch, dtype, n_tokens, m, n, b):
     calls = []
     compute = decode.decode_linear
@@ -237,11 +239,13 @@ def test_gradcheck_to_second_order(device, backend, b):
     def delta(x, w):
         return circulant_linear(x, w, scale=0.7, backend="torch" if backend == "fold" else backend)
 
-    assert torch.autograd.gradcheck(layer, leaves)
-    assert torch.autograd.gradcheck(delta, (x, w))
-    assert torch.autograd.gradgradcheck(layer, leaves)
-    assert torch.autograd.gradgradcheck(delta, (x, w))
-    assert torch.autograd.gradcheck(circulant_matrix, (w,))
+    # Of the larger blocks a random projection of the derivatives, which costs a few calls whatever their number.
+    fast = b >= 5
+    assert torch.autograd.gradcheck(layer, leaves, fast_mode=fast)
+    assert torch.autograd.gradcheck(delta, (x, w), fast_mode=fast)
+    assert torch.autograd.gradgradcheck(layer, leaves, fast_mode=fast)
+    assert torch.autograd.gradgradcheck(delta, (x, w), fast_mode=fast)
+    assert torch.autograd.gradcheck(circulant_matrix, (w,), fast_mode=fast)
 
 
 @pytest.mark.parametrize("backend", ["direct", "fft", "expand"])
@@ -463,14 +467,14 @@ def test_autocast_behaves_as_linear(device, backend):
 # Compilers and functorch
 
 
-@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("backend", ["torch", "direct"])
 def test_custom_ops_are_well_formed(device, backend):
     x, dy, (w,) = operands(device, torch.float32, 4, 2, 3, 4)
     x.requires_grad_()
     w.requires_grad_()
     weight, bias = torch.randn(8, 12, device=device), torch.randn(8, device=device)
     op = torch.ops.c3a_triton
-    # opcheck compiles: one Triton backend in the interpreter stands for both.
+    # opcheck compiles: one Triton backend in the interpreter stands for all.
     utils = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(op.linear.default, (x, weight, bias, [w], 0.1, False, backend), test_utils=utils)
     torch.library.opcheck(op.linear.default, (dy, None, None, [w], 0.1, True, backend), test_utils=utils)
@@ -509,24 +513,6 @@ def test_aot_autograd_gives_the_eager_gradients(device):
     ours = torch.autograd.grad(compiled(*leaves), leaves, dy)
     eager = torch.autograd.grad(layer(*leaves), leaves, dy)
     for a, b in zip(ours, eager, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-@pytest.mark.slow
-def test_inductor_compiles_forward_and_backward(device):
-    x, dy, (w,) = operands(device, torch.float32, 6, 2, 2, 8)
-    weight = torch.randn(16, 16, device=device)
-    leaves = [x.requires_grad_(), w.requires_grad_()]
-
-    def step(x, w):
-        return c3a_linear(x, weight, None, [w]).tanh()
-
-    compiled = torch.compile(step, fullgraph=True)
-    for a, b in zip(
-        torch.autograd.grad(compiled(*leaves), leaves, dy),
-        torch.autograd.grad(step(*leaves), leaves, dy),
-        strict=True,
-    ):
         torch.testing.assert_close(a, b)
 
 

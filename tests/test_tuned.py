@@ -181,6 +181,11 @@ def keep(**times):
     dispatch.refresh()
 
 
+def test_the_cost_model_chooses_for_each_direction(gpu):
+    sizes = (4096, 1024, 1024, 128)
+    assert [choose(backward, sizes=sizes) for backward in (False, True)] == ["expand", "fft"]
+
+
 def test_the_fastest_measured_backend_is_chosen_for_each_direction(gpu):
     predicted = dispatch.cheapest(Sizes(*SIZES, torch.bfloat16))
     assert choose() == choose(backward=True) == predicted == "fft"
