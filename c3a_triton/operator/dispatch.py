@@ -149,8 +149,9 @@ def _install_tiles(device: torch.device, by_timing: bool) -> None:
 
     One table serves the process: where devices have different ones, as cards of two models do, none is taken.
     """
-    _tiles_by_timing[device] = by_timing
-    found, *others = (tiles_of(one) if timed else {} for one, timed in _tiles_by_timing.items())
+    # The switch is the process's: the other devices' tiles follow it too.
+    _tiles_by_timing.update(dict.fromkeys({*_tiles_by_timing, device}, by_timing))
+    found, *others = (tiles_of(one) if by_timing else {} for one in _tiles_by_timing)
     if tiles.override(found if all(other == found for other in others) else {}):
         plans.clear_plans()
 
