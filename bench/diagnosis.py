@@ -252,7 +252,8 @@ def variants(case: kernel_cases.Case, asked: set[str], lookups: Sequence[tiles.L
             yield Variant(f"in {dtype}", replace(case, dtype=dtype))
     yield Variant("one stage", case, launch={"num_stages": 1})
     yield Variant("four warps", case, launch={"num_warps": 4})
-    free = [lookup for lookup in lookups if lookup[0] != "decode_tile"]  # which is fitted to the tokens
+    # The former is fitted to the tokens, the latter has blocks of rows in their place.
+    free = [lookup for lookup in lookups if lookup[0] not in ("decode_tile", "hankel_tile")]
     if free:
         small = {(name, sizes): replace(getattr(tiles, name)(*sizes), block_t=16) for name, sizes in free}
         yield Variant("16 tokens a tile", case, given_tiles=small)

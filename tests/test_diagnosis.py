@@ -13,7 +13,8 @@ from torch import Tensor
 
 from bench import diagnosis, gpu, kernel_cases, native_tests, processes, report, runs
 from c3a_triton.benchmark import cases, layer, timing
-from c3a_triton.operator.launch import direct, tiles, weight_grad
+from c3a_triton.operator import backends
+from c3a_triton.operator.launch import direct, tiles
 
 CPU = torch.device("cpu")
 TOLERANCE = 2e-5
@@ -191,8 +192,9 @@ def test_a_case_goes_on_behind_the_variant_that_ended_the_process(
 def test_a_layer_is_computed_by_all_backends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(diagnosis, "LAYER_BACKENDS", ("direct", "torch"))
-    right = weight_grad.weight_grad
-    monkeypatch.setattr(weight_grad, "weight_grad", lambda *args, **kwargs: right(*args, **kwargs).roll(1, dims=0))
+    right = backends.BY_NAME["direct"]
+    wrong = right._replace(weight_grad=lambda *args, **kwargs: right.weight_grad(*args, **kwargs).roll(1, dims=0))
+    monkeypatch.setitem(backends.BY_NAME, "direct", wrong)
     case = cases.LayerCase(20, 16, 24, 8, "bfloat16")
     found = _child(tmp_path, "--layer", json.dumps(vars(case)))
     assert {name: record["status"] for name, record in found.items()} == {
