@@ -87,6 +87,16 @@ def test_four_writers_lose_nothing():
 
 
 ENTRY = key()._asdict() | {"forward": 1e-4, "backward": None}
+TILE = (64, 64, 64, 4, 3)
+TILE_KEY = TileKey("card", "9.0", "2.13.0", "3.9.0", "product_tile", ("sm_90", 2, 8192))
+TILE_ENTRY = TILE_KEY._asdict() | {"tile": TILE}
+
+
+def test_entries_are_read_as_written(folder):
+    """What the damaged ones below are without their damage."""
+    folder.mkdir()
+    (folder / "tuned-1.json").write_text(json.dumps({"times": [ENTRY], "tiles": [TILE_ENTRY]}))
+    assert tuned.load() == ({key(): Times(1e-4)}, {TILE_KEY: TILE})
 
 
 @pytest.mark.parametrize(
@@ -105,7 +115,10 @@ ENTRY = key()._asdict() | {"forward": 1e-4, "backward": None}
         json.dumps({"times": [ENTRY | {"forward": "1"}], "tiles": []}).encode(),
         json.dumps({"times": [ENTRY | {"b": "256"}], "tiles": []}).encode(),
         json.dumps({"times": [{"b": 256}], "tiles": []}).encode(),
-        json.dumps({"times": [], "tiles": [{"tile": [1, 2]}]}).encode(),
+        json.dumps({"times": [], "tiles": [{"tile": [64, 64, 64, 4, 3]}]}).encode(),
+        json.dumps({"times": [], "tiles": [TILE_ENTRY | {"tile": [64, 64, 64, 4]}]}).encode(),
+        json.dumps({"times": [], "tiles": [TILE_ENTRY | {"tile": [64, 0, 64, 4, 3]}]}).encode(),
+        json.dumps({"times": [], "tiles": [TILE_ENTRY | {"arguments": ["sm_90", 2.0, 8192]}]}).encode(),
     ],
 )
 def test_a_damaged_file_is_set_aside(folder, content):
