@@ -1,4 +1,4 @@
-"""What former versions wrote is read, and computes what it computed."""
+"""What former versions wrote is read, and computes what it computed; what scripts of theirs import is found."""
 
 from pathlib import Path
 
@@ -43,3 +43,10 @@ def test_an_adapter_of_a_former_version(merge: bool) -> None:
         model = model.c3a.merge_and_unload()
     torch.testing.assert_close(model(IDS).flatten(), torch.tensor(GAVE), rtol=1e-5, atol=1e-5)
     assert (model(IDS) - Model()(IDS)).abs().max() > 0.1
+
+
+def test_what_scripts_import_by_a_former_path() -> None:
+    from c3a_triton.commands import folder_merge as home
+    from c3a_triton.folder_merge import merge_folder
+
+    assert merge_folder is home.merge_folder

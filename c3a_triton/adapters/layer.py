@@ -207,6 +207,12 @@ class C3ALinear(nn.Module):
         """What one adapter adds for x, on x's device."""
         return circulant_linear(x, kernel, backend=backend)
 
+    @property
+    def _row_adapters(self) -> tuple[str, ...] | None:
+        """What a call would have now as names of its rows."""
+        call = self._scope.present()
+        return None if call is None else call.names
+
     # PEFT's attributes
 
     @property
