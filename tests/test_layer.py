@@ -5,6 +5,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import oracle
 import pytest
@@ -585,3 +586,9 @@ def test_a_merged_layer_trains_nothing() -> None:
     layer.base_layer.requires_grad_(False)
     layer.merge()
     assert not layer(torch.randn(4, 12)).requires_grad
+
+
+@pytest.mark.parametrize("base", [8, None, "x", nn.Linear], ids=str)
+def test_what_is_no_layer_is_refused_by_what_it_is(base: Any) -> None:
+    with pytest.raises(ConfigError, match=r"C3ALinear goes around a layer, such as nn\.Linear\(8, 8\), got"):
+        C3ALinear(base)

@@ -110,6 +110,8 @@ class C3ALinear(nn.Module):
         self, base_layer: nn.Module, active: list[str], backend: str, layer_name: str, sizes: Geometry | None = None
     ) -> None:
         super().__init__()
+        if not isinstance(base_layer, nn.Module):
+            raise ConfigError(f"{type(self).__name__} goes around a layer, such as nn.Linear(8, 8), got {base_layer!r}")
         self.base_layer = base_layer
         self.c3a_kernel = nn.ParameterDict()
         self.block_size: dict[str, int] = {}
