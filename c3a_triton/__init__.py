@@ -5,9 +5,11 @@
 adapts a model in place; `model.c3a` is its `AdapterManager`.
 
 A public name is imported when it is first asked for: torch takes seconds, and `c3a-triton --help` needs none of it.
+Where torch is imported already, the custom ops are registered at once.
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -73,6 +75,10 @@ if not TYPE_CHECKING:
         found = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
         globals()[name] = found
         return found
+
+    # Who only loads an exported program asks for no name, and needs the custom ops.
+    if "torch" in sys.modules:
+        importlib.import_module(f"{__name__}.operator.rows")
 
     def __dir__() -> list[str]:
         return sorted({*(name for name in globals() if name.startswith("__")), *__all__})

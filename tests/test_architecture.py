@@ -166,6 +166,17 @@ if importlib.util.find_spec("transformers"):
     assert result.returncode == 0, result.stderr
 
 
+def test_custom_ops_are_there_for_who_loads_an_exported_program():
+    code = """
+import sys, torch
+before = set(sys.modules)
+import c3a_triton
+print(torch.ops.c3a_triton.linear, torch.ops.c3a_triton.weight_grad_rows, "triton" in set(sys.modules) - before)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.split() == ["c3a_triton.linear", "c3a_triton.weight_grad_rows", "False"], result.stderr
+
+
 def test_a_checkout_that_is_not_installed_says_so():
     """On the path but not installed there is no `c3a_triton.kernels`: an error with the remedy, not a slow path."""
     code = """
