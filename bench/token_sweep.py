@@ -248,7 +248,7 @@ def tables(records: runs.Records) -> list[str]:
         rows.append(["Python's and the driver's seconds per launch", "-", f"{host:.3g}"])
     if rows:
         lines += ["", "### The cost model's constants", ""]
-        lines.append(report.format_table(["c3a_triton.operator.dispatch.CEILINGS", "committed", "fitted"], rows))
+        lines.append(report.format_table(["c3a_triton.operator.cost_model.CEILINGS", "committed", "fitted"], rows))
     return lines
 
 

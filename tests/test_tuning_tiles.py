@@ -1,5 +1,7 @@
 """Measured tiles: what replaces a committed one, what a search keeps, and when none of it is used."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import astuple, replace
 from unittest import mock
@@ -82,6 +84,46 @@ def test_the_tuned_table_s_tiles_are_used_but_not_under_deterministic_algorithms
     torch.use_deterministic_algorithms(True)
     assert choose() == committed
     assert len(cleared) == 2
+
+
+def test_threads_that_begin_on_several_devices_at_once_wait_for_the_table(gpu, monkeypatch):
+    """As those of a DataParallel do: the first of them reads the table, which takes a while."""
+    committed = tiles.product_tile("sm_90", 2, 8192)
+    other = replace(committed, num_warps=2)
+    tuned.add({}, {tuned.TileKey(*MACHINE, *LOOKUP): astuple(other)})
+    reading, go_on = threading.Event(), threading.Event()
+    load = tuned.load
+
+    def slow():
+        reading.set()
+        go_on.wait(10)
+        return load()
+
+    monkeypatch.setattr(tuned, "load", slow)
+    with ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(choose, "cuda:0")]
+        reading.wait(10)
+        found += [pool.submit(choose, f"cuda:{i}") for i in (0, 1, 2)]
+        threading.Timer(0.1, go_on.set).start()
+        assert [one.result() for one in found] == [other] * 4
+
+
+@pytest.mark.parametrize("other_card", [False, True])
+def test_all_devices_follow_the_switch_to_deterministic_algorithms(other_card, gpu, deterministic, monkeypatch):
+    cards = {0: MACHINE, 1: ("another", *MACHINE[1:]) if other_card else MACHINE}
+    monkeypatch.setattr(dispatch, "_machine", lambda device: cards[device.index])
+    committed = tiles.product_tile("sm_90", 2, 8192)
+    other = replace(committed, num_warps=2)
+    tuned.add({}, {tuned.TileKey(*MACHINE, *LOOKUP): astuple(other)})
+    torch.use_deterministic_algorithms(False)
+    assert choose("cuda:0") == other
+    both = committed if other_card else other
+    assert choose("cuda:1") == choose("cuda:0") == both
+    for first, second in (("cuda:0", "cuda:1"), ("cuda:1", "cuda:0")):
+        torch.use_deterministic_algorithms(True)
+        assert choose(first) == choose(second) == committed
+        torch.use_deterministic_algorithms(False)
+        assert choose(second) == choose(first) == both
 
 
 @pytest.mark.parametrize("backend", ["direct", "fft"])

@@ -9,6 +9,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import threading
 import warnings
 from typing import Any
 
@@ -135,13 +136,16 @@ def _table() -> tuned.Table:
 
 def refresh() -> None:
     """Read the tuned table anew and forget the choices made by the old one; `autotune` does so when it has measured."""
-    _table.cache_clear()
-    _choose.cache_clear()
-    _tiles_by_timing.clear()
+    with _installing:
+        _table.cache_clear()
+        _choose.cache_clear()
+        _tiles_by_timing.clear()
 
 
 # For each device that was used: whether its tiles are those of the tuned table, or the committed ones.
 _tiles_by_timing: dict[torch.device, bool] = {}
+# Held by whoever changes them: the threads of a DataParallel begin on all devices at once.
+_installing = threading.Lock()
 
 
 def _install_tiles(device: torch.device, by_timing: bool) -> None:
@@ -149,11 +153,13 @@ def _install_tiles(device: torch.device, by_timing: bool) -> None:
 
     One table serves the process: where devices have different ones, as cards of two models do, none is taken.
     """
-    # The switch is the process's: the other devices' tiles follow it too.
-    _tiles_by_timing.update(dict.fromkeys({*_tiles_by_timing, device}, by_timing))
-    found, *others = (tiles_of(one) if by_timing else {} for one in _tiles_by_timing)
-    if tiles.override(found if all(other == found for other in others) else {}):
-        plans.clear_plans()
+    with _installing:
+        # The switch is the process's: the other devices' tiles follow it too.
+        devices = {*_tiles_by_timing, device}
+        found, *others = (tiles_of(one) if by_timing else {} for one in devices)
+        if tiles.override(found if all(other == found for other in others) else {}):
+            plans.clear_plans()
+        _tiles_by_timing.update(dict.fromkeys(devices, by_timing))
 
 
 def tiles_of(device: torch.device) -> dict[tiles.Lookup, tiles.TileConfig]:

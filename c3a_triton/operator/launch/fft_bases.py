@@ -141,7 +141,7 @@ def _basis(b: int, dtype: torch.dtype, tf32: bool, two_level: bool, device: torc
 
 
 def _computed_basis(b: int, dtype: torch.dtype, tf32: bool, two_level: bool, device: torch.device) -> _Basis:
-    """`basis_of`, anew."""
+    """`_basis`, anew."""
 
     def turns(rows: int, columns: int, period: int) -> tuple[Tensor, Tensor]:
         """cos and −sin of 2π·r·c / period, of an exact remainder."""
