@@ -207,6 +207,15 @@ def test_embeddings_that_a_model_has_or_lacks(monkeypatch: pytest.MonkeyPatch) -
     assert embeddings_of(Own()) == (None, None)
 
 
+def test_all_linear_takes_a_model_whose_output_embeddings_are_lacking(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Backbone(MLP):
+        def get_output_embeddings(self) -> nn.Module:
+            return self.head
+
+    monkeypatch.setattr(Backbone.get_output_embeddings, "__module__", "transformers.models.own")
+    assert names(Backbone(), target_modules="all-linear") == names(MLP(), target_modules="all-linear") != []
+
+
 def test_nothing_is_changed() -> None:
     model = llama()
     before = [(name, id(module)) for name, module in model.named_modules()]

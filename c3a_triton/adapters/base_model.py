@@ -18,6 +18,7 @@ __all__ = [
     "embeddings_of",
     "model_name_or_path",
     "near_names",
+    "output_embeddings_of",
     "tied_names",
     "warn_tied",
 ]
@@ -64,23 +65,27 @@ def near_names(name: str, known: Iterable[str]) -> str:
 
 
 def embeddings_of(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
-    """What transformers' models call their input and output embeddings; None for a part that a model does not have.
+    """What transformers' models call their input and output embeddings; None for a part that a model does not have."""
+    return _part(model, "get_input_embeddings"), output_embeddings_of(model)
 
-    An error within a method of somebody's own model is theirs to see.
-    """
-    found: list[nn.Module | None] = []
-    for name in ("get_input_embeddings", "get_output_embeddings"):
-        method: Any = getattr(model, name, None)
-        try:
-            found.append(None if method is None else method())
-        except NotImplementedError:
-            found.append(None)
-        except AttributeError:
-            # transformers' own raise it for backbones without such a part, and transformers passes it over.
-            if not getattr(method, "__module__", "").startswith("transformers."):
-                raise
-            found.append(None)
-    return found[0], found[1]
+
+def output_embeddings_of(model: nn.Module) -> nn.Module | None:
+    """The second of `embeddings_of`."""
+    return _part(model, "get_output_embeddings")
+
+
+def _part(model: nn.Module, getter: str) -> nn.Module | None:
+    """What a method of transformers' models gives. An error within one of somebody's own model is theirs to see."""
+    method: Any = getattr(model, getter, None)
+    try:
+        return None if method is None else method()
+    except NotImplementedError:
+        return None
+    except AttributeError:
+        # transformers' own raise it for backbones without such a part, and transformers passes it over.
+        if not getattr(method, "__module__", "").startswith("transformers."):
+            raise
+        return None
 
 
 def embedding_weights(model: nn.Module) -> list[Tensor]:

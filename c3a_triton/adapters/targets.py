@@ -15,7 +15,7 @@ from c3a_triton.files.expressions import Matching
 from c3a_triton.files.patterns import block_size_rule, target_rule, unmatched_keys
 from c3a_triton.files.values import shown, some
 
-from .base_model import base_modules, near_names, warn_tied
+from .base_model import base_modules, near_names, output_embeddings_of, warn_tied
 from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
 
@@ -134,10 +134,7 @@ def _output_heads(model: Any, config: C3AConfig) -> list[nn.Module]:
     """What "all-linear" leaves out: the output embeddings, or else the head of a sequence classifier."""
     if not hasattr(model, "get_output_embeddings"):
         return []
-    try:
-        head = model.get_output_embeddings()
-    except NotImplementedError:
-        head = None
+    head = output_embeddings_of(model)
     if head is None and config.task_type == "SEQ_CLS":
         head = next((getattr(model, name) for name in _SEQ_CLS_HEADS if hasattr(model, name)), None)
     return [] if head is None else [head]
