@@ -1,27 +1,52 @@
-"""The product in the Fourier domain: DFT of every block (analysis), a small product per frequency (mix), inverse DFT.
+"""The product in the Fourier domain: DFT of every block (spectra), a small product per frequency (mix), inverse DFT.
 
-A block of b reals becomes SLOTS = ceil(b / 2) slots of two reals: slot 0 is (DC, Nyquist), or (DC, 0) for odd b, every
-other slot is (Re, Im) of one frequency. With slot 0 weighted 1/√b and the others √(2/b) the basis O [b, 2·SLOTS] is
+A block of b = S·Q values is taken apart into S × S blocks of Q, of the positions S·a + c with the same c: the element
+in row (M, S·a' + c') and column (N, S·a + c) of ΔW,
+
+    w[M, N, (S·(a − a') + c − c') mod b] = w'[(M, c'), (N, c), (a − a') mod Q],
+
+depends on a − a' modulo Q alone. (Decimation, the index split of Cooley and Tukey's FFT, 1965, without its second
+level: the S × S small circulant blocks take the place of twiddle factors.) So one basis of Q serves any b, and what
+follows speaks of blocks of Q, of which a matrix has S · out_blocks by S · in_blocks.
+
+A block of Q reals becomes SLOTS = ceil(Q / 2) slots of two reals: slot 0 is (DC, Nyquist), or (DC, 0) for odd Q, every
+other slot is (Re, Im) of one frequency. With slot 0 weighted 1/√Q and the others √(2/Q) the basis O [Q, 2·SLOTS] is
 orthogonal: the inverse DFT is multiplication by Oᵀ, and spectra have the magnitude of what they are spectra of.
 
-Spectra are stored frequency first, [SLOTS, rows, 2] with rows = (token, block): per slot a matrix [tokens, 2·blocks].
-`stride_*_f`, from slot to slot, is 2·rows rounded up to whole tiles, so that tiles of a spectrum need no mask along its
-contiguous axis; rows past the end hold copies or nothing, and are never summed or stored.
+Spectra are stored frequency first, [SLOTS, rows, 2] with rows = (token, block, c): per slot a matrix [tokens,
+2·S·blocks]. `stride_*_f`, from slot to slot, is 2·rows rounded up to whole tiles, so that tiles of a spectrum need no
+mask along its contiguous axis; rows past the end hold copies or nothing, and are never summed or stored.
 
-With a + ic the plain DFT of w[M, N], X_N · conj(W_MN) is a real 2 × 2 block acting on (Re, Im); slot 0 is diagonal. The
-blocks of one slot form a matrix [2·row_blocks, 2·col_blocks]; that of the transposed product is its transpose.
+With a + ic the plain DFT of w'[(M, c'), (N, c)], X · conj(W) is a real 2 × 2 block acting on (Re, Im); slot 0 is
+diagonal. The blocks of one slot form a matrix [2·S·row_blocks, 2·S·col_blocks]; that of the transposed product is its
+transpose.
 
-`two_level_*` are the same transforms for b = P·Q, with 4·(P + Q) instead of 2·b operations per value. Slot
-k1·(Q/2) + k2 then holds the frequency k1 + P·k2, an order that only has to be the same everywhere.
+Launches that follow each other walk over tokens in opposite directions: what one wrote last, the next finds in the L2
+cache. What is read for the last time is marked `evict_first`, so that it does not push out what will be read again.
 """
 
 import triton
 import triton.language as tl
 
-from .indexing import helper, mma, rounded, store_product
+from .indexing import INTERPRETED, helper, mma, rounded, store_product
 
 # Rows and columns of a basis matrix are padded with zeros to a multiple of this, and so are the rows of a spectrum.
 PAD: tl.constexpr = tl.constexpr(128)
+# Arguments that kernels only compare and divide: specialised, each would be compiled several times.
+COUNTS = ("w_tiles", "x_tiles", "other_tiles", "tiles", "x_rows", "other_rows", "n_rows", "n_splits")
+# Columns and steps of the tiles of w and dw, which are few and small.
+WIDE: tl.constexpr = tl.constexpr(32)
+
+
+@helper
+def begin(PDL: tl.constexpr):
+    """Wait for the launches before, once, before anything is read or written; and let the next one be set up.
+
+    With PDL (programmatic dependent launch, from sm_90 on) a grid starts while the one before drains.
+    """
+    if PDL and not INTERPRETED:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @helper
@@ -35,290 +60,160 @@ def narrowed(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @helper
-def store_spectrum(
-    z, slot, start_row, z_ptr, stride_z_f, SLOTS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr
-):
-    """Store z [slots, 2·BLOCK_R], the spectrum of consecutive rows, where slot < SLOTS."""
-    z_ptrs = z_ptr + start_row.to(tl.int64) * 2 + slot.to(tl.int64)[:, None] * stride_z_f
-    z_ptrs += tl.arange(0, 2 * BLOCK_R)[None, :]
-    tl.store(z_ptrs, narrowed(z, z_ptr.dtype.element_ty, PRECISION), mask=(slot < SLOTS)[:, None])
-
-
-@helper
-def store_blocks(
-    re,  # orthogonal spectrum of rows (M, N) of w, float32
-    im,
-    slot,  # of each element, broadcastable to re's shape
-    row,
-    blocks_ptr,  # [SLOTS, 2·row_blocks, 2·col_blocks]
-    mask,
+def transform_weight(
+    w_ptr,  # [out_blocks, in_blocks, S·Q] float32
+    basis_ptr,  # Oᵀ [2·SLOTS, Q] float32, padded
+    blocks_ptr,  # [SLOTS, 2·S·row_blocks, 2·S·col_blocks]
+    tile,
     out_blocks: tl.constexpr,
     in_blocks: tl.constexpr,
-    b: tl.constexpr,
+    S: tl.constexpr,
+    Q: tl.constexpr,
     TRANSPOSE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,  # of those who multiply by the blocks
+    BLOCK_R: tl.constexpr,
 ):
-    """Store the 2 × 2 blocks that multiply (Re, Im) of x by conj(W), or by W in the transposed product."""
+    """The 2 × 2 blocks that multiply (Re, Im) of x by conj(W), or by W in the transposed product, exact but for a last
+    rounding: BLOCK_R rows ((M, c'), (N, c)) of w' and WIDE / 2 slots.
+    """
+    SLOTS: tl.constexpr = (Q + 1) // 2
+    TILES: tl.constexpr = (2 * SLOTS + WIDE - 1) // WIDE
+    WIDTH: tl.constexpr = (Q + PAD - 1) // PAD * PAD
+    ROWS: tl.constexpr = S * out_blocks
+    COLS: tl.constexpr = S * in_blocks
+    start_c = tile % TILES * WIDE
+    row = tile // TILES * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = row < ROWS * COLS
+    row = tl.minimum(row, ROWS * COLS - 1)
+    out_block = row // COLS
+    in_block = row % COLS
+    shift = in_block % S - out_block % S
+    w_ptrs = w_ptr + (out_block // S * in_blocks + in_block // S).to(tl.int64)[:, None] * (S * Q)
+    offs_k = tl.arange(0, WIDE)
+    basis_ptrs = basis_ptr + ((start_c + tl.arange(0, WIDE)) * WIDTH)[:, None] + offs_k[None, :]
+
+    acc = tl.zeros([BLOCK_R, WIDE], dtype=tl.float32)
+    for k in range(0, Q, WIDE):
+        q = (k + offs_k)[None, :] * S + shift[:, None]
+        q = tl.where(q < 0, q + S * Q, q)
+        w = tl.load(w_ptrs + q, mask=(offs_k < Q - k)[None, :], other=0.0)
+        acc = mma(w, tl.trans(tl.load(basis_ptrs + k)), acc, "tf32x3")
+
+    slot = (start_c // 2 + tl.arange(0, WIDE // 2))[None, :]
     first = slot == 0
-    weight = tl.where(first, float(b) ** 0.5, (b / 2) ** 0.5)  # from the orthogonal to the plain DFT
-    re = re * weight
-    im = im * weight
+    acc_re, acc_im = tl.split(tl.reshape(acc, (BLOCK_R, WIDE // 2, 2)))
+    weight = tl.where(first, float(Q) ** 0.5, (Q / 2) ** 0.5)  # from the orthogonal to the plain DFT
+    re = acc_re * weight
+    im = acc_im * weight
     turn = tl.where(first, 0.0, -im if TRANSPOSE else im)
     same = tl.where(first, im, re)
     if TRANSPOSE:
-        row_block = row % in_blocks
-        col_block = row // in_blocks
-        COLS: tl.constexpr = 2 * out_blocks
+        place = in_block.to(tl.int64) * (4 * ROWS) + out_block * 2
+        STRIDE: tl.constexpr = 2 * ROWS
     else:
-        row_block = row // in_blocks
-        col_block = row % in_blocks
-        COLS: tl.constexpr = 2 * in_blocks
-    ptrs = blocks_ptr + slot.to(tl.int64) * (4 * out_blocks * in_blocks)
-    ptrs += row_block.to(tl.int64) * (2 * COLS) + col_block * 2
+        place = out_block.to(tl.int64) * (4 * COLS) + in_block * 2
+        STRIDE: tl.constexpr = 2 * COLS
+    ptrs = blocks_ptr + slot.to(tl.int64) * (4 * ROWS * COLS) + place[:, None]
+    mask = inside[:, None] & (slot < SLOTS)
     dtype = blocks_ptr.dtype.element_ty
     tl.store(ptrs, narrowed(re, dtype, PRECISION), mask=mask)
     tl.store(ptrs + 1, narrowed(turn, dtype, PRECISION), mask=mask)
-    tl.store(ptrs + COLS, narrowed(-turn, dtype, PRECISION), mask=mask)
-    tl.store(ptrs + (COLS + 1), narrowed(same, dtype, PRECISION), mask=mask)
+    tl.store(ptrs + STRIDE, narrowed(-turn, dtype, PRECISION), mask=mask)
+    tl.store(ptrs + (STRIDE + 1), narrowed(same, dtype, PRECISION), mask=mask)
 
 
-@triton.jit
-def analysis_kernel(
-    x_ptr,  # [n_tokens, blocks · b], tokens stride_x_t apart; or w as [out_blocks · in_blocks, b]
-    basis_ptr,  # Oᵀ [2·SLOTS, b], padded
-    z_ptr,  # [SLOTS, n_rows, 2], or the blocks of w (see store_blocks)
-    n_rows,  # n_tokens · blocks
-    stride_x_t,
-    stride_z_f,
-    blocks: tl.constexpr,
-    b: tl.constexpr,
-    IN_BLOCKS: tl.constexpr,  # of w, whose blocks are to be stored; 0 stores a spectrum
-    OUT_BLOCKS: tl.constexpr,
-    TRANSPOSE: tl.constexpr,
-    DOT: tl.constexpr,  # how float32 operands are multiplied here
-    PRECISION: tl.constexpr,  # and by those who read the result
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """z = x O by rows of b values: one tile of BLOCK_R rows and BLOCK_C / 2 slots per program."""
-    SLOTS: tl.constexpr = (b + 1) // 2
-    TILES: tl.constexpr = (2 * SLOTS + BLOCK_C - 1) // BLOCK_C
-    WIDTH: tl.constexpr = (b + PAD - 1) // PAD * PAD
-    # Tiles of the same rows run side by side, so that x comes from memory once.
-    start_c = tl.program_id(0) % TILES * BLOCK_C
-    start_row = tl.program_id(0) // TILES * BLOCK_R
-    offs_k = tl.arange(0, BLOCK_K)
-    # Rows past the end repeat the last one.
-    row = tl.minimum(start_row + tl.arange(0, BLOCK_R), n_rows - 1)
-    token = start_row // blocks
-    x_ptrs = x_ptr + token.to(tl.int64) * stride_x_t
-    x_ptrs += ((row // blocks - token) * stride_x_t + row % blocks * b)[:, None] + offs_k[None, :]
-    basis_ptrs = basis_ptr + ((start_c + tl.arange(0, BLOCK_C)) * WIDTH)[:, None] + offs_k[None, :]
-
-    acc = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)
-    for k in range(0, b, BLOCK_K):
-        if b % BLOCK_K == 0:
-            x = tl.load(x_ptrs + k)
-        else:
-            inside = offs_k[None, :] < b - k
-            x = tl.load(x_ptrs + k, mask=inside, other=0.0)
-        basis = tl.load(basis_ptrs + k)
-        acc = mma(x.to(basis.dtype), tl.trans(basis), acc, DOT)
-
-    slot = start_c // 2 + tl.arange(0, BLOCK_C // 2)
-    pairs = tl.reshape(acc, (BLOCK_R, BLOCK_C // 2, 2))
-    if IN_BLOCKS > 0:
-        re, im = tl.split(pairs)
-        row = start_row + tl.arange(0, BLOCK_R)
-        mask = (row < n_rows)[:, None] & (slot < SLOTS)[None, :]
-        store_blocks(re, im, slot[None, :], row[:, None], z_ptr, mask, OUT_BLOCKS, IN_BLOCKS, b, TRANSPOSE, PRECISION)
-    else:
-        z = tl.reshape(tl.permute(pairs, (1, 0, 2)), (BLOCK_C // 2, 2 * BLOCK_R))
-        store_spectrum(z, slot, start_row, z_ptr, stride_z_f, SLOTS, PRECISION, BLOCK_R)
-
-
-@triton.jit
-def synthesis_kernel(
-    y_ptr,  # [SLOTS, n_rows, 2]
-    basis_ptr,  # O [b, 2·SLOTS], padded
-    bias_ptr,  # [blocks · b]
-    out_ptr,  # [n_tokens, blocks · b], tokens stride_out_t apart
-    scale,
-    n_rows,  # n_tokens · blocks
-    stride_y_f,
-    stride_out_t,
-    blocks: tl.constexpr,
-    b: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-    DOT: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """out = scale · y Oᵀ (+ bias) (+ out) by rows: one tile of BLOCK_R rows and BLOCK_C positions per program."""
-    SLOTS: tl.constexpr = (b + 1) // 2
-    TILES: tl.constexpr = (b + BLOCK_C - 1) // BLOCK_C
-    WIDTH: tl.constexpr = (2 * SLOTS + PAD - 1) // PAD * PAD
-    start_p = tl.program_id(0) % TILES * BLOCK_C
-    start_row = tl.program_id(0) // TILES * BLOCK_R
-    offs_f = tl.arange(0, BLOCK_K // 2)
-    offs_p = start_p + tl.arange(0, BLOCK_C)
-    y_ptrs = y_ptr + start_row.to(tl.int64) * 2
-    y_ptrs += offs_f.to(tl.int64)[:, None] * stride_y_f + tl.arange(0, 2 * BLOCK_R)[None, :]
-    basis_ptrs = basis_ptr + (offs_p * WIDTH)[:, None] + tl.arange(0, BLOCK_K)[None, :]
-    step = tl.full([], BLOCK_K // 2, tl.int64) * stride_y_f
-
-    acc = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)
-    for k in range(0, 2 * SLOTS, BLOCK_K):
-        if 2 * SLOTS % BLOCK_K == 0:
-            y = tl.load(y_ptrs)
-        else:
-            y = tl.load(y_ptrs, mask=(offs_f < SLOTS - k // 2)[:, None], other=0.0)
-        basis = tl.load(basis_ptrs + k)
-        y = tl.permute(tl.reshape(y, (BLOCK_K // 2, BLOCK_R, 2)), (1, 0, 2))
-        acc = mma(tl.reshape(y, (BLOCK_R, BLOCK_K)).to(basis.dtype), tl.trans(basis), acc, DOT)
-        y_ptrs += step
-
-    row = start_row + tl.arange(0, BLOCK_R)
-    token = start_row // blocks
-    offs_o = (row % blocks * b)[:, None] + offs_p[None, :]
-    out_ptrs = out_ptr + token.to(tl.int64) * stride_out_t
-    out_ptrs += ((row // blocks - token) * stride_out_t)[:, None] + offs_o
-    mask = (row < n_rows)[:, None] & (offs_p < b)[None, :]
-    store_product(acc, scale, bias_ptr, offs_o, out_ptrs, mask, HAS_BIAS, ACCUMULATE)
-
-
-@triton.jit
-def two_level_analysis_kernel(
-    x_ptr,  # as in analysis_kernel
-    first_ptr,  # [P, 2P] float32: column (k1, re/im) is cos, −sin of 2π·a·k1 / P
-    second_ptr,  # [2Q, Q] float32: row (c, re/im), column (k2, re/im), the complex factor e^(−2πi·c·k2 / Q)·√(2/b)
-    twiddle_ptr,  # [Q, P, 2] float32: cos, sin of 2π·c·k1 / b
+@triton.jit(do_not_specialize=COUNTS)
+def spectra_kernel(
+    w_ptr,  # [out_blocks, in_blocks, S·Q] float32, or None
+    exact_ptr,  # Oᵀ in float32
+    blocks_ptr,  # written from w
+    x_ptr,  # [tokens, x_blocks · S · Q], or None
     z_ptr,
-    n_rows,
+    other_ptr,  # [tokens, other_blocks · S · Q], or None
+    other_z_ptr,
+    basis_ptr,  # Oᵀ in the dtype of spectra
+    w_tiles,
+    x_tiles,
+    other_tiles,
+    x_rows,  # tokens · x_blocks · S
+    other_rows,
     stride_x_t,
     stride_z_f,
-    blocks: tl.constexpr,
-    P: tl.constexpr,
+    stride_other_t,
+    stride_other_z_f,
+    out_blocks: tl.constexpr,
+    in_blocks: tl.constexpr,
+    x_blocks: tl.constexpr,
+    other_blocks: tl.constexpr,
+    S: tl.constexpr,
     Q: tl.constexpr,
-    IN_BLOCKS: tl.constexpr,
-    OUT_BLOCKS: tl.constexpr,
     TRANSPOSE: tl.constexpr,
-    DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):
-    """z = x O for b = P·Q, position Q·a + c: DFTs of length P over a, twiddle factors, DFTs of length Q over c.
+    """Spectra of w, of one tensor and of another in one grid: a tile of one of them per program.
 
-    One program: BLOCK_R whole rows, all their slots.
+    w first, whose few tiles take longest; of tensors the last tokens first.
     """
-    b: tl.constexpr = P * Q
-    start_row = tl.program_id(0) * BLOCK_R
-    token = start_row // blocks
-    rc = tl.arange(0, BLOCK_R * Q)
-    c = rc % Q
-    row = tl.minimum(start_row + rc // Q, n_rows - 1)
-    offs_p = tl.arange(0, P)
-    x_ptrs = x_ptr + token.to(tl.int64) * stride_x_t
-    x_ptrs += ((row // blocks - token) * stride_x_t + row % blocks * b + c)[:, None] + (offs_p * Q)[None, :]
-    x = tl.load(x_ptrs).to(tl.float32)
-    signed = tl.sum(tl.where((c % 2 == 0)[:, None], x, -x), axis=1)
-    nyquist = tl.sum(tl.reshape(signed, (BLOCK_R, Q)), axis=1) * (b**-0.5)
+    begin(PDL)
+    tile = tl.program_id(0) - w_tiles
+    if tile < 0:
+        if w_ptr is not None:
+            transform_weight(
+                w_ptr, exact_ptr, blocks_ptr, tile + w_tiles, out_blocks, in_blocks, S, Q, TRANSPOSE, PRECISION, BLOCK_W
+            )
+    elif x_ptr is not None:
+        blocks = x_blocks
+        if other_ptr is not None:
+            is_x = tile < x_tiles
+            x_ptr = tl.where(is_x, x_ptr, other_ptr)
+            z_ptr = tl.where(is_x, z_ptr, other_z_ptr)
+            x_rows = tl.where(is_x, x_rows, other_rows)
+            stride_x_t = tl.where(is_x, stride_x_t, stride_other_t)
+            stride_z_f = tl.where(is_x, stride_z_f, stride_other_z_f)
+            x_tiles = tl.where(is_x, x_tiles, x_tiles + other_tiles)
+            blocks = x_blocks if x_blocks == other_blocks else tl.where(is_x, x_blocks, other_blocks)
+        tile = x_tiles - 1 - tile
+        SLOTS: tl.constexpr = (Q + 1) // 2
+        TILES: tl.constexpr = (2 * SLOTS + BLOCK_C - 1) // BLOCK_C
+        WIDTH: tl.constexpr = (Q + PAD - 1) // PAD * PAD
+        WHOLE: tl.constexpr = BLOCK_R // S  # blocks of S·Q values, read whole and taken apart in registers
+        # Tiles of the same rows run side by side, so that x comes from memory once.
+        start_c = tile % TILES * BLOCK_C
+        start_row = tile // TILES * BLOCK_R
+        offs_k = tl.arange(0, BLOCK_K)
+        offs_x = tl.arange(0, BLOCK_K * S)
+        # Rows past the end repeat the last one.
+        start = start_row // S
+        row = tl.minimum(start + tl.arange(0, WHOLE), x_rows // S - 1)
+        token = start // blocks
+        x_ptrs = x_ptr + token.to(tl.int64) * stride_x_t
+        x_ptrs += ((row // blocks - token) * stride_x_t + row % blocks * (S * Q))[:, None] + offs_x[None, :]
+        basis_ptrs = basis_ptr + ((start_c + tl.arange(0, BLOCK_C)) * WIDTH)[:, None] + offs_k[None, :]
 
-    first = tl.load(first_ptr + (offs_p * (2 * P))[:, None] + tl.arange(0, 2 * P)[None, :])
-    s = mma(x, first, tl.zeros([BLOCK_R * Q, 2 * P], dtype=tl.float32), DOT)
-    s_re, s_im = tl.split(tl.reshape(s, (BLOCK_R * Q, P, 2)))
-    twiddle_ptrs = twiddle_ptr + (c * (2 * P))[:, None] + (offs_p * 2)[None, :]
-    cos = tl.load(twiddle_ptrs)
-    sin = tl.load(twiddle_ptrs + 1)
-    u = tl.join(s_re * cos + s_im * sin, s_im * cos - s_re * sin)
-    u = tl.permute(tl.reshape(u, (BLOCK_R, Q, P, 2)), (0, 2, 1, 3))
-    u = narrowed(tl.reshape(u, (BLOCK_R * P, 2 * Q)), tl.float32, DOT)
-    second = tl.load(second_ptr + (tl.arange(0, 2 * Q) * Q)[:, None] + tl.arange(0, Q)[None, :])
-    z = mma(u, second, tl.zeros([BLOCK_R * P, Q], dtype=tl.float32), DOT)
+        acc = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)
+        for k in range(0, Q, BLOCK_K):
+            if Q % BLOCK_K == 0:
+                x = tl.load(x_ptrs + k * S, eviction_policy="evict_first")
+            else:
+                inside = offs_x[None, :] < (Q - k) * S
+                x = tl.load(x_ptrs + k * S, mask=inside, other=0.0, eviction_policy="evict_first")
+            if S > 1:
+                x = tl.permute(tl.reshape(x, (WHOLE, BLOCK_K, S)), (0, 2, 1))
+                x = tl.reshape(x, (BLOCK_R, BLOCK_K))
+            basis = tl.load(basis_ptrs + k)
+            acc = mma(x.to(basis.dtype), tl.trans(basis), acc, PRECISION)
 
-    z = tl.reshape(z, (BLOCK_R, P, Q))
-    k1 = tl.arange(0, P)[None, :, None]
-    column = tl.arange(0, Q)[None, None, :]
-    z = tl.where((k1 == 0) & (column == 0), z * 0.5**0.5, z)
-    z = tl.where((k1 == 0) & (column == 1), nyquist[:, None, None], z)
-    if IN_BLOCKS > 0:
-        re, im = tl.split(tl.reshape(z, (BLOCK_R * P, Q // 2, 2)))
-        rk = tl.arange(0, BLOCK_R * P)
-        row = (start_row + rk // P)[:, None]
-        slot = (rk % P * (Q // 2))[:, None] + tl.arange(0, Q // 2)[None, :]
-        store_blocks(re, im, slot, row, z_ptr, row < n_rows, OUT_BLOCKS, IN_BLOCKS, b, TRANSPOSE, PRECISION)
-    else:
-        z = tl.permute(tl.reshape(z, (BLOCK_R, b // 2, 2)), (1, 0, 2))
-        z = tl.reshape(z, (b // 2, 2 * BLOCK_R))
-        store_spectrum(z, tl.arange(0, b // 2), start_row, z_ptr, stride_z_f, b // 2, PRECISION, BLOCK_R)
-
-
-@triton.jit
-def two_level_synthesis_kernel(
-    y_ptr,  # as in synthesis_kernel
-    first_ptr,  # as in two_level_analysis_kernel
-    second_ptr,
-    twiddle_ptr,
-    bias_ptr,
-    out_ptr,
-    scale,
-    n_rows,
-    stride_y_f,
-    stride_out_t,
-    blocks: tl.constexpr,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-    DOT: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """out = scale · y Oᵀ (+ bias) (+ out) for b = P·Q: the transpose of the analysis, step by step.
-
-    One program: BLOCK_R whole rows.
-    """
-    b: tl.constexpr = P * Q
-    start_row = tl.program_id(0) * BLOCK_R
-    slot = tl.arange(0, b // 2)
-    y_ptrs = y_ptr + start_row.to(tl.int64) * 2
-    y_ptrs += slot.to(tl.int64)[:, None] * stride_y_f + tl.arange(0, 2 * BLOCK_R)[None, :]
-    y = tl.permute(tl.reshape(tl.load(y_ptrs), (b // 2, BLOCK_R, 2)), (1, 0, 2))
-    y = tl.reshape(y, (BLOCK_R, P, Q)).to(tl.float32)
-    k1 = tl.arange(0, P)[None, :, None]
-    column = tl.arange(0, Q)[None, None, :]
-    at_nyquist = (k1 == 0) & (column == 1)
-    nyquist = tl.sum(tl.sum(tl.where(at_nyquist, y, 0.0), axis=2), axis=1) * (b**-0.5)
-    y = tl.where(at_nyquist, 0.0, y)
-    y = tl.where((k1 == 0) & (column == 0), y * 0.5**0.5, y)
-    y = narrowed(tl.reshape(y, (BLOCK_R * P, Q)), tl.float32, DOT)
-
-    second = tl.load(second_ptr + (tl.arange(0, 2 * Q) * Q)[None, :] + tl.arange(0, Q)[:, None])
-    u = mma(y, second, tl.zeros([BLOCK_R * P, 2 * Q], dtype=tl.float32), DOT)
-    u = tl.permute(tl.reshape(u, (BLOCK_R, P, Q, 2)), (0, 2, 1, 3))
-    u_re, u_im = tl.split(tl.reshape(u, (BLOCK_R * Q, P, 2)))
-    rc = tl.arange(0, BLOCK_R * Q)
-    c = rc % Q
-    offs_p = tl.arange(0, P)
-    twiddle_ptrs = twiddle_ptr + (c * (2 * P))[:, None] + (offs_p * 2)[None, :]
-    cos = tl.load(twiddle_ptrs)
-    sin = tl.load(twiddle_ptrs + 1)
-    s = tl.join(u_re * cos - u_im * sin, u_re * sin + u_im * cos)
-    s = narrowed(tl.reshape(s, (BLOCK_R * Q, 2 * P)), tl.float32, DOT)
-    first = tl.load(first_ptr + (offs_p * (2 * P))[None, :] + tl.arange(0, 2 * P)[:, None])
-    acc = mma(s, first, tl.zeros([BLOCK_R * Q, P], dtype=tl.float32), DOT)
-    sign = tl.where(tl.arange(0, Q) % 2 == 0, 1.0, -1.0)
-    acc += tl.reshape(nyquist[:, None] * sign[None, :], (BLOCK_R * Q, 1))
-
-    row = start_row + rc // Q
-    token = start_row // blocks
-    offs_o = (row % blocks * b + c)[:, None] + (offs_p * Q)[None, :]
-    out_ptrs = out_ptr + token.to(tl.int64) * stride_out_t
-    out_ptrs += ((row // blocks - token) * stride_out_t)[:, None] + offs_o
-    mask = tl.broadcast_to((row < n_rows)[:, None], (BLOCK_R * Q, P))
-    store_product(acc, scale, bias_ptr, offs_o, out_ptrs, mask, HAS_BIAS, ACCUMULATE)
+        slot = start_c // 2 + tl.arange(0, BLOCK_C // 2)
+        z = tl.permute(tl.reshape(acc, (BLOCK_R, BLOCK_C // 2, 2)), (1, 0, 2))
+        z = tl.reshape(z, (BLOCK_C // 2, 2 * BLOCK_R))
+        z_ptrs = z_ptr + start_row.to(tl.int64) * 2 + slot.to(tl.int64)[:, None] * stride_z_f
+        z_ptrs += tl.arange(0, 2 * BLOCK_R)[None, :]
+        tl.store(z_ptrs, narrowed(z, z_ptr.dtype.element_ty, PRECISION), mask=(slot < SLOTS)[:, None])
 
 
 @triton.jit
@@ -329,20 +224,28 @@ def mix_kernel(
     n_tokens,
     stride_z_f,
     stride_y_f,
-    row_blocks: tl.constexpr,
+    row_blocks: tl.constexpr,  # of Q
     col_blocks: tl.constexpr,
+    SLOTS: tl.constexpr,
+    POLICY: tl.constexpr,  # what becomes of z in the cache: "evict_first" where nobody reads it again
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y = z blocksᵀ per slot; one program: one slot, BLOCK_T tokens, BLOCK_C reals of the result."""
+    """y = z blocksᵀ per slot; one program: one slot, BLOCK_T tokens, BLOCK_C reals of the result.
+
+    All slots of the first tokens first, those that were written last.
+    """
+    begin(PDL)
     COLS: tl.constexpr = 2 * row_blocks
     INNER: tl.constexpr = 2 * col_blocks
     TILES: tl.constexpr = (COLS + BLOCK_C - 1) // BLOCK_C
-    start_c = tl.program_id(0) % TILES * BLOCK_C
-    start_t = tl.program_id(0) // TILES * BLOCK_T
-    slot = tl.program_id(1).to(tl.int64)
+    pid = tl.program_id(0)
+    start_c = pid % TILES * BLOCK_C
+    slot = (pid // TILES % SLOTS).to(tl.int64)
+    start_t = pid // (TILES * SLOTS) * BLOCK_T
     offs_k = tl.arange(0, BLOCK_K)
     # Tokens and columns past the end repeat the last one: read without a mask, never stored.
     offs_t = tl.minimum(tl.arange(0, BLOCK_T), n_tokens - 1 - start_t)
@@ -353,11 +256,11 @@ def mix_kernel(
     acc = tl.zeros([BLOCK_T, BLOCK_C], dtype=tl.float32)
     for k in range(0, INNER, BLOCK_K):
         if INNER % BLOCK_K == 0:
-            z = tl.load(z_ptrs + k)
+            z = tl.load(z_ptrs + k, eviction_policy=POLICY)
             block = tl.load(block_ptrs + k)
         else:
             inside = offs_k[None, :] < INNER - k
-            z = tl.load(z_ptrs + k, mask=inside, other=0.0)
+            z = tl.load(z_ptrs + k, mask=inside, other=0.0, eviction_policy=POLICY)
             block = tl.load(block_ptrs + k, mask=inside, other=0.0)
         acc = mma(z, tl.trans(block), acc, PRECISION)
 
@@ -366,6 +269,19 @@ def mix_kernel(
     mask = (offs_t < n_tokens - start_t)[:, None] & (offs_c < COLS)[None, :]
     y_ptrs = y_ptr + slot * stride_y_f + start_t.to(tl.int64) * COLS + ((offs_t * COLS)[:, None] + offs_c[None, :])
     tl.store(y_ptrs, narrowed(acc, y_ptr.dtype.element_ty, PRECISION), mask=mask)
+
+
+@helper
+def store_sums(
+    acc, sums_ptr, split, slot, offs_o, offs_i, SLOTS, ROWS: tl.constexpr, COLS: tl.constexpr, ACCUMULATE: tl.constexpr
+):
+    """Store one tile of a slot's sums, or add it to what is there from tokens before."""
+    sums_ptrs = sums_ptr + (split.to(tl.int64) * SLOTS + slot) * (ROWS * COLS)
+    sums_ptrs += offs_o.to(tl.int64)[:, None] * COLS + offs_i[None, :]
+    mask = (offs_o < ROWS)[:, None] & (offs_i < COLS)[None, :]
+    if ACCUMULATE:
+        acc += tl.load(sums_ptrs, mask=mask, other=0.0)
+    tl.store(sums_ptrs, acc, mask=mask)
 
 
 @triton.jit
@@ -377,15 +293,18 @@ def outer_kernel(
     tokens_per_split,
     stride_g_f,
     stride_z_f,
-    out_blocks: tl.constexpr,
+    out_blocks: tl.constexpr,  # of Q
     in_blocks: tl.constexpr,
     ACCUMULATE: tl.constexpr,  # add to what `sums` holds from tokens before
+    POLICY: tl.constexpr,  # of z, as in mix_kernel
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """sums = gᵀ z per slot and split of the tokens; one program: one tile of one slot, one split."""
+    begin(PDL)
     ROWS: tl.constexpr = 2 * out_blocks
     COLS: tl.constexpr = 2 * in_blocks
     TILES: tl.constexpr = (COLS + BLOCK_I - 1) // BLOCK_I
@@ -408,55 +327,228 @@ def outer_kernel(
             mask_g = mask_g & (offs_o < ROWS)[:, None]
         if COLS % BLOCK_I != 0:
             mask_z = mask_z & (offs_i < COLS)[None, :]
-        g = tl.load(g_ptrs, mask=mask_g, other=0.0)
-        z = tl.load(z_ptrs, mask=mask_z, other=0.0)
+        g = tl.load(g_ptrs, mask=mask_g, other=0.0, eviction_policy="evict_first")
+        z = tl.load(z_ptrs, mask=mask_z, other=0.0, eviction_policy=POLICY)
         acc = mma(g, z, acc, PRECISION)
         g_ptrs += BLOCK_T * ROWS
         z_ptrs += BLOCK_T * COLS
-
-    sums_ptr += (split.to(tl.int64) * tl.num_programs(1) + slot) * (ROWS * COLS)
-    sums_ptrs = sums_ptr + offs_o.to(tl.int64)[:, None] * COLS + offs_i[None, :]
-    mask = (offs_o < ROWS)[:, None] & (offs_i < COLS)[None, :]
-    if ACCUMULATE:
-        acc += tl.load(sums_ptrs, mask=mask, other=0.0)
-    tl.store(sums_ptrs, acc, mask=mask)
+    store_sums(acc, sums_ptr, split, slot, offs_o, offs_i, tl.num_programs(1), ROWS, COLS, ACCUMULATE)
 
 
 @triton.jit
-def fold_spectrum_kernel(
-    sums_ptr,  # [n_splits, SLOTS, 2·out_blocks, 2·in_blocks] float32, from outer_kernel
-    p_ptr,  # [SLOTS, out_blocks · in_blocks, 2] float32
-    n_splits,
-    stride_p_f,
-    out_blocks: tl.constexpr,
+def mix_outer_kernel(
+    g_ptr,  # [SLOTS, n_tokens, 2·out_blocks], the spectrum of dy
+    z_ptr,  # [SLOTS, n_tokens, 2·in_blocks], the spectrum of x
+    blocks_ptr,  # [SLOTS, 2·in_blocks, 2·out_blocks]
+    y_ptr,  # [SLOTS, n_tokens, 2·in_blocks], the spectrum of dx
+    sums_ptr,  # [n_splits, SLOTS, 2·out_blocks, 2·in_blocks] float32
+    n_tokens,
+    tokens_per_split,
+    stride_g_f,
+    stride_z_f,
+    stride_y_f,
+    out_blocks: tl.constexpr,  # of Q
     in_blocks: tl.constexpr,
-    b: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    POLICY: tl.constexpr,  # of z, as in mix_kernel
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+    BLOCK_O: tl.constexpr,  # at least 2·out_blocks
+    BLOCK_I: tl.constexpr,  # at least 2·in_blocks
+    BLOCK_T: tl.constexpr,
 ):
-    """p = conj(dy_hat) · x_hat summed over splits in ascending order, weighted so that p Oᵀ is the gradient of w.
-
-    One program: BLOCK pairs of blocks (M, N) of one slot.
-    """
+    """y = g blocksᵀ and sums = gᵀ z in one pass over g; one program: a whole slot, one split of the tokens."""
+    begin(PDL)
     ROWS: tl.constexpr = 2 * out_blocks
     COLS: tl.constexpr = 2 * in_blocks
-    start = tl.program_id(0) * BLOCK
-    pair = start + tl.arange(0, BLOCK)
-    slot = tl.program_id(1).to(tl.int64)
-    mask = pair < out_blocks * in_blocks
-    ptrs = sums_ptr + slot * (ROWS * COLS) + (pair // in_blocks).to(tl.int64) * (2 * COLS) + pair % in_blocks * 2
-    re_re = tl.zeros([BLOCK], dtype=tl.float32)
-    re_im = tl.zeros([BLOCK], dtype=tl.float32)
-    im_re = tl.zeros([BLOCK], dtype=tl.float32)
-    im_im = tl.zeros([BLOCK], dtype=tl.float32)
-    for _ in range(n_splits):
-        re_re += tl.load(ptrs, mask=mask, other=0.0)
-        re_im += tl.load(ptrs + 1, mask=mask, other=0.0)
-        im_re += tl.load(ptrs + COLS, mask=mask, other=0.0)
-        im_im += tl.load(ptrs + COLS + 1, mask=mask, other=0.0)
-        ptrs += tl.num_programs(1).to(tl.int64) * (ROWS * COLS)
-    weight = tl.where(slot == 0, float(b) ** 0.5, (b / 2) ** 0.5)
-    re = tl.where(slot == 0, re_re, re_re + im_im) * weight
-    im = tl.where(slot == 0, im_im, re_im - im_re) * weight
-    p_ptrs = p_ptr + slot * stride_p_f + start * 2 + tl.arange(0, 2 * BLOCK)
-    # The padding of a spectrum takes what lies past the last pair.
-    tl.store(p_ptrs, tl.reshape(tl.join(re, im), (2 * BLOCK,)))
+    slot = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    start_t = split * tokens_per_split
+    count = tl.minimum(tokens_per_split, n_tokens - start_t)
+    offs_t = tl.arange(0, BLOCK_T)
+    offs_o = tl.arange(0, BLOCK_O)
+    offs_i = tl.arange(0, BLOCK_I)
+    g_ptrs = g_ptr + slot * stride_g_f + start_t.to(tl.int64) * ROWS + ((offs_t * ROWS)[:, None] + offs_o[None, :])
+    z_offs = (offs_t * COLS)[:, None] + offs_i[None, :]
+    z_ptrs = z_ptr + slot * stride_z_f + start_t.to(tl.int64) * COLS + z_offs
+    y_ptrs = y_ptr + slot * stride_y_f + start_t.to(tl.int64) * COLS + z_offs
+    block_ptrs = blocks_ptr + slot * (ROWS * COLS) + ((offs_i * ROWS)[:, None] + offs_o[None, :])
+    block = tl.trans(tl.load(block_ptrs, mask=(offs_i < COLS)[:, None] & (offs_o < ROWS)[None, :], other=0.0))
+
+    acc = tl.zeros([BLOCK_O, BLOCK_I], dtype=tl.float32)
+    for t in range(0, count, BLOCK_T):
+        inside = (offs_t < count - t)[:, None]
+        mask_g = inside
+        mask_z = inside
+        if ROWS != BLOCK_O:
+            mask_g = mask_g & (offs_o < ROWS)[None, :]
+        if COLS != BLOCK_I:
+            mask_z = mask_z & (offs_i < COLS)[None, :]
+        g = tl.load(g_ptrs, mask=mask_g, other=0.0, eviction_policy="evict_first")
+        z = tl.load(z_ptrs, mask=mask_z, other=0.0, eviction_policy=POLICY)
+        y = mma(g, block, tl.zeros([BLOCK_T, BLOCK_I], dtype=tl.float32), PRECISION)
+        acc = mma(tl.trans(g), z, acc, PRECISION)
+        tl.store(y_ptrs, narrowed(y, y_ptr.dtype.element_ty, PRECISION), mask=mask_z)
+        g_ptrs += BLOCK_T * ROWS
+        z_ptrs += BLOCK_T * COLS
+        y_ptrs += BLOCK_T * COLS
+    store_sums(acc, sums_ptr, split, slot, offs_o, offs_i, tl.num_programs(0), ROWS, COLS, ACCUMULATE)
+
+
+@helper
+def inverse_weight(
+    sums_ptr,  # [n_splits, SLOTS, 2·S·out_blocks, 2·S·in_blocks] float32
+    basis_ptr,  # O [Q, 2·SLOTS] float32, padded
+    dw_ptr,  # [out_blocks, in_blocks, S·Q] float32
+    tile,
+    scale,
+    n_splits,
+    out_blocks: tl.constexpr,
+    in_blocks: tl.constexpr,
+    S: tl.constexpr,
+    Q: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """dw = scale · the inverse DFT of conj(dy_hat) · x_hat: BLOCK_R rows (M, N, e) and WIDE values S·d + e of each.
+
+    Values S·d + e of w stand in the blocks (c', c' + e) of w', and where c' + e ≥ S in (c', c' + e − S) at d + 1, a
+    turn by e^(2πi·f / Q) in their spectra. Summed over splits and c' in ascending order.
+    """
+    SLOTS: tl.constexpr = (Q + 1) // 2
+    TILES: tl.constexpr = (Q + WIDE - 1) // WIDE
+    WIDTH: tl.constexpr = (2 * SLOTS + PAD - 1) // PAD * PAD
+    ROWS: tl.constexpr = 2 * S * out_blocks
+    COLS: tl.constexpr = 2 * S * in_blocks
+    # So many of the c' at once: their reads are under way together.
+    TOGETHER: tl.constexpr = min(S, 4)
+    offs_p = tile % TILES * WIDE + tl.arange(0, WIDE)
+    row = tile // TILES * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = row < out_blocks * in_blocks * S
+    row = tl.minimum(row, out_blocks * in_blocks * S - 1)
+    e = row % S
+    pair = row // S
+    first_ptrs = sums_ptr + ((pair // in_blocks).to(tl.int64) * (2 * S * COLS) + pair % in_blocks * (2 * S))[:, None]
+    basis_ptrs = basis_ptr + (offs_p * WIDTH)[:, None] + tl.arange(0, WIDE)[None, :]
+
+    acc = tl.zeros([BLOCK_R, WIDE], dtype=tl.float32)
+    for k in range(0, 2 * SLOTS, WIDE):
+        slot = k // 2 + tl.arange(0, WIDE // 2)
+        mask = (slot < SLOTS)[None, :]
+        first = (slot == 0)[None, :]
+        if S > 1:
+            # Row 1 of the basis holds cos and −sin of 2π·f / Q, times √(2/Q). Slot 0 has two real values instead, of
+            # which Nyquist's changes its sign.
+            cos = tl.load(basis_ptr + WIDTH + 2 * slot, mask=slot < SLOTS, other=0.0)[None, :] * (Q / 2) ** 0.5
+            sin = tl.load(basis_ptr + WIDTH + 2 * slot + 1, mask=slot < SLOTS, other=0.0)[None, :] * -((Q / 2) ** 0.5)
+        re = tl.zeros([BLOCK_R, WIDE // 2], dtype=tl.float32)
+        im = tl.zeros([BLOCK_R, WIDE // 2], dtype=tl.float32)
+        ptrs = first_ptrs + slot.to(tl.int64)[None, :] * (ROWS * COLS)
+        for _ in range(n_splits):
+            for start in range(0, S, TOGETHER):
+                for i in tl.static_range(TOGETHER):
+                    c_out = start + i
+                    c_in = c_out + e
+                    around = (c_in >= S)[:, None]
+                    c_in = tl.where(c_in >= S, c_in - S, c_in)
+                    block_ptrs = ptrs + (c_out * (2 * COLS) + c_in * 2)[:, None]
+                    re_re = tl.load(block_ptrs, mask=mask, other=0.0)
+                    re_im = tl.load(block_ptrs + 1, mask=mask, other=0.0)
+                    im_re = tl.load(block_ptrs + COLS, mask=mask, other=0.0)
+                    im_im = tl.load(block_ptrs + (COLS + 1), mask=mask, other=0.0)
+                    p_re = tl.where(first, re_re, re_re + im_im)
+                    p_im = tl.where(first, im_im, re_im - im_re)
+                    if S > 1:
+                        turned_re = tl.where(first, p_re, p_re * cos - p_im * sin)
+                        turned_im = tl.where(first, -p_im, p_re * sin + p_im * cos)
+                        p_re = tl.where(around, turned_re, p_re)
+                        p_im = tl.where(around, turned_im, p_im)
+                    re += p_re
+                    im += p_im
+            ptrs += tl.full([], SLOTS, tl.int64) * (ROWS * COLS)
+        weight = tl.where(first, float(Q) ** 0.5, (Q / 2) ** 0.5)
+        p = tl.reshape(tl.join(re * weight, im * weight), (BLOCK_R, WIDE))
+        acc = mma(p, tl.trans(tl.load(basis_ptrs + k)), acc, "tf32x3")
+
+    dw_ptrs = dw_ptr + (pair.to(tl.int64) * (S * Q) + e)[:, None] + (offs_p * S)[None, :]
+    tl.store(dw_ptrs, acc * scale, mask=inside[:, None] & (offs_p < Q)[None, :])
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def results_kernel(
+    y_ptr,  # [SLOTS, n_rows, 2]
+    basis_ptr,  # O in the dtype of spectra
+    bias_ptr,
+    out_ptr,  # [tokens, blocks · S · Q], or None
+    sums_ptr,  # as in inverse_weight
+    exact_ptr,  # O in float32
+    dw_ptr,  # [out_blocks, in_blocks, S·Q] float32, or None
+    scale,
+    w_tiles,
+    tiles,
+    n_rows,  # tokens · blocks · S
+    n_splits,
+    stride_y_f,
+    stride_out_t,
+    out_blocks: tl.constexpr,
+    in_blocks: tl.constexpr,
+    blocks: tl.constexpr,
+    S: tl.constexpr,
+    Q: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """The inverse DFTs of dw and of out in one grid: a tile of one of them per program.
+
+    Of out the last tokens first.
+    """
+    begin(PDL)
+    tile = tl.program_id(0) - w_tiles
+    if tile < 0:
+        if dw_ptr is not None:
+            inverse_weight(
+                sums_ptr, exact_ptr, dw_ptr, tile + w_tiles, scale, n_splits, out_blocks, in_blocks, S, Q, BLOCK_W
+            )
+    elif out_ptr is not None:
+        tile = tiles - 1 - tile
+        SLOTS: tl.constexpr = (Q + 1) // 2
+        TILES: tl.constexpr = (Q + BLOCK_C - 1) // BLOCK_C
+        WIDTH: tl.constexpr = (2 * SLOTS + PAD - 1) // PAD * PAD
+        WHOLE: tl.constexpr = BLOCK_R // S
+        start_p = tile % TILES * BLOCK_C
+        start_row = tile // TILES * BLOCK_R
+        offs_f = tl.arange(0, BLOCK_K // 2)
+        y_ptrs = y_ptr + start_row.to(tl.int64) * 2
+        y_ptrs += offs_f.to(tl.int64)[:, None] * stride_y_f + tl.arange(0, 2 * BLOCK_R)[None, :]
+        basis_ptrs = basis_ptr + ((start_p + tl.arange(0, BLOCK_C)) * WIDTH)[:, None] + tl.arange(0, BLOCK_K)[None, :]
+        step = tl.full([], BLOCK_K // 2, tl.int64) * stride_y_f
+
+        acc = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)
+        for k in range(0, 2 * SLOTS, BLOCK_K):
+            if 2 * SLOTS % BLOCK_K == 0:
+                y = tl.load(y_ptrs, eviction_policy="evict_first")
+            else:
+                inside = (offs_f < SLOTS - k // 2)[:, None]
+                y = tl.load(y_ptrs, mask=inside, other=0.0, eviction_policy="evict_first")
+            basis = tl.load(basis_ptrs + k)
+            y = tl.permute(tl.reshape(y, (BLOCK_K // 2, BLOCK_R, 2)), (1, 0, 2))
+            acc = mma(tl.reshape(y, (BLOCK_R, BLOCK_K)).to(basis.dtype), tl.trans(basis), acc, PRECISION)
+            y_ptrs += step
+
+        if S > 1:  # put together again
+            acc = tl.permute(tl.reshape(acc, (WHOLE, S, BLOCK_C)), (0, 2, 1))
+            acc = tl.reshape(acc, (WHOLE, S * BLOCK_C))
+        start = start_row // S
+        row = start + tl.arange(0, WHOLE)
+        token = start // blocks
+        offs_p = start_p * S + tl.arange(0, S * BLOCK_C)
+        offs_o = (row % blocks * (S * Q))[:, None] + offs_p[None, :]
+        out_ptrs = out_ptr + token.to(tl.int64) * stride_out_t
+        out_ptrs += ((row // blocks - token) * stride_out_t)[:, None] + offs_o
+        mask = (row < n_rows // S)[:, None] & (offs_p < S * Q)[None, :]
+        store_product(acc, scale, bias_ptr, offs_o, out_ptrs, mask, HAS_BIAS, ACCUMULATE)

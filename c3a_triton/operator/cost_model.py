@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import BackendError
-from .launch.fft_bases import spectrum_itemsize, transform_flops
+from .launch.fft_bases import spectrum_itemsize, taken_apart
 from .launch.tiles import SMALL_T
 
 __all__ = ["CEILINGS", "Ceilings", "Sizes", "base_seconds", "predicted_seconds"]
@@ -94,7 +94,7 @@ def predicted_seconds(backend: str, sizes: Sizes, *, backward: bool = False, cei
         else:
             launches, products, transformed = 4, 1, in_features + out_features
             token_bytes = (itemsize + 2 * real) * transformed
-        per_value = transform_flops(b)
+        per_value = 2 * taken_apart(b)[1]
         # 16-bit operands multiply in TF32 where their spectra are float32, and inside two-level transforms.
         two_level = per_value < 2 * b
         mix_rate = ceilings.tf32_flops if real > itemsize else ceilings.triton_flops[itemsize]

@@ -29,7 +29,18 @@ from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
 from ..errors import BackendError
 
-__all__ = ["Source", "captures", "drop", "freeze", "lasting", "of_input", "of_weight", "thaw"]
+__all__ = [
+    "Source",
+    "captures",
+    "drop",
+    "freeze",
+    "keep_input",
+    "keep_weight",
+    "lasting",
+    "of_input",
+    "of_weight",
+    "thaw",
+]
 
 
 class Source(NamedTuple):
@@ -100,58 +111,67 @@ def lasting(make: Callable[[], _Made], device: torch.device, what: str) -> _Made
         return thread.submit(on_stream).result()
 
 
-def of_input(source: Source | None, what: Hashable, compute: Callable[[], Tensor]) -> Tensor:
-    """The spectrum of `source.x`, from the slot or computed; it is not to be written to.
+def of_input(source: Source | None, what: Hashable) -> Tensor | None:
+    """The spectrum of `source.x`, which is not to be written to; None where nothing is kept, or not of this x.
 
     Args:
-        source: None means that it is computed and not kept.
-        what: everything but x that decides on the result of `compute`.
-        compute: computes it on the current stream of x's device.
+        source: None means that nothing is kept.
+        what: everything but x that decides on the spectrum.
     """
     place = None if source is None else _place(source.x)
     if source is None or place is None:
-        return compute()
+        return None
     _empty_after_backward(place)
-    x, reader, state = source.x, id(source.w), (what, *_state(source.x))
+    x, reader = source.x, id(source.w)
     entry = _slots.get(place)
-    if entry is not None and entry.state == state and reader not in entry.readers and entry.x() is x:
+    if entry is not None and entry.state == (what, *_state(x)) and reader not in entry.readers and entry.x() is x:
         entry.readers.add(reader)
         return entry.spectrum
     del entry
     _empty(place)  # before memory for the next spectrum is asked for
-    spectrum = compute()
-    _slots[place] = _Entry(WeakIdRef(x, lambda _: _empty(place)), state, {reader}, spectrum)
-    return spectrum
+    return None
 
 
-def of_weight(w: Tensor, what: Hashable, allocate: Callable[[], Tensor], compute: Callable[[Tensor], object]) -> Tensor:
-    """What is derived from w: kept if w is frozen, otherwise computed.
+def keep_input(source: Source | None, what: Hashable, spectrum: Tensor) -> None:
+    """Keep a spectrum that `of_input` did not find, for others that read the same x."""
+    place = None if source is None else _place(source.x)
+    if source is not None and place is not None:
+        x = source.x
+        entry = _Entry(WeakIdRef(x, lambda _: _empty(place)), (what, *_state(x)), {id(source.w)}, spectrum)
+        _slots[place] = entry
+
+
+def of_weight(w: Tensor, what: Hashable, allocate: Callable[[], Tensor]) -> tuple[Tensor, bool]:
+    """Memory for what is derived from w, and whether it holds that already.
+
+    What is written to it, `keep_weight` keeps if w is frozen.
 
     Args:
         w: the kernel.
         what: everything but w that decides on the result.
         allocate: makes the tensor, on w's device.
-        compute: writes it on the current stream of that device.
     """
-
-    def computed(result: Tensor) -> Tensor:
-        compute(result)
-        return result
-
     kept = _frozen.get(w) if len(_frozen.data) else None
     if kept is None:
-        return computed(allocate())
+        return allocate(), False
     if w.requires_grad:
         thaw((w,))
-        return computed(allocate())
+        return allocate(), False
     place = _place(w)
     if place is None:
-        return computed(allocate())
-    state = _state(w)
+        return allocate(), False
     known = kept.get((what, place))
-    if known is None or known[0] != state:
-        known = kept[what, place] = (state, computed(lasting(allocate, w.device, "a frozen spectrum")))
-    return known[1]
+    if known is None or known[0] != _state(w):
+        return lasting(allocate, w.device, "a frozen spectrum"), False
+    return known[1], True
+
+
+def keep_weight(w: Tensor, what: Hashable, derived: Tensor) -> None:
+    """Keep what was derived from w, if it is frozen, until it changes."""
+    kept = _frozen.get(w) if len(_frozen.data) else None
+    place = None if kept is None else _place(w)
+    if kept is not None and place is not None:
+        kept[what, place] = (_state(w), derived)
 
 
 def freeze(kernels: Iterable[Tensor]) -> None:

@@ -1,11 +1,15 @@
-"""Host side of `kernels/fft.py`: the product by transforms of blocks.
+"""Host side of `kernels/fft.py`: the product by transforms of blocks, in three launches a direction.
 
-    analysis    x [T, n·b] → spectrum [SLOTS, T, 2n]       a product with the b × b basis, or two levels
-    mix         per slot [T, 2n] · [2n, 2m]                → spectrum [SLOTS, T, 2m]
-    synthesis   the transpose of the analysis, with the epilogue
+    forward     spectra (w ‖ x)       → mix            → results (out)
+    backward    spectra (w ‖ dy ‖ x)  → mix and outer  → results (dw ‖ dx)
 
-Tokens are worked off in chunks that use the same scratch memory (`tiles.SCRATCH_BYTES`); x is analysed whole where its
-spectrum takes no more than half of that. How blocks of each size and dtype are transformed, `fft_bases.py` says.
+spectra    w as matrices, x [T, n·b] as [SLOTS, T, 2·S·n]: products with the basis of Q values, b = S·Q
+mix        per slot [T, 2·S·n] · [2·S·n, 2·S·m]; outer sums dyᵀx, per slot [2·S·m, T] · [T, 2·S·n]
+results    the transposes of the transforms, with the epilogue
+
+Mix and outer are two launches where one would spill registers (`tiles.mixes_and_sums`). Tokens are worked off in chunks
+that use the same scratch memory (`specs.scratch_bytes`); x is transformed whole where its spectrum takes no more than
+half of that. How blocks of each size and dtype are transformed, `fft_bases.py` says.
 
 The spectrum of w is computed in float32 in every call, because w may have changed, and rounded once to the dtype of
 the other spectra. Whole spectra of x, and those of frozen w, may outlive a call: `spectra.py` decides.
@@ -14,18 +18,17 @@ What a call launches depends on sizes and dtypes alone. It is decided once, as l
 tensors, so that a repeated call finds grids, strides, tiles and constants by one look-up.
 """
 
-import functools
-from collections.abc import Hashable
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import spectra
 from . import fft_bases, specs
-from .fft_bases import PAD, Memory, Transform
+from .fft_bases import Memory, Transform
 from .plans import Launch, bound, cdiv, kernels, planned, round_up, split
-from .tiles import SCRATCH_BYTES, mix_tile, outer_tile, transform_tile, two_level_tile
+from .tiles import mix_outer_tile, mix_tile, mixes_and_sums, outer_tile, transform_tile
 
 __all__ = ["fft_backward", "fft_product", "fft_weight_grad"]
 
@@ -34,6 +37,8 @@ __all__ = ["fft_backward", "fft_product", "fft_weight_grad"]
 _OF_16BIT = "tf32"
 # Rows in one chunk, whatever the scratch: kernels count them in 32 bits.
 _MOST_ROWS = 2**29
+# Columns of a tile of w or dw (`WIDE` in kernels/fft.py).
+_WIDE = 32
 
 
 def fft_product(
@@ -66,19 +71,23 @@ def fft_product(
         transpose,
         bias is not None,
         out is not None,
+        source is not None,
     )
-    scale *= plan.gain
     with specs.on_device_of(x):
-        blocks = _weight_blocks(plan.blocks, w)
-        whole = _whole_spectrum(plan.whole, x, source)
-        z = None if plan.z is None else plan.z.allocate()
+        blocks, z = _first_spectra(plan, w, None, None, x, source)
         y = plan.y.allocate()
         for chunk in plan.chunks:
-            if chunk.analyse is not None:
-                chunk.analyse(x_ptr=chunk.tokens.of(x), z_ptr=z, stride_x_t=x.stride(0))
-            chunk.mix(z_ptr=z if whole is None else chunk.tokens.of_spectrum(whole), blocks_ptr=blocks, y_ptr=y)
-            chunk.synthesise(
-                y_ptr=y, bias_ptr=bias, out_ptr=chunk.tokens.of(result), scale=scale, stride_out_t=result.stride(0)
+            if chunk.spectra:
+                _launch_spectra(chunk.spectra, None, None, None, None, chunk.of(x), z)
+            chunk.mix(z_ptr=chunk.of_spectrum(z), blocks_ptr=blocks, y_ptr=y)
+            chunk.results(
+                y_ptr=y,
+                bias_ptr=bias,
+                out_ptr=chunk.of(result),
+                sums_ptr=None,
+                dw_ptr=None,
+                scale=scale * plan.gain,
+                stride_out_t=result.stride(0),
             )
     return result
 
@@ -143,111 +152,146 @@ def _gradients(
         return dw.zero_()
     dy, x = specs.with_contiguous_rows(dy), specs.with_contiguous_rows(x)
     plan = _gradient_plan(
-        x.device, x.dtype, specs.precision(x.dtype, _OF_16BIT), x.shape[0], shape, w is not None, accumulate
+        x.device,
+        x.dtype,
+        specs.precision(x.dtype, _OF_16BIT),
+        x.shape[0],
+        shape,
+        w is not None,
+        accumulate,
+        source is not None,
     )
-    scale *= plan.gain
     with specs.on_device_of(x):
-        blocks = None if w is None else _weight_blocks(plan.blocks, w)
-        whole = _whole_spectrum(plan.whole, x, source)
         g = plan.g.allocate()
-        z = None if plan.z is None else plan.z.allocate()  # the spectrum of dx, and when that is written out, of x
+        blocks, z = _first_spectra(plan, w, dy, g, x, source)
+        y = None if dx is None else plan.y.allocate()
         sums = plan.sums.allocate()
         for chunk in plan.chunks:
-            chunk.analyse_dy(x_ptr=chunk.tokens.of(dy), z_ptr=g, stride_x_t=dy.stride(0))
-            if dx is not None:
-                chunk.mix(z_ptr=g, blocks_ptr=blocks, y_ptr=z)
-                chunk.synthesise(
-                    y_ptr=z, bias_ptr=None, out_ptr=chunk.tokens.of(dx), scale=scale, stride_out_t=dx.stride(0)
+            if chunk.spectra:
+                _launch_spectra(chunk.spectra, None, None, chunk.of(dy), g, None if plan.whole else chunk.of(x), z)
+            of_x = chunk.of_spectrum(z)
+            if chunk.mix_outer is not None:
+                chunk.mix_outer(g_ptr=g, z_ptr=of_x, blocks_ptr=blocks, y_ptr=y, sums_ptr=sums)
+            else:
+                if chunk.mix is not None:
+                    chunk.mix(z_ptr=g, blocks_ptr=blocks, y_ptr=y)
+                chunk.outer(g_ptr=g, z_ptr=of_x, sums_ptr=sums)
+            if chunk.results is not None:
+                chunk.results(
+                    y_ptr=y,
+                    bias_ptr=None,
+                    out_ptr=None if dx is None else chunk.of(dx),
+                    sums_ptr=sums if chunk.is_last else None,
+                    dw_ptr=dw if chunk.is_last else None,
+                    scale=scale * plan.gain,
+                    stride_out_t=0 if dx is None else dx.stride(0),
                 )
-            if chunk.analyse is not None:
-                chunk.analyse(x_ptr=chunk.tokens.of(x), z_ptr=z, stride_x_t=x.stride(0))
-            chunk.add_outer(g_ptr=g, z_ptr=z if whole is None else chunk.tokens.of_spectrum(whole), sums_ptr=sums)
-        spectrum = plan.spectrum.allocate()
-        plan.fold(sums_ptr=sums, p_ptr=spectrum)
-        plan.synthesise_dw(y_ptr=spectrum, bias_ptr=None, out_ptr=dw, scale=scale, stride_out_t=shape[2])
     return dw
 
 
-def _weight_blocks(analysis: "_Analysis", w: Tensor) -> Tensor:
-    """The matrices [slots, 2 · row_blocks, 2 · col_blocks] that `mix` multiplies by, from w in float32."""
+def _first_spectra(
+    plan: "_Plan", w: Tensor | None, dy: Tensor | None, g: Tensor | None, x: Tensor, source: spectra.Source | None
+) -> tuple[Tensor | None, Tensor]:
+    """w's matrices and the spectrum of x, whole or of the first chunk; that of the first chunk of dy is written to g.
 
-    def compute(blocks: Tensor) -> None:
-        analysis.launch(x_ptr=w.contiguous(), z_ptr=blocks, stride_x_t=w.shape[2])
-
-    return spectra.of_weight(w, analysis.what, analysis.memory.allocate, compute)
-
-
-def _whole_spectrum(analysis: "_Analysis | None", x: Tensor, source: spectra.Source | None) -> Tensor | None:
-    """The spectrum of all of x, which is not to be written to; None where chunks have their own."""
-    if analysis is None:
-        return None
-
-    def compute() -> Tensor:
-        z = analysis.memory.allocate()
-        analysis.launch(x_ptr=x, z_ptr=z, stride_x_t=x.stride(0))
-        return z
-
-    return spectra.of_input(source, analysis.what, compute)
-
-
-class _Analysis(NamedTuple):
-    """The spectrum of a whole tensor."""
-
-    memory: Memory
-    launch: Launch
-    what: Hashable  # everything but the tensor that decides on the values
+    What is known is not computed again, and the rest is computed in one launch.
+    """
+    blocks = new_w = new_x = None
+    if w is not None:
+        blocks, known = spectra.of_weight(w, plan.w_what, plan.blocks.allocate)
+        new_w = None if known else w.contiguous()
+    z = spectra.of_input(source, plan.x_what) if plan.whole else None
+    if z is None:
+        z = plan.z.allocate()
+        new_x = x if plan.whole else plan.chunks[0].of(x)
+    new_dy = None if dy is None else plan.chunks[0].of(dy)
+    if new_w is not None or new_dy is not None or new_x is not None:
+        _launch_spectra(plan.spectra, new_w, blocks, new_dy, g, new_x, z)
+    if new_w is not None:
+        spectra.keep_weight(w, plan.w_what, blocks)
+    if plan.whole and new_x is not None:
+        spectra.keep_input(source, plan.x_what, z)
+    return blocks, z
 
 
-class _Tokens(NamedTuple):
-    """The tokens of a chunk."""
+def _launch_spectra(
+    launches: "_SpectraLaunches",
+    w: Tensor | None,
+    blocks: Tensor | None,
+    dy: Tensor | None,
+    g: Tensor | None,
+    x: Tensor | None,
+    z: Tensor,
+) -> None:
+    """The spectra of those that are there."""
+    launch = launches[w is not None, x is not None]
+    first, first_z, other, other_z = (x, z, None, None) if dy is None else (dy, g, x, z)
+    launch(
+        w_ptr=w,
+        blocks_ptr=None if w is None else blocks,
+        x_ptr=first,
+        z_ptr=None if first is None else first_z,
+        stride_x_t=0 if first is None else first.stride(0),
+        other_ptr=other,
+        other_z_ptr=None if other is None else other_z,
+        stride_other_t=0 if other is None else other.stride(0),
+    )
 
-    rows: slice | None  # None for all of them
-    n_tokens: int
-    start: int  # of their part of a whole spectrum
+
+# By whether w is there, and x.
+_SpectraLaunches = Mapping[tuple[bool, bool], Launch]
+
+
+class _Chunk(NamedTuple):
+    """Some of the tokens."""
+
+    rows: slice | None
+    """None for all of them."""
+    start: int
+    """Of their part of a whole spectrum of x."""
+    is_last: bool
+    spectra: _SpectraLaunches
+    """Empty where the first launch of all has computed them."""
+    mix: Launch | None
+    outer: Launch | None
+    mix_outer: Launch | None
+    """In the place of both."""
+    results: Launch | None
 
     def of(self, tensor: Tensor) -> Tensor:
         return tensor if self.rows is None else tensor[self.rows]
 
-    def of_spectrum(self, whole: Tensor) -> Tensor:
-        return whole if self.rows is None else whole[:, self.start :]
+    def of_spectrum(self, z: Tensor) -> Tensor:
+        return z[:, self.start :] if self.start else z
 
 
-class _ProductChunk(NamedTuple):
-    tokens: _Tokens
-    analyse: Launch | None  # None where there is a whole spectrum
-    mix: Launch
-    synthesise: Launch
-
-
-class _ProductPlan(NamedTuple):
+class _Plan(NamedTuple):
     gain: float
-    blocks: _Analysis
-    whole: _Analysis | None
-    z: Memory | None
+    whole: bool
+    """Whether x is transformed at once, so that its spectrum may be kept."""
+    w_what: Hashable
+    """Everything but w that decides on the values of its matrices."""
+    x_what: Hashable
+    """Everything but x that decides on the values of its spectrum."""
+    blocks: Memory
+    """Of the matrices [slots, 2 · rows, 2 · columns] that `mix` multiplies by."""
+    z: Memory
+    """Of the spectrum of x."""
     y: Memory
-    chunks: tuple[_ProductChunk, ...]
+    """Of the spectrum of the product."""
+    g: Memory | None
+    """Of the spectrum of dy."""
+    sums: Memory | None
+    spectra: _SpectraLaunches
+    chunks: tuple[_Chunk, ...]
 
 
-class _GradientChunk(NamedTuple):
-    tokens: _Tokens
-    analyse_dy: Launch
-    mix: Launch
-    synthesise: Launch
-    analyse: Launch | None
-    add_outer: Launch
+class _Rows(NamedTuple):
+    """What is transformed: tokens of so many blocks, from or to a spectrum."""
 
-
-class _GradientPlan(NamedTuple):
-    gain: float
-    blocks: _Analysis
-    whole: _Analysis | None
-    g: Memory
-    z: Memory | None
-    sums: Memory
-    chunks: tuple[_GradientChunk, ...]
+    n_tokens: int
+    blocks: int
     spectrum: Memory
-    fold: Launch
-    synthesise_dw: Launch
 
 
 @planned
@@ -260,26 +304,42 @@ def _product_plan(
     transpose: bool,
     has_bias: bool,
     accumulate: bool,
-) -> _ProductPlan:
+    shares: bool,
+) -> _Plan:
     m, n, b = shape
     rows, cols = (n, m) if transpose else (m, n)
-    transform = fft_bases.transform(device, dtype, b, precision)
-    whole = _whole_analysis(transform, dtype, n_tokens, cols)
-    step = _chunk_tokens(transform, n_tokens, max(rows, cols), rows + cols if whole is None else rows, whole)
-    y = transform.memory(step * rows)
-    z = transform.memory(step * cols)
-    stride_z = z.stride if whole is None else whole.memory.stride
-    chunks = tuple(
-        _ProductChunk(
-            tokens,
-            analyse=_analysis(transform, tokens.n_tokens, cols, z) if whole is None else None,
-            mix=_mix(transform, tokens.n_tokens, stride_z, y.stride, rows, cols),
-            synthesise=_synthesis(transform, tokens.n_tokens, rows, y, has_bias, accumulate),
+    of = fft_bases.transform(device, dtype, b, precision)
+    whole, step = _cut(of, n_tokens, cols, rows)
+    z, y = of.memory(n_tokens if whole else step, cols), of.memory(step, rows)
+
+    def chunk(start: int) -> _Chunk:
+        count = min(step, n_tokens - start)
+        return _Chunk(
+            None if count == n_tokens else slice(start, start + count),
+            2 * start * cols * of.apart if whole else 0,
+            start + count == n_tokens,
+            {} if whole or start == 0 else _spectra_launches(of, shape, transpose, None, _Rows(count, cols, z)),
+            mix=_mix(of, count, cols, rows, z, y, read_again=whole and shares),
+            outer=None,
+            mix_outer=None,
+            results=_results(of, shape, _Rows(count, rows, y), has_bias=has_bias, accumulate=accumulate),
         )
-        for tokens in _cut(n_tokens, step, cols)
+
+    chunks = tuple(map(chunk, range(0, n_tokens, step)))
+    x = _Rows(n_tokens if whole else min(step, n_tokens), cols, z)
+    return _Plan(
+        of.basis.gain,
+        whole,
+        (of.scratch, precision, transpose),
+        (dtype, precision, b, n_tokens, cols),
+        of.matrices(rows, cols),
+        z,
+        y,
+        g=None,
+        sums=None,
+        spectra=_spectra_launches(of, shape, transpose, None, x),
+        chunks=chunks,
     )
-    blocks = _weight_analysis(transform, shape, transpose)
-    return _ProductPlan(transform.basis.gain, blocks, whole, z if whole is None else None, y, chunks)
 
 
 @planned
@@ -291,218 +351,208 @@ def _gradient_plan(
     shape: tuple[int, int, int],
     with_dx: bool,
     accumulate: bool,
-) -> _GradientPlan:
+    shares: bool,
+) -> _Plan:
     m, n, b = shape
-    transform = fft_bases.transform(device, dtype, b, precision)
-    whole = _whole_analysis(transform, dtype, n_tokens, n)
-    step = _chunk_tokens(transform, n_tokens, max(m, n), m + n, whole)
-    g = transform.memory(step * m)
-    z = transform.memory(step * n)
-    stride_z = z.stride if whole is None else whole.memory.stride
-    tile = outer_tile(transform.card, transform.scratch.itemsize, 2 * m, 2 * n)
-    tiles = cdiv(2 * m, tile.block_o) * cdiv(2 * n, tile.block_i)
+    of = fft_bases.transform(device, dtype, b, precision)
+    whole, step = _cut(of, n_tokens, n, m + n * with_dx)
+    g, z, y = of.memory(step, m), of.memory(n_tokens if whole else step, n), of.memory(step, n)
+    rows, columns = 2 * m * of.apart, 2 * n * of.apart
+    together = with_dx and mixes_and_sums(of.card, of.scratch.itemsize, rows, columns)
+    tile = (mix_outer_tile if together else outer_tile)(of.card, of.scratch.itemsize, rows, columns)
+    tiles = cdiv(rows, tile.block_o) * cdiv(columns, tile.block_i)
     # As many splits of a chunk as fill a card.
-    tokens_per_split, n_splits = split(step, tile.block_t, tiles * transform.slots, least=8)
-    add_outer = bound(
-        # One program per tile of a slot's matrix, slot and split of the tokens.
-        kernels().fft.outer_kernel,
-        (tiles, transform.slots, n_splits),
-        tile,
-        tokens_per_split=tokens_per_split,
-        stride_g_f=g.stride,
-        stride_z_f=stride_z,
-        out_blocks=m,
-        in_blocks=n,
-        PRECISION=precision,
-        BLOCK_O=tile.block_o,
-        BLOCK_I=tile.block_i,
-        BLOCK_T=tile.block_t,
-    )
-    chunks = tuple(
-        _GradientChunk(
-            tokens,
-            analyse_dy=_analysis(transform, tokens.n_tokens, m, g),
-            mix=_mix(transform, tokens.n_tokens, g.stride, z.stride, n, m),
-            synthesise=_synthesis(transform, tokens.n_tokens, n, z, False, accumulate),
-            analyse=_analysis(transform, tokens.n_tokens, n, z) if whole is None else None,
-            add_outer=functools.partial(add_outer, n_tokens=tokens.n_tokens, ACCUMULATE=tokens.start > 0),
+    tokens_per_split, n_splits = split(step, tile.block_t, tiles * of.slots, least=8)
+    policy = "" if whole and shares else "evict_first"
+
+    def outer(start: int, count: int) -> Launch:
+        arguments = {
+            "n_tokens": count,
+            "tokens_per_split": tokens_per_split,
+            "stride_g_f": g.stride,
+            "stride_z_f": z.stride,
+            "out_blocks": m * of.apart,
+            "in_blocks": n * of.apart,
+            "ACCUMULATE": start > 0,
+            "POLICY": policy,
+            "PRECISION": precision,
+            "BLOCK_O": tile.block_o,
+            "BLOCK_I": tile.block_i,
+            "BLOCK_T": tile.block_t,
+        }
+        if together:  # one program per slot and split of the tokens
+            kernel, grid = kernels().fft.mix_outer_kernel, (of.slots, n_splits, 1)
+            return bound(kernel, grid, tile, stride_y_f=y.stride, **arguments, **of.options)
+        # One program per tile of a slot's matrix, slot and split.
+        return bound(kernels().fft.outer_kernel, (tiles, of.slots, n_splits), tile, **arguments, **of.options)
+
+    def chunk(start: int) -> _Chunk:
+        count = min(step, n_tokens - start)
+        is_last = start + count == n_tokens
+        dy, x = _Rows(count, m, g), None if whole else _Rows(count, n, z)
+        result = _Rows(count, n, y) if with_dx else None
+        return _Chunk(
+            None if count == n_tokens else slice(start, start + count),
+            2 * start * n * of.apart if whole else 0,
+            is_last,
+            {} if start == 0 else _spectra_launches(of, shape, True, dy, x),
+            mix=_mix(of, count, m, n, g, y, read_again=True) if with_dx and not together else None,
+            outer=None if together else outer(start, count),
+            mix_outer=outer(start, count) if together else None,
+            results=_results(of, shape, result, n_splits if is_last else 0, accumulate=accumulate)
+            if with_dx or is_last
+            else None,
         )
-        for tokens in _cut(n_tokens, step, n)
-    )
-    exact = fft_bases.exact_transform(device, b)
-    spectrum = exact.memory(m * n)
-    fold = bound(
-        # One program per slot and BLOCK pairs of blocks.
-        kernels().fft.fold_spectrum_kernel,
-        (cdiv(m * n, PAD), exact.slots, 1),
-        n_splits=n_splits,
-        stride_p_f=spectrum.stride,
-        out_blocks=m,
-        in_blocks=n,
-        b=b,
-        BLOCK=PAD,
-        num_warps=4,
-    )
-    return _GradientPlan(
-        transform.basis.gain,
-        _weight_analysis(transform, shape, transpose=True),
+
+    chunks = tuple(map(chunk, range(0, n_tokens, step)))
+    first = min(step, n_tokens)
+    return _Plan(
+        of.basis.gain,
         whole,
+        (of.scratch, precision, True),
+        (dtype, precision, b, n_tokens, n),
+        of.matrices(n, m),
+        z,
+        y,
         g,
-        z if with_dx or whole is None else None,
-        Memory((n_splits, transform.slots, 2 * m, 2 * n), torch.float32, device),
+        Memory((n_splits, of.slots, rows, columns), torch.float32, device),
+        _spectra_launches(of, shape, True, _Rows(first, m, g), _Rows(n_tokens if whole else first, n, z)),
         chunks,
-        spectrum,
-        fold,
-        _synthesis(exact, m * n, 1, spectrum, False, False),
     )
 
 
-def _whole_analysis(transform: Transform, dtype: torch.dtype, n_tokens: int, blocks: int) -> _Analysis | None:
-    """Of all of x at once, if its spectrum takes no more than half of the scratch."""
-    memory = transform.memory(n_tokens * blocks)
-    scratch = SCRATCH_BYTES[transform.card]
-    if n_tokens * blocks > _MOST_ROWS or (scratch and 2 * memory.n_bytes > scratch):
-        return None
-    what = (dtype, transform.precision, transform.b, n_tokens, blocks)
-    return _Analysis(memory, _analysis(transform, n_tokens, blocks, memory), what)
+def _cut(of: Transform, n_tokens: int, x_blocks: int, other_blocks: int) -> tuple[bool, int]:
+    """Whether x is transformed whole, and the tokens of a chunk: chunks of equal size, a multiple of 128.
 
-
-def _weight_analysis(transform: Transform, shape: tuple[int, int, int], transpose: bool) -> _Analysis:
-    m, n, b = shape
-    rows, cols = (n, m) if transpose else (m, n)
-    device = transform.basis.matrices[0].device
-    memory = Memory((transform.slots, 2 * rows, 2 * cols), transform.scratch, device)
-    exact = fft_bases.exact_transform(device, b)
-    analyse = _analysis(exact, m * n, 1, memory, (m, n), transpose, transform.precision)
-    return _Analysis(memory, analyse, (transform.scratch, transform.precision, transpose))
-
-
-def _chunk_tokens(transform: Transform, n_tokens: int, widest: int, blocks: int, whole: _Analysis | None = None) -> int:
-    """Tokens of a chunk: chunks of equal size, a multiple of 128, that fit what `whole` leaves of the scratch."""
-    limit = _MOST_ROWS // widest
-    scratch = SCRATCH_BYTES[transform.card]
+    Whole, the spectrum of x takes no more than half of the scratch, and chunks of the others fit what it leaves.
+    """
+    scratch = specs.scratch_bytes(of.device)
+    spectrum = of.memory(n_tokens, x_blocks).n_bytes
+    whole = n_tokens * x_blocks * of.apart <= _MOST_ROWS and (not scratch or 2 * spectrum <= scratch)
+    limit = _MOST_ROWS // (max(x_blocks, other_blocks) * of.apart)
     if scratch:
-        scratch -= 0 if whole is None else whole.memory.n_bytes
-        limit = min(limit, scratch // (2 * transform.slots * blocks * transform.scratch.itemsize))
+        scratch -= spectrum if whole else 0
+        blocks = other_blocks if whole else x_blocks + other_blocks
+        limit = min(limit, scratch // (2 * of.slots * of.apart * blocks * of.scratch.itemsize))
     chunks = cdiv(n_tokens, max(limit, 128))
-    return round_up(cdiv(n_tokens, chunks), 128)
+    return whole, round_up(cdiv(n_tokens, chunks), 128)
 
 
-def _cut(n_tokens: int, step: int, blocks: int) -> list[_Tokens]:
-    """Chunks of `step` tokens, whose blocks lie side by side in a whole spectrum."""
-    if step >= n_tokens:
-        return [_Tokens(None, n_tokens, 0)]
-    starts = range(0, n_tokens, step)
-    return [_Tokens(slice(i, i + step), min(step, n_tokens - i), 2 * i * blocks) for i in starts]
+def _spectra_launches(
+    of: Transform, shape: tuple[int, int, int], transpose: bool, dy: _Rows | None, x: _Rows | None
+) -> _SpectraLaunches:
+    """Of w, dy where there is one, and x: each combination that a call may need."""
+    launches = {}
+    for with_w in (True, False):
+        for of_x in {None, x}:
+            parts = [rows for rows in (dy, of_x) if rows is not None]
+            if with_w or parts:
+                launches[with_w, of_x is not None] = _spectra(of, shape, transpose, with_w, parts)
+    return launches
 
 
-def _analysis(
-    transform: Transform,
-    n_tokens: int,
-    blocks: int,
-    z: Memory,
-    weight_blocks: tuple[int, int] = (0, 0),
-    transpose: bool = False,
-    precision: str | None = None,
-) -> Launch:
-    """z = the spectrum of x's blocks; with `weight_blocks` (m, n), of w's, as matrices for products in `precision`."""
-    fft = kernels().fft
-    out_blocks, in_blocks = weight_blocks
-    return _transform_launch(
-        transform,
-        (fft.analysis_kernel, fft.two_level_analysis_kernel),
-        n_tokens * blocks,
-        2 * transform.slots,
-        transform.b,
-        transform.basis.matrices[1],
-        stride_z_f=z.stride,
-        blocks=blocks,
-        OUT_BLOCKS=out_blocks,
-        IN_BLOCKS=in_blocks,
-        TRANSPOSE=transpose,
-        PRECISION=precision or transform.precision,
-    )
-
-
-def _synthesis(transform: Transform, n_tokens: int, blocks: int, y: Memory, has_bias: bool, accumulate: bool) -> Launch:
-    """out = scale · the inverse of the analysis (+ bias) (+ out)."""
-    fft = kernels().fft
-    return _transform_launch(
-        transform,
-        (fft.synthesis_kernel, fft.two_level_synthesis_kernel),
-        n_tokens * blocks,
-        transform.b,
-        2 * transform.slots,
-        transform.basis.matrices[0],
-        stride_y_f=y.stride,
-        blocks=blocks,
-        HAS_BIAS=has_bias,
-        ACCUMULATE=accumulate,
-    )
-
-
-def _transform_launch(
-    transform: Transform,
-    kernels: tuple[Any, Any],
-    n_rows: int,
-    columns: int,
-    inner: int,
-    basis: Tensor,
-    **arguments: Any,
-) -> Launch:
-    """One of the kernels for one and for two levels, which turns rows of `inner` values into rows of `columns`."""
-    one_level, two_levels = kernels
-    p, q = transform.basis.factors
-    if p > 1:
-        tile = two_level_tile(transform.card, transform.b, transform.precision)
-        first, second, twiddle = transform.basis.matrices
-        return bound(
-            two_levels,
-            (cdiv(n_rows, tile.block_t), 1, 1),
-            tile,
-            **arguments,
-            first_ptr=first,
-            second_ptr=second,
-            twiddle_ptr=twiddle,
-            n_rows=n_rows,
-            P=p,
-            Q=q,
-            DOT=transform.precision,
-            BLOCK_R=tile.block_t,
-        )
-    tile = transform_tile(transform.card, basis.itemsize, columns, inner)
+def _spectra(of: Transform, shape: tuple[int, int, int], transpose: bool, with_w: bool, parts: list[_Rows]) -> Launch:
+    """The spectra of w as matrices, of one tensor and of another, those that there are, in one launch."""
+    m, n, _ = shape
+    tile = transform_tile(of.card, of.scratch.itemsize, of.size, of.apart)
+    rows = [part.n_tokens * part.blocks * of.apart for part in parts]
+    tiles = [cdiv(count, tile.block_t) * cdiv(2 * of.slots, tile.block_o) for count in rows]
+    w_tiles = cdiv(m * n * of.apart**2, _WIDE) * cdiv(2 * of.slots, _WIDE) if with_w else 0
+    first, other = (parts + [None, None])[:2]
     return bound(
         # One program per tile of rows and columns.
-        one_level,
-        (cdiv(n_rows, tile.block_t) * cdiv(columns, tile.block_o), 1, 1),
+        kernels().fft.spectra_kernel,
+        (w_tiles + sum(tiles), 1, 1),
         tile,
-        **arguments,
-        basis_ptr=basis,
-        n_rows=n_rows,
-        b=transform.b,
-        DOT=transform.precision,
+        exact_ptr=of.exact.forward if with_w else None,
+        basis_ptr=of.basis.forward if parts else None,
+        w_tiles=w_tiles,
+        x_tiles=tiles[0] if first else 0,
+        other_tiles=tiles[1] if other else 0,
+        x_rows=rows[0] if first else 0,
+        other_rows=rows[1] if other else 0,
+        stride_z_f=first.spectrum.stride if first else 0,
+        stride_other_z_f=other.spectrum.stride if other else 0,
+        out_blocks=m,
+        in_blocks=n,
+        x_blocks=first.blocks if first else 0,
+        other_blocks=other.blocks if other else 0,
+        S=of.apart,
+        Q=of.size,
+        TRANSPOSE=transpose,
+        PRECISION=of.precision,
         BLOCK_R=tile.block_t,
         BLOCK_C=tile.block_o,
         BLOCK_K=tile.block_i,
+        BLOCK_W=_WIDE,
+        **of.options,
     )
 
 
-def _mix(transform: Transform, n_tokens: int, stride_z: int, stride_y: int, rows: int, cols: int) -> Launch:
+def _mix(of: Transform, n_tokens: int, cols: int, rows: int, z: Memory, y: Memory, *, read_again: bool) -> Launch:
     """y = z · blocksᵀ, slot by slot."""
-    tile = mix_tile(transform.card, transform.scratch.itemsize, n_tokens, 2 * rows, 2 * cols)
-    tiles = cdiv(n_tokens, tile.block_t) * cdiv(2 * rows, tile.block_o)
+    rows, cols = rows * of.apart, cols * of.apart
+    tile = mix_tile(of.card, of.scratch.itemsize, n_tokens, 2 * rows, 2 * cols)
     return bound(
         # One program per tile of tokens and columns, and per slot.
         kernels().fft.mix_kernel,
-        (tiles, transform.slots, 1),
+        (cdiv(n_tokens, tile.block_t) * cdiv(2 * rows, tile.block_o) * of.slots, 1, 1),
         tile,
         n_tokens=n_tokens,
-        stride_z_f=stride_z,
-        stride_y_f=stride_y,
+        stride_z_f=z.stride,
+        stride_y_f=y.stride,
         row_blocks=rows,
         col_blocks=cols,
-        PRECISION=transform.precision,
+        SLOTS=of.slots,
+        POLICY="" if read_again else "evict_first",
+        PRECISION=of.precision,
         BLOCK_T=tile.block_t,
         BLOCK_C=tile.block_o,
         BLOCK_K=tile.block_i,
+        **of.options,
+    )
+
+
+def _results(
+    of: Transform,
+    shape: tuple[int, int, int],
+    out: _Rows | None,
+    n_splits: int = 0,
+    *,
+    has_bias: bool = False,
+    accumulate: bool = False,
+) -> Launch:
+    """out = scale · the inverse transform (+ bias) (+ out), where there is one, and dw from so many splits of its sums."""
+    m, n, _ = shape
+    tile = transform_tile(of.card, of.scratch.itemsize, of.size, of.apart)
+    # A row of dw is summed over S pairs of blocks: fewer rows keep them in registers.
+    w_rows = 16 if of.apart >= 8 else 32
+    w_tiles = cdiv(m * n * of.apart, w_rows) * cdiv(of.size, _WIDE) if n_splits else 0
+    n_rows = out.n_tokens * out.blocks * of.apart if out else 0
+    tiles = cdiv(n_rows, tile.block_t) * cdiv(of.size, tile.block_o)
+    return bound(
+        # One program per tile of rows and columns.
+        kernels().fft.results_kernel,
+        (w_tiles + tiles, 1, 1),
+        tile,
+        basis_ptr=of.basis.inverse if out else None,
+        exact_ptr=of.exact.inverse if n_splits else None,
+        w_tiles=w_tiles,
+        tiles=tiles,
+        n_rows=n_rows,
+        n_splits=n_splits,
+        stride_y_f=out.spectrum.stride if out else 0,
+        out_blocks=m,
+        in_blocks=n,
+        blocks=out.blocks if out else 0,
+        S=of.apart,
+        Q=of.size,
+        HAS_BIAS=has_bias,
+        ACCUMULATE=accumulate,
+        PRECISION=of.precision,
+        BLOCK_R=tile.block_t,
+        BLOCK_C=tile.block_o,
+        BLOCK_K=tile.block_i,
+        BLOCK_W=w_rows,
+        **of.options,
     )

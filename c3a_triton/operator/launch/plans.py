@@ -93,7 +93,8 @@ def split(length: int, step: int, programs: int, least: int) -> tuple[int, int]:
     More splits where programs are few, of at least so many steps each.
     """
     steps = cdiv(length, step)
-    split_steps = max(least, cdiv(steps, cdiv(PROGRAMS, programs)))
+    # Not more programs than run at once: a few that are left over would take as long as all the others.
+    split_steps = max(least, cdiv(steps, max(1, PROGRAMS // programs)))
     return split_steps * step, cdiv(steps, split_steps)
 
 

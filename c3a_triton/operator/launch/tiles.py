@@ -13,7 +13,6 @@ from dataclasses import dataclass, fields, replace
 
 __all__ = [
     "GENERATIONS",
-    "SCRATCH_BYTES",
     "SHARED_MEMORY",
     "SMALL_T",
     "Lookup",
@@ -26,13 +25,14 @@ __all__ = [
     "grouped_tile",
     "hankel_tile",
     "inner_block",
+    "mix_outer_tile",
     "mix_tile",
+    "mixes_and_sums",
     "outer_tile",
     "override",
     "product_tile",
     "recorded",
     "transform_tile",
-    "two_level_tile",
     "weight_grad_tile",
 ]
 
@@ -117,12 +117,10 @@ _MIX_32BIT = {name: TileConfig(64, 64, 32, 4, 3) for name in GENERATIONS}
 # Gradient per frequency: at most block_o by block_i of one slot's matrix, block_t tokens in a step.
 _OUTER_16BIT = {name: TileConfig(64, 128, 128, 8, 3) for name in GENERATIONS}
 _OUTER_32BIT = {name: TileConfig(32, 64, 64, 4, 3) for name in GENERATIONS}
-
-# Spectral path: tokens are worked off in chunks whose two spectra take about so many bytes, the same memory each time;
-# 0 means all tokens at once. This bounds memory at few launches. About half of an L2 cache (24 MiB on an H200) lets
-# spectra be read back from it, but takes three launches every 20 microseconds or so: what is faster has to be measured.
-SCRATCH_BYTES = dict.fromkeys(GENERATIONS, 256 << 20)
-
+# With the product in the same pass, 16-bit spectra only: a slot's whole matrix, of so many reals before registers spill
+# or, on sm_86, shared memory runs out.
+_MIX_OUTER = TileConfig(64, 128, 128, 8, 2)
+_MOST_OF_A_SLOT = {"sm_80": 8192, "sm_86": 8192, "sm_90": 16384, "sm_100": 16384}
 
 # A whole layer for a few tokens, by the most that each takes. Narrow tiles are programs enough without splitting sums;
 # with more tokens x would be read too often. The stages keep some 32 KB of W per multiprocessor on their way.
@@ -207,8 +205,6 @@ _BOUNDS: dict[str, tuple[tuple[int, int], tuple[int, int], tuple[int, int]]] = {
     # One side for both, which holds a whole block of up to 64. 256 tokens a step take minutes to compile.
     "weight_grad_tile": ((16, 128), (64, 128), (64, 128)),
     "diagonal_tile": ((16, 128), (32, 128), (32, 128)),
-    # Rows of spectra and both sides of a basis are padded to 128, and read and written up to there without a mask.
-    "transform_tile": ((16, 128), (16, 128), (16, 128)),
     # Everything is masked, or repeats the last row.
     "mix_tile": ((16, 256), (16, 256), (16, 128)),
     "outer_tile": ((16, 256), (16, 256), (16, 256)),
@@ -229,10 +225,14 @@ def bounds(lookup: Lookup) -> tuple[tuple[int, int], ...]:
         # Blocks in pieces of 16 multiply one value of each piece of a step, and no fewer than 16. Others gather a step
         # value by value, and more than 256 take minutes to compile.
         return (n_tokens, n_tokens), (16, 64), (256, 512) if b % 16 == 0 else (16, 256)
-    if name == "two_level_tile":
-        b = int(sizes[1])
-        # As many rows as registers can be thought to hold; 128, to which spectra are padded, is above that.
-        return (1, 16384 // b), (b, b), (b, b)
+    if name == "transform_tile":
+        # Rows of spectra and both sides of a basis are padded to 128, and read and written up to there without a mask;
+        # a tile holds whole blocks, of S rows each.
+        return (max(16, int(sizes[3])), 128), (16, 128), (16, 128)
+    if name == "mix_outer_tile":
+        # A program has a slot's whole matrix.
+        side_o, side_i = (padded_block(int(size), 1 << 62) for size in sizes[2:])
+        return (16, 128), (side_o, side_o), (side_i, side_i)
     return _BOUNDS[name]
 
 
@@ -261,8 +261,6 @@ def candidates(
         changes = [{field: value} for value in values]
         if name in _SQUARE and field in ("block_o", "block_i"):
             changes = [{"block_o": value, "block_i": value} for value in values if field == "block_o"]
-        if name == "two_level_tile" and field == "num_stages":
-            changes = []
         yield from (replace(tile, **change) for change in changes)
 
 
@@ -339,26 +337,18 @@ def weight_grad_tile(card: str, itemsize: int) -> TileConfig:
     return (_BLOCKS_32BIT if itemsize == 4 else _BLOCKS_16BIT)[card]
 
 
-@_tunable()
-def transform_tile(card: str, itemsize: int, columns: int, inner: int) -> TileConfig:
-    """The tile of `analysis_kernel` and `synthesis_kernel`: rows of `inner` values to rows of `columns` values."""
-    return _fitted((_TRANSFORM_32BIT if itemsize == 4 else _TRANSFORM_16BIT)[card], columns, inner)
+def padded_block(length: int, most: int) -> int:
+    """How many output features one tile takes: few wide tiles, because each reads the whole other operand again.
 
-
-@_tunable()
-def two_level_tile(card: str, block_size: int, precision: str) -> TileConfig:
-    """The tile of the two-level transforms, the same on every card: block_t rows of one block each.
-
-    As many as registers hold, on at most eight warps. Blocks are taken whole, in a program without a loop: block_o and
-    block_i are the block size, and the stages mean nothing.
+    Padding is only multiplied, never read or stored.
     """
-    if block_size > 1024:
-        rows, num_warps = 2, 8
-    elif precision == "tf32":
-        rows, num_warps = 8, block_size // 128
-    else:  # three products keep three times the operands
-        rows, num_warps = 4096 // block_size, 8
-    return TileConfig(rows, block_size, block_size, num_warps, 3)
+    return min(most, max(16, 1 << (length - 1).bit_length()))
+
+
+@_tunable()
+def transform_tile(card: str, itemsize: int, size: int, apart: int) -> TileConfig:
+    """The tile of `spectra_kernel` and `results_kernel`: rows of `size` values, `apart` of them from one block."""
+    return _fitted((_TRANSFORM_32BIT if itemsize == 4 else _TRANSFORM_16BIT)[card], size, size)
 
 
 @_tunable(tokens_at=2)
@@ -372,11 +362,29 @@ def mix_tile(card: str, itemsize: int, n_tokens: int, columns: int, inner: int) 
 @_tunable()
 def outer_tile(card: str, itemsize: int, rows: int, columns: int) -> TileConfig:
     """The tile of `outer_kernel`: per slot, a matrix of `rows` by `columns` reals."""
-    return _fitted((_OUTER_32BIT if itemsize == 4 else _OUTER_16BIT)[card], rows, columns)
+    tile = (_OUTER_32BIT if itemsize == 4 else _OUTER_16BIT)[card]
+    return _sides(tile, padded_block(rows, tile.block_o), padded_block(columns, tile.block_i))
+
+
+def mixes_and_sums(card: str, itemsize: int, rows: int, columns: int) -> bool:
+    """Whether one program holds a slot's matrix and the sums of its gradient, of `rows` by `columns` reals."""
+    return itemsize == 2 and padded_block(rows, _ANY) * padded_block(columns, _ANY) <= _MOST_OF_A_SLOT[card]
+
+
+@_tunable()
+def mix_outer_tile(card: str, itemsize: int, rows: int, columns: int) -> TileConfig:
+    """The tile of `mix_outer_kernel`, where `mixes_and_sums`: a slot's whole matrix, block_t tokens in a step."""
+    return _sides(_MIX_OUTER, padded_block(rows, _ANY), padded_block(columns, _ANY))
+
+
+def _sides(tile: TileConfig, block_o: int, block_i: int) -> TileConfig:
+    """`tile` with these sides; with a small product, eight warps would split it too fine."""
+    num_warps = tile.num_warps if block_o * block_i > 64 * 64 else 4
+    return replace(tile, block_o=block_o, block_i=block_i, num_warps=num_warps)
 
 
 def _fitted(tile: TileConfig, columns: int, inner: int) -> TileConfig:
     """`tile` fitted to a problem; with half the columns or fewer, eight warps would split it too fine."""
-    block_o, block_i = inner_block(columns, tile.block_o), inner_block(inner, tile.block_i)
+    block_o, block_i = padded_block(columns, tile.block_o), inner_block(inner, tile.block_i)
     num_warps = tile.num_warps if block_o == tile.block_o else 4
     return replace(tile, block_o=block_o, block_i=block_i, num_warps=num_warps)
