@@ -48,11 +48,11 @@ def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def steps(kernel: str, constants: dict[str, Any]) -> dict[str, int]:
     """Of a spectral product: rows of its tile and steps of its sum over a constant length."""
-    if kernel == "outer_kernel":
+    if kernel in ("outer_kernel", "mix_outer_kernel"):
         return {"rows": constants["BLOCK_O"], "steps": 0}
     lengths = {
-        "analysis_kernel": lambda c: c["b"],
-        "synthesis_kernel": lambda c: c["b"] + c["b"] % 2,
+        "spectra_kernel": lambda c: c["Q"],
+        "results_kernel": lambda c: c["Q"] + c["Q"] % 2,
         "mix_kernel": lambda c: 2 * c["col_blocks"],
     }
     return {"steps": -(-lengths[kernel](constants) // constants["BLOCK_K"])} if kernel in lengths else {}

@@ -1,18 +1,21 @@
 """The spectral launchers against the dense definition: natively on a GPU, in Triton's interpreter elsewhere.
 
 Small and odd sizes in every dtype are those of `bench/kernel_cases.py` (test_guards.py); here are shapes that it lacks
-and what there is besides: bases, levels, chunks, strides, ranges. The interpreter takes some milliseconds per program,
+and what there is besides: bases, chunks, strides, ranges. The interpreter takes some milliseconds per program,
 and there is one per slot: large blocks appear once each, with few tokens, and what does not depend on the block size is
 tested with small ones.
 """
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
+import bench_package  # noqa: F401
 import oracle
 import pytest
 import torch
 from torch import Tensor
 
+from bench import launch_hooks
 from c3a_triton.errors import BackendError, ShapeError
 from c3a_triton.operator.launch import fft, fft_bases, plans, specs, tiles
 from c3a_triton.operator.launch.fft import fft_backward, fft_product, fft_weight_grad
@@ -31,7 +34,7 @@ SHAPES = (
     (33, 2, 3, 31),
     (17, 3, 2, 34),
 )
-# Larger blocks, one dtype each. 192 has no factors for two levels, 1024 has.
+# Larger blocks, one dtype each, the last two taken apart.
 LARGE = ((BF16, 19, 3, 2, 96), (FP16, 3, 1, 2, 72))
 HUGE = ((FP32, 5, 2, 1, 192), (FP16, 2, 1, 1, 1024))
 
@@ -88,50 +91,42 @@ def fresh_plans() -> Iterator[None]:
     forget_plans()
 
 
-@pytest.fixture
-def two_level_from_256(fresh_plans: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two levels for b = 256 = 16 · 16: all that larger blocks do, on fewer slots."""
-    monkeypatch.setattr(fft_bases, "TWO_LEVEL", (256, *fft_bases.TWO_LEVEL))
-
-
 def transform(device: torch.device, dtype: torch.dtype, b: int) -> fft_bases.Transform:
     return fft_bases.transform(device, dtype, b, specs.precision(dtype, "tf32"))
 
 
-def test_two_levels(device: torch.device, two_level_from_256: None) -> None:
-    assert transform(device, BF16, 256).basis.factors == (16, 16)
-    check(device, BF16, 11, 2, 1, 256)
+# By dtype, tokens and shape: taken apart once, as often as makes blocks of 128, and where something odd is left over.
+@pytest.mark.parametrize(
+    ("dtype", "t", "m", "n", "b"),
+    [(BF16, 11, 2, 1, 256), (FP16, 5, 1, 2, 320), (FP32, 3, 2, 1, 258), (BF16, 130, 1, 1, 136), (FP32, 1, 1, 1, 129)],
+)
+def test_blocks_that_are_taken_apart(device: torch.device, dtype: torch.dtype, t: int, m: int, n: int, b: int) -> None:
+    check(device, dtype, t, m, n, b)
 
 
-def test_one_level_in_the_order_of_two(
-    device: torch.device, two_level_from_256: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Where two levels would spill in float32, the spectrum of w comes from one level and meets two-level spectra of x.
-    monkeypatch.setattr(fft_bases, "takes_two_levels", lambda card, b, precision: precision == "tf32")
-    x, dy, w = tensors(device, BF16, 3, 1, 2, 256)
-    oracle.assert_close(fft_product(x, w, scale=1.0), oracle.product(x, w, 1.0), BF16)
-    dw = fft_weight_grad(dy, x, 256, scale=1.0)
-    oracle.assert_close(dw, oracle.weight_grad(dy, x, 256, 1.0), FP32, bound=oracle.BOUNDS[BF16])
-
-
-def test_levels() -> None:
-    assert all(fft_bases.takes_two_levels("sm_90", b, "tf32x3") for b in fft_bases.TWO_LEVEL)
-    assert not fft_bases.takes_two_levels("sm_80", 2048, "tf32x3")
-    assert fft_bases.takes_two_levels("sm_80", 2048, "tf32")
-    assert not fft_bases.takes_two_levels("sm_90", 768, "tf32")
-
-
-def test_factors() -> None:
-    assert [fft_bases._factors(b) for b in (512, 1024, 2048, 4096)] == [(16, 32), (32, 32), (32, 64), (64, 64)]
-    assert [fft_bases.transform_flops(b) for b in (96, 256, 512, 768, 1024)] == [192, 512, 192, 1536, 256]
+def test_how_blocks_are_taken_apart() -> None:
+    sizes = (1, 96, 128, 129, 192, 256, 258, 768, 1024, 4096, 1 << 20)
+    assert {b: fft_bases.taken_apart(b) for b in sizes} == {
+        1: (1, 1),
+        96: (1, 96),
+        128: (1, 128),
+        129: (1, 129),
+        192: (2, 96),
+        256: (2, 128),
+        258: (2, 129),
+        768: (8, 96),
+        1024: (8, 128),
+        4096: (32, 128),
+        1 << 20: (128, 1 << 13),  # no more blocks than a tile has rows
+    }
 
 
 @pytest.mark.parametrize("b", [1, 2, 3, 7, 16, 33, 64, 96, 97])
 @pytest.mark.parametrize("basis_dtype", [FP32, BF16])
 def test_basis(b: int, basis_dtype: torch.dtype) -> None:
     # O Oᵀ = 1 up to the gain, and each slot is the DFT it stands for.
-    basis = fft_bases._basis(b, basis_dtype, False, False, torch.device("cpu"))
-    matrix, transposed = (t.double() for t in basis.matrices)
+    basis = fft_bases._basis(b, basis_dtype, False, torch.device("cpu"))
+    matrix, transposed = basis.inverse.double(), basis.forward.double()
     assert torch.equal(matrix.T, transposed)
     assert all(size % fft_bases.PAD == 0 for size in matrix.shape)
     slots = (b + 1) // 2
@@ -222,15 +217,14 @@ def test_chunks(device: torch.device, fresh_plans: None, monkeypatch: pytest.Mon
     bias = torch.randn(m * b, device=device).to(dtype)
 
     def run(scratch: int) -> tuple[Tensor, ...]:
-        monkeypatch.setattr(fft, "SCRATCH_BYTES", dict.fromkeys(tiles.GENERATIONS, scratch))
-        forget_plans()
+        monkeypatch.setattr(specs, "scratch_bytes", lambda device: scratch)
+        plans.clear_plans()
         dx, dw = fft_backward(dy, x, w, scale=0.37)
         return fft_product(x, w, scale=0.37, bias=bias), dx, dw
 
     whole, chunked = run(0), run(1)
     assert torch.equal(chunked[2], fft_weight_grad(dy, x, b, scale=0.37))
-    plan = transform(device, dtype, b)
-    assert fft._chunk_tokens(plan, t, m, m + n) == 128
+    assert fft._cut(transform(device, dtype, b), t, m, n) == (False, 128)
     # Tokens do not depend on each other; the gradient of w is summed in another order.
     assert torch.equal(whole[0], chunked[0])
     assert torch.equal(whole[1], chunked[1])
@@ -246,15 +240,15 @@ def test_chunks_with_a_whole_spectrum(
     t, m, n = 300, 12, 2
     x, dy, w = tensors(device, dtype, t, m, n, b)
     whole = fft_product(x, w, scale=0.37), *fft_backward(dy, x, w, scale=0.37)
-    spectrum = transform(device, dtype, b).memory(t * n).n_bytes
-    monkeypatch.setattr(fft, "SCRATCH_BYTES", dict.fromkeys(tiles.GENERATIONS, 2 * spectrum))
-    forget_plans()
+    spectrum = transform(device, dtype, b).memory(t, n).n_bytes
+    monkeypatch.setattr(specs, "scratch_bytes", lambda device: 2 * spectrum)
+    plans.clear_plans()
     cut = fft_product(x, w, scale=0.37), *fft_backward(dy, x, w, scale=0.37)
     for plan in (
-        fft._product_plan(device, dtype, specs.precision(dtype, "tf32"), t, w.shape, False, False, False),
-        fft._gradient_plan(device, dtype, specs.precision(dtype, "tf32"), t, w.shape, True, False),
+        fft._product_plan(device, dtype, specs.precision(dtype, "tf32"), t, w.shape, False, False, False, False),
+        fft._gradient_plan(device, dtype, specs.precision(dtype, "tf32"), t, w.shape, True, False, False),
     ):
-        assert plan.whole is not None
+        assert plan.whole
         assert len(plan.chunks) == 3
     assert torch.equal(cut[0], whole[0])
     assert torch.equal(cut[1], whole[1])
@@ -263,17 +257,43 @@ def test_chunks_with_a_whole_spectrum(
 
 
 def test_chunk_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = transform(torch.device("cpu"), BF16, 256)._replace(card="sm_90")
-    assert fft._chunk_tokens(plan, 8192, 16, 32) == 8192
-    monkeypatch.setattr(fft, "SCRATCH_BYTES", {"sm_90": 24 << 20})
-    step = fft._chunk_tokens(plan, 8192, 16, 32)
+    of = transform(torch.device("cpu"), BF16, 256)
+
+    def cut(n_tokens: int, scratch: int, x_blocks: int = 16) -> tuple[bool, int]:
+        monkeypatch.setattr(specs, "scratch_bytes", lambda device: scratch)
+        return fft._cut(of, n_tokens, x_blocks, 16)
+
+    assert cut(8192, 256 << 20) == (True, 8192)
+    whole, step = cut(8192, 24 << 20)
+    assert not whole
     assert step % 128 == 0
     assert 0.8 * (24 << 20) <= 2 * step * 4096 * 2 <= 24 << 20
-    assert fft._chunk_tokens(plan, 1, 16, 32) == 128
-    monkeypatch.setattr(fft, "SCRATCH_BYTES", {"sm_90": 0})
-    assert fft._chunk_tokens(plan, 8192, 16, 32) == 8192
+    assert cut(1, 24 << 20) == (True, 128)
+    assert cut(8192, 0) == (True, 8192)
+    # What the whole spectrum of a narrow x takes is not there for the others.
+    whole, step = cut(8192, 24 << 20, x_blocks=1)
+    assert whole
+    assert 2 * 8192 * 256 + 2 * step * 4096 <= 24 << 20
     # Rows are counted in 32 bits, whatever the scratch.
-    assert fft._chunk_tokens(plan, 2**31, 16, 32) * 16 < 2**31
+    whole, step = cut(2**31, 0)
+    assert not whole
+    assert step * 16 * of.apart < 2**31
+
+
+def test_scratch_follows_the_cache_where_memory_is_far_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = torch.device("cuda:0")
+
+    def scratch(name: str, cache: int) -> int:
+        monkeypatch.setattr(specs, "card_of", lambda device: name)
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=cache << 20)
+        )
+        return specs.scratch_bytes.__wrapped__(card) >> 20
+
+    assert scratch("sm_86", 96) == 48  # an L40S
+    assert scratch("sm_86", 6) == 256  # an A10
+    assert scratch("sm_90", 50) == 256  # an H200
+    assert scratch("sm_80", 40) == 256  # an A100
 
 
 def test_the_same_from_run_to_run(device: torch.device, deterministic: None) -> None:
@@ -328,20 +348,54 @@ def test_tf32_only_where_torch_allows_it(device: torch.device) -> None:
 def test_tiles() -> None:
     for card in tiles.GENERATIONS:
         for itemsize in (2, 4):
-            for b in (1, 2, 7, 16, 33, 96, 192, 256, 768):
-                tile = tiles.transform_tile(card, itemsize, b, b)
-                # Whole tiles of rows fit the padding of spectra, whole tiles of columns that of the basis.
+            for b in (1, 2, 7, 16, 33, 96, 192, 256, 768, 1 << 20):
+                apart, size = fft_bases.taken_apart(b)
+                tile = tiles.transform_tile(card, itemsize, size, apart)
+                # Whole tiles of rows fit the padding of spectra, whole tiles of columns that of the basis; a tile
+                # holds whole blocks.
                 assert fft_bases.PAD % tile.block_t == 0
                 assert fft_bases.PAD % tile.block_o == 0
+                assert tile.block_t % apart == 0
                 assert min(tile.block_o, tile.block_i) >= 16
             assert tiles.mix_tile(card, itemsize, 1, 2, 2).block_t == 16
-            assert (
-                min(tiles.outer_tile(card, itemsize, 2, 2).block_o, tiles.outer_tile(card, itemsize, 2, 2).block_i)
-                == 16
-            )
-    for b in fft_bases.TWO_LEVEL:
-        rows = {tiles.two_level_tile("sm_90", b, precision).block_t for precision in ("tf32", "tf32x3")}
-        assert all(fft_bases.PAD % size == 0 for size in rows)
+            outer = tiles.outer_tile(card, itemsize, 2, 2)
+            assert min(outer.block_o, outer.block_i) == 16
+            # Few wide tiles: what they read of the other operand is read as often as there are tiles.
+            assert tiles.outer_tile(card, itemsize, 96, 96).block_o >= 64
+
+
+def test_where_one_pass_over_dy_serves_both() -> None:
+    assert tiles.mixes_and_sums("sm_90", 2, 128, 128)
+    assert tiles.mixes_and_sums("sm_90", 2, 224, 64)
+    assert not tiles.mixes_and_sums("sm_90", 2, 256, 128)
+    assert not tiles.mixes_and_sums("sm_80", 2, 128, 128)
+    assert not tiles.mixes_and_sums("sm_90", 4, 16, 16)
+    assert tiles.mix_outer_tile("sm_90", 2, 224, 64).block_o == 256
+
+
+# Launches of a call
+
+
+def test_three_launches_a_direction(device: torch.device) -> None:
+    x, dy, w = tensors(device, BF16, 20, 2, 3, 32)
+    out = torch.randn_like(dy)
+    with launch_hooks.noted() as forward:
+        fft_product(x, w, scale=1.0, bias=dy[0], out=out)
+    with launch_hooks.noted() as backward:
+        fft_backward(dy, x, w, scale=1.0, out=torch.zeros_like(x))
+    assert forward == ["spectra_kernel", "mix_kernel", "results_kernel"]
+    assert backward == ["spectra_kernel", "mix_outer_kernel", "results_kernel"]
+
+
+def test_chunks_take_three_more(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(specs, "scratch_bytes", lambda device: 1)
+    x, dy, w = tensors(device, BF16, 300, 1, 1, 32)
+    with launch_hooks.noted() as forward:
+        fft_product(x, w, scale=1.0)
+    with launch_hooks.noted() as backward:
+        fft_backward(dy, x, w, scale=1.0)
+    assert forward == ["spectra_kernel", "mix_kernel", "results_kernel"] * 3
+    assert backward == ["spectra_kernel", "mix_outer_kernel", "results_kernel"] * 3
 
 
 def test_refuses_what_does_not_fit(device: torch.device) -> None:

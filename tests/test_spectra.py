@@ -27,7 +27,7 @@ from bench import launch_hooks
 from c3a_triton import C3AConfig, C3ALinear, circulant_linear
 from c3a_triton.errors import BackendError
 from c3a_triton.operator import spectra
-from c3a_triton.operator.launch import fft, fft_bases, plans, specs, tiles
+from c3a_triton.operator.launch import fft, fft_bases, plans, specs
 
 IN, OUT, B = 12, 8, 4
 
@@ -42,7 +42,7 @@ def _nothing_is_left() -> Iterator[None]:
 
 
 class Analyses(list[bool]):
-    """The forward transforms that a test launches: whether of w, otherwise of x or dy."""
+    """The spectra that a test launches: whether of w, otherwise of x or dy."""
 
     def take(self) -> tuple[int, int]:
         """(of x or dy, of w) since the last time."""
@@ -57,8 +57,8 @@ def launches() -> Iterator[Analyses]:
 
     def counting(run: Callable[..., Any]) -> Callable[..., Any]:
         def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.fn.__name__ == "analysis_kernel":
-                found.append(kwargs["OUT_BLOCKS"] > 0)
+            if self.fn.__name__ == "spectra_kernel":
+                found.extend(name == "w_ptr" for name in ("w_ptr", "x_ptr", "other_ptr") if kwargs[name] is not None)
             return run(self, *args, **kwargs)
 
         return counted
@@ -157,20 +157,17 @@ def test_a_spectrum_that_does_not_fit_the_scratch_is_not_kept(
     device: torch.device, launches: Analyses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layers, x = qkv(device), torch.randn(300, IN, device=device)
-    kept = (fft._product_plan, fft._gradient_plan)
     one_spectrum = 2 * 2 * (-(-300 * 3 // 128) * 128) * 4
     try:
         for scratch, analyses in ((2 * one_spectrum, 1), (2 * one_spectrum - 1, 3)):
-            monkeypatch.setattr(fft, "SCRATCH_BYTES", dict.fromkeys(tiles.GENERATIONS, scratch))
-            for plan in kept:
-                plan.cache_clear()
+            monkeypatch.setattr(specs, "scratch_bytes", lambda device, scratch=scratch: scratch)
+            plans.clear_plans()
             with torch.no_grad():
                 for one in layers:
                     right(one, x, one(x))
             assert launches.take() == (analyses, 3)
     finally:
-        for plan in kept:
-            plan.cache_clear()
+        plans.clear_plans()
 
 
 # x: when it is not
@@ -365,8 +362,8 @@ def test_the_next_spectrum_takes_the_slot(device: torch.device) -> None:
         spectrum = weakref.ref(first.spectrum)
         del first
         # Before memory for another one is asked for: never two at a time.
-        alive = spectra.of_input(spectra.Source(other, kernel(q)), "none", lambda: torch.tensor(len(spectra._slots)))
-        assert alive == 0
+        assert spectra.of_input(spectra.Source(other, kernel(q)), "none") is None
+        assert not spectra._slots
         q(other)
     (second,) = spectra._slots.values()
     assert second.x() is other
@@ -385,7 +382,11 @@ def test_threads_that_share_a_slot() -> None:
         for step in range(400):
             x = tensors[(i + step // 8) % 4]
             for w in readers:
-                spectrum = spectra.of_input(spectra.Source(x, w), "sum", lambda x=x: x * 2)
+                source = spectra.Source(x, w)
+                spectrum = spectra.of_input(source, "sum")
+                if spectrum is None:
+                    spectrum = x * 2
+                    spectra.keep_input(source, "sum", spectrum)
                 if not torch.equal(spectrum, x * 2):
                     wrong.append((i, step))
 
@@ -731,13 +732,13 @@ def test_what_is_kept_lies_in_no_graph_s_memory(device: torch.device) -> None:
     ((_, kept),) = spectra._frozen[q.c3a_kernel["default"]].values()
     basis = fft_bases.transform(device, x.dtype, B, specs.precision(x.dtype, "tf32")).basis
     assert y in memory
-    assert [tensor in memory for tensor in (kept, *basis.matrices)] == [False] * 3
+    assert [tensor in memory for tensor in (kept, basis.inverse, basis.forward)] == [False] * 3
     # Under inference mode too: what is kept serves calls that have gradients.
     fft_bases._basis.cache_clear()
     plans.clear_plans()
     with torch.inference_mode():
         q(x)
-    assert not fft_bases.transform(device, x.dtype, B, "tf32x3").basis.matrices[0].is_inference()
+    assert not fft_bases.transform(device, x.dtype, B, "tf32x3").basis.forward.is_inference()
 
 
 def test_an_error_comes_back_from_where_memory_is_allocated() -> None:
@@ -755,7 +756,7 @@ def test_a_graph_that_is_captured_too_early_says_what_to_do(device: torch.device
     with graph_memory.on_cpu() as capturing:
         capturing.on = True
         for _ in range(2):
-            with pytest.raises(BackendError, match=f"basis of block size {B} is missing.*same call once before"):
+            with pytest.raises(BackendError, match=f"DFT basis of length {B} is missing.*same call once before"):
                 fft.fft_product(x, w, scale=1.0)
         capturing.on = False
         fft.fft_product(x, w, scale=1.0)

@@ -15,7 +15,7 @@ from c3a_triton import ConfigError, autotune, circulant_linear
 from c3a_triton.benchmark import gate
 from c3a_triton.operator import dispatch, tuned
 from c3a_triton.operator.cost_model import Sizes
-from c3a_triton.operator.launch import fft_bases, plans, tiles
+from c3a_triton.operator.launch import plans, tiles
 from c3a_triton.operator.launch.tiles import TileConfig
 from c3a_triton.tuning import tile_search
 from c3a_triton.tuning.costs import Case, Setting
@@ -233,19 +233,17 @@ SMALL = (
     ("transform_tile", case("fft", 3, 1, 2, 18, options="bias")),
     ("mix_tile", case("fft", 3, 20, 33, 1)),
     ("outer_tile", case("fft_weight_grad", 3, 20, 33, 2)),
-    ("two_level_tile", case("fft", 1, 1, 1, 256)),
+    ("mix_outer_tile", case("fft_backward", 19, 3, 2, 32, dtype="bfloat16")),
 )
 
 
 @pytest.mark.parametrize(("family", "case"), SMALL, ids=lambda value: getattr(value, "key", value))
 def test_candidates_are_right_and_stay_in_their_tensors(family, case, device, monkeypatch):
-    monkeypatch.setattr(fft_bases, "TWO_LEVEL", (256, *fft_bases.TWO_LEVEL))
     check_candidates(case, device, families=(family,), extremes=True)
 
 
 def test_small_cases_ask_for_their_tiles(monkeypatch):
     pytest.importorskip("triton")
-    monkeypatch.setattr(fft_bases, "TWO_LEVEL", (256, *fft_bases.TWO_LEVEL))
     for family, one in SMALL:
         plans.clear_plans()
         nothing_computed = pytest.raises(gate.GateError)
@@ -270,10 +268,10 @@ def test_candidates():
         ("decode_tile", (16, 25)),
         ("diagonal_tile", ("sm_90", 2, 256)),
         ("weight_grad_tile", ("sm_90", 4)),
-        ("transform_tile", ("sm_90", 2, 256, 256)),
+        ("transform_tile", ("sm_90", 2, 128, 2)),
         ("mix_tile", ("sm_90", 2, 8192, 64, 64)),
         ("outer_tile", ("sm_90", 4, 64, 64)),
-        ("two_level_tile", ("sm_90", 1024, "tf32")),
+        ("mix_outer_tile", ("sm_90", 2, 64, 64)),
     ]
     assert {name for name, _ in examples} == set(tiles._committed)
     for lookup in examples:
@@ -294,13 +292,14 @@ def test_candidates():
 def test_a_tile_outside_of_its_bounds_is_not_taken():
     """Whoever wrote the table: a damaged file or an older version's must not make kernels write past their tensors."""
     for lookup, changes in (
-        (("transform_tile", ("sm_90", 2, 256, 256)), {"block_t": 256}),
-        (("transform_tile", ("sm_90", 2, 256, 256)), {"block_o": 256}),
+        (("transform_tile", ("sm_90", 2, 128, 2)), {"block_t": 256}),
+        (("transform_tile", ("sm_90", 2, 128, 2)), {"block_o": 256}),
         (("product_tile", ("sm_90", 2, 8192)), {"block_o": 96}),
         (("diagonal_tile", ("sm_90", 2, 256)), {"block_i": 64}),
         (("weight_grad_tile", ("sm_90", 2)), {"block_o": 32, "block_i": 32}),
         (("decode_tile", (4, 256)), {"block_t": 2}),
-        (("two_level_tile", ("sm_90", 512, "tf32")), {"block_t": 64}),
+        (("transform_tile", ("sm_90", 2, 128, 64)), {"block_t": 32}),
+        (("mix_outer_tile", ("sm_90", 2, 96, 64)), {"block_o": 64}),
     ):
         name, sizes = lookup
         tiles.override({})

@@ -84,7 +84,7 @@ def lasting(make: Callable[[], _Made], device: torch.device, what: str) -> _Made
     Args:
         make: allocates on the current stream of `device`; it must launch no kernel of ours.
         device: where the tensors are.
-        what: names them in the error, "a basis of block size 64" for instance.
+        what: names them in the error, "the DFT basis of length 64" for instance.
 
     Raises:
         BackendError: a CUDA graph is being captured, whose memory it would be.

@@ -141,7 +141,7 @@ def _basis(q: int, dtype: torch.dtype, tf32: bool, device: torch.device) -> _Bas
     Raises:
         BackendError: a CUDA graph is being captured.
     """
-    return spectra.lasting(lambda: _computed_basis(q, dtype, tf32, device), device, f"the basis of block size {q}")
+    return spectra.lasting(lambda: _computed_basis(q, dtype, tf32, device), device, f"the DFT basis of length {q}")
 
 
 def _computed_basis(q: int, dtype: torch.dtype, tf32: bool, device: torch.device) -> _Basis:
