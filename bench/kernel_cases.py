@@ -16,7 +16,7 @@ from torch import Tensor
 
 from c3a_triton.benchmark import gate
 from c3a_triton.operator import autograd, calls, reference
-from c3a_triton.operator.launch import decode, direct, expand, fft, grouped, plans, tiles, weight_grad
+from c3a_triton.operator.launch import decode, direct, expand, fft, grouped, plans, specs, weight_grad
 from c3a_triton.operator.rows import c3a_linear_rows
 
 from . import ROOT, guards, overhead
@@ -159,7 +159,7 @@ def _fft_weight_grad(given: _Operands) -> Iterator[_Result]:
 @contextmanager
 def _in_chunks() -> Iterator[None]:
     """Spectra of 128 tokens at a time, as those of many tokens are computed."""
-    with mock.patch.object(fft, "SCRATCH_BYTES", dict.fromkeys(tiles.GENERATIONS, 1)):
+    with mock.patch.object(specs, "scratch_bytes", return_value=1):
         plans.clear_plans()
         yield
     plans.clear_plans()
@@ -320,6 +320,9 @@ CASES = _alternating(
         ((33, 2, 3, 31), _F16, "unaligned"),
         ((9, 3, 2, 34), _BF16, "apart"),
         ((150, 2, 3, 6), _F32, "chunks"),
+        ((150, 2, 1, 34), _BF16, "chunks"),
+        ((5, 1, 2, 136), _BF16, "unaligned"),
+        ((3, 2, 1, 144), _F32, ""),
     ),
     _cases(
         "decode",

@@ -73,7 +73,7 @@ def _counted() -> Iterator[Count]:
     def launched(kernel: Any, **arguments: Any) -> None:
         tensors = [value for name, value in arguments.items() if name.endswith("_ptr") and value is not None]
         if arguments.get("ACCUMULATE"):
-            tensors.append(arguments["sums_ptr" if "sums_ptr" in arguments else "out_ptr"])  # read before it is written
+            tensors.append(arguments["out_ptr" if "out_ptr" in arguments else "sums_ptr"])  # read before it is written
         count.add(kernel.__name__, tensors)
 
     with (

@@ -199,7 +199,7 @@ def _tables(records: runs.Records) -> list[str]:
                 [
                     one["call"],
                     one["place"],
-                    one["kernel"] + (" of w" if one["of_w"] else ""),
+                    one["kernel"],
                     report.format_seconds(found["seconds"]) if "seconds" in found else "-",
                     report.format_bytes(one["bytes"]),
                     report.format_bytes(round(found["dram_bytes"])) if "dram_bytes" in found else "-",

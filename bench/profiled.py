@@ -1,14 +1,15 @@
 """Every launch of our forwards and backwards, one by one: its time, the bytes it must move, what its code needs.
 
-Launches are told apart by their place in a call, not by their kernel's name: the analysis of w is not that of x. Their
-times are those that torch.profiler reads from the device, joined to the launches in the order in which they were made:
-events around each launch would add microseconds, as much as the small ones take. Such events are recorded all the same,
-and serve where the profiler's list does not match (`timed_by` says which it was, `mismatch` why).
+Launches are told apart by their place in a call, not by their kernel's name: a kernel may be launched more than once.
+Their times are those that torch.profiler reads from the device, joined to the launches in the order in which they were
+made: events around each launch would add microseconds, as much as the small ones take. Such events are recorded all the
+same, and serve where the profiler's list does not match (`timed_by` says which it was, `mismatch` why).
 
     python -m bench.profiled --ncu FILE     each launch of some cases once, for a profiler to watch: see `bench.ncu`
 """
 
 import argparse
+import math
 import statistics
 import sys
 import time
@@ -38,14 +39,13 @@ ADAPTERS = (0, 1, 2, 2)  # of the rows of a mixed batch
 # Kernels whose operations hide behind their bytes in 16 bits, and what one of their launches must at least move to be
 # held against the goal: ten microseconds' worth, beside which it does not matter that a launch takes time by itself.
 MEMORY_BOUND = (
-    "analysis_kernel",
     "decode_kernel",
     "expand_kernel",
     "mix_kernel",
+    "mix_outer_kernel",
     "outer_kernel",
-    "synthesis_kernel",
-    "two_level_analysis_kernel",
-    "two_level_synthesis_kernel",
+    "results_kernel",
+    "spectra_kernel",
 )
 LEAST_BYTES = 32 * 10**6
 GOAL = 0.75
@@ -87,8 +87,8 @@ _CASES = (
     Profiled("decode", _layer(1, 4096, 4096, 128), under_ncu=True),
     Profiled("direct", _layer(8192, 4096, 4096, 128), under_ncu=True),
     Profiled("merge", _layer(0, 4096, 14336, 128), under_ncu=True),
-    Profiled("fft", _layer(8192, 4096, 4096, 64)),
-    Profiled("fft", _layer(8192, 4096, 4096, 256)),
+    Profiled("fft", _layer(8192, 4096, 4096, 64), under_ncu=True),
+    Profiled("fft", _layer(8192, 4096, 4096, 256), under_ncu=True),
     Profiled("fft", _layer(8192, 4096, 14336, 128)),
     Profiled("fft", _layer(848, 3072, 1024, 64)),
     Profiled("direct", _layer(256, 4096, 4096, 128)),
@@ -156,14 +156,17 @@ def launches(device: torch.device, *, tiny: bool = False) -> Iterator[tuple[str,
 # What a launch is
 
 
-# Spectra: [slots, their columns], of which a launch touches those of its own tokens' blocks.
-_SPECTRA: dict[str, dict[str, str | None]] = {
-    "analysis_kernel": {"z_ptr": None},
-    "two_level_analysis_kernel": {"z_ptr": None},
-    "synthesis_kernel": {"y_ptr": None},
-    "two_level_synthesis_kernel": {"y_ptr": None},
-    "mix_kernel": {"z_ptr": "col_blocks", "y_ptr": "row_blocks"},
-    "outer_kernel": {"g_ptr": "out_blocks", "z_ptr": "in_blocks"},
+# Spectra: [slots, their columns], of which a launch touches so many rows of two reals: a product of its arguments.
+_SPECTRA: dict[str, dict[str, tuple[str, ...]]] = {
+    "spectra_kernel": {"z_ptr": ("x_rows",), "other_z_ptr": ("other_rows",)},
+    "mix_kernel": {"z_ptr": ("n_tokens", "col_blocks"), "y_ptr": ("n_tokens", "row_blocks")},
+    "outer_kernel": {"g_ptr": ("n_tokens", "out_blocks"), "z_ptr": ("n_tokens", "in_blocks")},
+    "mix_outer_kernel": {
+        "g_ptr": ("n_tokens", "out_blocks"),
+        "z_ptr": ("n_tokens", "in_blocks"),
+        "y_ptr": ("n_tokens", "in_blocks"),
+    },
+    "results_kernel": {"y_ptr": ("n_rows",)},
 }
 
 
@@ -183,7 +186,6 @@ def described(bytes_by_address: int = 0) -> Iterator[list[Launch]]:
             found.append(
                 {
                     "kernel": name,
-                    "of_w": bool(arguments.get("OUT_BLOCKS")),
                     "grid": list(arguments["grid"]),
                     "tile": {key: size for key, size in arguments.items() if key.startswith("BLOCK")},
                     "warps": arguments.get("num_warps"),
@@ -207,13 +209,12 @@ def _bytes(kernel: str, arguments: dict[str, Any]) -> int:
     """What a launch must move: its tensors once, and again what it reads before it writes it."""
     tensors = {name: value for name, value in arguments.items() if name.endswith("_ptr") and value is not None}
     sizes = {name: min(t.numel() * t.itemsize, t.untyped_storage().nbytes()) for name, t in tensors.items()}
-    whole = arguments.get("OUT_BLOCKS")  # of w
-    for name, blocks in () if whole else _SPECTRA.get(kernel, {}).items():
-        rows = arguments["n_rows"] if blocks is None else arguments["n_tokens"] * arguments[blocks]
-        sizes[name] = tensors[name].shape[0] * 2 * rows * tensors[name].itemsize
+    for name, rows in _SPECTRA.get(kernel, {}).items():
+        if name in tensors:
+            count = math.prod(arguments[argument] for argument in rows)
+            sizes[name] = tensors[name].shape[0] * 2 * count * tensors[name].itemsize
     if arguments.get("ACCUMULATE"):
-        written = "sums_ptr" if "sums_ptr" in sizes else "out_ptr"
-        return sum(sizes.values()) + sizes[written]
+        return sum(sizes.values()) + sizes["out_ptr" if "out_ptr" in sizes else "sums_ptr"]
     return sum(sizes.values())
 
 
@@ -359,7 +360,7 @@ def _tables(records: runs.Records) -> list[str]:
             [
                 call,
                 place,
-                one["kernel"] + (" of w" if one["of_w"] else ""),
+                one["kernel"],
                 "-" if seconds is None else report.format_seconds(seconds),
                 report.format_bytes(one["bytes"]),
                 "-" if seconds is None else f"{one['bytes'] / seconds / 1e12:.2f}",

@@ -429,7 +429,7 @@ def test_a_kernel_that_no_case_launches_fails_the_job(tmp_path: Path, monkeypatc
     keys = [case.key for case in kernel_cases.CASES]
     record = _guards(tmp_path, monkeypatch, _worker().replace(repr(KEYS), repr(keys)), cases="")
     assert record["status"] == "wrong"
-    assert record["message"].startswith("no case launched analysis_kernel, ")
+    assert record["message"].startswith("no case launched block_sums_kernel, ")
 
 
 def test_behind_a_case_that_kills_its_process_another_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,15 +76,28 @@ def test_bytes_of_launches_are_those_of_their_own_tokens() -> None:
     sizes = n_tokens, in_features, out_features, b = 8192, 4096, 14336, 128
     found = _moved(profiled.Profiled("fft", cases.LayerCase(*sizes)))["forward"]
     names = [name for name, _ in found]
-    assert names == ["analysis_kernel"] * 2 + ["mix_kernel", "synthesis_kernel"] * 2
+    assert names == ["spectra_kernel"] + ["mix_kernel", "results_kernel"] * 2
     x, y, basis = 2 * n_tokens * in_features, 2 * n_tokens * out_features, 2 * 128 * 128
     w = in_features * out_features // b
     blocks = 2 * 4 * w // 2  # complex and so four reals for each of half the frequencies
-    of_w, of_x, *chunks = (moved for _, moved in found)
-    assert of_w == 4 * w + blocks + 2 * basis
-    assert of_x == 2 * x + basis
+    of_both, *chunks = (moved for _, moved in found)
+    assert of_both == 4 * w + blocks + 2 * basis + 2 * x + basis
     assert sum(chunks[0::2]) == x + y + 2 * blocks
     assert sum(chunks[1::2]) == 2 * y + 2 * basis
+
+
+def test_bytes_of_a_backward_pass() -> None:
+    """dy's spectrum is read once, for dx and dw."""
+    n_tokens, features, b = 8192, 4096, 256
+    found = _moved(profiled.Profiled("fft", cases.LayerCase(n_tokens, features, features, b)))["backward"]
+    assert [name for name, _ in found] == ["spectra_kernel", "mix_outer_kernel", "results_kernel"]
+    x, w = 2 * n_tokens * features, features**2 // b
+    slots, rows, basis = 64, 2 * 16 * 2, 128 * 128  # 16 blocks of 256 are 32 of 128
+    blocks, sums = slots * rows**2, 4 * slots * rows**2  # four splits of float32
+    spectra, products, results = (moved for _, moved in found)
+    assert spectra == 4 * w + 4 * basis + 2 * blocks + 2 * x + 2 * x + 2 * basis
+    assert products == 3 * x + 2 * blocks + 4 * sums
+    assert results == 2 * x + 2 * basis + 4 * sums + 4 * basis + 4 * w
 
 
 def test_bytes_that_are_read_before_they_are_written_count_twice() -> None:
@@ -200,7 +213,7 @@ def test_a_dead_context_is_not_mistaken_for_a_missing_profiler(monkeypatch: pyte
 def _launch(kernel: str, n_bytes: int, seconds: float, **more: Any) -> profiled.Launch:
     code = {"registers": 168, "spills": 0, "shared": 73728, "warps": 8, "stages": 3}
     shape = {"grid": [64, 2, 1], "tile": {"BLOCK_R": 128, "BLOCK_C": 64}}
-    return {"kernel": kernel, "of_w": False, "bytes": n_bytes, "seconds": seconds, **code, **shape, **more}
+    return {"kernel": kernel, "bytes": n_bytes, "seconds": seconds, **code, **shape, **more}
 
 
 def _record(dtype: str, *found: profiled.Launch, **more: Any) -> runs.Record:
@@ -209,9 +222,9 @@ def _record(dtype: str, *found: profiled.Launch, **more: Any) -> runs.Record:
 
 
 def test_launches_are_listed_with_their_share_of_the_bandwidth_and_the_worst_meets_the_goal_or_not() -> None:
-    small = _launch("analysis_kernel", 10**6, 1e-5, of_w=True)  # its bytes take less than a launch
+    small = _launch("spectra_kernel", 10**6, 1e-5)  # its bytes take less than a launch
     product = _launch("table_product_kernel", 10**8, 1e-3)  # operations, not bytes
-    good, bad = _launch("mix_kernel", 10**8, 4e-5), _launch("synthesis_kernel", 10**8, 5e-5)
+    good, bad = _launch("mix_kernel", 10**8, 4e-5), _launch("results_kernel", 10**8, 5e-5)
     copy = {"status": "ok", "bytes_per_second": 2.5e12}
     records = {op.BANDWIDTH_KEY: copy, "fft": _record("bfloat16", small, product, good)}
     (goal,) = profiled._goals(records)
@@ -219,15 +232,14 @@ def test_launches_are_listed_with_their_share_of_the_bandwidth_and_the_worst_mee
     assert goal.measured == "1 (the worst of 1: mix_kernel in fft forward)"
     records["more"] = _record("bfloat16", good, bad, timed_by="events", mismatch="3 events for 2 launches")
     records["exact"] = _record("float32", _launch("mix_kernel", 10**8, 1.0))
-    assert profiled._goals(records)[0].measured.startswith("0.8 (the worst of 3: synthesis_kernel in more")
+    assert profiled._goals(records)[0].measured.startswith("0.8 (the worst of 3: results_kernel in more")
     records["worse"] = _record("bfloat16", _launch("outer_kernel", 10**8, 6e-5))
     assert profiled._goals(records)[0].reached is False
     assert profiled._goals({})[0].reached is None
     lines = profiled._tables(records)
-    (row,) = [line for line in "\n".join(lines).splitlines() if "synthesis_kernel" in line]
-    cells = ["forward", "1", "synthesis_kernel", "50 µs", "95.4 MiB", "2.00", "80%", "168", "0", "73728", "8", "3"]
+    (row,) = [line for line in "\n".join(lines).splitlines() if "results_kernel" in line]
+    cells = ["forward", "1", "results_kernel", "50 µs", "95.4 MiB", "2.00", "80%", "168", "0", "73728", "8", "3"]
     assert [cell.strip() for cell in row.strip("|").split("|")] == [*cells, "R128 C64", "64×2×1"]
-    assert "analysis_kernel of w" in "\n".join(lines)
     assert any("3 events for 2 launches" in line for line in lines)
 
 

@@ -526,7 +526,7 @@ def _results(
     m, n, _ = shape
     tile = transform_tile(of.card, of.scratch.itemsize, of.size, of.apart)
     # A row of dw is summed over S pairs of blocks: fewer rows keep them in registers.
-    w_rows = 16 if of.apart >= 8 else 32
+    w_rows = 16 if of.apart >= 4 else 32
     w_tiles = cdiv(m * n * of.apart, w_rows) * cdiv(of.size, _WIDE) if n_splits else 0
     n_rows = out.n_tokens * out.blocks * of.apart if out else 0
     tiles = cdiv(n_rows, tile.block_t) * cdiv(of.size, tile.block_o)
