@@ -42,7 +42,6 @@ MEMORY_BOUND = (
     "decode_kernel",
     "expand_kernel",
     "mix_kernel",
-    "mix_outer_kernel",
     "outer_kernel",
     "results_kernel",
     "spectra_kernel",
@@ -160,8 +159,7 @@ def launches(device: torch.device, *, tiny: bool = False) -> Iterator[tuple[str,
 _SPECTRA: dict[str, dict[str, tuple[str, ...]]] = {
     "spectra_kernel": {"z_ptr": ("x_rows",), "other_z_ptr": ("other_rows",)},
     "mix_kernel": {"z_ptr": ("n_tokens", "col_blocks"), "y_ptr": ("n_tokens", "row_blocks")},
-    "outer_kernel": {"g_ptr": ("n_tokens", "out_blocks"), "z_ptr": ("n_tokens", "in_blocks")},
-    "mix_outer_kernel": {
+    "outer_kernel": {
         "g_ptr": ("n_tokens", "out_blocks"),
         "z_ptr": ("n_tokens", "in_blocks"),
         "y_ptr": ("n_tokens", "in_blocks"),

@@ -271,28 +271,18 @@ def mix_kernel(
     tl.store(y_ptrs, narrowed(acc, y_ptr.dtype.element_ty, PRECISION), mask=mask)
 
 
-@helper
-def store_sums(
-    acc, sums_ptr, split, slot, offs_o, offs_i, SLOTS, ROWS: tl.constexpr, COLS: tl.constexpr, ACCUMULATE: tl.constexpr
-):
-    """Store one tile of a slot's sums, or add it to what is there from tokens before."""
-    sums_ptrs = sums_ptr + (split.to(tl.int64) * SLOTS + slot) * (ROWS * COLS)
-    sums_ptrs += offs_o.to(tl.int64)[:, None] * COLS + offs_i[None, :]
-    mask = (offs_o < ROWS)[:, None] & (offs_i < COLS)[None, :]
-    if ACCUMULATE:
-        acc += tl.load(sums_ptrs, mask=mask, other=0.0)
-    tl.store(sums_ptrs, acc, mask=mask)
-
-
 @triton.jit
 def outer_kernel(
     g_ptr,  # [SLOTS, n_tokens, 2·out_blocks], the spectrum of dy
     z_ptr,  # [SLOTS, n_tokens, 2·in_blocks], the spectrum of x
     sums_ptr,  # [n_splits, SLOTS, 2·out_blocks, 2·in_blocks] float32
+    blocks_ptr,  # [SLOTS, 2·in_blocks, 2·out_blocks], or None
+    y_ptr,  # [SLOTS, n_tokens, 2·in_blocks], or None: the spectrum of dx in the same pass, where one tile is a slot
     n_tokens,
     tokens_per_split,
     stride_g_f,
     stride_z_f,
+    stride_y_f,
     out_blocks: tl.constexpr,  # of Q
     in_blocks: tl.constexpr,
     ACCUMULATE: tl.constexpr,  # add to what `sums` holds from tokens before
@@ -303,96 +293,61 @@ def outer_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """sums = gᵀ z per slot and split of the tokens; one program: one tile of one slot, one split."""
+    """sums = gᵀ z (and y = g blocksᵀ) per slot; one program: one tile of one slot's sums, one split of the tokens."""
     begin(PDL)
     ROWS: tl.constexpr = 2 * out_blocks
     COLS: tl.constexpr = 2 * in_blocks
     TILES: tl.constexpr = (COLS + BLOCK_I - 1) // BLOCK_I
-    offs_o = tl.program_id(0) // TILES * BLOCK_O + tl.arange(0, BLOCK_O)
-    offs_i = tl.program_id(0) % TILES * BLOCK_I + tl.arange(0, BLOCK_I)
+    offs_o = tl.arange(0, BLOCK_O)
+    offs_i = tl.arange(0, BLOCK_I)
+    if y_ptr is None:
+        offs_o += tl.program_id(0) // TILES * BLOCK_O
+        offs_i += tl.program_id(0) % TILES * BLOCK_I
     slot = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     start_t = split * tokens_per_split
     count = tl.minimum(tokens_per_split, n_tokens - start_t)
     offs_t = tl.arange(0, BLOCK_T)
-    # g is read transposed by its pointers: a transposed tile in registers would keep the loads out of the pipeline.
-    g_ptrs = g_ptr + slot * stride_g_f + start_t.to(tl.int64) * ROWS + (offs_o[:, None] + (offs_t * ROWS)[None, :])
-    z_ptrs = z_ptr + slot * stride_z_f + start_t.to(tl.int64) * COLS + ((offs_t * COLS)[:, None] + offs_i[None, :])
+    offs_z = (offs_t * COLS)[:, None] + offs_i[None, :]
+    z_ptrs = z_ptr + slot * stride_z_f + start_t.to(tl.int64) * COLS + offs_z
+    g_ptrs = g_ptr + slot * stride_g_f + start_t.to(tl.int64) * ROWS
+    if y_ptr is None:
+        # Read transposed by its pointers: a transposed tile of float32 would keep the loads out of the pipeline.
+        g_ptrs += offs_o[:, None] + (offs_t * ROWS)[None, :]
+    else:
+        g_ptrs += (offs_t * ROWS)[:, None] + offs_o[None, :]
+        y_ptrs = y_ptr + slot * stride_y_f + start_t.to(tl.int64) * COLS + offs_z
+        block_ptrs = blocks_ptr + slot * (ROWS * COLS) + ((offs_i * ROWS)[:, None] + offs_o[None, :])
+        mask = (offs_i < COLS)[:, None] & (offs_o < ROWS)[None, :]
+        block = tl.trans(tl.load(block_ptrs, mask=mask, other=0.0))
 
     acc = tl.zeros([BLOCK_O, BLOCK_I], dtype=tl.float32)
     for t in range(0, count, BLOCK_T):
-        mask_g = (offs_t < count - t)[None, :]
-        mask_z = (offs_t < count - t)[:, None]
+        inside = offs_t < count - t
+        mask_g = inside[None, :] if y_ptr is None else inside[:, None]
+        mask_z = inside[:, None]
         if ROWS % BLOCK_O != 0:
-            mask_g = mask_g & (offs_o < ROWS)[:, None]
+            mask_g = mask_g & ((offs_o < ROWS)[:, None] if y_ptr is None else (offs_o < ROWS)[None, :])
         if COLS % BLOCK_I != 0:
             mask_z = mask_z & (offs_i < COLS)[None, :]
         g = tl.load(g_ptrs, mask=mask_g, other=0.0, eviction_policy="evict_first")
         z = tl.load(z_ptrs, mask=mask_z, other=0.0, eviction_policy=POLICY)
-        acc = mma(g, z, acc, PRECISION)
+        if y_ptr is None:
+            acc = mma(g, z, acc, PRECISION)
+        else:
+            y = mma(g, block, tl.zeros([BLOCK_T, BLOCK_I], dtype=tl.float32), PRECISION)
+            acc = mma(tl.trans(g), z, acc, PRECISION)
+            tl.store(y_ptrs, narrowed(y, y_ptr.dtype.element_ty, PRECISION), mask=mask_z)
+            y_ptrs += BLOCK_T * COLS
         g_ptrs += BLOCK_T * ROWS
         z_ptrs += BLOCK_T * COLS
-    store_sums(acc, sums_ptr, split, slot, offs_o, offs_i, tl.num_programs(1), ROWS, COLS, ACCUMULATE)
 
-
-@triton.jit
-def mix_outer_kernel(
-    g_ptr,  # [SLOTS, n_tokens, 2·out_blocks], the spectrum of dy
-    z_ptr,  # [SLOTS, n_tokens, 2·in_blocks], the spectrum of x
-    blocks_ptr,  # [SLOTS, 2·in_blocks, 2·out_blocks]
-    y_ptr,  # [SLOTS, n_tokens, 2·in_blocks], the spectrum of dx
-    sums_ptr,  # [n_splits, SLOTS, 2·out_blocks, 2·in_blocks] float32
-    n_tokens,
-    tokens_per_split,
-    stride_g_f,
-    stride_z_f,
-    stride_y_f,
-    out_blocks: tl.constexpr,  # of Q
-    in_blocks: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-    POLICY: tl.constexpr,  # of z, as in mix_kernel
-    PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
-    BLOCK_O: tl.constexpr,  # at least 2·out_blocks
-    BLOCK_I: tl.constexpr,  # at least 2·in_blocks
-    BLOCK_T: tl.constexpr,
-):
-    """y = g blocksᵀ and sums = gᵀ z in one pass over g; one program: a whole slot, one split of the tokens."""
-    begin(PDL)
-    ROWS: tl.constexpr = 2 * out_blocks
-    COLS: tl.constexpr = 2 * in_blocks
-    slot = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
-    start_t = split * tokens_per_split
-    count = tl.minimum(tokens_per_split, n_tokens - start_t)
-    offs_t = tl.arange(0, BLOCK_T)
-    offs_o = tl.arange(0, BLOCK_O)
-    offs_i = tl.arange(0, BLOCK_I)
-    g_ptrs = g_ptr + slot * stride_g_f + start_t.to(tl.int64) * ROWS + ((offs_t * ROWS)[:, None] + offs_o[None, :])
-    z_offs = (offs_t * COLS)[:, None] + offs_i[None, :]
-    z_ptrs = z_ptr + slot * stride_z_f + start_t.to(tl.int64) * COLS + z_offs
-    y_ptrs = y_ptr + slot * stride_y_f + start_t.to(tl.int64) * COLS + z_offs
-    block_ptrs = blocks_ptr + slot * (ROWS * COLS) + ((offs_i * ROWS)[:, None] + offs_o[None, :])
-    block = tl.trans(tl.load(block_ptrs, mask=(offs_i < COLS)[:, None] & (offs_o < ROWS)[None, :], other=0.0))
-
-    acc = tl.zeros([BLOCK_O, BLOCK_I], dtype=tl.float32)
-    for t in range(0, count, BLOCK_T):
-        inside = (offs_t < count - t)[:, None]
-        mask_g = inside
-        mask_z = inside
-        if ROWS != BLOCK_O:
-            mask_g = mask_g & (offs_o < ROWS)[None, :]
-        if COLS != BLOCK_I:
-            mask_z = mask_z & (offs_i < COLS)[None, :]
-        g = tl.load(g_ptrs, mask=mask_g, other=0.0, eviction_policy="evict_first")
-        z = tl.load(z_ptrs, mask=mask_z, other=0.0, eviction_policy=POLICY)
-        y = mma(g, block, tl.zeros([BLOCK_T, BLOCK_I], dtype=tl.float32), PRECISION)
-        acc = mma(tl.trans(g), z, acc, PRECISION)
-        tl.store(y_ptrs, narrowed(y, y_ptr.dtype.element_ty, PRECISION), mask=mask_z)
-        g_ptrs += BLOCK_T * ROWS
-        z_ptrs += BLOCK_T * COLS
-        y_ptrs += BLOCK_T * COLS
-    store_sums(acc, sums_ptr, split, slot, offs_o, offs_i, tl.num_programs(0), ROWS, COLS, ACCUMULATE)
+    sums_ptr += (split.to(tl.int64) * tl.num_programs(1) + slot) * (ROWS * COLS)
+    sums_ptrs = sums_ptr + offs_o.to(tl.int64)[:, None] * COLS + offs_i[None, :]
+    mask = (offs_o < ROWS)[:, None] & (offs_i < COLS)[None, :]
+    if ACCUMULATE:
+        acc += tl.load(sums_ptrs, mask=mask, other=0.0)
+    tl.store(sums_ptrs, acc, mask=mask)
 
 
 @helper

@@ -48,7 +48,7 @@ def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def steps(kernel: str, constants: dict[str, Any]) -> dict[str, int]:
     """Of a spectral product: rows of its tile and steps of its sum over a constant length."""
-    if kernel in ("outer_kernel", "mix_outer_kernel"):
+    if kernel == "outer_kernel":
         return {"rows": constants["BLOCK_O"], "steps": 0}
     lengths = {
         "spectra_kernel": lambda c: c["Q"],

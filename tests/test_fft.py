@@ -384,7 +384,7 @@ def test_three_launches_a_direction(device: torch.device) -> None:
     with launch_hooks.noted() as backward:
         fft_backward(dy, x, w, scale=1.0, out=torch.zeros_like(x))
     assert forward == ["spectra_kernel", "mix_kernel", "results_kernel"]
-    assert backward == ["spectra_kernel", "mix_outer_kernel", "results_kernel"]
+    assert backward == ["spectra_kernel", "outer_kernel", "results_kernel"]
 
 
 def test_chunks_take_three_more(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,7 +395,7 @@ def test_chunks_take_three_more(device: torch.device, monkeypatch: pytest.Monkey
     with launch_hooks.noted() as backward:
         fft_backward(dy, x, w, scale=1.0)
     assert forward == ["spectra_kernel", "mix_kernel", "results_kernel"] * 3
-    assert backward == ["spectra_kernel", "mix_outer_kernel", "results_kernel"] * 3
+    assert backward == ["spectra_kernel", "outer_kernel", "results_kernel"] * 3
 
 
 def test_refuses_what_does_not_fit(device: torch.device) -> None:

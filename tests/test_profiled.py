@@ -90,7 +90,7 @@ def test_bytes_of_a_backward_pass() -> None:
     """dy's spectrum is read once, for dx and dw."""
     n_tokens, features, b = 8192, 4096, 256
     found = _moved(profiled.Profiled("fft", cases.LayerCase(n_tokens, features, features, b)))["backward"]
-    assert [name for name, _ in found] == ["spectra_kernel", "mix_outer_kernel", "results_kernel"]
+    assert [name for name, _ in found] == ["spectra_kernel", "outer_kernel", "results_kernel"]
     x, w = 2 * n_tokens * features, features**2 // b
     slots, rows, basis = 64, 2 * 16 * 2, 128 * 128  # 16 blocks of 256 are 32 of 128
     blocks, sums = slots * rows**2, 4 * slots * rows**2  # four splits of float32

@@ -18,6 +18,7 @@ What a call launches depends on sizes and dtypes alone. It is decided once, as l
 tensors, so that a repeated call finds grids, strides, tiles and constants by one look-up.
 """
 
+import functools
 from collections.abc import Hashable, Mapping
 from typing import NamedTuple
 
@@ -151,7 +152,7 @@ def _gradients(
     if x.numel() == 0 or dy.numel() == 0:
         return dw.zero_()
     dy, x = specs.with_contiguous_rows(dy), specs.with_contiguous_rows(x)
-    plan = _gradient_plan(
+    plan, g_memory, sums_memory, together = _gradient_plan(
         x.device,
         x.dtype,
         specs.precision(x.dtype, _OF_16BIT),
@@ -162,30 +163,30 @@ def _gradients(
         source is not None,
     )
     with specs.on_device_of(x):
-        g = plan.g.allocate()
+        g = g_memory.allocate()
         blocks, z = _first_spectra(plan, w, dy, g, x, source)
         y = None if dx is None else plan.y.allocate()
-        sums = plan.sums.allocate()
+        sums = sums_memory.allocate()
         for chunk in plan.chunks:
             if chunk.spectra:
                 _launch_spectra(chunk.spectra, None, None, chunk.of(dy), g, None if plan.whole else chunk.of(x), z)
-            of_x = chunk.of_spectrum(z)
-            if chunk.mix_outer is not None:
-                chunk.mix_outer(g_ptr=g, z_ptr=of_x, blocks_ptr=blocks, y_ptr=y, sums_ptr=sums)
-            else:
-                if chunk.mix is not None:
-                    chunk.mix(z_ptr=g, blocks_ptr=blocks, y_ptr=y)
-                chunk.outer(g_ptr=g, z_ptr=of_x, sums_ptr=sums)
-            if chunk.results is not None:
-                chunk.results(
-                    y_ptr=y,
-                    bias_ptr=None,
-                    out_ptr=None if dx is None else chunk.of(dx),
-                    sums_ptr=sums if chunk.is_last else None,
-                    dw_ptr=dw if chunk.is_last else None,
-                    scale=scale * plan.gain,
-                    stride_out_t=0 if dx is None else dx.stride(0),
-                )
+            chunk.mix(z_ptr=g, blocks_ptr=blocks, y_ptr=y)
+            chunk.outer(
+                g_ptr=g,
+                z_ptr=chunk.of_spectrum(z),
+                sums_ptr=sums,
+                blocks_ptr=blocks if together else None,
+                y_ptr=y if together else None,
+            )
+            chunk.results(
+                y_ptr=y,
+                bias_ptr=None,
+                out_ptr=None if dx is None else chunk.of(dx),
+                sums_ptr=sums if chunk.is_last else None,
+                dw_ptr=dw if chunk.is_last else None,
+                scale=scale * plan.gain,
+                stride_out_t=0 if dx is None else dx.stride(0),
+            )
     return dw
 
 
@@ -207,7 +208,7 @@ def _first_spectra(
     new_dy = None if dy is None else plan.chunks[0].of(dy)
     if new_w is not None or new_dy is not None or new_x is not None:
         _launch_spectra(plan.spectra, new_w, blocks, new_dy, g, new_x, z)
-    if new_w is not None:
+    if w is not None and blocks is not None and new_w is not None:
         spectra.keep_weight(w, plan.w_what, blocks)
     if plan.whole and new_x is not None:
         spectra.keep_input(source, plan.x_what, z)
@@ -242,6 +243,10 @@ def _launch_spectra(
 _SpectraLaunches = Mapping[tuple[bool, bool], Launch]
 
 
+def _nothing(**arguments: object) -> None:
+    """In the place of a launch that is not needed."""
+
+
 class _Chunk(NamedTuple):
     """Some of the tokens."""
 
@@ -252,11 +257,9 @@ class _Chunk(NamedTuple):
     is_last: bool
     spectra: _SpectraLaunches
     """Empty where the first launch of all has computed them."""
-    mix: Launch | None
-    outer: Launch | None
-    mix_outer: Launch | None
-    """In the place of both."""
-    results: Launch | None
+    mix: Launch
+    outer: Launch
+    results: Launch
 
     def of(self, tensor: Tensor) -> Tensor:
         return tensor if self.rows is None else tensor[self.rows]
@@ -267,8 +270,6 @@ class _Chunk(NamedTuple):
 
 class _Plan(NamedTuple):
     gain: float
-    whole: bool
-    """Whether x is transformed at once, so that its spectrum may be kept."""
     w_what: Hashable
     """Everything but w that decides on the values of its matrices."""
     x_what: Hashable
@@ -279,19 +280,21 @@ class _Plan(NamedTuple):
     """Of the spectrum of x."""
     y: Memory
     """Of the spectrum of the product."""
-    g: Memory | None
-    """Of the spectrum of dy."""
-    sums: Memory | None
+    whole: bool
+    """Whether x is transformed at once, so that its spectrum may be kept."""
     spectra: _SpectraLaunches
     chunks: tuple[_Chunk, ...]
 
 
 class _Rows(NamedTuple):
-    """What is transformed: tokens of so many blocks, from or to a spectrum."""
+    """What is transformed: tokens of so many blocks, from or to a spectrum whose slots lie so far apart."""
 
     n_tokens: int
     blocks: int
-    spectrum: Memory
+    stride: int
+
+
+_NO_ROWS = _Rows(0, 0, 0)
 
 
 @planned
@@ -312,33 +315,23 @@ def _product_plan(
     whole, step = _cut(of, n_tokens, cols, rows)
     z, y = of.memory(n_tokens if whole else step, cols), of.memory(step, rows)
 
-    def chunk(start: int) -> _Chunk:
-        count = min(step, n_tokens - start)
+    def chunk(start: int, count: int) -> _Chunk:
         return _Chunk(
-            None if count == n_tokens else slice(start, start + count),
-            2 * start * cols * of.apart if whole else 0,
-            start + count == n_tokens,
-            {} if whole or start == 0 else _spectra_launches(of, shape, transpose, None, _Rows(count, cols, z)),
+            *_place(start, count, n_tokens, cols * of.apart if whole else 0),
+            {} if whole or start == 0 else _spectra_launches(of, shape, transpose, _Rows(count, cols, z.stride)),
             mix=_mix(of, count, cols, rows, z, y, read_again=whole and shares),
-            outer=None,
-            mix_outer=None,
-            results=_results(of, shape, _Rows(count, rows, y), has_bias=has_bias, accumulate=accumulate),
+            outer=_nothing,
+            results=_results(of, shape, _Rows(count, rows, y.stride), has_bias=has_bias, accumulate=accumulate),
         )
 
-    chunks = tuple(map(chunk, range(0, n_tokens, step)))
-    x = _Rows(n_tokens if whole else min(step, n_tokens), cols, z)
     return _Plan(
         of.basis.gain,
-        whole,
         (of.scratch, precision, transpose),
         (dtype, precision, b, n_tokens, cols),
-        of.matrices(rows, cols),
-        z,
-        y,
-        g=None,
-        sums=None,
-        spectra=_spectra_launches(of, shape, transpose, None, x),
-        chunks=chunks,
+        *(of.matrices(rows, cols), z, y),
+        whole,
+        _spectra_launches(of, shape, transpose, _Rows(n_tokens if whole else min(step, n_tokens), cols, z.stride)),
+        tuple(chunk(start, min(step, n_tokens - start)) for start in range(0, n_tokens, step)),
     )
 
 
@@ -352,7 +345,8 @@ def _gradient_plan(
     with_dx: bool,
     accumulate: bool,
     shares: bool,
-) -> _Plan:
+) -> tuple[_Plan, Memory, Memory, bool]:
+    """With the plan, memory for the spectrum of dy and for sums, and whether `outer` is also `mix`."""
     m, n, b = shape
     of = fft_bases.transform(device, dtype, b, precision)
     whole, step = _cut(of, n_tokens, n, m + n * with_dx)
@@ -363,62 +357,61 @@ def _gradient_plan(
     tiles = cdiv(rows, tile.block_o) * cdiv(columns, tile.block_i)
     # As many splits of a chunk as fill a card.
     tokens_per_split, n_splits = split(step, tile.block_t, tiles * of.slots, least=8)
-    policy = "" if whole and shares else "evict_first"
+    outer = functools.partial(
+        bound,
+        # One program per tile of a slot's matrix, slot and split of the tokens.
+        kernels().fft.outer_kernel,
+        (tiles, of.slots, n_splits),
+        tile,
+        tokens_per_split=tokens_per_split,
+        stride_g_f=g.stride,
+        stride_z_f=z.stride,
+        stride_y_f=y.stride,
+        out_blocks=m * of.apart,
+        in_blocks=n * of.apart,
+        POLICY=_policy(whole and shares),
+        PRECISION=precision,
+        BLOCK_O=tile.block_o,
+        BLOCK_I=tile.block_i,
+        BLOCK_T=tile.block_t,
+        **of.options,
+    )
 
-    def outer(start: int, count: int) -> Launch:
-        arguments = {
-            "n_tokens": count,
-            "tokens_per_split": tokens_per_split,
-            "stride_g_f": g.stride,
-            "stride_z_f": z.stride,
-            "out_blocks": m * of.apart,
-            "in_blocks": n * of.apart,
-            "ACCUMULATE": start > 0,
-            "POLICY": policy,
-            "PRECISION": precision,
-            "BLOCK_O": tile.block_o,
-            "BLOCK_I": tile.block_i,
-            "BLOCK_T": tile.block_t,
-        }
-        if together:  # one program per slot and split of the tokens
-            kernel, grid = kernels().fft.mix_outer_kernel, (of.slots, n_splits, 1)
-            return bound(kernel, grid, tile, stride_y_f=y.stride, **arguments, **of.options)
-        # One program per tile of a slot's matrix, slot and split.
-        return bound(kernels().fft.outer_kernel, (tiles, of.slots, n_splits), tile, **arguments, **of.options)
-
-    def chunk(start: int) -> _Chunk:
-        count = min(step, n_tokens - start)
+    def chunk(start: int, count: int) -> _Chunk:
         is_last = start + count == n_tokens
-        dy, x = _Rows(count, m, g), None if whole else _Rows(count, n, z)
-        result = _Rows(count, n, y) if with_dx else None
+        dx, dw = _Rows(count, n, y.stride) if with_dx else _NO_ROWS, n_splits if is_last else 0
+        dy_x = (_Rows(count, m, g.stride), _NO_ROWS if whole else _Rows(count, n, z.stride))
         return _Chunk(
-            None if count == n_tokens else slice(start, start + count),
-            2 * start * n * of.apart if whole else 0,
-            is_last,
-            {} if start == 0 else _spectra_launches(of, shape, True, dy, x),
-            mix=_mix(of, count, m, n, g, y, read_again=True) if with_dx and not together else None,
-            outer=None if together else outer(start, count),
-            mix_outer=outer(start, count) if together else None,
-            results=_results(of, shape, result, n_splits if is_last else 0, accumulate=accumulate)
-            if with_dx or is_last
-            else None,
+            *_place(start, count, n_tokens, n * of.apart if whole else 0),
+            {} if start == 0 else _spectra_launches(of, shape, True, *dy_x),
+            mix=_mix(of, count, m, n, g, y, read_again=True) if with_dx and not together else _nothing,
+            outer=outer(n_tokens=count, ACCUMULATE=start > 0),
+            results=_results(of, shape, dx, dw, accumulate=accumulate) if with_dx or is_last else _nothing,
         )
 
-    chunks = tuple(map(chunk, range(0, n_tokens, step)))
     first = min(step, n_tokens)
-    return _Plan(
+    dy_x = (_Rows(first, m, g.stride), _Rows(n_tokens if whole else first, n, z.stride))
+    plan = _Plan(
         of.basis.gain,
-        whole,
         (of.scratch, precision, True),
         (dtype, precision, b, n_tokens, n),
-        of.matrices(n, m),
-        z,
-        y,
-        g,
-        Memory((n_splits, of.slots, rows, columns), torch.float32, device),
-        _spectra_launches(of, shape, True, _Rows(first, m, g), _Rows(n_tokens if whole else first, n, z)),
-        chunks,
+        *(of.matrices(n, m), z, y),
+        whole,
+        _spectra_launches(of, shape, True, *dy_x),
+        tuple(chunk(start, min(step, n_tokens - start)) for start in range(0, n_tokens, step)),
     )
+    return plan, g, Memory((n_splits, of.slots, rows, columns), torch.float32, device), together
+
+
+def _place(start: int, count: int, n_tokens: int, blocks: int) -> tuple[slice | None, int, bool]:
+    """The first fields of a chunk; `blocks` of Q lie side by side in a whole spectrum."""
+    rows = None if count == n_tokens else slice(start, start + count)
+    return rows, 2 * start * blocks, start + count == n_tokens
+
+
+def _policy(read_again: bool) -> str:
+    """What becomes in the cache of what a launch has read."""
+    return "" if read_again else "evict_first"
 
 
 def _cut(of: Transform, n_tokens: int, x_blocks: int, other_blocks: int) -> tuple[bool, int]:
@@ -438,45 +431,46 @@ def _cut(of: Transform, n_tokens: int, x_blocks: int, other_blocks: int) -> tupl
     return whole, round_up(cdiv(n_tokens, chunks), 128)
 
 
-def _spectra_launches(
-    of: Transform, shape: tuple[int, int, int], transpose: bool, dy: _Rows | None, x: _Rows | None
-) -> _SpectraLaunches:
-    """Of w, dy where there is one, and x: each combination that a call may need."""
-    launches = {}
-    for with_w in (True, False):
-        for of_x in {None, x}:
-            parts = [rows for rows in (dy, of_x) if rows is not None]
-            if with_w or parts:
-                launches[with_w, of_x is not None] = _spectra(of, shape, transpose, with_w, parts)
-    return launches
+def _spectra_launches(of: Transform, shape: tuple[int, int, int], transpose: bool, *rows: _Rows) -> _SpectraLaunches:
+    """Each launch that a call may need: with w and without, of all the rows and without the last, those of x."""
+    some = {(with_w, with_x): rows if with_x else rows[:-1] for with_w in (True, False) for with_x in (True, False)}
+    return {key: _spectra(of, shape, transpose, key[0], *parts) for key, parts in some.items() if key[0] or parts}
 
 
-def _spectra(of: Transform, shape: tuple[int, int, int], transpose: bool, with_w: bool, parts: list[_Rows]) -> Launch:
+def _spectra(
+    of: Transform,
+    shape: tuple[int, int, int],
+    transpose: bool,
+    with_w: bool,
+    x: _Rows = _NO_ROWS,
+    other: _Rows = _NO_ROWS,
+) -> Launch:
     """The spectra of w as matrices, of one tensor and of another, those that there are, in one launch."""
     m, n, _ = shape
     tile = transform_tile(of.card, of.scratch.itemsize, of.size, of.apart)
-    rows = [part.n_tokens * part.blocks * of.apart for part in parts]
-    tiles = [cdiv(count, tile.block_t) * cdiv(2 * of.slots, tile.block_o) for count in rows]
+    x_rows, other_rows = (rows.n_tokens * rows.blocks * of.apart for rows in (x, other))
+    x_tiles, other_tiles = (
+        cdiv(rows, tile.block_t) * cdiv(2 * of.slots, tile.block_o) for rows in (x_rows, other_rows)
+    )
     w_tiles = cdiv(m * n * of.apart**2, _WIDE) * cdiv(2 * of.slots, _WIDE) if with_w else 0
-    first, other = (parts + [None, None])[:2]
     return bound(
         # One program per tile of rows and columns.
         kernels().fft.spectra_kernel,
-        (w_tiles + sum(tiles), 1, 1),
+        (w_tiles + x_tiles + other_tiles, 1, 1),
         tile,
         exact_ptr=of.exact.forward if with_w else None,
-        basis_ptr=of.basis.forward if parts else None,
+        basis_ptr=of.basis.forward if x_tiles else None,
         w_tiles=w_tiles,
-        x_tiles=tiles[0] if first else 0,
-        other_tiles=tiles[1] if other else 0,
-        x_rows=rows[0] if first else 0,
-        other_rows=rows[1] if other else 0,
-        stride_z_f=first.spectrum.stride if first else 0,
-        stride_other_z_f=other.spectrum.stride if other else 0,
+        x_tiles=x_tiles,
+        other_tiles=other_tiles,
+        x_rows=x_rows,
+        other_rows=other_rows,
+        stride_z_f=x.stride,
+        stride_other_z_f=other.stride,
         out_blocks=m,
         in_blocks=n,
-        x_blocks=first.blocks if first else 0,
-        other_blocks=other.blocks if other else 0,
+        x_blocks=x.blocks,
+        other_blocks=other.blocks,
         S=of.apart,
         Q=of.size,
         TRANSPOSE=transpose,
@@ -504,7 +498,7 @@ def _mix(of: Transform, n_tokens: int, cols: int, rows: int, z: Memory, y: Memor
         row_blocks=rows,
         col_blocks=cols,
         SLOTS=of.slots,
-        POLICY="" if read_again else "evict_first",
+        POLICY=_policy(read_again),
         PRECISION=of.precision,
         BLOCK_T=tile.block_t,
         BLOCK_C=tile.block_o,
@@ -516,35 +510,35 @@ def _mix(of: Transform, n_tokens: int, cols: int, rows: int, z: Memory, y: Memor
 def _results(
     of: Transform,
     shape: tuple[int, int, int],
-    out: _Rows | None,
+    out: _Rows,
     n_splits: int = 0,
     *,
     has_bias: bool = False,
     accumulate: bool = False,
 ) -> Launch:
-    """out = scale · the inverse transform (+ bias) (+ out), where there is one, and dw from so many splits of its sums."""
+    """out = scale · the inverse transform (+ bias) (+ out), and dw from the sums of so many splits, either of them."""
     m, n, _ = shape
     tile = transform_tile(of.card, of.scratch.itemsize, of.size, of.apart)
     # A row of dw is summed over S pairs of blocks: fewer rows keep them in registers.
-    w_rows = 16 if of.apart >= 4 else 32
+    w_rows = 16 if of.apart >= 4 else _WIDE
     w_tiles = cdiv(m * n * of.apart, w_rows) * cdiv(of.size, _WIDE) if n_splits else 0
-    n_rows = out.n_tokens * out.blocks * of.apart if out else 0
+    n_rows = out.n_tokens * out.blocks * of.apart
     tiles = cdiv(n_rows, tile.block_t) * cdiv(of.size, tile.block_o)
     return bound(
         # One program per tile of rows and columns.
         kernels().fft.results_kernel,
         (w_tiles + tiles, 1, 1),
         tile,
-        basis_ptr=of.basis.inverse if out else None,
-        exact_ptr=of.exact.inverse if n_splits else None,
+        basis_ptr=of.basis.inverse if tiles else None,
+        exact_ptr=of.exact.inverse if w_tiles else None,
         w_tiles=w_tiles,
         tiles=tiles,
         n_rows=n_rows,
         n_splits=n_splits,
-        stride_y_f=out.spectrum.stride if out else 0,
+        stride_y_f=out.stride,
         out_blocks=m,
         in_blocks=n,
-        blocks=out.blocks if out else 0,
+        blocks=out.blocks,
         S=of.apart,
         Q=of.size,
         HAS_BIAS=has_bias,
