@@ -7,11 +7,15 @@ that tiles, constants and the alignment of every argument are those of a real ca
 """
 
 import json
+import re
+import subprocess
 import sys
+import tempfile
 from typing import Any
 
 import bench_package  # noqa: F401
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -58,6 +62,19 @@ def steps(kernel: str, constants: dict[str, Any]) -> dict[str, int]:
     return {"steps": -(-lengths[kernel](constants) // constants["BLOCK_K"])} if kernel in lengths else {}
 
 
+def waits_first(cubin: bytes) -> bool:
+    """Whether the code waits for the launches before it ahead of everything that reads or writes global memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    touched = re.search(r"\b(LDG|STG|LDGSTS|LD|ST|ATOM|ATOMG|RED|UTMALDG|UBLKCP)\b", sass)
+    assert touched is not None
+    wait = sass.find("ACQBULK")
+    return 0 <= wait < touched.start()
+
+
 def product(dtype: torch.dtype, n_tokens: int, width: int, b: int, transpose: bool = False) -> None:
     """A square layer's product: forward into an existing output, transposed with a bias."""
     x, w = tensor(n_tokens, width, dtype=dtype), tensor(width // b, width // b, b)
@@ -87,11 +104,13 @@ def weight_grad(dtype: torch.dtype, n_tokens: int, width: int, b: int) -> None:
     grad_of_w(x, x, b, scale=1 / width)
 
 
-def fft(dtype: torch.dtype, n_tokens: int, width: int, b: int) -> None:
-    """A square layer by spectra: forward into an existing output, and both gradients."""
-    x, w = tensor(n_tokens, width, dtype=dtype), tensor(width // b, width // b, b)
-    fft_product(x, w, scale=1 / width, out=tensor(n_tokens, width, dtype=dtype))
-    fft_backward(x, x, w, scale=1 / width)
+def fft(dtype: torch.dtype, n_tokens: int, in_features: int, b: int, out_features: int = 0) -> None:
+    """A layer by spectra, square where nothing else is said: forward into an existing output, and both gradients."""
+    out_features = out_features or in_features
+    x, w = tensor(n_tokens, in_features, dtype=dtype), tensor(out_features // b, in_features // b, b)
+    y = tensor(n_tokens, out_features, dtype=dtype)
+    fft_product(x, w, scale=1 / in_features, out=y)
+    fft_backward(y, x, w, scale=1 / in_features)
 
 
 def grouped(dtype: torch.dtype, n_rows: int, tokens_per_row: int, in_features: int, out_features: int, b: int) -> None:
@@ -116,7 +135,6 @@ ONE_EACH = (
     (grouped, BF16, 128, 1, 4096, 4096, 256),
     (grouped, BF16, 16, 512, 4096, 4096, 256),
     (fft, BF16, 8192, 4096, 256),
-    (fft, BF16, 8192, 4096, 512),
 )
 # With these every tile of the table and every branch of the kernels.
 CASES = (
@@ -148,8 +166,10 @@ CASES = (
     (grouped, FP16, 16, 100, 1600, 4800, 80),
     (grouped, FP32, 16, 512, 4096, 4096, 256),
     (fft, BF16, 2048, 1600, 100),
+    (fft, BF16, 8192, 3072, 64),
+    (fft, BF16, 8192, 4096, 1024),
+    (fft, BF16, 2048, 4096, 16),
     (fft, FP32, 8192, 4096, 128),
-    (fft, FP32, 8192, 4096, 1024),
 )
 # Neighbours of the above in size or dtype, and the largest transform, which takes the compiler longest.
 MORE_CASES = (
@@ -161,11 +181,12 @@ MORE_CASES = (
     (weight_grad, BF16, 8192, 1600, 100),
     (weight_grad, FP16, 8192, 4096, 256),
     (fft, BF16, 32768, 4096, 256),
+    (fft, BF16, 8192, 4096, 512),
     (fft, BF16, 8192, 4096, 4096),
-    (fft, BF16, 8192, 3072, 64),
     (fft, BF16, 8192, 3072, 192),
-    (fft, BF16, 2048, 4096, 16),
-    (fft, BF16, 8192, 4096, 1024),
+    (fft, BF16, 8192, 4096, 128, 14336),
+    (fft, BF16, 8192, 3072, 64, 1024),
+    (fft, FP32, 8192, 4096, 1024),
     (fft, FP16, 8192, 4096, 256),
 )
 
@@ -195,6 +216,8 @@ def main() -> None:
             for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "cp.async.c", "cp.async.cg")
         }
         row |= steps(self.__name__, kwargs)
+        if kwargs.get("PDL"):
+            row["waits_first"] = waits_first(kernel.asm["cubin"])
         print(json.dumps(row | resources(kernel.asm["cubin"])), flush=True)
 
     JITFunction.run = compile_only

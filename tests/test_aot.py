@@ -21,8 +21,7 @@ MOST = "sm_90"  # for which more is compiled every time
 MMA = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
 PRODUCTS = ("decode_kernel", "table_product_kernel", "hankel_kernel", "diagonal_sums_kernel", "block_sums_kernel")
 GROUPED = ("grouped_hankel_kernel", "grouped_product_kernel")
-SPECTRAL = ("analysis_kernel", "mix_kernel", "synthesis_kernel", "outer_kernel")
-TWO_LEVEL = ("two_level_analysis_kernel", "two_level_synthesis_kernel")
+SPECTRAL = ("spectra_kernel", "mix_kernel", "outer_kernel", "results_kernel")
 
 
 def compile_all(card: str, cache: Path) -> list[dict]:
@@ -62,8 +61,8 @@ def one_step(row: dict) -> bool:
 @pytest.mark.parametrize("card", CARDS)
 def test_resources(compiled: dict[str, list[dict]], card: str) -> None:
     rows = compiled[card]
-    others = {"table_kernel", "sum_partials_kernel", "expand_kernel", "fold_sums_kernel", "fold_spectrum_kernel"}
-    assert {row["kernel"] for row in rows} == {*others, *PRODUCTS, *GROUPED, *SPECTRAL, *TWO_LEVEL}
+    others = {"table_kernel", "sum_partials_kernel", "expand_kernel", "fold_sums_kernel"}
+    assert {row["kernel"] for row in rows} == {*others, *PRODUCTS, *GROUPED, *SPECTRAL}
     assert not [row for row in rows if row["stack"] or row["local"]], "registers are spilled"
     assert not [row for row in rows if row["shared"] > SHARED_MEMORY[card]], "more shared memory than the card has"
 
@@ -71,12 +70,11 @@ def test_resources(compiled: dict[str, list[dict]], card: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("card", CARDS)
 def test_main_loops(compiled: dict[str, list[dict]], card: str) -> None:
-    rows = [row for row in compiled[card] if row["kernel"] in (*PRODUCTS, *GROUPED, *SPECTRAL, *TWO_LEVEL)]
+    rows = [row for row in compiled[card] if row["kernel"] in (*PRODUCTS, *GROUPED, *SPECTRAL)]
     slow = [row for row in rows if not row["mma.sync" if small(row) else MMA[card]]]
     assert not slow, "products without tensor cores"
     # The Hankel matrix is gathered two bytes at a time: no asynchronous copy carries that, but it does carry w.
-    # Two-level transforms read their rows once and have no loop.
-    loops = [row for row in rows if row["kernel"] not in TWO_LEVEL and not one_step(row)]
+    loops = [row for row in rows if not one_step(row)]
     assert not [row for row in loops if not row["cp.async.c"]], "operands are not copied ahead of their use"
 
 
@@ -101,3 +99,11 @@ def test_grouped_kernels_read_w_sixteen_bytes_at_a_time(compiled: dict[str, list
     rows = [row for row in compiled[card] if row["kernel"] == "grouped_hankel_kernel" and " 256" in row["case"]]
     assert rows
     assert all(row["cp.async.cg"] for row in rows), rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", CARDS)
+def test_kernels_that_start_early_wait_before_they_touch_memory(compiled: dict[str, list[dict]], card: str) -> None:
+    """Programmatic dependent launch: what the launch before writes is there only after the wait."""
+    early = {row["kernel"]: row["waits_first"] for row in compiled[card] if "waits_first" in row}
+    assert early == ({} if card == "sm_80" else dict.fromkeys(SPECTRAL, True))
