@@ -25,9 +25,9 @@ from c3a_triton.benchmark import cases, layer, peers, timing
 from c3a_triton.operator import dense, dispatch
 from c3a_triton.operator.launch import specs
 
-from . import launch_hooks, plots, report, runs
+from . import launch_hooks, plots, report, runs, uncomputed
 
-__all__ = ["SUBJECT", "goals", "main", "stubbed_launches", "tables", "tasks"]
+__all__ = ["SUBJECT", "goals", "main", "stubbed_launches", "tables", "tasks", "uncomputed_launches"]
 
 CPU = torch.device("cpu")
 LIMITS = {"forward": 60e-6, "backward": 80e-6}
@@ -59,9 +59,24 @@ def stubbed_launches(launched: Callable[..., None] = _nothing) -> Iterator[None]
     Raises:
         ImportError: Triton is not installed.
     """
+    with launch_hooks.caught(lambda run: launched), _as_on_a_gpu():
+        yield
 
+
+@contextmanager
+def uncomputed_launches() -> Iterator[None]:
+    """As `stubbed_launches`, but launches end where Triton would call the driver.
+
+    Raises:
+        ImportError: Triton is not installed.
+    """
+    with uncomputed.launches(uncomputed.Driver()), _as_on_a_gpu():
+        yield
+
+
+@contextmanager
+def _as_on_a_gpu() -> Iterator[None]:
     with (
-        launch_hooks.caught(lambda run: launched),
         mock.patch.object(specs, "unavailable_reason", _no_reason),
         mock.patch.object(dense, "written_by_triton", _expands),
     ):
@@ -94,7 +109,7 @@ def _measure(case: cases.LayerCase, methods: list[str], seconds: float, record: 
     torch.set_flush_denormal(True)
     try:
         # What the gradient of w under `fold` takes, as on a GPU with so few tokens.
-        with stubbed_launches(), mock.patch.dict(os.environ, {"C3A_TRITON_BACKEND": "direct"}):
+        with uncomputed_launches(), mock.patch.dict(os.environ, {"C3A_TRITON_BACKEND": "direct"}):
             works = {method: [layer.Workload.of(case, method, CPU) for _ in range(N_LAYERS)] for method in methods}
             record["stubbed"] = [method for method in methods if _needs_triton(method)]
             for mode in ("forward", "forward, no grad", "backward"):
