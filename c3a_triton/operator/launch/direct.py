@@ -56,8 +56,7 @@ def direct_product(
     out = specs.new_or_given(shape, x, out)
     if bias is not None:
         bias = bias.contiguous()
-    with specs.on_device_of(x):
-        run(specs.with_contiguous_rows(x), w.contiguous(), bias, out, scale)
+    run(specs.with_contiguous_rows(x), w.contiguous(), bias, out, scale)
     return out
 
 
@@ -70,7 +69,8 @@ def _product_plan(
     if shape[0] == 0:
         return shape, lambda x, w, bias, out, scale: None
     plan = _hankel_product if shape[0] <= SMALL_T else _table_product
-    return shape, plan(shape, x, w.shape, transpose, bias is not None, out is not None, precision)
+    run = plan(shape, x, w.shape, transpose, bias is not None, out is not None, precision)
+    return shape, specs.on_device(x.device, run)
 
 
 def _table_product(

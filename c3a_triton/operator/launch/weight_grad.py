@@ -35,8 +35,7 @@ def weight_grad(dy: Tensor, x: Tensor, block_size: int, *, scale: float, dtype: 
     """
     shape, run = _weight_grad_plan(specs.spec(dy), specs.spec(x), block_size, specs.precision(x.dtype))
     dw = torch.empty(*shape, dtype=torch.float32, device=x.device)
-    with specs.on_device_of(x):
-        run(specs.with_contiguous_rows(dy), specs.with_contiguous_rows(x), dw, scale)
+    run(specs.with_contiguous_rows(dy), specs.with_contiguous_rows(x), dw, scale)
     return dw if dtype == torch.float32 else dw.to(dtype)
 
 
@@ -46,7 +45,8 @@ def _weight_grad_plan(dy: Spec, x: Spec, b: int, precision: str) -> tuple[tuple[
     shape = specs.weight_grad_shape(dy, x, b)
     if 0 in shape or x.shape[0] == 0:
         return shape, lambda dy, x, dw, scale: dw.zero_()
-    return shape, (_block_sums if b <= 64 else _diagonal_sums)(shape, x, precision)
+    run = (_block_sums if b <= 64 else _diagonal_sums)(shape, x, precision)
+    return shape, specs.on_device(x.device, run)
 
 
 def _diagonal_sums(shape: tuple[int, int, int], x: Spec, precision: str) -> _WeightGrad:
