@@ -15,7 +15,7 @@ from unittest import mock
 
 from c3a_triton.operator.launch import plans
 
-__all__ = ["Driver", "launches", "native", "target"]
+__all__ = ["Driver", "launches", "native", "nothing", "target"]
 
 Called = Callable[..., None]
 
@@ -34,19 +34,23 @@ def native(kernel: Any) -> Any:
     return native
 
 
-def _nothing(*arguments: Any) -> None:
+def nothing(*arguments: Any) -> None:
     """In place of Triton's launcher in C."""
 
 
 class Driver:
     """In place of Triton's driver: `card`, on which nothing happens.
 
+    Args:
+        called: in place of the launcher in C, with its arguments: the grid, the stream, the function and more.
+        card: "sm_90", say.
+
     Attributes:
         device: the current one.
         loaded: the kernels that were loaded; each one's place + 1 is what the launcher gets as its function.
     """
 
-    def __init__(self, called: Called = _nothing, card: str = "sm_90") -> None:
+    def __init__(self, called: Called = nothing, card: str = "sm_90") -> None:
         nvidia = importlib.import_module("triton.backends.nvidia.driver")
         self.device = 0
         self.loaded: list[Any] = []
