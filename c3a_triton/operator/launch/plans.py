@@ -57,7 +57,7 @@ def kernels() -> _Kernels:
 
 
 def bound(kernel: Any, grid: tuple[int, int, int], tile: TileConfig | None = None, **constants: Any) -> Launch:
-    """A launch of which everything is decided but what is passed to it; `kernel[grid]` would cost each call a frame.
+    """A launch of which everything is decided but what is passed to it; compiled kernels are found by `compiled`.
 
     Args:
         kernel: a function of `kernels()`.
