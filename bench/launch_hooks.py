@@ -26,6 +26,9 @@ def caught(replacement: Callable[[Launched], Launched]) -> Iterator[None]:
         for module, name in (("jit", "JITFunction"), ("interpreter", "InterpretedFunction")):
             kernel_class = getattr(importlib.import_module(f"triton.runtime.{module}"), name)
             stack.enter_context(mock.patch.object(kernel_class, "run", replacement(kernel_class.run)))
+        # Launches that find their kernels themselves would pass it by.
+        compiled = importlib.import_module("c3a_triton.operator.launch.compiled")
+        stack.enter_context(mock.patch.object(compiled, "keeps", return_value=False))
         # Plans made before hold launches that would not be caught, those made within must not outlive it.
         plans.clear_plans()
         stack.callback(plans.clear_plans)

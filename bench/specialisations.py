@@ -14,14 +14,12 @@ part launches on a GPU. `job_launches` finds these functions; launches compute n
 the card, "auto" chooses as on a GPU, and meta tensors go where real ones go.
 """
 
-import copy
 import functools
 import importlib
 import json
 import lzma
 import re
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -37,6 +35,7 @@ from c3a_triton.operator import dispatch
 from c3a_triton.operator.launch import plans, specs
 
 from . import ROOT, kernel_cases, launch_hooks, overhead
+from .uncomputed import native, target
 
 __all__ = [
     "CARD",
@@ -59,11 +58,6 @@ CARD = "sm_90"
 META = torch.device("meta")
 OURS = ("c3a_triton.kernels.", "bench.")
 METHODS = tuple(f"ours:{name}" for name in dispatch.BACKENDS if name not in ("reference", "torch"))
-
-
-def target(card: str) -> Any:
-    """The card as Triton's compiler names it."""
-    return importlib.import_module("triton.backends.compiler").GPUTarget("cuda", int(card.removeprefix("sm_")), 32)
 
 
 @dataclass(frozen=True)
@@ -134,15 +128,15 @@ class Recorder:
         """Record what this launch would compile, where the kernel is ours; nothing is launched."""
         if not kernel.fn.__module__.startswith(OURS):
             return
-        native = _native(kernel)
+        jitted = native(kernel)
         with self._lock:
-            self._run(native, *args, **{**kwargs, "warmup": True})
+            self._run(jitted, *args, **{**kwargs, "warmup": True})
             (attributes,) = self._asked["configs"]
             one = Specialisation(
                 f"{kernel.fn.__module__}.{kernel.__name__}",
                 [(name, kind, attributes.get((i,))) for i, (name, kind) in enumerate(self._asked["signature"].items())],
-                {native.arg_names[i]: value for (i,), value in self._asked["constants"].items()},
-                {name: kwargs[name] for name in kwargs.keys() - {*native.arg_names, "grid", "warmup"}},
+                {jitted.arg_names[i]: value for (i,), value in self._asked["constants"].items()},
+                {name: kwargs[name] for name in kwargs.keys() - {*jitted.arg_names, "grid", "warmup"}},
                 self.purpose,
             )
             if one.identity not in self.found:
@@ -166,15 +160,6 @@ class Recorder:
         return noting_run
 
 
-@functools.cache
-def _native(kernel: Any) -> Any:
-    """A kernel as it is without the interpreter, with nothing compiled."""
-    jit = importlib.import_module("triton.runtime.jit")
-    native = copy.copy(kernel) if isinstance(kernel, jit.JITFunction) else jit.JITFunction(kernel.fn, **kernel.kwargs)
-    native.device_caches = defaultdict(native.create_binder)
-    return native
-
-
 @contextmanager
 def recorder(card: str = CARD, file: TextIO | None = None) -> Iterator[Recorder]:
     """A recorder for launches within, which Triton takes to be launches on `card`; it catches none by itself.
@@ -191,7 +176,7 @@ def recorder(card: str = CARD, file: TextIO | None = None) -> Iterator[Recorder]
         get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: target(card)
     )
     found = Recorder(jit.JITFunction.run, file)
-    _native.cache_clear()
+    native.cache_clear()
     with (
         mock.patch.object(jit, "driver", SimpleNamespace(active=driver)),
         mock.patch.object(knobs.runtime, "jit_cache_hook", found.asked),

@@ -6,6 +6,7 @@ dtype each, and what that table lacks: strides, splits, ranges, plans, refusals.
 
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 from typing import Any
 
@@ -134,6 +135,21 @@ def test_weight_grad(device: torch.device, dtype: torch.dtype, t: int, m: int, n
     dw = weight_grad.weight_grad(dy, x, b, scale=0.37)
     # The operands are exact and the sum is float32 in every dtype.
     oracle.assert_close(dw, oracle.weight_grad(dy, x, b, 0.37), torch.float32)
+
+
+@pytest.mark.parametrize(("dtype", "t", "m", "n", "b"), oracle.in_turn(cases()))
+def test_both_gradients_at_once_are_those_apart(
+    device: torch.device, dtype: torch.dtype, t: int, m: int, n: int, b: int
+) -> None:
+    x, dy, w = tensors(device, dtype, t, m, n, b)
+    dx = direct.direct_product(dy, w, scale=0.37, transpose=True)
+    both = direct.direct_backward(dy, x, w, scale=0.37)
+    for found, apart in zip(both, (dx, weight_grad.weight_grad(dy, x, b, scale=0.37)), strict=True):
+        assert torch.equal(found, apart)
+    added = torch.ones_like(x)
+    expected = direct.direct_product(dy, w, scale=0.37, transpose=True, out=torch.ones_like(x))
+    assert direct.direct_backward(dy, x, w, scale=0.37, out=added)[0] is added
+    assert torch.equal(added, expected)
 
 
 @pytest.mark.parametrize(("dtype", "m", "n", "b"), oracle.in_turn(SHAPES))
@@ -490,6 +506,33 @@ def test_plans_are_of_one_device(launched: list[tuple[str, dict[str, Any]]]) -> 
             value.device.type for _, given in launched for value in given.values() if isinstance(value, Tensor)
         }
         assert allocated == {device}
+
+
+def test_a_plan_runs_where_triton_launches_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    current, n_devices = 0, 1
+
+    @contextmanager
+    def made_current(device: torch.device) -> Iterator[None]:
+        nonlocal current
+        before, current = current, device.index
+        yield
+        current = before
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: n_devices)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", made_current)
+
+    def where(more: int) -> int:
+        return current + more
+
+    assert specs.on_device(torch.device("cpu"), where) is where
+    assert specs.on_device(torch.device("cuda", 0), where) is where
+    n_devices = 2
+    runs = [specs.on_device(torch.device("cuda", i), where) for i in range(n_devices)]
+    for outside in (0, 1):
+        current = outside
+        assert [run(10) for run in runs] == [10, 11]
+        assert current == outside
 
 
 def test_a_call_that_fails_fails_again(device: torch.device) -> None:

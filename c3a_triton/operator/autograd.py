@@ -48,6 +48,10 @@ class _C3ALinear(torch.autograd.Function):
         return dx, dweight, dbias, None, None, *dw
 
 
+# `_C3ALinear.apply` without what torch's does for functorch, in Python, on its way there.
+_eager: Callable[..., Tensor] = super(torch.autograd.Function, _C3ALinear).apply
+
+
 def apply(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, kernels: Sequence[Tensor], scale: float, backend: str
 ) -> Tensor:
@@ -57,7 +61,7 @@ def apply(
             return traced.linear(x, weight, bias, kernels, scale)
         return linear_call(x, weight, bias, kernels, scale, False, backend)
     if torch.is_grad_enabled():
-        return _C3ALinear.apply(x, weight, bias, scale, backend, *kernels)
+        return _eager(x, weight, bias, scale, backend, *kernels)
     return step.linear(x, weight, bias, kernels, scale, False, backend, source=x)
 
 

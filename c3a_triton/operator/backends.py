@@ -28,7 +28,7 @@ class Backend(NamedTuple):
 BY_NAME = {
     "reference": Backend(reference.product, reference.weight_grad, by_triton=False),
     "torch": Backend(fourier.product, fourier.weight_grad, fourier.backward, by_triton=False),
-    "direct": Backend(direct.direct_product, weight_grad.weight_grad),
+    "direct": Backend(direct.direct_product, weight_grad.weight_grad, direct.direct_backward),
     "fft": Backend(fft.fft_product, fft.fft_weight_grad, fft.fft_backward, shares_spectra=True),
     "expand": Backend(expand.expand_product, weight_grad.weight_grad),
 }

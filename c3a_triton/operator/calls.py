@@ -35,7 +35,7 @@ def circulant_linear(x: Tensor, w: Tensor, *, scale: float | None = None, backen
         raise BackendError(
             "backend 'fold' adds ΔW to a layer's weight, and circulant_linear has none: use c3a_linear, or 'auto'"
         )
-    if arguments.autocasts(x.device.type):
+    if arguments.autocasts(x):
         (x,) = arguments.autocast(x)
         with torch.autocast(x.device.type, enabled=False):
             return circulant_linear(x, w, scale=scale, backend=backend)
@@ -74,7 +74,7 @@ def c3a_linear(
         ShapeError: sizes, dtypes or devices that do not fit.
         BackendError: an unknown backend, or one that cannot run here.
     """
-    if arguments.autocasts(x.device.type):
+    if arguments.autocasts(x):
         x, weight, bias = arguments.autocast(x, weight, bias)
         with torch.autocast(x.device.type, enabled=False):
             return c3a_linear(x, weight, bias, kernels, backend=backend)

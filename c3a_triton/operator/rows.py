@@ -53,7 +53,7 @@ def c3a_linear_rows(
     """
     if backend == "fold":
         raise BackendError("backend 'fold' adds ΔW to a layer's weight, and here each row has its own: use 'auto'")
-    if arguments.autocasts(x.device.type):
+    if arguments.autocasts(x):
         x, weight, bias = arguments.autocast(x, weight, bias)
         with torch.autocast(x.device.type, enabled=False):
             return c3a_linear_rows(x, weight, bias, kernels, rows, backend=backend)

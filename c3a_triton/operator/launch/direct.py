@@ -11,8 +11,9 @@ from .expand import Expansion, expansion
 from .plans import bound, cdiv, kernels, planned, round_up, split, summation
 from .specs import Spec
 from .tiles import SMALL_T, hankel_tile, inner_block, product_tile
+from .weight_grad import WeightGrad, weight_grad_plan
 
-__all__ = ["direct_product"]
+__all__ = ["direct_backward", "direct_product"]
 
 # run(x, w, bias, out, scale)
 _Product = Callable[[Tensor, Tensor, Tensor | None, Tensor, float], None]
@@ -56,9 +57,42 @@ def direct_product(
     out = specs.new_or_given(shape, x, out)
     if bias is not None:
         bias = bias.contiguous()
-    with specs.on_device_of(x):
-        run(specs.with_contiguous_rows(x), w.contiguous(), bias, out, scale)
+    run(specs.with_contiguous_rows(x), w.contiguous(), bias, out, scale)
     return out
+
+
+def direct_backward(
+    dy: Tensor, x: Tensor, w: Tensor, *, scale: float, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Both gradients of `direct_product(x, w)`: dx, added to a given `out`, and dw [m, n, b] float32.
+
+    Raises:
+        ShapeError: sizes, dtypes or devices do not fit.
+        BackendError: the kernels cannot run on x's device.
+    """
+    shape, dw_shape, multiply, correlate = _backward_plan(
+        specs.spec(dy),
+        specs.spec(x),
+        specs.spec(w),
+        None if out is None else specs.spec(out),
+        specs.precision(dy.dtype),
+    )
+    dx = specs.new_or_given(shape, dy, out)
+    dy = specs.with_contiguous_rows(dy)
+    multiply(dy, w.contiguous(), None, dx, scale)
+    dw = torch.empty(*dw_shape, dtype=torch.float32, device=dy.device)
+    correlate(dy, specs.with_contiguous_rows(x), dw, scale)
+    return dx, dw
+
+
+@planned
+def _backward_plan(
+    dy: Spec, x: Spec, w: Spec, out: Spec | None, precision: str
+) -> tuple[tuple[int, int], tuple[int, int, int], _Product, WeightGrad]:
+    """The shapes of `direct_backward`'s dx and dw, and what writes them."""
+    shape, multiply = _product_plan(dy, w, out, None, True, precision)
+    dw_shape, correlate = weight_grad_plan(dy, x, w.shape[2], precision)
+    return shape, dw_shape, multiply, correlate
 
 
 @planned
@@ -70,7 +104,8 @@ def _product_plan(
     if shape[0] == 0:
         return shape, lambda x, w, bias, out, scale: None
     plan = _hankel_product if shape[0] <= SMALL_T else _table_product
-    return shape, plan(shape, x, w.shape, transpose, bias is not None, out is not None, precision)
+    run = plan(shape, x, w.shape, transpose, bias is not None, out is not None, precision)
+    return shape, specs.on_device(x.device, run)
 
 
 def _table_product(

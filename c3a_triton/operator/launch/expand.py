@@ -52,8 +52,7 @@ def expand_weight(w: Tensor, *, scale: float, dtype: torch.dtype, transpose: boo
     """
     shape, run = _expand_plan(specs.spec(w), dtype, transpose)
     matrix = torch.empty(*shape, dtype=dtype, device=w.device)
-    with specs.on_device_of(w):
-        run(matrix, w.contiguous(), None, scale)
+    run(matrix, w.contiguous(), None, scale)
     return matrix
 
 
@@ -72,8 +71,7 @@ def add_expanded_(weight: Tensor, w: Tensor, *, scale: float) -> None:
     if any(stride == 0 and size > 1 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
         raise ShapeError(f"weight has strides {weight.stride()}: an expanded tensor cannot be written in place")
     run = _sum_plan(specs.spec(weight), weight.stride(), specs.spec(w))
-    with specs.on_device_of(w):
-        run(weight, w.contiguous(), weight, scale)
+    run(weight, w.contiguous(), weight, scale)
 
 
 def folded_weight(weight: Tensor, w: Tensor, *, scale: float) -> Tensor:
@@ -86,8 +84,7 @@ def folded_weight(weight: Tensor, w: Tensor, *, scale: float) -> Tensor:
     folded = torch.empty_like(weight)
     base = weight if weight.stride() == folded.stride() else weight.contiguous()
     run = _sum_plan(specs.spec(weight), folded.stride(), specs.spec(w))
-    with specs.on_device_of(w):
-        run(folded, w.contiguous(), base, scale)
+    run(folded, w.contiguous(), base, scale)
     return folded
 
 
@@ -100,7 +97,7 @@ def _expand_plan(w: Spec, dtype: torch.dtype, transpose: bool) -> tuple[tuple[in
         raise ShapeError(f"dtype {dtype}: the kernels write float32, float16 and bfloat16")
     m, n, b = w.shape
     shape = (n * b, m * b) if transpose else (m * b, n * b)
-    return shape, expansion(shape, (shape[1], 1), w.shape, transpose, add=False)
+    return shape, specs.on_device(w.device, expansion(shape, (shape[1], 1), w.shape, transpose, add=False))
 
 
 @planned
@@ -115,7 +112,7 @@ def _sum_plan(weight: Spec, stride: tuple[int, ...], w: Spec) -> Expansion:
             f"weight {tuple(shape)} {dtype} on {device}: w {tuple(w.shape)} on {w.device} is added to "
             f"({m * b}, {n * b}) float32, float16 or bfloat16 on the same device"
         )
-    return expansion(shape, stride, w.shape, transpose=False, add=True)
+    return specs.on_device(device, expansion(shape, stride, w.shape, transpose=False, add=True))
 
 
 def expansion(

@@ -57,7 +57,7 @@ def kernels() -> _Kernels:
 
 
 def bound(kernel: Any, grid: tuple[int, int, int], tile: TileConfig | None = None, **constants: Any) -> Launch:
-    """A launch of which everything is decided but what is passed to it; `kernel[grid]` would cost each call a frame.
+    """A launch of which everything is decided but what is passed to it; compiled kernels are found by `compiled`.
 
     Args:
         kernel: a function of `kernels()`.
@@ -67,7 +67,10 @@ def bound(kernel: Any, grid: tuple[int, int, int], tile: TileConfig | None = Non
     """
     if tile is not None:
         constants |= {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    return functools.partial(kernel.run, grid=grid, warmup=False, enable_fp_fusion=True, **constants)
+    launch = functools.partial(kernel.run, grid=grid, warmup=False, enable_fp_fusion=True, **constants)
+    from . import compiled  # which imports triton
+
+    return compiled.launch(kernel, launch, grid) if compiled.keeps(kernel) else launch
 
 
 def summation(partials: tuple[int, int, int], has_bias: bool = False, accumulate: bool = False) -> Launch:

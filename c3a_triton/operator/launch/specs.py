@@ -10,8 +10,9 @@ below that, and nothing below 3e-8; bfloat16 and float32 have no such limits.
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ __all__ = [
     "check_w",
     "check_weight_grad",
     "new_or_given",
+    "on_device",
     "on_device_of",
     "precision",
     "product_shape",
@@ -218,8 +220,29 @@ def with_contiguous_rows(x: Tensor) -> Tensor:
     """x, or a copy of it where kernels could not read its rows."""
     # A kernel counts from row to row of a tile in 32 bits. Rows too far apart for that (one token out of each of many
     # long sequences) are few enough to copy.
-    fits = x.stride(0) <= MAX_ROW_STRIDE or x.shape[0] == 1
-    return x if fits and (x.stride(1) == 1 or x.shape[1] == 1) else x.contiguous()
+    row, column = x.stride()
+    fits = row <= MAX_ROW_STRIDE or x.shape[0] == 1
+    return x if fits and (column == 1 or x.shape[1] == 1) else x.contiguous()
+
+
+_Result = TypeVar("_Result")
+
+
+def on_device(device: torch.device, run: Callable[..., _Result]) -> Callable[..., _Result]:
+    """`run` with this device as the current one, on which Triton launches: for plans, each of which is for one device.
+
+    What can be asked once is asked here: a process that sees one device pays nothing in a call.
+    """
+    if device.type != "cuda" or torch.cuda.device_count() == 1:
+        return run
+
+    def run_there(*args: Any) -> _Result:
+        if torch.cuda.current_device() == device.index:
+            return run(*args)
+        with torch.cuda.device(device):
+            return run(*args)
+
+    return run_there
 
 
 _HERE = nullcontext()

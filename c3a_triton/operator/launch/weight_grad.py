@@ -10,10 +10,10 @@ from .plans import bound, cdiv, kernels, planned, split, summation
 from .specs import Spec
 from .tiles import diagonal_tile, weight_grad_tile
 
-__all__ = ["weight_grad"]
+__all__ = ["WeightGrad", "weight_grad", "weight_grad_plan"]
 
 # run(dy, x, dw, scale)
-_WeightGrad = Callable[[Tensor, Tensor, Tensor, float], object]
+WeightGrad = Callable[[Tensor, Tensor, Tensor, float], object]
 
 
 def weight_grad(dy: Tensor, x: Tensor, block_size: int, *, scale: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -33,23 +33,23 @@ def weight_grad(dy: Tensor, x: Tensor, block_size: int, *, scale: float, dtype: 
         ShapeError: sizes, dtypes or devices do not fit.
         BackendError: the kernels cannot run on x's device.
     """
-    shape, run = _weight_grad_plan(specs.spec(dy), specs.spec(x), block_size, specs.precision(x.dtype))
+    shape, run = weight_grad_plan(specs.spec(dy), specs.spec(x), block_size, specs.precision(x.dtype))
     dw = torch.empty(*shape, dtype=torch.float32, device=x.device)
-    with specs.on_device_of(x):
-        run(specs.with_contiguous_rows(dy), specs.with_contiguous_rows(x), dw, scale)
+    run(specs.with_contiguous_rows(dy), specs.with_contiguous_rows(x), dw, scale)
     return dw if dtype == torch.float32 else dw.to(dtype)
 
 
 @planned
-def _weight_grad_plan(dy: Spec, x: Spec, b: int, precision: str) -> tuple[tuple[int, int, int], _WeightGrad]:
+def weight_grad_plan(dy: Spec, x: Spec, b: int, precision: str) -> tuple[tuple[int, int, int], WeightGrad]:
     """The shape of `weight_grad`'s result, and what writes it."""
     shape = specs.weight_grad_shape(dy, x, b)
     if 0 in shape or x.shape[0] == 0:
         return shape, lambda dy, x, dw, scale: dw.zero_()
-    return shape, (_block_sums if b <= 64 else _diagonal_sums)(shape, x, precision)
+    run = (_block_sums if b <= 64 else _diagonal_sums)(shape, x, precision)
+    return shape, specs.on_device(x.device, run)
 
 
-def _diagonal_sums(shape: tuple[int, int, int], x: Spec, precision: str) -> _WeightGrad:
+def _diagonal_sums(shape: tuple[int, int, int], x: Spec, precision: str) -> WeightGrad:
     m, n, b = shape
     (n_tokens, _), dtype, device = x
     tile = diagonal_tile(specs.card_of(device), dtype.itemsize, b)
@@ -91,7 +91,7 @@ def _diagonal_sums(shape: tuple[int, int, int], x: Spec, precision: str) -> _Wei
     return run
 
 
-def _block_sums(shape: tuple[int, int, int], x: Spec, precision: str) -> _WeightGrad:
+def _block_sums(shape: tuple[int, int, int], x: Spec, precision: str) -> WeightGrad:
     m, n, b = shape
     (n_tokens, _), dtype, device = x
     tile = weight_grad_tile(specs.card_of(device), dtype.itemsize)
