@@ -33,6 +33,7 @@ def idle() -> list[Tensor]:
 
 @pytest.fixture(autouse=True)
 def _anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counters, "_kept", [])
     monkeypatch.setattr(counters, "_fresh", {})
     monkeypatch.setattr(counters, "_idle", defaultdict(list))
 
@@ -100,7 +101,13 @@ def test_launches_that_may_run_at_once_have_counters_of_their_own(monkeypatch: p
         capturing.on = False
         assert take() is other
         assert take(held=True) is other
-        assert take() not in memory  # made anew
+        anew = take()
+        assert anew not in memory
+        # What graphs write to stays, and what threads may still launch on.
+        storages = [rows.untyped_storage().data_ptr() for rows in counters._kept]
+        lasting = (first, second, other, *captured[:2])
+        assert {one.untyped_storage().data_ptr() for one in lasting} == {storages[0]}
+        assert anew.untyped_storage().data_ptr() == storages[1]
     assert len({one.data_ptr() for one in taken}) == len(taken) - 3
 
 

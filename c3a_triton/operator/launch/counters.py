@@ -27,7 +27,9 @@ LENGTH = round_up(PROGRAMS // 4, 4)
 # 1.1 MB. Eager launches need one set for each stream, captured ones one each.
 _LAUNCHES = 4096
 
-# What no launch has had yet, and what launches of a device and stream have given back.
+# All of them, which graphs hold by address alone; what no launch has had yet; what launches of a device and stream have
+# given back.
+_kept: list[Tensor] = []
 _fresh: dict[torch.device, Iterator[Tensor]] = {}
 _idle: defaultdict[tuple[torch.device, int], list[Tensor]] = defaultdict(list)
 
@@ -56,6 +58,7 @@ def _next(device: torch.device) -> Tensor:
         rows = spectra.lasting(
             lambda: torch.zeros(_LAUNCHES, LENGTH, dtype=torch.int32, device="cpu").to(device), device, "counters"
         )
+        _kept.append(rows)
         fresh = _fresh[device] = map(rows.__getitem__, range(_LAUNCHES))
         found = next(fresh)
     return found
