@@ -273,7 +273,7 @@ CASES = _alternating(
         ((1, 3, 5, 16), _F16, "transpose"),
         ((7, 2, 3, 24), _BF16, "out bias"),
         ((2, 1, 40, 16), _F32, "out bias"),
-        ((2, 1, 20, 33), _BF16, "unaligned bias out"),
+        ((2, 1, 20, 33), _F16, "unaligned bias out"),
         ((3, 2, 3, 5), _F32, "unaligned bias out"),
         # Many tokens, blocks large enough for a table of shifted rows.
         ((33, 3, 2, 24), _F32, "bias"),

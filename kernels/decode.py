@@ -7,12 +7,27 @@ No tile of ΔW is written out where 16 divides b. A circulant block in pieces of
 sums over the diagonals of a product of w and x exactly as they lie in memory. With s in two halves, of which the second
 is the first of the next piece α + 1, both come from the same x: rows (α − J) and (α − J − 1) of w, one tile of x, one
 product, and one diagonal sum after the loop. Other b gather the tile of ΔW from w, value by value.
+
+Where a layer has too few outputs to fill a card, programs share the sum of a tile, and the last of them to finish adds
+their parts up.
 """
 
 import triton
 import triton.language as tl
 
-from .indexing import mma, rounded, store_product
+from .indexing import helper, mma, rounded, store_product
+
+
+@helper
+def base_product(acc, x_ptrs, x_mask, weight_ptrs, inside, EVEN_K: tl.constexpr):
+    """acc + x Wᵀ over some inner features, `inside` the sum but for EVEN_K; and the x that it has read."""
+    if EVEN_K:
+        weight = tl.load(weight_ptrs)
+        x = tl.load(x_ptrs, mask=x_mask, other=0.0)
+    else:
+        weight = tl.load(weight_ptrs, mask=inside[None, :], other=0.0)
+        x = tl.load(x_ptrs, mask=x_mask & inside[None, :], other=0.0)
+    return mma(x, tl.trans(weight), acc, "tf32x3"), x
 
 
 @triton.jit
@@ -21,7 +36,9 @@ def decode_kernel(
     weight_ptr,  # [out_features, in_features], rows stride_weight_row apart
     w_ptr,  # [m, n, b] float32
     bias_ptr,  # [out_features], read where HAS_BIAS
-    out_ptr,  # [n_splits, n_tokens, out_features]
+    out_ptr,  # [n_tokens, out_features]
+    partials_ptr,  # [n_splits, n_tokens, out_features] float32, where SPLIT
+    counters_ptr,  # [tiles] int32, where SPLIT: zero before and after
     scale,
     n_tokens,
     out_features,
@@ -29,11 +46,10 @@ def decode_kernel(
     split_length,  # how much of the sum one split takes, a multiple of BLOCK_K
     stride_x_t,
     stride_weight_row,
-    stride_out_s,
-    stride_out_t,
     b: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,  # BLOCK_K divides in_features
+    SPLIT: tl.constexpr,  # programs share a sum
     BLOCK_T: tl.constexpr,  # at least n_tokens, up to 16
     BLOCK_O: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -41,10 +57,14 @@ def decode_kernel(
     """out[t, o] = Σ_i x[t, i] · (W[o, i] + scale · ΔW[o, i]) (+ bias[o]), BLOCK_O outputs and one split per program.
 
     The two products have accumulators of their own, so that w is rounded to x's dtype, its scaled sum is not, and W is
-    never rounded again.
+    never rounded again. Of the programs that share a sum none waits: the last to finish adds their parts in ascending
+    order.
     """
     PIECE: tl.constexpr = 16
     IN_PIECES: tl.constexpr = b % PIECE == 0
+    # W's share of a step is a chain of matrix instructions, each of which waits for the one before. In pieces nothing
+    # else takes as long: two chains of half the length, with sums of their own, run side by side.
+    CHAIN: tl.constexpr = BLOCK_K // 2 if IN_PIECES else BLOCK_K
     pid = tl.program_id(0)
     split = tl.program_id(1)
     x_dtype = x_ptr.dtype.element_ty
@@ -60,7 +80,7 @@ def decode_kernel(
         offs_o = pid * BLOCK_O + offs_r
     # Rows past the end repeat the last one: read, never stored. Tokens past the end are zero and cost no traffic.
     rows = tl.minimum(offs_o, out_features - 1)
-    offs_k = tl.arange(0, BLOCK_K)
+    offs_k = tl.arange(0, CHAIN)
     offs_t = tl.arange(0, 16)
     weight_ptrs = weight_ptr + (rows.to(tl.int64) * stride_weight_row)[:, None] + offs_k[None, :]
     x_ptrs = x_ptr + (offs_t.to(tl.int64) * stride_x_t)[:, None] + offs_k[None, :]
@@ -78,6 +98,7 @@ def decode_kernel(
         )
         piece_mask = (offs_s // PIECE < n_tokens)[None, :]
         sums = tl.zeros([2 * BLOCK_O, BLOCK_T * PIECE], dtype=tl.float32)
+        acc_2 = tl.zeros([16, BLOCK_O], dtype=tl.float32)
     else:
         w_ptrs = w_ptr + (rows // b).to(tl.int64)[:, None] * in_features
         j = (rows % b)[:, None]
@@ -87,15 +108,11 @@ def decode_kernel(
     end = tl.minimum(start + split_length, in_features)
     acc = tl.zeros([16, BLOCK_O], dtype=tl.float32)
     for k0 in range(start, end, BLOCK_K):
-        if EVEN_K:
-            weight = tl.load(weight_ptrs + k0)
-            x = tl.load(x_ptrs + k0, mask=x_mask, other=0.0)
-        else:
-            inside = (k0 + offs_k < end)[None, :]
-            weight = tl.load(weight_ptrs + k0, mask=inside, other=0.0)
-            x = tl.load(x_ptrs + k0, mask=x_mask & inside, other=0.0)
-        acc = mma(x, tl.trans(weight), acc, "tf32x3")
+        k = k0 + offs_k
+        acc, x = base_product(acc, x_ptrs + k0, x_mask, weight_ptrs + k0, k < end, EVEN_K)
         if IN_PIECES:
+            k_2 = k0 + CHAIN
+            acc_2, _ = base_product(acc_2, x_ptrs + k_2, x_mask, weight_ptrs + k_2, k + CHAIN < end, EVEN_K)
             a = k0 // PIECE + offs_a
             shift = (a % PIECES)[None, :] - piece - half[:, None]
             shift = tl.where(shift < 0, shift + PIECES, shift)
@@ -109,7 +126,6 @@ def decode_kernel(
                 x_pieces = tl.load(piece_ptrs + k0, mask=piece_mask & inside[:, None], other=0.0)
             sums = mma(rounded(w, x_dtype), x_pieces, sums, "tf32x3")
         else:
-            k = k0 + offs_k
             p = k % b
             shift = p[None, :] - j
             shift = tl.where(shift < 0, shift + b, shift)
@@ -117,6 +133,7 @@ def decode_kernel(
             sums = mma(x, tl.trans(rounded(w, x_dtype)), sums, "tf32x3")
 
     if IN_PIECES:
+        acc += acc_2
         # Turn row c by c inside each token; element j then belongs to the half that c + j lies in.
         place = (offs_c % PIECE)[:, None] + (offs_s % PIECE)[None, :]
         turned = tl.gather(sums, (offs_s // PIECE * PIECE)[None, :] + place % PIECE, axis=1)
@@ -129,7 +146,23 @@ def decode_kernel(
     # Rows of tokens that do not exist are zero: adding them up leaves the others, in BLOCK_T rows.
     acc = tl.sum(tl.reshape(acc, [16 // BLOCK_T, BLOCK_T, BLOCK_O]), axis=0)
 
+    y = acc + scale * delta
+
     offs_t = tl.arange(0, BLOCK_T)
     mask = (offs_t < n_tokens)[:, None] & (offs_o < out_features)[None, :]
-    out_ptrs = out_ptr + split.to(tl.int64) * stride_out_s + offs_t.to(tl.int64)[:, None] * stride_out_t + offs_o
-    store_product(acc + scale * delta, 1.0, bias_ptr, offs_o[None, :], out_ptrs, mask, HAS_BIAS, ACCUMULATE=False)
+    offs = offs_t.to(tl.int64)[:, None] * out_features + offs_o
+    if SPLIT:
+        n_splits = tl.num_programs(1)
+        stride_s = n_tokens * out_features
+        tl.store(partials_ptr + split * stride_s + offs, y, mask=mask)
+        # All threads' stores come before the count (release), which comes before what the last program reads (acquire).
+        tl.debug_barrier()
+        before = tl.atomic_add(counters_ptr + pid, 1, sem="acq_rel", scope="gpu")
+        if before == n_splits - 1:
+            y = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
+            for s in range(n_splits):
+                y += tl.load(partials_ptr + s * stride_s + offs, mask=mask, other=0.0)
+            store_product(y, 1.0, bias_ptr, offs_o[None, :], out_ptr + offs, mask, HAS_BIAS, ACCUMULATE=False)
+            tl.store(counters_ptr + pid, 0)
+    else:
+        store_product(y, 1.0, bias_ptr, offs_o[None, :], out_ptr + offs, mask, HAS_BIAS, ACCUMULATE=False)

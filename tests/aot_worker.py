@@ -129,6 +129,7 @@ ONE_EACH = (
     (product, BF16, 8192, 4096, 256),
     (product, BF16, 1, 4096, 256),
     (decode, BF16, 1, 4096, 4096, 256),
+    (decode, BF16, 1, 4096, 1024, 128),
     (expand, BF16, 4096, 256),
     (weight_grad, BF16, 8192, 4096, 256),
     (weight_grad, BF16, 8192, 3072, 64),
@@ -175,7 +176,6 @@ CASES = (
 MORE_CASES = (
     (product, BF16, 8192, 3072, 64),
     (product, FP16, 8192, 4096, 256),
-    (decode, BF16, 1, 4096, 1024, 128),
     (decode, BF16, 4, 1600, 4800, 80),
     (decode, FP16, 16, 4096, 4096, 8),
     (weight_grad, BF16, 8192, 1600, 100),
@@ -213,8 +213,9 @@ def main() -> None:
         }
         row |= {
             name: ptx.count(name)
-            for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "cp.async.c", "cp.async.cg")
+            for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "cp.async.c", "cp.async.cg", "atom.global")
         }
+        row["ordered"] = ptx.count("atom.global.gpu.acq_rel.add")
         row |= steps(self.__name__, kwargs)
         if kwargs.get("PDL"):
             row["waits_first"] = waits_first(kernel.asm["cubin"])

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,7 +47,7 @@ class Capturing:
 @contextmanager
 def on_cpu() -> Iterator[Capturing]:
     """Within it the package takes the CPU for a device whose calls can be captured."""
-    capturing, stream = Capturing(), object()
+    capturing, stream = Capturing(), SimpleNamespace(cuda_stream=0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(spectra, "captures", lambda device: True)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing.on)

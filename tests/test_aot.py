@@ -94,6 +94,14 @@ def test_decoding_reads_the_weight_sixteen_bytes_at_a_time(compiled: dict[str, l
 
 @pytest.mark.slow
 @pytest.mark.parametrize("card", CARDS)
+def test_what_the_last_program_adds_up_is_ordered_by_the_one_count(compiled: dict[str, list[dict]], card: str) -> None:
+    counting = [row for row in compiled[card] if row["atom.global"]]
+    assert [row["case"] for row in counting] == ["decode bfloat16 1 4096 1024 128"]
+    assert [(row["atom.global"], row["ordered"]) for row in counting] == [(1, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", CARDS)
 def test_grouped_kernels_read_w_sixteen_bytes_at_a_time(compiled: dict[str, list[dict]], card: str) -> None:
     """An address from a table says nothing about alignment unless the kernel does."""
     rows = [row for row in compiled[card] if row["kernel"] == "grouped_hankel_kernel" and " 256" in row["case"]]

@@ -129,6 +129,19 @@ def test_decode_keeps_what_folding_would_round_away(device: torch.device, b: int
     oracle.assert_close(decode.decode_linear(x, weight, w, None, scale=1e-3), expected, dtype)
 
 
+@pytest.mark.parametrize(("n", "b"), [(81, 16), (130, 5)])
+def test_decode_adds_the_parts_of_a_split_sum_in_ascending_order(device: torch.device, n: int, b: int) -> None:
+    # In three parts: 2²⁷, −2²⁷ and 3, which the others would swallow in another order; then the bias, once.
+    x, _, w = tensors(device, torch.bfloat16, 1, 1, n, b)
+    weight = torch.zeros(b, n * b, device=device, dtype=torch.bfloat16)
+    x[:, :] = 1
+    for column, value in ((0, 2**27), (n * b // 2, -(2**27)), (-1, 3)):
+        weight[:, column] = value
+    bias = torch.full((b,), 0.5, device=device, dtype=torch.bfloat16)
+    y = decode.decode_linear(x, weight, torch.zeros_like(w), bias, scale=1.0)
+    assert torch.equal(y, torch.full_like(y, 3.5))
+
+
 @pytest.mark.parametrize(("dtype", "t", "m", "n", "b"), oracle.in_turn(cases()))
 def test_weight_grad(device: torch.device, dtype: torch.dtype, t: int, m: int, n: int, b: int) -> None:
     x, dy, _ = tensors(device, dtype, t, m, n, b)

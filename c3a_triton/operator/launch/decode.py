@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ...errors import ShapeError
-from . import specs
-from .plans import PROGRAMS, bound, cdiv, kernels, planned, split, summation
+from . import counters, specs
+from .plans import PROGRAMS, bound, cdiv, kernels, planned, split
 from .specs import Spec
 from .tiles import SMALL_T, decode_tile
 
@@ -33,9 +33,9 @@ def _decodes(x: Spec, weight: Spec, weight_stride: tuple[int, ...]) -> bool:
 
 
 def decode_linear(x: Tensor, weight: Tensor, w: Tensor, bias: Tensor | None, *, scale: float) -> Tensor:
-    """x (W + ΔW)ᵀ + bias for up to `SMALL_T` tokens, in one pass over W; summed in float32 and rounded once.
+    """x (W + ΔW)ᵀ + bias for up to `SMALL_T` tokens, in one launch and one pass over W.
 
-    One launch, or two where the layer has so few outputs that its sum is split over programs.
+    Summed in float32, in an order that sizes decide, and rounded once.
 
     Args:
         x: [T, n·b], float16 or bfloat16, 1 to `SMALL_T` tokens.
@@ -78,10 +78,10 @@ def _decode_plan(
     tile = decode_tile(n_tokens, b)
     in_pieces = b % 16 == 0
     tiles = cdiv(m, tile.block_o // 16) * (b // 16) if in_pieces else cdiv(out_features, tile.block_o)
-    # A second launch to add the parts of a split sum costs more than what half a card has left to gain.
+    # Partial sums go to memory and back: that costs more than what half a card has left to gain.
     programs = PROGRAMS if tiles >= PROGRAMS // 4 else tiles
     split_length, n_splits = split(in_features, tile.block_i, programs, least=2)
-    final = n_splits == 1
+    is_split = n_splits > 1
     # One program per tile of outputs and split of the sum over in_features.
     multiply = bound(
         kernels().decode.decode_kernel,
@@ -92,30 +92,33 @@ def _decode_plan(
         in_features=in_features,
         split_length=split_length,
         stride_weight_row=weight_stride[0],
-        stride_out_s=n_tokens * out_features,
-        stride_out_t=out_features,
         b=b,
-        HAS_BIAS=final and bias is not None,
+        HAS_BIAS=bias is not None,
         EVEN_K=in_features % tile.block_i == 0,
+        SPLIT=is_split,
         BLOCK_T=tile.block_t,
         BLOCK_O=tile.block_o,
         BLOCK_K=tile.block_i,
     )
-    add_up = summation((n_splits, *shape), bias is not None)
 
     def run(x: Tensor, weight: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, scale: float) -> None:
-        target = out if final else torch.empty(n_splits, *shape, dtype=torch.float32, device=out.device)
+        partials = counted = None
+        if is_split:
+            partials = torch.empty(n_splits, *shape, dtype=torch.float32, device=out.device)
+            counted, idle = counters.take(out.device)
         multiply(
             x_ptr=x,
             weight_ptr=weight,
             w_ptr=w,
-            bias_ptr=bias if final else None,
-            out_ptr=target,
+            bias_ptr=bias,
+            out_ptr=out,
+            partials_ptr=partials,
+            counters_ptr=counted,
             scale=scale,
             stride_x_t=x.stride(0),
         )
-        if not final:
-            add_up(partials_ptr=target, bias_ptr=bias, out_ptr=out, scale=1.0, stride_out_row=out_features)
+        if counted is not None:
+            idle.append(counted)
 
     return shape, run
 
