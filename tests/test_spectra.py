@@ -251,10 +251,10 @@ def test_tensors_of_inference_mode_have_no_version(device: torch.device) -> None
 
 def test_compiled_code_and_captured_graphs_keep_nothing(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(3, IN, device=device)
-    assert spectra._place(x) is not None
+    assert spectra._slot(x) is not None
     with monkeypatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
-        assert spectra._place(x) is None
+        assert spectra._slot(x) is None
     # What compiled code calls is the op, and it writes into its tensors again without counting versions.
     w = torch.randn(2, 3, B, device=device)
     torch.ops.c3a_triton.linear(x, None, None, [w], 1.0, False, "fft")
@@ -262,9 +262,9 @@ def test_compiled_code_and_captured_graphs_keep_nothing(device: torch.device, mo
     on_gpu: Any = SimpleNamespace(is_inference=lambda: False, device=torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert spectra._place(on_gpu) == (on_gpu.device, 7)
+    assert spectra._slot(on_gpu) == (on_gpu.device, 7)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert spectra._place(on_gpu) is None
+    assert spectra._slot(on_gpu) is None
 
 
 def test_without_a_place_everything_is_computed(
@@ -277,7 +277,7 @@ def test_without_a_place_everything_is_computed(
         for one in layers:
             one(x)
         launches.clear()
-        monkeypatch.setattr(spectra, "_place", lambda tensor: None)
+        monkeypatch.setattr(spectra, "_slot", lambda tensor: None)
         for one in layers:
             right(one, x, one(x))
             kernel(one).data.normal_()
@@ -362,7 +362,9 @@ def test_the_next_spectrum_takes_the_slot(device: torch.device) -> None:
         spectrum = weakref.ref(first.spectrum)
         del first
         # Before memory for another one is asked for: never two at a time.
-        assert spectra.of_input(spectra.Source(other, kernel(q)), "none") is None
+        found, place = spectra.of_input(spectra.Source(other, kernel(q)), "none")
+        assert found is None
+        assert place is not None
         assert not spectra._slots
         q(other)
     (second,) = spectra._slots.values()
@@ -383,10 +385,10 @@ def test_threads_that_share_a_slot() -> None:
             x = tensors[(i + step // 8) % 4]
             for w in readers:
                 source = spectra.Source(x, w)
-                spectrum = spectra.of_input(source, "sum")
+                spectrum, place = spectra.of_input(source, "sum")
                 if spectrum is None:
                     spectrum = x * 2
-                    spectra.keep_input(source, "sum", spectrum)
+                    spectra.keep_input(place, spectrum)
                 if not torch.equal(spectrum, x * 2):
                     wrong.append((i, step))
 

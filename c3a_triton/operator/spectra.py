@@ -30,12 +30,12 @@ from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 from ..errors import BackendError
 
 __all__ = [
+    "Place",
     "Source",
     "captures",
     "drop",
     "freeze",
     "keep_input",
-    "keep_weight",
     "lasting",
     "of_input",
     "of_weight",
@@ -59,11 +59,11 @@ class _Entry(NamedTuple):
     spectrum: Tensor
 
 
-_Place = tuple[torch.device, int]
-_slots: dict[_Place, _Entry] = {}
+_Slot = tuple[torch.device, int]
+_slots: dict[_Slot, _Entry] = {}
 # Of each slot, the last backward pass that is going to empty it.
-_emptied_by: dict[_Place, int] = {}
-# Frozen w → (what is derived, place) → (state of w, value).
+_emptied_by: dict[_Slot, int] = {}
+# Frozen w → (what is derived, slot) → (state of w, value).
 _frozen: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 _Made = TypeVar("_Made")
@@ -111,40 +111,50 @@ def lasting(make: Callable[[], _Made], device: torch.device, what: str) -> _Made
         return thread.submit(on_stream).result()
 
 
-def of_input(source: Source | None, what: Hashable) -> Tensor | None:
-    """The spectrum of `source.x`, which is not to be written to; None where nothing is kept, or not of this x.
+class Place(NamedTuple):
+    """Where the spectrum of an x may be kept, and for whom."""
+
+    slot: _Slot
+    x: Tensor
+    state: Hashable
+    reader: int
+
+
+def of_input(source: Source, what: Hashable) -> tuple[Tensor | None, Place | None]:
+    """The spectrum of `source.x`, which is not to be written to, or where `keep_input` may keep it.
 
     Args:
-        source: None means that nothing is kept.
+        source: whose spectrum, and who asks.
         what: everything but x that decides on the spectrum.
+
+    Returns:
+        One of both, or neither where nothing is kept.
     """
-    place = None if source is None else _place(source.x)
-    if source is None or place is None:
-        return None
-    _empty_after_backward(place)
-    x, reader = source.x, id(source.w)
-    entry = _slots.get(place)
-    if entry is not None and entry.state == (what, *_state(x)) and reader not in entry.readers and entry.x() is x:
-        entry.readers.add(reader)
-        return entry.spectrum
+    x = source.x
+    slot = _slot(x)
+    if slot is None:
+        return None, None
+    _empty_after_backward(slot)
+    place = Place(slot, x, (what, *_state(x)), id(source.w))
+    entry = _slots.get(slot)
+    if entry is not None and entry.state == place.state and place.reader not in entry.readers and entry.x() is x:
+        entry.readers.add(place.reader)
+        return entry.spectrum, None
     del entry
-    _empty(place)  # before memory for the next spectrum is asked for
-    return None
+    _empty(slot)  # before memory for the next spectrum is asked for
+    return None, place
 
 
-def keep_input(source: Source | None, what: Hashable, spectrum: Tensor) -> None:
+def keep_input(place: Place, spectrum: Tensor) -> None:
     """Keep a spectrum that `of_input` did not find, for others that read the same x."""
-    place = None if source is None else _place(source.x)
-    if source is not None and place is not None:
-        x = source.x
-        entry = _Entry(WeakIdRef(x, lambda _: _empty(place)), (what, *_state(x)), {id(source.w)}, spectrum)
-        _slots[place] = entry
+    slot, x, state, reader = place
+    _slots[slot] = _Entry(WeakIdRef(x, lambda _: _empty(slot)), state, {reader}, spectrum)
 
 
-def of_weight(w: Tensor, what: Hashable, allocate: Callable[[], Tensor]) -> tuple[Tensor, bool]:
-    """Memory for what is derived from w, and whether it holds that already.
-
-    What is written to it, `keep_weight` keeps if w is frozen.
+def of_weight(
+    w: Tensor, what: Hashable, allocate: Callable[[], Tensor]
+) -> tuple[Tensor, bool, Callable[[Tensor], None] | None]:
+    """Memory for what is derived from w, whether it is to be written, and what keeps it then, if w is frozen.
 
     Args:
         w: the kernel.
@@ -153,25 +163,22 @@ def of_weight(w: Tensor, what: Hashable, allocate: Callable[[], Tensor]) -> tupl
     """
     kept = _frozen.get(w) if len(_frozen.data) else None
     if kept is None:
-        return allocate(), False
+        return allocate(), True, None
     if w.requires_grad:
         thaw((w,))
-        return allocate(), False
-    place = _place(w)
-    if place is None:
-        return allocate(), False
-    known = kept.get((what, place))
-    if known is None or known[0] != _state(w):
-        return lasting(allocate, w.device, "a frozen spectrum"), False
-    return known[1], True
+        return allocate(), True, None
+    slot = _slot(w)
+    if slot is None:
+        return allocate(), True, None
+    state = _state(w)
+    known = kept.get((what, slot))
+    if known is not None and known[0] == state:
+        return known[1], False, None
 
+    def keep(derived: Tensor) -> None:
+        kept[what, slot] = (state, derived)
 
-def keep_weight(w: Tensor, what: Hashable, derived: Tensor) -> None:
-    """Keep what was derived from w, if it is frozen, until it changes."""
-    kept = _frozen.get(w) if len(_frozen.data) else None
-    place = None if kept is None else _place(w)
-    if kept is not None and place is not None:
-        kept[what, place] = (_state(w), derived)
+    return lasting(allocate, w.device, "a frozen spectrum"), True, keep
 
 
 def freeze(kernels: Iterable[Tensor]) -> None:
@@ -192,7 +199,7 @@ def drop(kernels: Iterable[Tensor]) -> None:
         freeze(w for w in kernels if w in _frozen)
 
 
-def _place(tensor: Tensor) -> _Place | None:
+def _slot(tensor: Tensor) -> _Slot | None:
     """Where something made of `tensor` may be kept; None where it may not."""
     if tensor.is_inference() or torch.compiler.is_compiling():
         return None
@@ -204,8 +211,8 @@ def _place(tensor: Tensor) -> _Place | None:
     return device, torch.cuda.current_stream(device).cuda_stream
 
 
-def _empty(place: _Place) -> None:
-    _slots.pop(place, None)
+def _empty(slot: _Slot) -> None:
+    _slots.pop(slot, None)
 
 
 def _state(tensor: Tensor) -> tuple[Hashable, ...]:
@@ -213,9 +220,9 @@ def _state(tensor: Tensor) -> tuple[Hashable, ...]:
     return tensor._version, tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
-def _empty_after_backward(place: _Place) -> None:
+def _empty_after_backward(slot: _Slot) -> None:
     """Within a backward pass, have it empty the slot when it is done. One that fails does not."""
     task = torch._C._current_graph_task_id()
-    if task != -1 and _emptied_by.get(place) != task:
-        _emptied_by[place] = task
-        Variable._execution_engine.queue_callback(lambda: _empty(place))
+    if task != -1 and _emptied_by.get(slot) != task:
+        _emptied_by[slot] = task
+        Variable._execution_engine.queue_callback(lambda: _empty(slot))

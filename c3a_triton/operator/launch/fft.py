@@ -19,7 +19,7 @@ tensors, so that a repeated call finds grids, strides, tiles and constants by on
 """
 
 import functools
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,8 +27,9 @@ from torch import Tensor
 
 from .. import spectra
 from . import fft_bases, specs
-from .fft_bases import Memory, Transform
+from .fft_bases import Allocation, Memory, Transform
 from .plans import Launch, bound, cdiv, kernels, planned, round_up, split
+from .specs import Spec
 from .tiles import mix_outer_tile, mix_tile, mixes_and_sums, outer_tile, transform_tile
 
 __all__ = ["fft_backward", "fft_product", "fft_weight_grad"]
@@ -56,41 +57,18 @@ def fft_product(
 
     With `source`, which says whose rows x has, its spectrum may be shared with other calls.
     """
-    bias_spec, out_spec = None if bias is None else specs.spec(bias), None if out is None else specs.spec(out)
-    shape = specs.product_shape(specs.spec(x), specs.spec(w), out_spec, bias_spec, transpose)
-    result = specs.new_or_given(shape, x, out)
-    if x.shape[0] == 0:
-        return result
-    x = specs.with_contiguous_rows(x)
-    bias = None if bias is None else bias.contiguous()
-    plan = _product_plan(
-        x.device,
-        x.dtype,
-        specs.precision(x.dtype, _OF_16BIT),
-        x.shape[0],
-        w.shape,
+    shape, run = _product_plan(
+        specs.spec(x),
+        specs.spec(w),
+        None if out is None else specs.spec(out),
+        None if bias is None else specs.spec(bias),
         transpose,
-        bias is not None,
-        out is not None,
+        specs.precision(x.dtype, _OF_16BIT),
         source is not None,
     )
-    with specs.on_device_of(x):
-        blocks, z = _first_spectra(plan, w, None, None, x, source)
-        y = plan.y.allocate()
-        for chunk in plan.chunks:
-            if chunk.spectra:
-                _launch_spectra(chunk.spectra, None, None, None, None, chunk.of(x), z)
-            chunk.mix(z_ptr=chunk.of_spectrum(z), blocks_ptr=blocks, y_ptr=y)
-            chunk.results(
-                y_ptr=y,
-                bias_ptr=bias,
-                out_ptr=chunk.of(result),
-                sums_ptr=None,
-                dw_ptr=None,
-                scale=scale * plan.gain,
-                stride_out_t=result.stride(0),
-            )
-    return result
+    out = specs.new_or_given(shape, x, out)
+    run(specs.with_contiguous_rows(x), w, None if bias is None else bias.contiguous(), out, scale, source)
+    return out
 
 
 def fft_weight_grad(
@@ -106,9 +84,10 @@ def fft_weight_grad(
 
     The same from run to run: tokens are summed in an order that depends on shapes only. `source` as in `fft_product`.
     """
-    specs.check_weight_grad(dy, x, block_size)
-    shape = dy.shape[1] // block_size, x.shape[1] // block_size, block_size
-    dw = _gradients(dy, x, shape, scale=scale, source=source)
+    precision = specs.precision(x.dtype, _OF_16BIT)
+    _, shape, run = _gradient_plan(specs.spec(dy), specs.spec(x), None, None, block_size, precision, source is not None)
+    dw = torch.empty(shape, dtype=torch.float32, device=x.device)
+    run(specs.with_contiguous_rows(dy), specs.with_contiguous_rows(x), None, None, dw, scale, source)
     return dw if dtype == torch.float32 else dw.to(dtype)
 
 
@@ -129,65 +108,86 @@ def fft_backward(
         ShapeError: sizes, dtypes or devices do not fit.
         BackendError: the kernels cannot run on x's device.
     """
-    out_spec = None if out is None else specs.spec(out)
-    shape = specs.product_shape(specs.spec(dy), specs.spec(w), out_spec, None, transpose=True)
-    dx = specs.new_or_given(shape, dy, out)
-    specs.check_weight_grad(dy, x, w.shape[2])
-    return dx, _gradients(dy, x, w.shape, scale=scale, source=source, w=w, dx=dx, accumulate=out is not None)
-
-
-def _gradients(
-    dy: Tensor,
-    x: Tensor,
-    shape: tuple[int, ...],
-    *,
-    scale: float,
-    source: spectra.Source | None,
-    w: Tensor | None = None,
-    dx: Tensor | None = None,
-    accumulate: bool = False,
-) -> Tensor:
-    """dw of this shape; with w, `dx` is written too, or added to."""
-    dw = torch.empty(shape, dtype=torch.float32, device=x.device)
-    if x.numel() == 0 or dy.numel() == 0:
-        return dw.zero_()
-    dy, x = specs.with_contiguous_rows(dy), specs.with_contiguous_rows(x)
-    plan, g_memory, sums_memory, together = _gradient_plan(
-        x.device,
-        x.dtype,
+    shape, dw_shape, run = _gradient_plan(
+        specs.spec(dy),
+        specs.spec(x),
+        specs.spec(w),
+        None if out is None else specs.spec(out),
+        w.shape[2],
         specs.precision(x.dtype, _OF_16BIT),
-        x.shape[0],
-        shape,
-        w is not None,
-        accumulate,
         source is not None,
     )
-    with specs.on_device_of(x):
-        g = g_memory.allocate()
-        blocks, z = _first_spectra(plan, w, dy, g, x, source)
-        y = None if dx is None else plan.y.allocate()
-        sums = sums_memory.allocate()
-        for chunk in plan.chunks:
-            if chunk.spectra:
-                _launch_spectra(chunk.spectra, None, None, chunk.of(dy), g, None if plan.whole else chunk.of(x), z)
-            chunk.mix(z_ptr=g, blocks_ptr=blocks, y_ptr=y)
-            chunk.outer(
-                g_ptr=g,
-                z_ptr=chunk.of_spectrum(z),
-                sums_ptr=sums,
-                blocks_ptr=blocks if together else None,
-                y_ptr=y if together else None,
-            )
-            chunk.results(
-                y_ptr=y,
-                bias_ptr=None,
-                out_ptr=None if dx is None else chunk.of(dx),
-                sums_ptr=sums if chunk.is_last else None,
-                dw_ptr=dw if chunk.is_last else None,
-                scale=scale * plan.gain,
-                stride_out_t=0 if dx is None else dx.stride(0),
-            )
-    return dw
+    dx = specs.new_or_given(shape, dy, out)
+    dw = torch.empty(dw_shape, dtype=torch.float32, device=dy.device)
+    run(specs.with_contiguous_rows(dy), specs.with_contiguous_rows(x), w, dx, dw, scale, source)
+    return dx, dw
+
+
+def _multiply(
+    plan: "_Plan",
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    scale: float,
+    source: spectra.Source | None,
+) -> None:
+    """Write a product, as planned."""
+    blocks, z = _first_spectra(plan, w, None, None, x, source)
+    y = plan.y()
+    for chunk in plan.chunks:
+        rows = chunk.rows
+        if chunk.spectra:
+            _launch_spectra(chunk.spectra, None, None, None, None, x[rows], z)
+        chunk.mix(z_ptr=z[:, chunk.start :] if chunk.start else z, blocks_ptr=blocks, y_ptr=y)
+        chunk.results(
+            y_ptr=y,
+            bias_ptr=bias,
+            out_ptr=out if rows is None else out[rows],
+            sums_ptr=None,
+            dw_ptr=None,
+            scale=scale * plan.gain,
+            stride_out_t=out.stride(0),
+        )
+
+
+def _correlate(
+    plan: "_Plan",
+    of_dy: "_OfGradient",
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor | None,
+    dx: Tensor | None,
+    dw: Tensor,
+    scale: float,
+    source: spectra.Source | None,
+) -> None:
+    """Write dw and, with w, dx, as planned."""
+    g = of_dy.g()
+    blocks, z = _first_spectra(plan, w, dy, g, x, source)
+    y = None if dx is None else plan.y()
+    sums = of_dy.sums()
+    for chunk in plan.chunks:
+        rows = chunk.rows
+        if chunk.spectra:
+            _launch_spectra(chunk.spectra, None, None, dy[rows], g, None if plan.whole else x[rows], z)
+        chunk.mix(z_ptr=g, blocks_ptr=blocks, y_ptr=y)
+        chunk.outer(
+            g_ptr=g,
+            z_ptr=z[:, chunk.start :] if chunk.start else z,
+            sums_ptr=sums,
+            blocks_ptr=blocks if of_dy.mixes else None,
+            y_ptr=y if of_dy.mixes else None,
+        )
+        chunk.results(
+            y_ptr=y,
+            bias_ptr=None,
+            out_ptr=dx if dx is None or rows is None else dx[rows],
+            sums_ptr=sums if chunk.is_last else None,
+            dw_ptr=dw if chunk.is_last else None,
+            scale=scale * plan.gain,
+            stride_out_t=0 if dx is None else dx.stride(0),
+        )
 
 
 def _first_spectra(
@@ -197,21 +197,24 @@ def _first_spectra(
 
     What is known is not computed again, and the rest is computed in one launch.
     """
-    blocks = new_w = new_x = None
+    blocks = new_w = keep_w = z = place = new_x = None
     if w is not None:
-        blocks, known = spectra.of_weight(w, plan.w_what, plan.blocks.allocate)
-        new_w = None if known else w.contiguous()
-    z = spectra.of_input(source, plan.x_what) if plan.whole else None
+        blocks, is_new, keep_w = spectra.of_weight(w, plan.w_what, plan.blocks)
+        new_w = w.contiguous() if is_new else None
+    if plan.whole and source is not None:
+        z, place = spectra.of_input(source, plan.x_what)
+    rows = plan.chunks[0].rows
     if z is None:
-        z = plan.z.allocate()
-        new_x = x if plan.whole else plan.chunks[0].of(x)
-    new_dy = None if dy is None else plan.chunks[0].of(dy)
-    if new_w is not None or new_dy is not None or new_x is not None:
-        _launch_spectra(plan.spectra, new_w, blocks, new_dy, g, new_x, z)
-    if w is not None and blocks is not None and new_w is not None:
-        spectra.keep_weight(w, plan.w_what, blocks)
-    if plan.whole and new_x is not None:
-        spectra.keep_input(source, plan.x_what, z)
+        z = plan.z()
+        new_x = x if plan.whole or rows is None else x[rows]
+    if dy is not None and rows is not None:
+        dy = dy[rows]
+    if new_w is not None or dy is not None or new_x is not None:
+        _launch_spectra(plan.spectra, new_w, blocks, dy, g, new_x, z)
+    if keep_w is not None and blocks is not None:
+        keep_w(blocks)
+    if place is not None and new_x is not None:
+        spectra.keep_input(place, z)
     return blocks, z
 
 
@@ -225,9 +228,8 @@ def _launch_spectra(
     z: Tensor,
 ) -> None:
     """The spectra of those that are there."""
-    launch = launches[w is not None, x is not None]
     first, first_z, other, other_z = (x, z, None, None) if dy is None else (dy, g, x, z)
-    launch(
+    launches[w is not None, x is not None](
         w_ptr=w,
         blocks_ptr=None if w is None else blocks,
         x_ptr=first,
@@ -243,7 +245,7 @@ def _launch_spectra(
 _SpectraLaunches = Mapping[tuple[bool, bool], Launch]
 
 
-def _nothing(**arguments: object) -> None:
+def _nothing(*operands: object, **arguments: object) -> None:
     """In the place of a launch that is not needed."""
 
 
@@ -261,12 +263,6 @@ class _Chunk(NamedTuple):
     outer: Launch
     results: Launch
 
-    def of(self, tensor: Tensor) -> Tensor:
-        return tensor if self.rows is None else tensor[self.rows]
-
-    def of_spectrum(self, z: Tensor) -> Tensor:
-        return z[:, self.start :] if self.start else z
-
 
 class _Plan(NamedTuple):
     gain: float
@@ -274,16 +270,26 @@ class _Plan(NamedTuple):
     """Everything but w that decides on the values of its matrices."""
     x_what: Hashable
     """Everything but x that decides on the values of its spectrum."""
-    blocks: Memory
+    blocks: Allocation
     """Of the matrices [slots, 2 · rows, 2 · columns] that `mix` multiplies by."""
-    z: Memory
+    z: Allocation
     """Of the spectrum of x."""
-    y: Memory
+    y: Allocation
     """Of the spectrum of the product."""
     whole: bool
     """Whether x is transformed at once, so that its spectrum may be kept."""
     spectra: _SpectraLaunches
     chunks: tuple[_Chunk, ...]
+
+
+class _OfGradient(NamedTuple):
+    """What a plan has besides where dy is correlated with x."""
+
+    g: Allocation
+    """Of the spectrum of dy."""
+    sums: Allocation
+    mixes: bool
+    """Whether `outer` multiplies too."""
 
 
 class _Rows(NamedTuple):
@@ -299,17 +305,14 @@ _NO_ROWS = _Rows(0, 0, 0)
 
 @planned
 def _product_plan(
-    device: torch.device,
-    dtype: torch.dtype,
-    precision: str,
-    n_tokens: int,
-    shape: tuple[int, int, int],
-    transpose: bool,
-    has_bias: bool,
-    accumulate: bool,
-    shares: bool,
-) -> _Plan:
-    m, n, b = shape
+    x: Spec, w: Spec, out: Spec | None, bias: Spec | None, transpose: bool, precision: str, shares: bool
+) -> tuple[tuple[int, int], Callable[..., None]]:
+    """The shape of `fft_product`'s result, and what writes it."""
+    out_shape = specs.product_shape(x, w, out, bias, transpose)
+    (n_tokens, _), dtype, device = x
+    if n_tokens == 0:
+        return out_shape, _nothing
+    m, n, b = shape = w.shape
     rows, cols = (n, m) if transpose else (m, n)
     of = fft_bases.transform(device, dtype, b, precision)
     whole, step = _cut(of, n_tokens, cols, rows)
@@ -321,33 +324,36 @@ def _product_plan(
             {} if whole or start == 0 else _spectra_launches(of, shape, transpose, _Rows(count, cols, z.stride)),
             mix=_mix(of, count, cols, rows, z, y, read_again=whole and shares),
             outer=_nothing,
-            results=_results(of, shape, _Rows(count, rows, y.stride), has_bias=has_bias, accumulate=accumulate),
+            results=_results(
+                of, shape, _Rows(count, rows, y.stride), has_bias=bias is not None, accumulate=out is not None
+            ),
         )
 
-    return _Plan(
+    plan = _Plan(
         of.basis.gain,
         (of.scratch, precision, transpose),
         (dtype, precision, b, n_tokens, cols),
-        *(of.matrices(rows, cols), z, y),
+        of.matrices(rows, cols).allocation,
+        z.allocation,
+        y.allocation,
         whole,
         _spectra_launches(of, shape, transpose, _Rows(n_tokens if whole else min(step, n_tokens), cols, z.stride)),
         tuple(chunk(start, min(step, n_tokens - start)) for start in range(0, n_tokens, step)),
     )
+    return out_shape, specs.on_device(device, functools.partial(_multiply, plan))
 
 
 @planned
 def _gradient_plan(
-    device: torch.device,
-    dtype: torch.dtype,
-    precision: str,
-    n_tokens: int,
-    shape: tuple[int, int, int],
-    with_dx: bool,
-    accumulate: bool,
-    shares: bool,
-) -> tuple[_Plan, Memory, Memory, bool]:
-    """With the plan, memory for the spectrum of dy and for sums, and whether `outer` is also `mix`."""
-    m, n, b = shape
+    dy: Spec, x: Spec, w: Spec | None, out: Spec | None, b: int, precision: str, shares: bool
+) -> tuple[tuple[int, int], tuple[int, int, int], Callable[..., object]]:
+    """The shapes of dx (where w is given) and dw, and what writes them."""
+    dx_shape = (0, 0) if w is None else specs.product_shape(dy, w, out, None, transpose=True)
+    m, n, _ = shape = specs.weight_grad_shape(dy, x, b)
+    (n_tokens, _), dtype, device = x
+    if n_tokens == 0 or 0 in shape:
+        return dx_shape, shape, lambda dy, x, w, dx, dw, *rest: dw.zero_()
+    with_dx = w is not None
     of = fft_bases.transform(device, dtype, b, precision)
     whole, step = _cut(of, n_tokens, n, m + n * with_dx)
     g, z, y = of.memory(step, m), of.memory(n_tokens if whole else step, n), of.memory(step, n)
@@ -380,27 +386,31 @@ def _gradient_plan(
     def chunk(start: int, count: int) -> _Chunk:
         is_last = start + count == n_tokens
         dx, dw = _Rows(count, n, y.stride) if with_dx else _NO_ROWS, n_splits if is_last else 0
-        dy_x = (_Rows(count, m, g.stride), _NO_ROWS if whole else _Rows(count, n, z.stride))
+        own_rows = (_Rows(count, m, g.stride), _NO_ROWS if whole else _Rows(count, n, z.stride))
         return _Chunk(
             *_place(start, count, n_tokens, n * of.apart if whole else 0),
-            {} if start == 0 else _spectra_launches(of, shape, True, *dy_x),
+            {} if start == 0 else _spectra_launches(of, shape, True, *own_rows),
             mix=_mix(of, count, m, n, g, y, read_again=True) if with_dx and not together else _nothing,
             outer=outer(n_tokens=count, ACCUMULATE=start > 0),
-            results=_results(of, shape, dx, dw, accumulate=accumulate) if with_dx or is_last else _nothing,
+            results=_results(of, shape, dx, dw, accumulate=out is not None) if with_dx or is_last else _nothing,
         )
 
     first = min(step, n_tokens)
-    dy_x = (_Rows(first, m, g.stride), _Rows(n_tokens if whole else first, n, z.stride))
+    first_rows = (_Rows(first, m, g.stride), _Rows(n_tokens if whole else first, n, z.stride))
     plan = _Plan(
         of.basis.gain,
         (of.scratch, precision, True),
         (dtype, precision, b, n_tokens, n),
-        *(of.matrices(n, m), z, y),
+        of.matrices(n, m).allocation,
+        z.allocation,
+        y.allocation,
         whole,
-        _spectra_launches(of, shape, True, *dy_x),
+        _spectra_launches(of, shape, True, *first_rows),
         tuple(chunk(start, min(step, n_tokens - start)) for start in range(0, n_tokens, step)),
     )
-    return plan, g, Memory((n_splits, of.slots, rows, columns), torch.float32, device), together
+    sums = Memory((n_splits, of.slots, rows, columns), torch.float32, device)
+    of_dy = _OfGradient(g.allocation, sums.allocation, together)
+    return dx_shape, shape, specs.on_device(device, functools.partial(_correlate, plan, of_dy))
 
 
 def _place(start: int, count: int, n_tokens: int, blocks: int) -> tuple[slice | None, int, bool]:
@@ -431,7 +441,7 @@ def _cut(of: Transform, n_tokens: int, x_blocks: int, other_blocks: int) -> tupl
     return whole, round_up(cdiv(n_tokens, chunks), 128)
 
 
-def _spectra_launches(of: Transform, shape: tuple[int, int, int], transpose: bool, *rows: _Rows) -> _SpectraLaunches:
+def _spectra_launches(of: Transform, shape: Sequence[int], transpose: bool, *rows: _Rows) -> _SpectraLaunches:
     """Each launch that a call may need: with w and without, of all the rows and without the last, those of x."""
     some = {(with_w, with_x): rows if with_x else rows[:-1] for with_w in (True, False) for with_x in (True, False)}
     return {key: _spectra(of, shape, transpose, key[0], *parts) for key, parts in some.items() if key[0] or parts}
@@ -439,7 +449,7 @@ def _spectra_launches(of: Transform, shape: tuple[int, int, int], transpose: boo
 
 def _spectra(
     of: Transform,
-    shape: tuple[int, int, int],
+    shape: Sequence[int],
     transpose: bool,
     with_w: bool,
     x: _Rows = _NO_ROWS,
@@ -509,7 +519,7 @@ def _mix(of: Transform, n_tokens: int, cols: int, rows: int, z: Memory, y: Memor
 
 def _results(
     of: Transform,
-    shape: tuple[int, int, int],
+    shape: Sequence[int],
     out: _Rows,
     n_splits: int = 0,
     *,

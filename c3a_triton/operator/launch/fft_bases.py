@@ -10,6 +10,7 @@ By dtype of x:
 """
 
 import functools
+from collections.abc import Callable
 from math import log2, pi, prod
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from .plans import round_up
 
 __all__ = [
     "PAD",
+    "Allocation",
     "Memory",
     "Transform",
     "spectrum_itemsize",
@@ -67,6 +69,9 @@ class _Basis(NamedTuple):
     """What a transform and its inverse must be multiplied by; 1 for an orthogonal basis."""
 
 
+Allocation = Callable[[], Tensor]
+
+
 class Memory(NamedTuple):
     """A tensor to be allocated."""
 
@@ -74,9 +79,10 @@ class Memory(NamedTuple):
     dtype: torch.dtype
     device: torch.device
 
-    def allocate(self) -> Tensor:
-        """The tensor, without values."""
-        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+    @property
+    def allocation(self) -> Allocation:
+        """What allocates it, without values."""
+        return functools.partial(torch.empty, self.shape, dtype=self.dtype, device=self.device)
 
     @property
     def stride(self) -> int:
