@@ -24,8 +24,8 @@ _DTYPES = specs.DTYPES
 _NOTES = (
     "Microseconds of a forward: the base layer's, and what one adapter adds to it; predicted (cost model): what "
     "launches move\nand compute over the ceilings of the card, or of an H200; with a * measured on this machine by "
-    "autotune. 'auto' decides for\nthe next power of two of tokens, for the forward and for the gradients ('grad'), and "
-    "never takes fold, which rounds."
+    "autotune. 'auto' decides\nfor the next power of two of tokens, for the forward and for the gradients ('grad'); "
+    "it never takes fold, which rounds."
 )
 
 

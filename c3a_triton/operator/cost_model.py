@@ -39,11 +39,11 @@ class Sizes(NamedTuple):
 # From this ratio of bandwidths on, tokens are cut into chunks whose spectra stay in the L2.
 _L2_PAYS = 5.0
 
-# Of the spectral kernels, most from their SASS on sm_90: tokens, rows or columns of a tile, bytes of a transform's
-# columns, programs of the sum over tokens; warp instructions per transformed value, of a warp's tile of mix and of each
-# step of it, and of each step of outer, alone or with mix; seconds of one program's dependent steps.
+# Of the spectral kernels, most of it from their SASS on sm_90: tokens, rows or columns of a tile, bytes of a
+# transform's columns, programs that sum over tokens; warp instructions per transformed value, of a warp's tile of mix
+# and of each step of it, of each tile and element of outer for 64 tokens; seconds of one program's dependent steps.
 _TILE, _COLUMN_BYTES, _PROGRAMS = 128, 256, 132
-_PER_VALUE, _MIX_TILE, _MIX_STEP, _OUTER_STEP, _BOTH_STEP = 0.25, 260, 80, 113, 240
+_PER_VALUE, _MIX_TILE, _MIX_STEP, _OUTER_TILE, _OUTER_ELEMENT = 0.25, 260, 80, 300, 0.037
 _CHAIN = 2.5e-6
 # Warp instructions (or as many clocks of the path to shared memory) per element of ΔW that is gathered from w.
 _PER_GATHERED = 0.5
@@ -285,16 +285,12 @@ def _spectral(sizes: Sizes, backward: bool, has_spectrum: bool, at: Ceilings) ->
     sums = n_splits * 4 * q / 2 * rows * cols
     z_and_g = kept(m, found=half) + real * t * n if has_spectrum else kept(m + n, found=half)
     read = real * t * (ceil(rows / _TILE) * n + ceil(cols / _TILE) * m)
-    steps = 8 * tiles * q / 2 * t / 64  # of warps
-    outer = Launch(z_and_g + sums, read + WRITTEN * sums, product_flops, steps * _OUTER_STEP)
+    # Warp instructions of each step of 64 tokens: of a tile, and of its elements.
+    instructions = q / 2 * t / 64 * (_OUTER_TILE * tiles + _OUTER_ELEMENT * rows * cols)
+    outer = Launch(z_and_g + sums, read + WRITTEN * sums, product_flops, instructions)
     if real == 2 and max(rows, cols) <= at.fused_side:
         # The spectrum of dy is read once for both.
-        also = Launch(
-            kept(n) + blocks_again,
-            n_splits * blocks + WRITTEN * real * t * n,
-            product_flops,
-            steps * (_BOTH_STEP - _OUTER_STEP),
-        )
+        also = Launch(kept(n) + blocks_again, n_splits * blocks + WRITTEN * real * t * n, product_flops, instructions)
         products = [together(outer, also)]
     else:
         products = [together(outer), together(mix(m, rows, cols, kept(m) + kept(n) + blocks_again))]
