@@ -21,7 +21,7 @@ import c3a_triton
 from c3a_triton import BackendError, C3AConfig, CheckpointError, ConfigError, valid_block_sizes
 from c3a_triton.files.patterns import block_size_rule
 from c3a_triton.files.peft_rules import peft_block_size_rule
-from c3a_triton.operator import cost_model, dispatch, tuned
+from c3a_triton.operator import bounds, cost_model, dispatch, tuned
 from c3a_triton.operator.cost_model import Sizes
 from c3a_triton.operator.tuned import Times
 from c3a_triton.tuning import costs, goal, groups, measurement, outcome, solver
@@ -352,6 +352,16 @@ def test_the_smallest_choice_over_the_budget_says_by_how_much():
 def test_what_cannot_be_tuned_is_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         tune(**options)
+
+
+def test_predictions_are_of_the_card_s_family_and_name_it(monkeypatch):
+    found = {}
+    for family, at in bounds.CARDS.items():
+        monkeypatch.setattr(dispatch, "ceilings_of", lambda device, at=at: at)
+        outcome = tune(measure=False).outcome
+        assert outcome.environment["device"] == f"none: the cost model's {family}"
+        found[family] = outcome.seconds
+    assert len({*found.values()}) > 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU to measure on")

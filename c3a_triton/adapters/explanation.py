@@ -49,8 +49,8 @@ def explain(
 
     Returns:
         A table with a row for each distinct shape and number of tokens, and how to read it. Times that `autotune` has
-        measured on this machine bear a `*`; the others are predictions of the cost model in
-        `c3a_triton.operator.dispatch`.
+        measured on this machine bear a `*`; the others are predictions of
+        `c3a_triton.operator.cost_model`.
 
     Raises:
         ConfigError: something else than layers or shapes, no tokens, or a dtype that the model does not know.

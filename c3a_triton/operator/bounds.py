@@ -24,9 +24,7 @@ class Ceilings(NamedTuple):
     instructions: float
     launch_seconds: float
     overlap_seconds: float  # by which a launch that may begin within the one before is cheaper
-    fused_side: (
-        int  # up to which rows and columns of a slot, one kernel has the room for both products of a backward pass
-    )
+    fused_side: int  # largest side of a slot's matrix for which one kernel computes dx's product and dw's
 
 
 # Memory, L2 reads and the size up to which they are fast: RRZE-HPC/gpu-benches at 1038c5d, of these cards; of the size
