@@ -28,11 +28,11 @@ DIRECTIONS = [pytest.param(False, id="forward"), pytest.param(True, id="backward
 @pytest.mark.parametrize(
     ("launch", "expected"),
     [
-        (Launch(4.2e6, 1e6, 1e6, 1e3, 1e12), 1e-6),
-        (Launch(1e6, 9.5e6, 1e6, 1e3, 1e12), 1e-6),
+        (Launch(4.2e6, 1e6, 1e5, 1e3, 1e12), 1e-6),
+        (Launch(1e6, 9.5e6, 1e5, 1e3, 1e12), 1e-6),
         (Launch(1e6, 1e6, 3e6, 1e3, 1e12), 3e-6),
-        (Launch(1e6, 1e6, 1e6, CEILINGS.instructions * 4e-6, 1e12), 4e-6),
-        (Launch(1e6, 1e6, 1e6, 1e3, 1e12, chain=5e-6), 5e-6),
+        (Launch(1e6, 1e6, 1e5, CEILINGS.instructions * 4e-6, 1e12), 4e-6),
+        (Launch(1e6, 1e6, 1e5, 1e3, 1e12, chain=5e-6), 5e-6),
     ],
     ids=["memory", "L2", "FLOPs", "issue", "chain"],
 )
@@ -84,7 +84,9 @@ def test_the_choice_is_made_for_the_card(monkeypatch):
 @pytest.mark.parametrize(
     ("backend", "backward"), [*itertools.product(("direct", "expand", "torch"), (False, True)), ("fold", False)]
 )
-@pytest.mark.parametrize("case", [LayerCase(8192, 4096, 1024, 128), LayerCase(4096, 1024, 512, 64)], ids=str)
+@pytest.mark.parametrize(
+    "case", [LayerCase(8192, 4096, 1024, 128), LayerCase(4096, 1024, 512, 64), LayerCase(64, 4096, 4096, 128)], ids=str
+)
 def test_bytes_and_launches_are_those_of_a_layer_that_is_run(backend, case, backward):
     """Against every launch of a layer, intercepted, less the base's product, which reads what it adds to."""
     pytest.importorskip("triton")

@@ -200,7 +200,8 @@ def _there(n_bytes: float, dtype: torch.dtype) -> list[Launch]:
 def _direct_weight_grad(sizes: Sizes, at: Ceilings) -> list[Launch]:
     t, n, m, b, dtype, _ = sizes
     i, w = dtype.itemsize, 4 * n * m / b
-    return [streamed(i * t * (n + m), w, 2 * t * n * m, at.triton_flops[i]), streamed(w, w)]
+    sums = w if b <= 64 else 2 * w  # diagonals that wrap are kept apart
+    return [streamed(i * t * (n + m), sums, 2 * t * n * m, at.triton_flops[i]), streamed(sums, w)]
 
 
 def _if_fits(n_bytes: float, l2_bytes: float) -> float:
