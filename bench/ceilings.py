@@ -24,10 +24,11 @@ from c3a_triton.operator.launch import direct, fft, plans, specs
 
 from . import launch_hooks, plots, report, runs
 
-__all__ = ["BANDWIDTH_KEY", "SUBJECT", "bandwidth", "for_fit", "launches", "main", "tables", "tasks"]
+__all__ = ["BANDWIDTH_KEY", "L2_KEY", "SUBJECT", "bandwidth", "for_fit", "launches", "main", "tables", "tasks"]
 
 COPY_BYTES = 1 << 30  # of either side; less where the card is small
 BANDWIDTH_KEY = "copy bandwidth"
+L2_KEY = "copy in the L2"
 SECONDS = 0.1  # of one timing
 RESIDENT_REPEATS = 50  # copies in one launch: the first, from memory, is next to nothing
 N_LAUNCHES = 1000  # without waiting: a stream takes as many
@@ -60,7 +61,7 @@ def tasks(setting: runs.Setting) -> Iterator[runs.Task]:
 
 def for_fit(setting: runs.Setting) -> Iterator[runs.Task]:
     """Those of `tasks` that the constants of the cost model are read off (`token_sweep.fitted`)."""
-    chosen = {BANDWIDTH_KEY, "cuBLAS float32, beta 0", *KERNELS}
+    chosen = {BANDWIDTH_KEY, L2_KEY, "cuBLAS float32, beta 0", *KERNELS}
     return (task for task in tasks(setting) if task.key in chosen)
 
 
@@ -70,7 +71,7 @@ def launches(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]
         yield key, partial(_product_call, product, _sized(SQUARE, dtype, b), device)
     for name, _, make in _launched(LAYER):
         yield f"launch: {name}", partial(_made_and_called, make, device)
-    yield "copy in the L2", partial(_made_and_called, lambda device: _resident_copy(1 << 20, 1, device)[0], device)
+    yield L2_KEY, partial(_made_and_called, lambda device: _resident_copy(1 << 20, 1, device)[0], device)
 
 
 def _made_and_called(make: Callable[[torch.device], Callable[[], object]], device: torch.device) -> None:
@@ -90,7 +91,7 @@ def _memory(setting: runs.Setting) -> Iterator[runs.Task]:
     yield runs.Task(BANDWIDTH_KEY, 0, partial(bandwidth, setting), 1.0)
     yield runs.Task("read bandwidth", 0, partial(_one_way, setting, Tensor.sum), 1.0)
     yield runs.Task("write bandwidth", 0, partial(_one_way, setting, lambda values: values.fill_(1.0)), 1.0)
-    yield runs.Task("copy in the L2", 0, partial(_resident, setting), 1.0)
+    yield runs.Task(L2_KEY, 0, partial(_resident, setting), 1.0)
 
 
 def _values(setting: runs.Setting) -> Tensor:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from c3a_triton.operator import cost_model
+from c3a_triton.operator import bounds
+from c3a_triton.operator.launch import tiles
 
 from . import ROOT, report, runs, token_sweep
 
@@ -29,9 +30,12 @@ class Card(NamedTuple):
         return f"{where['gpu']['name']}, {where['date']}, driver {driver} ({versions}; commit {where['commit']})"
 
     @property
-    def ceilings(self) -> cost_model.Ceilings:
-        """What the cost model takes of this card, as far as it was measured."""
-        return token_sweep.fitted({**self.records.get("ceilings", {}), **self.records.get("tokens", {})})
+    def ceilings(self) -> bounds.Ceilings:
+        """What the cost model takes of this card: what was measured, else what is committed for its family."""
+        gpu = self.environment["gpu"]
+        major, minor = map(int, gpu["capability"].split("."))
+        before = bounds.ceilings_of(gpu["name"], tiles.generation((major, minor)))
+        return token_sweep.fitted({**self.records.get("ceilings", {}), **self.records.get("tokens", {})}, before)
 
 
 def measured_on(environments: Sequence[dict[str, Any]], where: str) -> dict[str, Any]:

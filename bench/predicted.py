@@ -11,23 +11,24 @@ from pathlib import Path
 import torch
 
 from c3a_triton.benchmark import cases, layer
-from c3a_triton.operator import cost_model, dispatch
-from c3a_triton.operator.launch import fft_bases
-from c3a_triton.operator.tuned import Times
+from c3a_triton.operator import bounds, cost_model, dispatch
 from c3a_triton.tuning.costs import PEFT_C3A, PEFT_LORA, Case, Setting, predicted_times
 
 from . import ROOT, ceilings, committed, model, op, report, runs
 
-__all__ = ["main", "measured_table", "records", "section", "table"]
+__all__ = ["assumptions", "floor_table", "main", "measured_table", "records", "section", "table"]
 
 DOCUMENT = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- bench.predicted: begin -->", "<!-- bench.predicted: end -->"
 DTYPE = torch.bfloat16
 VERDICT: dict[bool | None, str] = {True: "yes", False: "no", None: "-"}
+FLOOR_TITLE = (
+    "By the base layer's rate and by how many bytes of the L2 a launch finds again of what the one before wrote last:"
+)
 METHODS = {"base": dispatch.BASE, "peft_lora": PEFT_LORA, "peft_c3a": PEFT_C3A, "ours:auto": "auto"}
 
 
-def records(at: cost_model.Ceilings = cost_model.CEILINGS) -> runs.Records:
+def records(at: bounds.Ceilings = bounds.CEILINGS) -> runs.Records:
     """Results of `bench.op` as a card of these ceilings would write them, with predicted times."""
     found: runs.Records = {}
     large = (case for case in cases.LAYERS if case.n_tokens >= 1024)
@@ -42,43 +43,53 @@ def records(at: cost_model.Ceilings = cost_model.CEILINGS) -> runs.Records:
     return found
 
 
-def _both(case: layer.Case, method: str, at: cost_model.Ceilings = cost_model.CEILINGS) -> float:
-    """Seconds forward and backward; layers that read one x transform it once in each direction."""
+def _both(
+    case: layer.Case, method: str, at: bounds.Ceilings = bounds.CEILINGS, *, keeps_spectrum: bool = False
+) -> float:
+    """Seconds forward and backward; layers that read one x transform it once in each direction.
+
+    With `keeps_spectrum` the backward pass has it from the forward.
+    """
     seconds = 0.0
     seen: set[int] = set()
     for source, part in case.parts:
-        times, transforms = _layer(part, method, at)
-        seconds += times.forward + (times.backward or 0.0)
-        if source in seen:
-            seconds -= transforms
+        again = source in seen
+        seconds += sum(_layer(part, method, at, has_spectrum=(again, again or keeps_spectrum)))
         seen.add(source)
     return seconds
 
 
-def _layer(case: cases.LayerCase, method: str, at: cost_model.Ceilings) -> tuple[Times, float]:
-    """Seconds of one layer, and those of them in which x is transformed, which another layer may have done."""
+def _layer(
+    case: cases.LayerCase, method: str, at: bounds.Ceilings, has_spectrum: tuple[bool, bool]
+) -> tuple[float, float]:
+    """Seconds of one layer, forward and backward, where it may have x's spectrum from elsewhere."""
     setting = Setting(torch.device("cuda"), DTYPE, case.n_tokens, train=True)
-    sizes = (case.in_features, case.out_features)
+    shape = (case.in_features, case.out_features)
     if method != "ours:auto":
         b = {"base": 0, "peft_lora": cases.LORA_RANK}.get(method, case.b)
-        return predicted_times(Case(*sizes, b, METHODS[method]), setting, at), 0.0
+        times = predicted_times(Case(*shape, b, METHODS[method]), setting, at)
+        assert times.backward is not None
+        return times.forward, times.backward
+    sizes = cost_model.Sizes(case.n_tokens, *shape, case.b, DTYPE)
+    base = cost_model.base_seconds(sizes, ceilings=at)
     forward, backward = (
-        dispatch.cheapest(cost_model.Sizes(case.n_tokens, *sizes, case.b, DTYPE), backward=backward)
+        cost_model.added_seconds(
+            dispatch.cheapest(sizes, backward=backward, ceilings=at),
+            sizes,
+            backward=backward,
+            has_spectrum=has_spectrum[backward],
+            ceilings=at,
+        )
         for backward in (False, True)
     )
-    times = Times(
-        predicted_times(Case(*sizes, case.b, forward), setting, at).forward,
-        predicted_times(Case(*sizes, case.b, backward), setting, at).backward,
-    )
-    n_bytes = (DTYPE.itemsize + fft_bases.spectrum_itemsize(DTYPE, case.b)) * case.n_tokens * case.in_features
-    return times, n_bytes / at.bandwidth * (forward, backward).count("fft")
+    return base + forward, base + backward
 
 
-def _decoding(case: cases.LayerCase, method: str, at: cost_model.Ceilings) -> float:
-    """One launch that reads W, and of an adapted layer w; x and y are nothing beside them."""
-    elements = case.in_features * case.out_features
-    n_bytes = DTYPE.itemsize * elements + (4 * elements / case.b if method != "base" else 0)
-    return at.launch_seconds + n_bytes / at.bandwidth
+def _decoding(case: cases.LayerCase, method: str, at: bounds.Ceilings) -> float:
+    sizes = cost_model.Sizes(case.n_tokens, case.in_features, case.out_features, case.b, DTYPE)
+    if method == "base":
+        return cost_model.base_seconds(sizes, ceilings=at)
+    return cost_model.predicted_seconds("decode", sizes, ceilings=at)
 
 
 def table() -> str:
@@ -86,6 +97,46 @@ def table() -> str:
     goals = [goal for goal in op.goals(records()) if goal.measured is not None]
     rows = [[goal.case, goal.goal, goal.measured, VERDICT[goal.reached]] for goal in goals]
     return report.format_table(["case", "goal", "predicted", "reached by the prediction"], rows)
+
+
+def assumptions() -> dict[str, bounds.Ceilings]:
+    """The ceilings on which most depends, by what is assumed: the base's rate, and what stays in the L2."""
+    at = bounds.CEILINGS
+    return {
+        f"{rate} TFLOP/s, {megabytes} MB": at._replace(
+            cublas_flops={**at.cublas_flops, 2: rate * 1e12}, l2_bytes=megabytes * 1e6
+        )
+        for rate in (650, 790)
+        for megabytes in (24, 40)
+    }
+
+
+def floor_table() -> str:
+    """How near the memory floor layers come, by what is assumed."""
+    rows = []
+    for b in (64, 128, 256, 1024):
+        case = cases.LayerCase(8192, 4096, 4096, b)
+        rows.append([f"T=8192, {case.label}, b={b}: layer / frozen base", "≤ 1.29", "≤ 1.24", *_over_base(case)])
+    kept = cases.LayerCase(8192, 4096, 4096, 128)
+    name = f"T=8192, {kept.label}, b=128, x's spectrum kept for the backward pass"
+    rows.append([name, "", "≤ 1.20", *_over_base(kept, keeps_spectrum=True)])
+    for case, reach, aim in zip(cases.COMPARISON, ("≤ 1.55", "≤ 2.25"), ("≤ 1.46", "≤ 2.1"), strict=True):
+        rows.append(
+            [f"T={case.n_tokens}, {case.label}, b={case.b}: layer / frozen base", reach, aim, *_over_base(case)]
+        )
+    extra = []
+    for at in assumptions().values():
+        base, ours, peft = (_both(kept, method, at) for method in ("base", "ours:auto", "peft_c3a"))
+        extra.append(f"{(peft - base) / (ours - base):.1f}")
+    rows.append([f"T=8192, {kept.label}, b=128: extra time, PEFT C3A / ours", "≥ 10", "12", *extra])
+    return report.format_table(["forward + backward", "to reach", "aim", *assumptions()], rows)
+
+
+def _over_base(case: cases.LayerCase, *, keeps_spectrum: bool = False) -> list[str]:
+    return [
+        f"{_both(case, 'ours:auto', at, keeps_spectrum=keeps_spectrum) / _both(case, 'base', at):.2f}"
+        for at in assumptions().values()
+    ]
 
 
 def measured_table(card: committed.Card) -> str:
@@ -101,7 +152,7 @@ def measured_table(card: committed.Card) -> str:
 
 def section() -> str:
     """The text between the markers: the prediction, then every card that has measured."""
-    parts = [table()]
+    parts = [table(), FLOOR_TITLE, floor_table()]
     for card in committed.cards(committed.RESULTS):
         title = f"Predicted beside measured: {card.title}. The prediction takes the ceilings measured on that card."
         parts += [title, measured_table(card), "\n".join(ceilings.tables(card.records.get("ceilings", {}))).strip()]

@@ -1,6 +1,6 @@
 """Every backend's product alone, by tokens: `python -m bench.token_sweep --out DIR`.
 
-What the constants of the cost model in `c3a_triton.operator.dispatch` are fitted from: device time of x ΔWᵀ and of both
+What the constants of the cost model in `c3a_triton.operator.bounds` are fitted from: device time of x ΔWᵀ and of both
 its gradients, of the base layer's own product and its gradient of x, beside what the model predicts; and the few
 ceilings of the same card. The table ends with the fitted constants.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from c3a_triton import circulant_linear
 from c3a_triton.benchmark import cases, gate, layer, peers, timing
-from c3a_triton.operator import cost_model, dispatch
+from c3a_triton.operator import bounds, cost_model, dispatch
 from c3a_triton.operator.cost_model import Ceilings
 from c3a_triton.operator.launch import tiles
 
@@ -141,16 +141,17 @@ def _launch_count(record: runs.Record, direction: str) -> float:
     return _predicted(record, direction, one) - _predicted(record, direction, none)
 
 
-def fitted(records: runs.Records) -> Ceilings:
-    """The cost model's ceilings as a card has measured them; what it has not is as committed.
+def fitted(records: runs.Records, before: Ceilings = cost_model.CEILINGS) -> Ceilings:
+    """The cost model's ceilings as a card has measured them.
 
     Args:
         records: of `bench.ceilings` and of this benchmark, measured on one card.
+        before: what stays of what it has not measured.
 
     Returns:
-        The bandwidth of the large copy; cuBLAS's rates, in 16 bits the base product's at its fastest where that was
-        swept; Triton's from the product by a table, in TF32 from float16's product per frequency; and per launch the
-        median over few tokens of what is left of device time.
+        The bandwidths of the large copy and of copies within the L2; cuBLAS's rates, in 16 bits the base product's at
+        its fastest where that was swept; Triton's from the product by a table, in TF32 from float16's product per
+        frequency; and per launch the median over few tokens of what is left of device time.
     """
 
     def rate(key: str, name: str, default: float) -> float:
@@ -159,7 +160,6 @@ def fitted(records: runs.Records) -> Ceilings:
     def flops(key: str, default: float) -> float:
         return rate(key, "flops_per_second", default)
 
-    before = cost_model.CEILINGS
     cublas = {2: flops("cuBLAS bfloat16, beta 0", before.cublas_flops[2])}
     cublas[4] = flops("cuBLAS float32, beta 0", before.cublas_flops[4])
     swept = _swept(records)
@@ -171,8 +171,12 @@ def fitted(records: runs.Records) -> Ceilings:
         ]
         cublas[itemsize] = max(base, default=cublas[itemsize])
     triton = {size: flops(f"table product {name}", before.triton_flops[size]) for size, name in FLOATS.items()}
-    found = Ceilings(
+    # A copy writes as many bytes as it reads.
+    l2_copy = before.l2_bandwidth * 2 / (1 + bounds.WRITTEN)
+    l2_share = rate(ceilings.L2_KEY, "bytes_per_second", l2_copy) / l2_copy
+    found = before._replace(
         bandwidth=rate(ceilings.BANDWIDTH_KEY, "bytes_per_second", before.bandwidth),
+        l2_bandwidth=before.l2_bandwidth * l2_share,
         cublas_flops=cublas,
         triton_flops=triton,
         tf32_flops=flops("mix float16 b=16", before.tf32_flops),
@@ -248,7 +252,7 @@ def tables(records: runs.Records) -> list[str]:
         rows.append(["Python's and the driver's seconds per launch", "-", f"{host:.3g}"])
     if rows:
         lines += ["", "### The cost model's constants", ""]
-        lines.append(report.format_table(["c3a_triton.operator.cost_model.CEILINGS", "committed", "fitted"], rows))
+        lines.append(report.format_table(["c3a_triton.operator.bounds.CEILINGS", "committed", "fitted"], rows))
     return lines
 
 

@@ -954,6 +954,8 @@ def test_layers_that_share_their_input_are_predicted_to_share_its_spectrum() -> 
     decoder = cases.DECODERS[0]
     alone = sum(predicted._both(part, "ours:auto") for _, part in decoder.parts)
     shared = predicted._both(decoder, "ours:auto")
-    # Two of q, k, v and one of gate and up: 4 bytes a value (x read, its spectrum written), forward and backward.
-    assert alone - shared == pytest.approx(3 * 2 * 4 * 8192 * 4096 / 4.2e12)
+    # Two of q, k, v and one of gate and up: 4 bytes a value (x read, its spectrum written), forward and backward, but
+    # for what was found of x in the forward pass, and of its spectrum in both.
+    most = 3 * 2 * 4 * 8192 * 4096 / 4.2e12
+    assert most - 3 * 3 * 24e6 / 4.2e12 <= alone - shared < most
     assert sum(predicted._both(part, "base") for _, part in decoder.parts) == predicted._both(decoder, "base")

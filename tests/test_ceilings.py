@@ -13,7 +13,7 @@ from clock import Clock
 
 from bench import ceilings, launches, model, op, runs, token_sweep
 from c3a_triton.benchmark import cases, gate, layer, models, peers, timing
-from c3a_triton.operator import cost_model
+from c3a_triton.operator import bounds, cost_model
 from c3a_triton.operator.launch import direct, specs
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -225,8 +225,9 @@ def test_models_are_built_once_for_cases_that_differ_in_tokens(monkeypatch: pyte
 # The sweep over tokens, and the fit
 
 
-CARD = cost_model.Ceilings(
+CARD = cost_model.CEILINGS._replace(
     bandwidth=3e12,
+    l2_bandwidth=7e12,
     cublas_flops={2: 700e12, 4: 50e12},
     triton_flops={2: 400e12, 4: 120e12},
     tf32_flops=250e12,
@@ -238,6 +239,8 @@ HOST_SECONDS = 2e-5
 def _as_predicted() -> runs.Records:
     """Records of a card on which the cost model is right."""
     records: runs.Records = {ceilings.BANDWIDTH_KEY: {"bytes_per_second": CARD.bandwidth}}
+    # Of every two bytes that a copy moves, one is read and one, which takes longer, written.
+    records[ceilings.L2_KEY] = {"bytes_per_second": 2 / (1 / CARD.l2_bandwidth + bounds.WRITTEN / CARD.l2_bandwidth)}
     rates = {"cuBLAS float32, beta 0": CARD.cublas_flops[4], "table product bfloat16": CARD.triton_flops[2]}
     rates |= {"table product float32": CARD.triton_flops[4], "mix float16 b=16": CARD.tf32_flops}
     records |= {key: {"flops_per_second": rate} for key, rate in rates.items()}
@@ -304,7 +307,7 @@ def test_products_are_measured_by_tokens(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_sweep_covers_what_the_issue_names_within_its_share() -> None:
     planned = list(token_sweep.tasks(dataclasses.replace(_setting(), tiny=False)))
     keys = {task.key for task in planned}
-    assert {*ceilings.KERNELS, ceilings.BANDWIDTH_KEY, "cuBLAS float32, beta 0"} < keys
+    assert {*ceilings.KERNELS, ceilings.BANDWIDTH_KEY, ceilings.L2_KEY, "cuBLAS float32, beta 0"} < keys
     assert sum(task.worth == 1 for task in planned) == 2 * (8 * 4 + 3)
     assert sum(task.seconds for task in planned) < 50
 

@@ -619,11 +619,14 @@ def test_cost_model_prefers_one_launch_for_few_tokens_and_spectra_for_many():
         return min(names, key=lambda name: predicted_seconds(name, sizes))
 
     assert best(1, 4096, 4096, 128) == "direct"
-    assert best(64, 4096, 4096, 128) == "direct"
+    assert best(64, 4096, 4096, 128) == best(1024, 1024, 1024, 128) == "direct"
+    assert best(128, 4096, 4096, 128) == best(2048, 1024, 1024, 128) == "fft"
     for sizes in ((3072, 3072, 64), (4096, 4096, 256), (4096, 4096, 1024), (8192, 28672, 128)):
         assert best(8192, *sizes) == "fft"
-    # In one level, transforms of large blocks cost as much as a dense product; float32 spectra cost more bytes.
-    assert best(8192, 1536, 1536, 1536) == "expand"
+    # A block that no power of two takes apart is transformed whole, which costs as much as a dense product; float32
+    # spectra cost more bytes.
+    assert best(8192, 1536, 1536, 1536) == "fft"
+    assert best(8192, 1535, 1535, 1535) == "expand"
     sixteen = [
         predicted_seconds("fft", Sizes(8192, 4096, 4096, 64, dtype)) for dtype in (torch.float16, torch.bfloat16)
     ]

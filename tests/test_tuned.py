@@ -195,8 +195,8 @@ def keep(**times):
 
 
 def test_the_cost_model_chooses_for_each_direction(gpu):
-    sizes = (4096, 1024, 1024, 128)
-    assert [choose(backward, sizes=sizes) for backward in (False, True)] == ["expand", "fft"]
+    sizes = (512, 3072, 1024, 64)
+    assert [choose(backward, sizes=sizes) for backward in (False, True)] == ["direct", "fft"]
 
 
 def test_the_fastest_measured_backend_is_chosen_for_each_direction(gpu):
@@ -307,10 +307,10 @@ def test_the_backward_is_counted(backend):
 
 
 def test_the_backward_of_fft_moves_what_its_kernels_move():
-    # docs/kernels.md: 12·in + 8·out bytes a token in bfloat16; at b = 64 nothing hides the bytes of many tokens.
+    # Three launches: 12·in + 6·out bytes a token in bfloat16; at b = 64 nothing hides the bytes of many tokens.
     n_tokens, n_in, n_out, b = 2**20, 3072, 1024, 64
     seconds = cost_model.predicted_seconds("fft", Sizes(n_tokens, n_in, n_out, b, torch.bfloat16), backward=True)
-    n_bytes = n_tokens * (12 * n_in + 8 * n_out)
+    n_bytes = n_tokens * (12 * n_in + 6 * n_out)
     assert seconds == pytest.approx(n_bytes / cost_model.CEILINGS.bandwidth, rel=0.02)
 
 

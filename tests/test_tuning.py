@@ -21,7 +21,7 @@ import c3a_triton
 from c3a_triton import BackendError, C3AConfig, CheckpointError, ConfigError, valid_block_sizes
 from c3a_triton.files.patterns import block_size_rule
 from c3a_triton.files.peft_rules import peft_block_size_rule
-from c3a_triton.operator import cost_model, dispatch, tuned
+from c3a_triton.operator import bounds, cost_model, dispatch, tuned
 from c3a_triton.operator.cost_model import Sizes
 from c3a_triton.operator.tuned import Times
 from c3a_triton.tuning import costs, goal, groups, measurement, outcome, solver
@@ -354,6 +354,16 @@ def test_what_cannot_be_tuned_is_refused(options, message):
         tune(**options)
 
 
+def test_predictions_are_of_the_card_s_family_and_name_it(monkeypatch):
+    found = {}
+    for family, at in bounds.CARDS.items():
+        monkeypatch.setattr(dispatch, "ceilings_of", lambda device, at=at: at)
+        outcome = tune(measure=False).outcome
+        assert outcome.environment["device"] == f"none: the cost model's {family}"
+        found[family] = outcome.seconds
+    assert len({*found.values()}) > 1
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU to measure on")
 def test_a_gpu_that_is_asked_for_and_not_there_is_named():
     with pytest.raises(ConfigError, match="torch sees 0 GPUs"):
@@ -385,10 +395,10 @@ def test_a_classifier_s_head_is_left_alone():
     assert [row.group.label for row in result.outcome.rows] == ["q_proj"]
 
 
-@pytest.mark.parametrize(("rank", "b"), [(4, 256), (8, 128), (16, 64)])
+@pytest.mark.parametrize(("rank", "b"), [(16, 256), (32, 128), (64, 64)])
 def test_equally_fast_block_sizes_follow_the_rule(rank, b):
-    # For many tokens the cost model's time hardly depends on b here, and √(1024·1024)/rank is a valid block size.
-    model = nn.ModuleDict({"proj": nn.Linear(1024, 1024, device="meta")})
+    # For many tokens the cost model's time hardly depends on b here, and √(4096·4096)/rank is a valid block size.
+    model = nn.ModuleDict({"proj": nn.Linear(4096, 4096, device="meta")})
     result = tune(model, None, like_lora_rank=rank, tokens=8192, dtype="bfloat16")
     assert [row.b for row in result.outcome.rows] == [b]
 

@@ -9,7 +9,7 @@ from c3a_triton._public import public
 from c3a_triton.errors import ConfigError
 from c3a_triton.files.block_sizes import check_block_size
 from c3a_triton.operator import dispatch
-from c3a_triton.operator.cost_model import Sizes, base_seconds, predicted_seconds
+from c3a_triton.operator.cost_model import Sizes, added_seconds, base_seconds
 from c3a_triton.operator.launch import specs
 
 from .layer import C3ALinear
@@ -22,11 +22,10 @@ Shape = tuple[int, int, int]
 
 _DTYPES = specs.DTYPES
 _NOTES = (
-    "Microseconds of a forward: the base layer's, and what one adapter's product adds to it; predicted (cost model): "
-    "launches,\nbytes and FLOPs over the ceilings of an H200; with a * measured on this machine by autotune. direct, "
-    "with up to 16 tokens\nand a 16-bit weight, is one kernel with the base and adds less than is predicted. 'auto' "
-    "decides for the next power of\ntwo of tokens, for the forward and for the gradients ('grad'), and never takes "
-    "fold, which rounds."
+    "Microseconds of a forward: the base layer's, and what one adapter adds to it; predicted (cost model): what "
+    "launches move\nand compute over the ceilings of the card, or of an H200; with a * measured on this machine by "
+    "autotune. 'auto' decides\nfor the next power of two of tokens, for the forward and for the gradients ('grad'); "
+    "it never takes fold, which rounds."
 )
 
 
@@ -50,8 +49,8 @@ def explain(
 
     Returns:
         A table with a row for each distinct shape and number of tokens, and how to read it. Times that `autotune` has
-        measured on this machine bear a `*`; the others are predictions of the cost model in
-        `c3a_triton.operator.dispatch`.
+        measured on this machine bear a `*`; the others are predictions of
+        `c3a_triton.operator.cost_model`.
 
     Raises:
         ConfigError: something else than layers or shapes, no tokens, or a dtype that the model does not know.
@@ -121,11 +120,11 @@ def _table(
             sizes = Sizes(n_tokens, in_features, out_features, b, dtype, device)
             chosen = [_chosen(sizes, backward=backward) for backward in (False, True)]
             measured = {} if _is_absent(device) else dispatch.measured_times(sizes)
-            base = measured.get(dispatch.BASE)
-            cells = [_cell(base, base_seconds(sizes))]
+            base, at = measured.get(dispatch.BASE), dispatch.ceilings_of(device)
+            cells = [_cell(base, base_seconds(sizes, ceilings=at))]
             for name in names:
                 added = None if base is None or name not in measured else max(measured[name] - base, 0.0)
-                cells.append(_cell(added, predicted_seconds(name, sizes)))
+                cells.append(_cell(added, added_seconds(name, sizes, ceilings=at)))
             where = (str(count), str(in_features), str(out_features), str(b), str(n_tokens))
             rows.append((*where, *chosen, *cells, "" if backend == "auto" else backend))
     numbers = set(range(len(header))) - {header.index(name) for name in ("auto", "grad", "set")}

@@ -1,15 +1,26 @@
-"""The cost model: what a product takes on a GPU, predicted from counted bytes, operations and launches."""
+"""The cost model: what a product takes on a GPU, predicted from the launches of each backend (`bounds.py`)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from math import ceil
 from typing import NamedTuple
 
 import torch
 
 from ..errors import BackendError
+from .bounds import CEILINGS, WRITTEN, Ceilings, Launch, seconds, streamed
 from .launch.fft_bases import spectrum_itemsize, taken_apart
-from .launch.tiles import SMALL_T
+from .launch.plans import PROGRAMS
+from .launch.tiles import SMALL_T, padded_block
 
-__all__ = ["CEILINGS", "Ceilings", "Sizes", "base_seconds", "predicted_seconds"]
+__all__ = [
+    "CEILINGS",
+    "Ceilings",
+    "Sizes",
+    "added_seconds",
+    "base_seconds",
+    "launches",
+    "predicted_seconds",
+]
 
 
 class Sizes(NamedTuple):
@@ -25,112 +36,261 @@ class Sizes(NamedTuple):
     device: torch.device = torch.device("cuda")
 
 
-class Ceilings(NamedTuple):
-    """What a card can do, as the cost model sees it: bytes and FLOPs per second, seconds per launch."""
+# From this ratio of bandwidths on, tokens are cut into chunks whose spectra stay in the L2.
+_L2_PAYS = 5.0
 
-    bandwidth: float
-    cublas_flops: Mapping[int, float]  # by bytes per element
-    triton_flops: Mapping[int, float]  # the same, of a plain GEMM in Triton
-    tf32_flops: float
-    launch_seconds: float
-
-
-# About what others report of an H200's copies and of cuBLAS on it, and estimates of what a plain Triton GEMM and
-# cuFFT's neighbours reach: none of it was measured with this library. Other cards have other ceilings but similar
-# ratios, and only ratios decide.
-CEILINGS = Ceilings(
-    bandwidth=4.2e12,
-    cublas_flops={2: 650e12, 4: 40e12},  # tensor cores in 16 bits, CUDA cores in float32
-    triton_flops={2: 500e12, 4: 150e12},  # float32 runs as three TF32 products on tensor cores
-    tf32_flops=300e12,
-    launch_seconds=2.5e-6,
-)
+# Of the spectral kernels, most of it from their SASS on sm_90: tokens, rows or columns of a tile, bytes of a
+# transform's columns; warp instructions per transformed value, of a warp's tile of mix
+# and of each step of it, of each tile and element of outer for 64 tokens; seconds of one program's dependent steps.
+_TILE, _COLUMN_BYTES = 128, 256
+_PER_VALUE, _MIX_TILE, _MIX_STEP, _OUTER_TILE, _OUTER_ELEMENT = 0.25, 260, 80, 300, 0.037
+_CHAIN = 2.5e-6
+_ANY = 1 << 62
+# Warp instructions (or as many clocks of the path to shared memory) per element of ΔW that is gathered from w.
+_PER_GATHERED = 0.5
 
 
-def predicted_seconds(backend: str, sizes: Sizes, *, backward: bool = False, ceilings: Ceilings = CEILINGS) -> float:
+def predicted_seconds(
+    backend: str,
+    sizes: Sizes,
+    *,
+    backward: bool = False,
+    has_spectrum: bool = False,
+    ceilings: Ceilings = CEILINGS,
+) -> float:
     """Predicted GPU time of one product x ΔWᵀ, or of both its gradients (dx and dw) with `backward`.
 
-    Launches, and the larger of bytes and FLOPs over their ceilings. A model, not a measurement. Counted for each path
-    (d = in_features + out_features, elements per token):
-
-    - direct: reads x, writes y (itemsize·d) and reads w, or with more than `SMALL_T` tokens a table of 32 bytes
-      per element of w; the FLOPs of a dense product. Backward: the same for dx; for dw it reads dy and x, at the FLOPs
-      of another dense product.
-    - expand: writes ΔW densely and reads it back, then a cuBLAS product. Backward: the same for dx, direct's dw.
-    - fft: reads x, writes y (itemsize·d), writes and reads back the spectra of both (2·d of their itemsize, which is 4
-      where x is not bfloat16); 2·b·d FLOPs a token for the transforms (4·(P + Q)·d in two levels of b = P·Q) and
-      4·in·out / b for the product per frequency. One launch for w and three for all tokens: those of further chunks
-      hide behind the chunk before. Backward: reads dy and x, writes dx; the spectra of dx and x are written and read,
-      that of dy written and read twice; three transforms, two products per frequency, eight launches.
-    - torch: float32 copies, complex spectra, their transposition and the batched product: about 26·d bytes a token, and
-      8·n_freqs·n·m FLOPs a token on CUDA cores. Backward: three transforms in place of two, two products.
-    - fold: reads W and writes W + ΔW; the product is the base layer's own. Never chosen, only told, and only forward.
+    A model, not a measurement; `launches` says what is counted.
 
     Raises:
         BackendError: a backend, or a direction of it, that the model does not know.
     """
-    n_tokens, in_features, out_features, b, dtype, _ = sizes
-    itemsize = dtype.itemsize
-    tokens_bytes = itemsize * n_tokens * (in_features + out_features)
-    dense_elements = in_features * out_features
-    dense_flops = 2 * n_tokens * dense_elements
-    if backend == "direct":
-        w_bytes = (4 if n_tokens <= SMALL_T else 32) * dense_elements / b
-        product = max((tokens_bytes + w_bytes) / ceilings.bandwidth, dense_flops / ceilings.triton_flops[itemsize])
-        seconds = 2 * ceilings.launch_seconds + product
-    elif backend == "expand":
-        gemm = max(tokens_bytes / ceilings.bandwidth, dense_flops / ceilings.cublas_flops[itemsize])
-        seconds = 2 * ceilings.launch_seconds + 2 * itemsize * dense_elements / ceilings.bandwidth + gemm
-    elif backend == "fold" and not backward:
-        seconds = ceilings.launch_seconds + 2 * itemsize * dense_elements / ceilings.bandwidth
-    elif backend == "fft":
-        real = spectrum_itemsize(dtype, b)  # bytes
-        # w is read, its spectrum written as 2 × 2 blocks and read back.
-        w_bytes = 4 * (1 + real) * dense_elements / b
-        if backward:
-            launches, products, transformed = 8, 2, 2 * in_features + out_features
-            token_bytes = itemsize * transformed + real * (4 * in_features + 3 * out_features)
-            w_bytes += 12 * dense_elements / b  # float32: the sums per frequency, 2 × 2 blocks, and dw
-        else:
-            launches, products, transformed = 4, 1, in_features + out_features
-            token_bytes = (itemsize + 2 * real) * transformed
-        per_value = 2 * taken_apart(b)[1]
-        # 16-bit operands multiply in TF32 where their spectra are float32, and inside two-level transforms.
-        two_level = per_value < 2 * b
-        mix_rate = ceilings.tf32_flops if real > itemsize else ceilings.triton_flops[itemsize]
-        transform_rate = ceilings.tf32_flops if two_level and itemsize == 2 else mix_rate
-        flops_seconds = products * 4 * n_tokens * dense_elements / b / mix_rate
-        flops_seconds += per_value * n_tokens * transformed / transform_rate
-        seconds = launches * ceilings.launch_seconds + max(
-            (n_tokens * token_bytes + w_bytes) / ceilings.bandwidth, flops_seconds
-        )
-    elif backend == "torch":
-        launches, products, transformed = (
-            (16, 2, 2 * in_features + out_features) if backward else (10, 1, in_features + out_features)
-        )
-        mix_flops = products * 8 * n_tokens * (b // 2 + 1) * dense_elements / b**2
-        seconds = (
-            launches * ceilings.launch_seconds
-            + 26 * n_tokens * transformed / ceilings.bandwidth
-            + mix_flops / ceilings.cublas_flops[4]
-        )
-    else:
-        raise BackendError(f"the cost model knows no {'backward of ' if backward else ''}backend {backend!r}")
-    if backward and backend in ("direct", "expand"):  # whose dw is a product of its own
-        dw_bytes = tokens_bytes + 4 * dense_elements / b
-        seconds += 2 * ceilings.launch_seconds + max(
-            dw_bytes / ceilings.bandwidth, dense_flops / ceilings.triton_flops[itemsize]
-        )
-    return seconds
+    return seconds(launches(backend, sizes, backward=backward, has_spectrum=has_spectrum, ceilings=ceilings), ceilings)
+
+
+def added_seconds(
+    backend: str, sizes: Sizes, *, backward: bool = False, has_spectrum: bool = False, ceilings: Ceilings = CEILINGS
+) -> float:
+    """Predicted GPU time that an adapter adds to its layer.
+
+    That of the product; by direct, for few tokens of a 16-bit layer, what one kernel for both takes more than the base.
+    """
+    if backend == "direct" and not backward and sizes.n_tokens <= SMALL_T and sizes.dtype.itemsize == 2:
+        return predicted_seconds("decode", sizes, ceilings=ceilings) - base_seconds(sizes, ceilings=ceilings)
+    return predicted_seconds(backend, sizes, backward=backward, has_spectrum=has_spectrum, ceilings=ceilings)
 
 
 def base_seconds(sizes: Sizes, *, ceilings: Ceilings = CEILINGS) -> float:
     """Predicted GPU time of the base layer's own product x Wᵀ in the same model; of the gradient of x too."""
-    n_tokens, in_features, out_features, _, dtype, _ = sizes
-    itemsize = dtype.itemsize
-    weights_bytes = itemsize * in_features * out_features
-    tokens_bytes = itemsize * n_tokens * (in_features + out_features)
-    flops = 2 * n_tokens * in_features * out_features
-    return ceilings.launch_seconds + max(
-        (weights_bytes + tokens_bytes) / ceilings.bandwidth, flops / ceilings.cublas_flops[itemsize]
+    return seconds([_gemm(sizes, ceilings)], ceilings)
+
+
+def launches(
+    backend: str,
+    sizes: Sizes,
+    *,
+    backward: bool = False,
+    has_spectrum: bool = False,
+    ceilings: Ceilings = CEILINGS,
+) -> list[Launch]:
+    """What a backend launches for one product, or for both its gradients with `backward`.
+
+    - direct: the table of shifted rows (none with up to `SMALL_T` tokens), and a product that reads it or w. Backward:
+      the same for dx; for dw a dense product of dy and x, and the sum of its parts.
+    - expand: ΔW written densely, and cuBLAS's product. Backward: the same for dx, direct's dw.
+    - fft: spectra of w and x, their products per frequency, the results; backward: spectra of w, dy and x, products for
+      dx and dw, both results. Spectra stay in the L2 where all of them fit. Otherwise a launch finds the last
+      `l2_bytes` that the one before wrote, because it begins with them, and half of it in the backward pass, where two
+      spectra are written side by side. x and dy are found likewise.
+    - torch: each aten call reads its operands and writes its result once.
+    - fold: reads W, writes W + ΔW; the product is the base layer's own. Never chosen, only told, and only forward.
+    - decode: base layer and adapter in one kernel for up to `SMALL_T` tokens. Never chosen, only forward.
+
+    Args:
+        backend: the name.
+        sizes: of the layer and the call.
+        backward: whether the call computes gradients.
+        has_spectrum: whether x's spectrum is there already, from the forward pass or from another layer (fft alone).
+        ceilings: of the card.
+
+    Raises:
+        BackendError: a backend, or a direction of it, that the model does not know.
+    """
+    if backend == "fft":
+        return _spectral(sizes, backward, has_spectrum, ceilings)
+    known = _BACKWARD if backward else _FORWARD
+    if backend not in known:
+        raise BackendError(f"the cost model knows no {'backward of ' if backward else ''}backend {backend!r}")
+    return known[backend](sizes, ceilings)
+
+
+def _gemm(sizes: Sizes, at: Ceilings, found: float = 0.0) -> Launch:
+    """cuBLAS's dense product."""
+    t, n, m, _, dtype, _ = sizes
+    i = dtype.itemsize
+    return streamed(i * (n * m + t * n), i * t * m, 2 * t * n * m, at.cublas_flops[i], found)
+
+
+def _direct(sizes: Sizes, at: Ceilings) -> list[Launch]:
+    t, n, m, b, dtype, _ = sizes
+    i, w = dtype.itemsize, 4 * n * m / b
+    table = min(8 * w, i * n * m)  # eight shifts of doubled rows, or dense where that is not larger
+    if t <= SMALL_T:
+        # Programs of 16 row blocks and 64 positions each read their rows of w and a token.
+        read = t * ceil(b / 64) * (w + ceil(m / b / 16) * i * n)
+        return [Launch(w + i * t * n, read), streamed(0.0, i * t * m)]
+    product = streamed(
+        i * t * n + table, i * t * m, 2 * t * n * m, at.triton_flops[i], found=_if_fits(table, at.l2_bytes)
     )
+    return [streamed(w, table), product]
+
+
+def _expand(sizes: Sizes, at: Ceilings) -> list[Launch]:
+    dense = sizes.dtype.itemsize * sizes.in_features * sizes.out_features
+    return [_expansion(sizes), _gemm(sizes, at, found=_if_fits(dense, at.l2_bytes))]
+
+
+def _expansion(sizes: Sizes, base: float = 0.0) -> Launch:
+    """ΔW written densely, or added to a base of so many bytes."""
+    _, n, m, b, dtype, _ = sizes
+    return streamed(4 * n * m / b + base, dtype.itemsize * n * m)._replace(instructions=_PER_GATHERED * n * m)
+
+
+def _fold(sizes: Sizes, at: Ceilings) -> list[Launch]:
+    return [_expansion(sizes, sizes.dtype.itemsize * sizes.in_features * sizes.out_features)]
+
+
+def _decode(sizes: Sizes, at: Ceilings) -> list[Launch]:
+    t, n, m, b, dtype, _ = sizes
+    i, w = dtype.itemsize, 4 * n * m / b
+    # Tiles of 16 rows of W read their row of w and the one before; those of more than 4 tokens have 32 rows.
+    tiles = m / (16 if t <= 4 else 32)
+    read = i * n * m + m / 16 * 2 * 4 * n + tiles * 2 * i * t * n
+    return [Launch(i * (n * m + t * (n + m)) + w, read + WRITTEN * i * t * m, 2 * t * n * m, rate=at.triton_flops[i])]
+
+
+def _torch(sizes: Sizes, at: Ceilings) -> list[Launch]:
+    t, n, m, b, dtype, _ = sizes
+    w, x, y = 4 * n * m / b, 4 * t * n, 4 * t * m  # float32; half a complex spectrum has as many bytes
+    product = streamed(w + x, y, 8 * t * (b // 2 + 1) * n * m / b**2, at.cublas_flops[4])
+    return [*[streamed(w, w)] * 4, *_there(x, dtype), product, *_there(y, dtype)]
+
+
+def _torch_backward(sizes: Sizes, at: Ceilings) -> list[Launch]:
+    t, n, m, b, dtype, _ = sizes
+    w, x, y = 4 * n * m / b, 4 * t * n, 4 * t * m
+    flops = 8 * t * (b // 2 + 1) * n * m / b**2
+    products = [streamed(w + y, x, flops, at.cublas_flops[4]), streamed(x + y, w, flops, at.cublas_flops[4])]
+    return [*[streamed(w, w)] * 6, *_there(y, dtype), *_there(x, dtype) * 2, *products]
+
+
+def _there(n_bytes: float, dtype: torch.dtype) -> list[Launch]:
+    """A cast, a transform and a transposition of so many bytes in float32, there or back."""
+    cast = [streamed(dtype.itemsize / 4 * n_bytes, n_bytes)] if dtype.itemsize < 4 else []
+    return [*cast, *[streamed(n_bytes, n_bytes)] * 2]
+
+
+def _direct_weight_grad(sizes: Sizes, at: Ceilings) -> list[Launch]:
+    t, n, m, b, dtype, _ = sizes
+    i, w = dtype.itemsize, 4 * n * m / b
+    sums = w if b <= 64 else 2 * w  # diagonals that wrap are kept apart
+    return [streamed(i * t * (n + m), sums, 2 * t * n * m, at.triton_flops[i]), streamed(sums, w)]
+
+
+def _if_fits(n_bytes: float, l2_bytes: float) -> float:
+    """What a launch finds that begins with the bytes written first: all or nothing."""
+    return n_bytes if n_bytes <= l2_bytes else 0.0
+
+
+_FORWARD: Mapping[str, Callable[[Sizes, Ceilings], list[Launch]]] = {
+    "direct": _direct,
+    "expand": _expand,
+    "torch": _torch,
+    "fold": _fold,
+    "decode": _decode,
+}
+_BACKWARD: Mapping[str, Callable[[Sizes, Ceilings], list[Launch]]] = {
+    "direct": lambda sizes, at: _direct(_transposed(sizes), at) + _direct_weight_grad(sizes, at),
+    "expand": lambda sizes, at: _expand(_transposed(sizes), at) + _direct_weight_grad(sizes, at),
+    "torch": _torch_backward,
+}
+
+
+def _transposed(sizes: Sizes) -> Sizes:
+    return sizes._replace(in_features=sizes.out_features, out_features=sizes.in_features)
+
+
+def _spectral(sizes: Sizes, backward: bool, has_spectrum: bool, at: Ceilings) -> list[Launch]:
+    """The launches of fft; what only the first or the last chunk of tokens has, w and dw, is counted with each."""
+    _, n, m, b, dtype, _ = sizes
+    q = taken_apart(b)[1]
+    i, real = dtype.itemsize, spectrum_itemsize(dtype, q)
+    spectra = real * sizes.n_tokens * (n + m + n * backward)
+    n_chunks = ceil(spectra / at.l2_bytes) if at.l2_bandwidth >= _L2_PAYS * at.bandwidth else 1
+    resident = spectra / n_chunks <= at.l2_bytes
+    t = sizes.n_tokens / n_chunks
+    rows, cols = 2 * m / q, 2 * n / q  # of the matrix that w is in each of q / 2 slots
+    rate = at.tf32_flops if real > i else at.triton_flops[i]
+    product_flops = q * t * max(rows, 16.0) * max(cols, 16.0)
+    w, blocks = 4 * n * m / b, real * q / 2 * rows * cols
+
+    def together(*parts: Launch) -> Launch:
+        """One launch of parts in one grid."""
+        hbm_bytes, l2_bytes, flops, instructions = (sum(counts) for counts in zip(*(p[:4] for p in parts), strict=True))
+        return Launch(hbm_bytes, l2_bytes, flops, instructions, rate, _CHAIN, overlaps=True)
+
+    def kept(width: int, found: float = 0.0) -> float:
+        """Bytes that memory writes of a spectrum, or reads where so many are found."""
+        return 0.0 if resident else max(real * t * width - found, 0.0)
+
+    def transform(width: int, source: int, target: int, hbm_bytes: float) -> Launch:
+        """Of values of so many bytes to others."""
+        values = t * width
+        read = ceil(real * q / _COLUMN_BYTES) * source * values + ceil(values / q / _TILE) * real * q**2
+        instructions = _PER_VALUE * values * max(1.0, q / 128)
+        return Launch(hbm_bytes, read + WRITTEN * target * values, 2 * q * values, instructions)
+
+    def mix(width: int, inner: float, columns: float, hbm_bytes: float) -> Launch:
+        """From the spectrum of so many features to that of others."""
+        tiles = ceil(t / _TILE)
+        read = ceil(columns / _TILE) * real * t * width + tiles * blocks
+        instructions = tiles * q / 2 * columns / 16 * (_MIX_TILE + _MIX_STEP * ceil(inner / 64))
+        return Launch(hbm_bytes, read + WRITTEN * real * t * q / 2 * columns, product_flops, instructions)
+
+    l2 = at.l2_bytes
+    blocks_again = blocks - _if_fits(blocks, l2)
+    of_w = Launch(w + blocks, 4 * n * m / q + n * m / 8 + WRITTEN * blocks)
+    if not backward:
+        of_x = transform(n, i, real, max(i * t * n - l2 / n_chunks, 0.0) + kept(n))
+        z = real * t * n if has_spectrum else kept(n, found=l2)
+        return n_chunks * [
+            together(of_w) if has_spectrum else together(of_w, of_x),
+            together(mix(n, cols, rows, z + kept(m) + blocks_again)),
+            together(transform(m, real, i, kept(m, found=l2) + i * t * m)),
+        ]
+
+    half = l2 / 2
+    of_dy = transform(m, i, real, max(i * t * m - (l2 if has_spectrum else half) / n_chunks, 0.0) + kept(m))
+    of_x = transform(n, i, real, i * t * n + kept(n))
+    spectra_of = together(of_w, of_dy) if has_spectrum else together(of_w, of_dy, of_x)
+
+    tiles = ceil(rows / _TILE) * ceil(cols / _TILE)
+    matrix = padded_block(ceil(rows), _ANY) * padded_block(ceil(cols), _ANY)
+    fuses = real == 2 and matrix <= at.fused_reals
+    programs = q / 2 * (1 if fuses else tiles) * (2 if fuses and matrix > 64 * 64 else 1)
+    n_splits = max(1, min(int(PROGRAMS / programs), ceil(t / 512)))
+    sums = n_splits * 4 * q / 2 * rows * cols
+    z_and_g = kept(m, found=half) + real * t * n if has_spectrum else kept(m + n, found=half)
+    read = real * t * (ceil(rows / _TILE) * n + ceil(cols / _TILE) * m)
+    # Warp instructions of each step of 64 tokens: of a tile, and of its elements.
+    instructions = q / 2 * t / 64 * (_OUTER_TILE * tiles + _OUTER_ELEMENT * rows * cols)
+    outer = Launch(z_and_g + sums, read + WRITTEN * sums, product_flops, instructions)
+    if fuses:
+        # The spectrum of dy is read once for both.
+        also = Launch(kept(n) + blocks_again, n_splits * blocks + WRITTEN * real * t * n, product_flops, instructions)
+        products = [together(outer, also)]
+    else:
+        products = [together(outer), together(mix(m, rows, cols, kept(m) + kept(n) + blocks_again))]
+    dx = transform(n, real, i, kept(n, found=half) + i * t * n)
+    dw = Launch(w + sums - _if_fits(sums, l2), sums + WRITTEN * w)
+    return n_chunks * [spectra_of, *products, together(dx, dw)]

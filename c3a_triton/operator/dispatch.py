@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from ..errors import BackendError
-from . import backends, tuned
-from .cost_model import Sizes, predicted_seconds
+from . import backends, bounds, tuned
+from .cost_model import Sizes, added_seconds
 from .launch import plans, specs, tiles
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "BACKENDS",
     "BASE",
     "TRITON_BACKENDS",
+    "ceilings_of",
     "cheapest",
     "check_backend",
     "choose",
@@ -122,10 +123,26 @@ def _kernels_pay(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def cheapest(sizes: Sizes, *, backward: bool = False) -> str:
-    """What `"auto"` chooses by the cost model on a GPU, for the next power of two of tokens."""
+def cheapest(sizes: Sizes, *, backward: bool = False, ceilings: bounds.Ceilings | None = None) -> str:
+    """What `"auto"` chooses by the cost model on a GPU of these ceilings, for the next power of two of tokens.
+
+    Args:
+        sizes: of the call.
+        backward: whether it computes gradients.
+        ceilings: by default those of the call's device.
+    """
+    at = ceilings_of(sizes.device) if ceilings is None else ceilings
     sizes = sizes._replace(n_tokens=1 << tuned.token_bits(sizes.n_tokens))
-    return min(AUTO_BACKENDS, key=lambda name: predicted_seconds(name, sizes, backward=backward))
+    return min(AUTO_BACKENDS, key=lambda name: added_seconds(name, sizes, backward=backward, ceilings=at))
+
+
+def ceilings_of(device: torch.device) -> bounds.Ceilings:
+    """The cost model's ceilings of this GPU's family; of anything else, an absent GPU included, an H200's."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return bounds.CEILINGS
+    name, capability, *_ = _machine(device)
+    major, minor = map(int, capability.split("."))
+    return bounds.ceilings_of(name, tiles.generation((major, minor)))
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from c3a_triton.operator import cost_model, dispatch
+from c3a_triton.operator import bounds, cost_model, dispatch
 from c3a_triton.operator.cost_model import Sizes
 from c3a_triton.operator.tuned import Key, Times
 
@@ -74,48 +74,75 @@ def layer_cases(groups: Sequence[Group], sizes: Sequence[Iterable[int]], setting
     return cases
 
 
-def predicted_times(case: Case, setting: Setting, ceilings: cost_model.Ceilings = cost_model.CEILINGS) -> Times:
+def predicted_times(case: Case, setting: Setting, ceilings: bounds.Ceilings | None = None) -> Times:
     """The cost model's prediction of a whole layer, base included, on a GPU. Nothing is measured.
 
-    The gradients are those of x (of the base and of the adapter) and of the adapter's parameters. Peers are counted
-    from PEFT's code over a bfloat16 base, forward and backward:
+    The gradients are those of x (of the base and of the adapter) and of the adapter's parameters. Peers are bounded
+    launch by launch like our own backends, counted from PEFT's code over a bfloat16 base and from what torch launches
+    for it.
 
-    - LoRA in its default form: 6 and 9 launches, 10·in + 28·out and 20·in + 28·out bytes a token in float32 copies and
-      products, 2 and 4 times r·(in + out) FLOPs a token.
-    - C3A: 13 and 21 launches, 142·in + 126·out bytes a token for both, divided as the launches are, and 8 and 16 times
-      in·out / b FLOPs a token.
+    Args:
+        case: the layer; of LoRA its b is the rank.
+        setting: the run's.
+        ceilings: of the card; by default those of the setting's device.
     """
-    n_tokens = setting.n_tokens
-    n_in, n_out, b, name = case
-    sizes = case.sizes(setting)
-    base = cost_model.base_seconds(sizes, ceilings=ceilings)
+    at = dispatch.ceilings_of(setting.device) if ceilings is None else ceilings
+    sizes, name = case.sizes(setting), case.backend
+    base = cost_model.base_seconds(sizes, ceilings=at)
     if name == dispatch.BASE:
-        added = Times(0.0, 0.0)
-    elif name == PEFT_LORA:
-        flops: float = 2 * n_tokens * b * (n_in + n_out)
-        added = Times(
-            _float32_seconds(ceilings, 6, n_tokens * (10 * n_in + 28 * n_out), flops),
-            _float32_seconds(ceilings, 9, n_tokens * (20 * n_in + 28 * n_out), 2 * flops),
-        )
-    elif name == PEFT_C3A:
-        n_bytes = n_tokens * (142 * n_in + 126 * n_out) / 34
-        flops = 8 * n_tokens * n_in * n_out / b
-        added = Times(
-            _float32_seconds(ceilings, 13, 13 * n_bytes, flops), _float32_seconds(ceilings, 21, 21 * n_bytes, 2 * flops)
-        )
+        return Times(base, base)
+    if name in _PEERS:
+        forward, backward = (bounds.seconds(launches, at) for launches in _PEERS[name](sizes, at))
     else:
-        added = Times(
-            *(
-                cost_model.predicted_seconds(name, sizes, backward=backward, ceilings=ceilings)
-                for backward in (False, True)
-            )
+        forward, backward = (
+            cost_model.added_seconds(name, sizes, backward=backward, ceilings=at) for backward in (False, True)
         )
-    assert added.backward is not None
-    return Times(base + added.forward, base + added.backward)
+    return Times(base + forward, base + backward)
 
 
-def _float32_seconds(ceilings: cost_model.Ceilings, launches: int, n_bytes: float, flops: float) -> float:
-    return launches * ceilings.launch_seconds + max(n_bytes / ceilings.bandwidth, flops / ceilings.cublas_flops[4])
+_Launches = list[bounds.Launch]
+
+
+def _peft_lora(sizes: Sizes, at: bounds.Ceilings) -> tuple[_Launches, _Launches]:
+    """LoRA in its default form: x cast to float32, both factors multiplied in float32, the result scaled and added."""
+    t, n, m, rank, *_ = sizes
+    x, y = t * n, t * m
+
+    def moved(n_bytes: float, flops: float = 0.0) -> bounds.Launch:
+        return _float32(n_bytes, flops, at)
+
+    into, out = (4 * x, 2 * rank * x), (4 * y, 2 * rank * y)  # from x to the rank and from there to y, or back
+    forward = [moved(6 * x), moved(*into), moved(*out), moved(8 * y), moved(10 * y), moved(6 * y)]
+    backward = [moved(6 * y), moved(6 * y), moved(8 * y), moved(*out), moved(*out)]
+    return forward, [*backward, moved(*into), moved(*into), moved(6 * x), moved(6 * x)]
+
+
+def _peft_c3a(sizes: Sizes, at: bounds.Ceilings) -> tuple[_Launches, _Launches]:
+    """C3A: whole complex spectra in float32, filled by conjugation, and copies of them that `bmm` makes."""
+    t, n, m, b, *_ = sizes
+    x, y, w = t * n, t * m, n * m / b
+    flops = 8 * t * n * m / b
+
+    def moved(n_bytes: float, flops: float = 0.0) -> bounds.Launch:
+        return _float32(n_bytes, flops, at)
+
+    spectrum_of_x = [moved(8 * x)] * 3  # transformed, scaled, the other half filled
+    of_w = [moved(8 * w)] * 2
+    copies = [moved(16 * x), moved(16 * w)]
+    product = moved(8 * (x + y + w), flops)
+    forward = [moved(6 * x), *spectrum_of_x, *of_w, *copies, product]
+    forward += [moved(16 * y), moved(12 * y), moved(6 * y), moved(6 * y)]
+    dx = [moved(6 * y), *[moved(8 * y)] * 3, *of_w, moved(8 * w), moved(16 * y), moved(16 * w), product]
+    dw = [moved(16 * x), *spectrum_of_x, moved(16 * y), moved(16 * x), product, moved(16 * w), moved(12 * w)]
+    return forward, [*dx, *dw, moved(10 * x), moved(6 * x)]
+
+
+_PEERS = {PEFT_LORA: _peft_lora, PEFT_C3A: _peft_c3a}
+
+
+def _float32(n_bytes: float, flops: float, at: bounds.Ceilings) -> bounds.Launch:
+    """A launch on CUDA cores; that its bytes cross the L2 too bounds nothing."""
+    return bounds.Launch(n_bytes, n_bytes, flops, rate=at.cublas_flops[4])
 
 
 def _total(times: Times) -> float:

@@ -18,7 +18,7 @@ from c3a_triton.benchmark import peers
 from c3a_triton.errors import CheckpointError, ConfigError
 from c3a_triton.files.atomic import replace_file
 from c3a_triton.files.config import CONFIG_NAME, C3AConfig
-from c3a_triton.operator import dispatch
+from c3a_triton.operator import bounds, dispatch
 from c3a_triton.operator.launch import specs
 
 from . import page, plots
@@ -132,7 +132,8 @@ def autotune(
 
     Layers of one role and shape form a group and get one block size. On a GPU every candidate is measured with every
     backend and kept in the tuned table, which `"auto"` reads from then on; what is in it already is not measured again.
-    Without a GPU, or with `measure=False`, times are the cost model's predictions (for an H200), and are labelled so.
+    Without a GPU, or with `measure=False`, times are the cost model's predictions (for the GPU that is there, or an
+    H200), and are labelled so.
 
     Args:
         model_or_config: a model (its weights are not read, it may be on the meta device), a transformers
@@ -319,6 +320,8 @@ def _in_order(sizes: dict[str, int], names: list[str]) -> dict[str, int]:
 def _environment(setting: Setting, was_measured: bool) -> dict[str, str]:
     versions = {"torch": torch.__version__, "c3a_triton": __version__, "python": platform.python_version()}
     if not was_measured:
-        return {"device": "none: the cost model's H200"} | versions
+        at = dispatch.ceilings_of(setting.device)
+        family = next(name for name, ceilings in bounds.CARDS.items() if ceilings is at)
+        return {"device": f"none: the cost model's {family}"} | versions
     key = Case(1, 1, 0, dispatch.BASE).key(setting)
     return {"device": key.device, "capability": key.capability, "triton": key.triton} | versions

@@ -361,8 +361,9 @@ def _gradient_plan(
     together = with_dx and mixes_and_sums(of.card, of.scratch.itemsize, rows, columns)
     tile = (mix_outer_tile if together else outer_tile)(of.card, of.scratch.itemsize, rows, columns)
     tiles = cdiv(rows, tile.block_o) * cdiv(columns, tile.block_i)
-    # As many splits of a chunk as fill a card.
-    tokens_per_split, n_splits = split(step, tile.block_t, tiles * of.slots, least=8)
+    # As many splits of a chunk as fill a card; a program of eight warps that multiplies too fills a multiprocessor.
+    programs = tiles * of.slots * (2 if together and tile.num_warps == 8 else 1)
+    tokens_per_split, n_splits = split(step, tile.block_t, programs, least=8)
     outer = functools.partial(
         bound,
         # One program per tile of a slot's matrix, slot and split of the tokens.
