@@ -82,7 +82,7 @@ def test_the_choice_is_made_for_the_card(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("backend", "backward"), [*itertools.product(("direct", "expand", "torch"), (False, True)), ("fold", False)]
+    ("backend", "backward"), [*itertools.product(("direct", "expand", "torch", "fft"), (False, True)), ("fold", False)]
 )
 @pytest.mark.parametrize(
     "case", [LayerCase(8192, 4096, 1024, 128), LayerCase(4096, 1024, 512, 64), LayerCase(64, 4096, 4096, 128)], ids=str
@@ -149,24 +149,6 @@ def test_the_spectral_path_is_counted_in_three_launches(b, q, backward):
         assert launch.flops == pytest.approx(sum(2 * math.prod(sides) for sides in products))
         assert launch.overlaps
         assert launch.l2_bytes > launch.hbm_bytes
-
-
-def test_blocks_are_taken_apart():
-    found = {b: cost_model.taken_apart(b) for b in (1, 31, 128, 192, 256, 384, 768, 1000, 1024, 4096, 129, 1022)}
-    assert found == {
-        1: (1, 1),
-        31: (1, 31),
-        128: (1, 128),
-        192: (2, 96),
-        256: (2, 128),
-        384: (4, 96),
-        768: (8, 96),
-        1000: (8, 125),
-        1024: (8, 128),
-        4096: (32, 128),
-        129: (1, 129),
-        1022: (2, 511),
-    }
 
 
 def test_where_one_kernel_has_no_room_both_products_are_launched_alone():

@@ -337,7 +337,7 @@ def _product_plan(
         z.allocation,
         y.allocation,
         whole,
-        _spectra_launches(of, shape, transpose, _Rows(n_tokens if whole else min(step, n_tokens), cols, z.stride)),
+        _spectra_launches(of, shape, transpose, _Rows(n_tokens if whole else step, cols, z.stride)),
         tuple(chunk(start, min(step, n_tokens - start)) for start in range(0, n_tokens, step)),
     )
     return out_shape, specs.on_device(device, functools.partial(_multiply, plan))
@@ -396,8 +396,7 @@ def _gradient_plan(
             results=_results(of, shape, dx, dw, accumulate=out is not None) if with_dx or is_last else _nothing,
         )
 
-    first = min(step, n_tokens)
-    first_rows = (_Rows(first, m, g.stride), _Rows(n_tokens if whole else first, n, z.stride))
+    first_rows = (_Rows(step, m, g.stride), _Rows(n_tokens if whole else step, n, z.stride))
     plan = _Plan(
         of.basis.gain,
         (of.scratch, precision, True),
@@ -426,7 +425,7 @@ def _policy(read_again: bool) -> str:
 
 
 def _cut(of: Transform, n_tokens: int, x_blocks: int, other_blocks: int) -> tuple[bool, int]:
-    """Whether x is transformed whole, and the tokens of a chunk: chunks of equal size, a multiple of 128.
+    """Whether x is transformed whole, and the tokens of a chunk: all, or chunks of equal size, a multiple of 128.
 
     Whole, the spectrum of x takes no more than half of the scratch, and chunks of the others fit what it leaves.
     """
@@ -439,7 +438,7 @@ def _cut(of: Transform, n_tokens: int, x_blocks: int, other_blocks: int) -> tupl
         blocks = other_blocks if whole else x_blocks + other_blocks
         limit = min(limit, scratch // (2 * of.slots * of.apart * blocks * of.scratch.itemsize))
     chunks = cdiv(n_tokens, max(limit, 128))
-    return whole, round_up(cdiv(n_tokens, chunks), 128)
+    return whole, min(round_up(cdiv(n_tokens, chunks), 128), n_tokens)
 
 
 def _spectra_launches(of: Transform, shape: Sequence[int], transpose: bool, *rows: _Rows) -> _SpectraLaunches:
