@@ -55,6 +55,7 @@ def launched() -> dict[str, dict[str, set[Any]]]:
         found = seen[kernel.__name__]
         found["dtype"].add(running[-1].dtype)
         for name, value in arguments.items():
+            assert name.endswith("_ptr") or not isinstance(value, torch.Tensor), name
             if isinstance(value, bool) and name.isupper() and name != "PDL":  # which is the card's
                 found[name].add(value)
             if name in ("x_ptr", "dy_ptr", "w_ptr", "weight_ptr", "bias_ptr") and value is not None:

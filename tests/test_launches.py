@@ -4,6 +4,9 @@ Nothing is compiled: what is compared are the specialisations that Triton's own 
 """
 
 import functools
+import gc
+import re
+import weakref
 from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
@@ -185,6 +188,26 @@ def test_a_key_that_leaves_something_out_is_caught(
     launch = plans.bound(kernel(), GRID, **CONSTANTS)
     with pytest.raises(AssertionError):
         check_all(card, launch)
+
+
+def test_names_of_arguments_are_not_those_of_the_text_around_them(card: Card) -> None:
+    taken = set(re.findall(r"\w+", compiled._SOURCE))
+    for module in plans.kernels():
+        for name, one in vars(module).items():
+            assert not name.endswith("_kernel") or not taken & set(one.arg_names), name
+
+
+def test_a_kept_kernel_stays_loaded(card: Card) -> None:
+    launch = plans.bound(kernel(), GRID, **CONSTANTS)
+    launch(**arguments())
+    loaded = weakref.ref(card.loaded.pop())
+    kernel().device_caches.clear()
+    gc.collect()
+    assert loaded() is not None
+    del launch
+    plans.clear_plans()
+    gc.collect()
+    assert loaded() is None
 
 
 def test_each_device_has_its_own_kernel(card: Card, through_triton: mock.Mock) -> None:

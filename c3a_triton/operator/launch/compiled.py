@@ -21,7 +21,8 @@ __all__ = ["keeps", "launch"]
 # it is known what that one tells arguments apart by.
 _OLDEST, _NEWEST = (3, 6), (3, 9)
 
-# A launch, with the names of its arguments in it: as `**arguments` they would take as long as the launch does.
+# A launch, with the names of its arguments in it: as `**arguments` they would take as long as the launch does. They
+# must not be names of this text.
 _SOURCE = """
 def bind(grid, call, hooks, kept, {constants}):
     def launch(*, {passed}, **more):
@@ -42,9 +43,9 @@ def bind(grid, call, hooks, kept, {constants}):
             compiled = call({keywords}, **more)
             # A kernel that was found but not launched has no function.
             if not watched and getattr(compiled, "function", None) is not None:
-                kept[key] = compiled.run, compiled.function, compiled.packed_metadata
+                kept[key] = compiled.run, compiled.function, compiled.packed_metadata, compiled
             return
-        run, function, metadata = known
+        run, function, metadata, _ = known  # the last one owns the function
         run(*grid, active.get_current_stream(device), function, metadata, None, None, None, {arguments})
     return launch
 """
@@ -87,7 +88,7 @@ def _binding(kernel: Any, constants: tuple[str, ...]) -> Callable[..., Callable[
 
 
 def _told_apart(name: str, is_constexpr: bool) -> str:
-    """An expression of what Triton compiles other kernels for: as fine as that or finer."""
+    """An expression of what Triton compiles other kernels for: as fine as that or finer. Tensors are called "…_ptr"."""
     if is_constexpr:
         return f"{name}.__class__, {name}"
     if name.endswith("_ptr"):

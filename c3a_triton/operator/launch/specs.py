@@ -126,8 +126,8 @@ def precision(dtype: torch.dtype, of_others: str = "tf32x3") -> str:
     """
     if dtype != torch.float32:
         return of_others
-    matmul = torch.backends.cuda.matmul
-    return "tf32" if matmul.fp32_precision == "tf32" else "tf32x3"
+    # torch.backends.cuda.matmul.fp32_precision, whose Python compares six names before this one.
+    return "tf32" if torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32" else "tf32x3"
 
 
 def new_or_given(shape: tuple[int, int], x: Tensor, out: Tensor | None) -> Tensor:
