@@ -117,7 +117,7 @@ def test_how_blocks_are_taken_apart() -> None:
         768: (8, 96),
         1024: (8, 128),
         4096: (32, 128),
-        1 << 20: (128, 1 << 13),  # no more blocks than a tile has rows
+        1 << 20: (64, 1 << 14),  # no more blocks than a tile has rows
     }
 
 

@@ -718,6 +718,158 @@ def test_a_single_call_shares_with_the_next(device: torch.device, launches: Anal
     assert launches.take() == (1, 2)
 
 
+# x's spectrum in the place of x
+
+LARGE_B, LARGE_IN = 32, 96
+
+
+def saving(device: torch.device, block_size: int = LARGE_B, out_features: int = 64, **options: Any) -> C3ALinear:
+    base = nn.Linear(LARGE_IN, out_features, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    one = C3ALinear(base, "default", block_size, "gaussian", backend="fft", **options).to(device)
+    one.save_spectrum = True
+    return one
+
+
+def wide_activation(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(2, 5, LARGE_IN, device=device, dtype=dtype, requires_grad=True)
+
+
+def check_gradients(one: C3ALinear, x: Tensor, y: Tensor) -> None:
+    """dx and dw of y, of what x was when y was computed."""
+    rows, dy = x.detach().view(10, -1).clone(), torch.randn_like(y)
+    dx, dw = torch.autograd.grad(y, (x, one.c3a_kernel["default"]), dy, retain_graph=True)
+    weight = oracle.dense(kernel(one)) + one.base_layer.weight.detach().cpu().double()
+    oracle.assert_close(dx.view(10, -1), dy.view(10, -1).cpu().double() @ weight, torch.bfloat16)
+    truth = oracle.weight_grad(dy.view(10, -1), rows, one.block_size["default"])
+    oracle.assert_close(dw, truth, torch.float32, bound=oracle.BOUNDS[torch.bfloat16])
+
+
+def saved_by(call: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """What a call returns, and what autograd saves for its backward."""
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        return call(), saved
+
+
+def test_the_spectrum_is_saved_in_the_place_of_x(device: torch.device, launches: Analyses) -> None:
+    one, x = saving(device), wide_activation(device)
+    y, saved = saved_by(lambda: one(x))
+    assert launches.take() == (1, 1)
+    right(one, x, y)
+    assert not any(tensor.shape == x.shape for tensor in saved)
+    (spectrum,) = (tensor for tensor in saved if tensor.dtype == torch.bfloat16 and tensor is not one.base_layer.weight)
+    assert spectrum.nbytes == -(-10 * 3 // 128) * 128 * LARGE_B * 2  # x's bytes, but for rows of padding
+    check_gradients(one, x, y)
+    assert launches.take() == (1, 1)  # of dy and w alone
+
+
+def test_layers_that_share_a_spectrum_save_one(device: torch.device, launches: Analyses) -> None:
+    layers, x = [saving(device), saving(device, out_features=32)], wide_activation(device)
+    outputs, saved = zip(*(saved_by(lambda one=one: one(x)) for one in layers), strict=True)
+    assert launches.take() == (1, 2)
+    first, second = (
+        {t.data_ptr() for t in tensors if t.dim() == 2 and t.shape[0] == LARGE_B // 2} for tensors in saved
+    )
+    assert first == second
+    assert len(first) == 1
+    for one, y in zip(layers, outputs, strict=True):
+        check_gradients(one, x, y)
+    assert launches.take() == (2, 2)
+
+
+def test_a_saved_spectrum_is_of_what_x_was(device: torch.device) -> None:
+    one, leaf = saving(device), wide_activation(device)
+    x = leaf * 1
+    before = x.detach().clone()
+    y = one(x)
+    x.mul_(3)  # x itself, saved, would make the backward an error
+    dy = torch.randn_like(y)
+    (dw,) = torch.autograd.grad(y, one.c3a_kernel["default"], dy)
+    truth = oracle.weight_grad(dy.view(10, -1), before.view(10, -1), LARGE_B)
+    oracle.assert_close(dw, truth, torch.float32, bound=oracle.BOUNDS[torch.bfloat16])
+
+
+def test_gradients_of_kernels_alone_come_from_it(device: torch.device, launches: Analyses) -> None:
+    one, x = saving(device), wide_activation(device).detach()
+    one.update_layer("other", LARGE_B, "gaussian")
+    one.set_adapter(["default", "other"])
+    y = one(x)
+    launches.clear()
+    dy = torch.randn_like(y)
+    dws = torch.autograd.grad(y, [one.c3a_kernel[name] for name in ("default", "other")], dy)
+    assert launches.take() == (1, 0)
+    truth = oracle.weight_grad(dy.view(10, -1), x.view(10, -1), LARGE_B)
+    for dw in dws:
+        oracle.assert_close(dw, truth, torch.float32, bound=oracle.BOUNDS[torch.bfloat16])
+
+
+@pytest.mark.parametrize(
+    "reason", ["float32", "small blocks", "two block sizes", "a trained weight", "another backend"]
+)
+def test_where_it_cannot_stand_for_x_x_is_saved(device: torch.device, reason: str) -> None:
+    one, x = saving(device, block_size=16 if reason == "small blocks" else LARGE_B), wide_activation(device)
+    if reason == "float32":
+        one, x = one.float(), wide_activation(device, torch.float32)
+    if reason == "two block sizes":
+        one.update_layer("other", 16, "gaussian")
+        one.set_adapter(["default", "other"])
+    if reason == "a trained weight":
+        one.base_layer.weight.requires_grad_()
+    if reason == "another backend":
+        other = saving(device)
+        other(x)  # leaves the spectrum of x
+        one.backend = "direct"
+    y, saved = saved_by(lambda: one(x))
+    assert any(tensor.data_ptr() == x.data_ptr() for tensor in saved) == (reason != "another backend")
+    if reason in ("small blocks", "another backend"):
+        check_gradients(one, x, y)
+    (dx,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=reason != "another backend")
+    assert torch.isfinite(dx).all()
+
+
+def test_a_second_derivative_is_refused_by_name(device: torch.device) -> None:
+    one, x = saving(device), wide_activation(device)
+    with pytest.raises(BackendError, match=r"create_graph=True: a second derivative needs x.*save_spectra\(False\)"):
+        torch.autograd.grad(one(x).sum(), x, create_graph=True)
+    one.save_spectrum = False
+    (dx,) = torch.autograd.grad(one(x).float().square().sum(), x, create_graph=True)
+    (twice,) = torch.autograd.grad(dx.float().square().sum(), one.c3a_kernel["default"])
+    assert torch.isfinite(twice).all()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_saved_spectrum_under_checkpointing(device: torch.device, use_reentrant: bool) -> None:
+    one, x = saving(device), wide_activation(device)
+    y = checkpoint(one, x, use_reentrant=use_reentrant)
+    right(one, x, y)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    truth = oracle.weight_grad(dy.view(10, -1), x.detach().view(10, -1), LARGE_B)
+    oracle.assert_close(one.c3a_kernel["default"].grad, truth, torch.float32, bound=oracle.BOUNDS[torch.bfloat16])
+
+
+def test_saving_is_chosen_through_the_manager(device: torch.device) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Conv2d(4, 4, 1)
+
+    model = c3a_triton.apply(Two(), C3AConfig(block_size=4, target_modules=["first", "second"]))
+    model.c3a.save_spectra()
+    assert model.first.save_spectrum
+    model.c3a.save_spectra(False, "first")
+    assert not model.first.save_spectrum
+    with pytest.raises(BackendError, match="second is a conv2d layer"):
+        model.c3a.save_spectra(layers="second")
+    with pytest.raises(c3a_triton.ConfigError, match="no adapted layer is named 'frist'.*first"):
+        model.c3a.save_spectra(layers="frist")
+
+
 # In which memory it lies
 
 

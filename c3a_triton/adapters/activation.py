@@ -193,21 +193,43 @@ class Activation:
             ConfigError: a name that no adapted layer has.
         """
         check_backend(name)
-        adapted = list(self.layers())
+        chosen = self._with_backends(layers, needs_choice=name != "auto")
         if layers is None:
             self.backend = name
-            chosen = [layer for _, layer in adapted if layer.has_backends]
-        else:
-            chosen = []
-            for entry in [layers] if isinstance(layers, str) else layers:
-                found = [layer for other, layer in adapted if f".{other}".endswith(f".{entry}")]
-                if not found:
-                    raise ConfigError(f"no adapted layer is named {entry!r}.{near_names(entry, dict(adapted))}")
-                chosen += found
-        if name != "auto" and (fixed := [layer for layer in chosen if not layer.has_backends]):
-            raise BackendError(f"{fixed[0].layer_name} is a {fixed[0].kind} layer, which has no choice of backend")
         for layer in chosen:
             layer.backend = name
+
+    def save_spectra(self, save: bool = True, layers: str | Iterable[str] | None = None) -> None:
+        """Let linear layers keep the spectrum of their input for the backward pass in place of the input, or not.
+
+        Of as many bytes, and the backward pass does not compute it again; where that can be done, and what it excludes,
+        `c3a_linear` says.
+
+        Args:
+            save: whether they do.
+            layers: as in `set_backend`; None means all that there are.
+
+        Raises:
+            BackendError: a layer is named that is not linear.
+            ConfigError: a name that no adapted layer has.
+        """
+        for layer in self._with_backends(layers, needs_choice=True):
+            layer.save_spectrum = save
+
+    def _with_backends(self, layers: str | Iterable[str] | None, needs_choice: bool) -> list[C3ALinear]:
+        """The layers of these names, or all that have a choice of backend; one without, named, may be an error."""
+        adapted = list(self.layers())
+        if layers is None:
+            return [layer for _, layer in adapted if layer.has_backends]
+        chosen = []
+        for entry in [layers] if isinstance(layers, str) else layers:
+            found = [layer for other, layer in adapted if f".{other}".endswith(f".{entry}")]
+            if not found:
+                raise ConfigError(f"no adapted layer is named {entry!r}.{near_names(entry, dict(adapted))}")
+            chosen += found
+        if needs_choice and (fixed := [layer for layer in chosen if not layer.has_backends]):
+            raise BackendError(f"{fixed[0].layer_name} is a {fixed[0].kind} layer, which has no choice of backend")
+        return chosen
 
     def freeze_for_inference(self, frozen: bool = True) -> None:
         """Keep what is derived from the adapters' parameters from one call to the next, or end that, in every layer.

@@ -67,6 +67,8 @@ class C3ALinear(nn.Module):
 
     kind = "linear"
     """The kind of base layer, of those that `linear_like.geometry` tells apart."""
+    save_spectrum = False
+    """Whether x's spectrum is kept for the backward pass in place of x, where `c3a_linear` can."""
     has_backends = True
     """Whether there is a choice of how the adapters are computed."""
 
@@ -193,7 +195,14 @@ class C3ALinear(nn.Module):
             if is_plain(base, x):  # type: ignore[arg-type]
                 tensors = base._parameters  # type: ignore[union-attr]
                 try:
-                    y = c3a_linear(x, tensors["weight"], tensors["bias"], kernels, backend=self.backend)  # type: ignore[arg-type]
+                    y = c3a_linear(
+                        x,
+                        tensors["weight"],  # type: ignore[arg-type]
+                        tensors["bias"],
+                        kernels,
+                        backend=self.backend,
+                        save_spectrum=self.save_spectrum,
+                    )
                 except ShapeError as error:
                     raise ShapeError(f"{self._label}: {error}") from None
                 return y if y.dtype == x.dtype else y.to(x.dtype)
@@ -207,7 +216,7 @@ class C3ALinear(nn.Module):
 
     def _delta(self, x: Tensor, kernel: Tensor, backend: str) -> Tensor:
         """What one adapter adds for x, on x's device."""
-        return circulant_linear(x, kernel, backend=backend)
+        return circulant_linear(x, kernel, backend=backend, save_spectrum=self.save_spectrum)
 
     @property
     def _row_adapters(self) -> tuple[str, ...] | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .._ops import add_op_namespace_prefix
 from .._ops import ops as registered_ops
+from ..errors import BackendError
 from . import arguments, step, traced
 
 __all__ = ["apply", "linear_call", "linear_fake", "register", "weight_grad_fake"]
@@ -27,25 +28,44 @@ class _C3ALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float, backend: str, *kernels: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        scale: float,
+        backend: str,
+        save_spectrum: bool,
+        *kernels: Tensor,
     ) -> Tensor:
         ctx.scale, ctx.backend = scale, backend
-        needs_x, needs_weight, _, _, _, *needs_w = ctx.needs_input_grad
+        needs_x, needs_weight, _, _, _, _, *needs_w = ctx.needs_input_grad
+        y = step.linear(x, weight, bias, kernels, scale, False, backend, source=x)
         # x serves the gradients of weight and kernels, weight that of x, kernels both. What is not needed is not kept.
         keep_x = needs_weight or any(needs_w)
-        ctx.save_for_backward(x if keep_x else None, weight if needs_x else None, *kernels)
-        y = step.linear(x, weight, bias, kernels, scale, False, backend, source=x)
+        spectrum = step.spectrum_of(x, kernels) if save_spectrum and keep_x and not needs_weight else None
+        ctx.saves_spectrum = spectrum is not None
+        kept = x if spectrum is None else spectrum
+        ctx.save_for_backward(kept if keep_x else None, weight if needs_x else None, *kernels)
         return step.as_own(y, y.shape) if y._is_view() else y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *kernels = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, _, _, *needs_w = ctx.needs_input_grad
-        # With create_graph=True the gradients are themselves recorded: the differentiable ops compute them.
-        compute = _linear_backward_by_ops if torch.is_grad_enabled() else step.linear_backward
-        dx, dw = compute(grads[0], x, weight, kernels, ctx.scale, ctx.backend, needs_x, needs_w)
+        needs_x, needs_weight, needs_bias, _, _, _, *needs_w = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            # With create_graph=True the gradients are themselves recorded: the differentiable ops compute them.
+            if ctx.saves_spectrum:
+                raise BackendError(
+                    "create_graph=True: a second derivative needs x, of which save_spectrum=True has kept the spectrum "
+                    "alone. Compute the first one again with save_spectrum=False (manager: save_spectra(False))"
+                )
+            dx, dw = _linear_backward_by_ops(grads[0], x, weight, kernels, ctx.scale, ctx.backend, needs_x, needs_w)
+        else:
+            dx, dw = step.linear_backward(
+                grads[0], x, weight, kernels, ctx.scale, ctx.backend, needs_x, needs_w, ctx.saves_spectrum
+            )
         dweight, dbias = step.base_grads(grads[0], x, needs_weight, needs_bias)
-        return dx, dweight, dbias, None, None, *dw
+        return dx, dweight, dbias, None, None, None, *dw
 
 
 # `_C3ALinear.apply` without what torch's does for functorch, in Python, on its way there.
@@ -53,7 +73,13 @@ _eager: Callable[..., Tensor] = super(torch.autograd.Function, _C3ALinear).apply
 
 
 def apply(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, kernels: Sequence[Tensor], scale: float, backend: str
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kernels: Sequence[Tensor],
+    scale: float,
+    backend: str,
+    save_spectrum: bool,
 ) -> Tensor:
     """x Wᵀ + bias + Σ_a x ΔW_aᵀ by the eager node, or by the op where someone looks on. Autocast is off."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not arguments.is_plain(x):
@@ -61,7 +87,7 @@ def apply(
             return traced.linear(x, weight, bias, kernels, scale)
         return linear_call(x, weight, bias, kernels, scale, False, backend)
     if torch.is_grad_enabled():
-        return _eager(x, weight, bias, scale, backend, *kernels)
+        return _eager(x, weight, bias, scale, backend, save_spectrum, *kernels)
     return step.linear(x, weight, bias, kernels, scale, False, backend, source=x)
 
 

@@ -36,6 +36,7 @@ __all__ = [
     "drop",
     "freeze",
     "keep_input",
+    "kept_input",
     "lasting",
     "of_input",
     "of_weight",
@@ -149,6 +150,13 @@ def keep_input(place: Place, spectrum: Tensor) -> None:
     """Keep a spectrum that `of_input` did not find, for others that read the same x."""
     slot, x, state, reader = place
     _slots[slot] = _Entry(WeakIdRef(x, lambda _: _empty(slot)), state, {reader}, spectrum)
+
+
+def kept_input(x: Tensor, what: Hashable) -> Tensor | None:
+    """The spectrum of x if it is the one that is kept, whoever has read it."""
+    slot = _slot(x)
+    entry = None if slot is None else _slots.get(slot)
+    return entry.spectrum if entry is not None and entry.x() is x and entry.state == (what, *_state(x)) else None
 
 
 def of_weight(

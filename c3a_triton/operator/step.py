@@ -11,9 +11,9 @@ from torch import Tensor
 
 from . import arguments, backends, dense, dispatch, spectra
 from .cost_model import Sizes
-from .launch import decode
+from .launch import decode, fft
 
-__all__ = ["as_own", "base_grads", "choose", "linear", "linear_backward", "rows_of", "weight_grad"]
+__all__ = ["as_own", "base_grads", "choose", "linear", "linear_backward", "rows_of", "spectrum_of", "weight_grad"]
 
 
 def linear(
@@ -91,8 +91,15 @@ def linear_backward(
     backend: str,
     needs_x: bool,
     needs_w: Sequence[bool],
+    x_is_spectrum: bool = False,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """dx and the dw's of `linear` (not transposed), each spectrum computed once where a backend has spectra."""
+    """dx and the dw's of `linear` (not transposed), each spectrum computed once where a backend has spectra.
+
+    With `x_is_spectrum`, what is given as x is what `spectrum_of` returned.
+    """
+    if x_is_spectrum:
+        assert x is not None
+        return _backward_of_spectrum(dy, x, weight, kernels, scale, needs_x, needs_w)
     if backend == "fold":
         # The folded weight is built again: kept from the forward it would be as large as the weight, in every layer.
         dx = linear(dy, weight, None, kernels, scale, True, backend) if needs_x else None
@@ -120,6 +127,31 @@ def linear_backward(
         assert dx is not None
         dx = dx if dy.dim() == 2 else dx.view(*dy.shape[:-1], dx.shape[1])
     return dx, dws
+
+
+def spectrum_of(x: Tensor, kernels: Sequence[Tensor]) -> Tensor | None:
+    """The spectrum of x that its product with these kernels has just left, where it can stand for x; or None."""
+    block_sizes = {w.shape[2] for w in kernels}
+    return fft.kept_spectrum(x, *block_sizes) if len(block_sizes) == 1 else None
+
+
+def _backward_of_spectrum(
+    dy: Tensor,
+    spectrum: Tensor,
+    weight: Tensor | None,
+    kernels: Sequence[Tensor],
+    scale: float,
+    needs_x: bool,
+    needs_w: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """`linear_backward` where x is not there, but its spectrum."""
+    ((w, _),) = arguments.summed(kernels)
+    rows = rows_of(dy)
+    dx, dw = fft.fft_backward_of_spectrum(rows, spectrum, w, scale=scale, needs_x=needs_x)
+    if dx is not None:
+        dx = dx if weight is None else dx.addmm_(rows, weight)
+        dx = dx.view(*dy.shape[:-1], dx.shape[1])
+    return dx, [dw.to(kernel.dtype) if needed else None for kernel, needed in zip(kernels, needs_w, strict=True)]
 
 
 @arguments.without_autocast

@@ -32,7 +32,7 @@ from .plans import Launch, bound, cdiv, kernels, planned, round_up, split
 from .specs import Spec
 from .tiles import mix_outer_tile, mix_tile, mixes_and_sums, outer_tile, transform_tile
 
-__all__ = ["fft_backward", "fft_product", "fft_weight_grad"]
+__all__ = ["fft_backward", "fft_backward_of_spectrum", "fft_product", "fft_weight_grad", "kept_spectrum"]
 
 
 # How float32 operands that stand for 16-bit tensors are multiplied.
@@ -123,6 +123,34 @@ def fft_backward(
     return dx, dw
 
 
+def kept_spectrum(x: Tensor, block_size: int) -> Tensor | None:
+    """The spectrum of x [*, features] that `fft_product` has left for others, if it is whole and takes x's bytes."""
+    if fft_bases.spectrum_itemsize(x.dtype, block_size) != 2:  # float32 ones of 16-bit x would be twice as large
+        return None
+    features = x.shape[-1]
+    return spectra.kept_input(x, _x_what(x.dtype, _OF_16BIT, block_size, x.numel() // features, features // block_size))
+
+
+def fft_backward_of_spectrum(
+    dy: Tensor, spectrum: Tensor, w: Tensor, *, scale: float, needs_x: bool
+) -> tuple[Tensor | None, Tensor]:
+    """dx (None unless `needs_x`) and dw [m, n, b] float32 from what `kept_spectrum` returned in place of x."""
+    _, n, b = w.shape
+    shape, dw_shape, run = _gradient_plan(
+        specs.spec(dy),
+        Spec(torch.Size((dy.shape[0], n * b)), dy.dtype, dy.device),
+        specs.spec(w) if needs_x else None,
+        None,
+        b,
+        specs.precision(dy.dtype, _OF_16BIT),
+        True,
+    )
+    dx = torch.empty(shape, dtype=dy.dtype, device=dy.device) if needs_x else None
+    dw = torch.empty(dw_shape, dtype=torch.float32, device=dy.device)
+    run(specs.with_contiguous_rows(dy), spectrum, w if needs_x else None, dx, dw, scale, None, True)
+    return dx, dw
+
+
 def _multiply(
     plan: "_Plan",
     x: Tensor,
@@ -161,10 +189,11 @@ def _correlate(
     dw: Tensor,
     scale: float,
     source: spectra.Source | None,
+    x_is_spectrum: bool = False,
 ) -> None:
     """Write dw and, with w, dx, as planned."""
     g = of_dy.g()
-    blocks, z = _first_spectra(plan, w, dy, g, x, source)
+    blocks, z = _first_spectra(plan, w, dy, g, x, source, x_is_spectrum)
     y = None if dx is None else plan.y()
     sums = of_dy.sums()
     for chunk in plan.chunks:
@@ -191,13 +220,20 @@ def _correlate(
 
 
 def _first_spectra(
-    plan: "_Plan", w: Tensor | None, dy: Tensor | None, g: Tensor | None, x: Tensor, source: spectra.Source | None
+    plan: "_Plan",
+    w: Tensor | None,
+    dy: Tensor | None,
+    g: Tensor | None,
+    x: Tensor,
+    source: spectra.Source | None,
+    x_is_spectrum: bool = False,
 ) -> tuple[Tensor | None, Tensor]:
     """w's matrices and the spectrum of x, whole or of the first chunk; that of the first chunk of dy is written to g.
 
     What is known is not computed again, and the rest is computed in one launch.
     """
-    blocks = new_w = keep_w = z = place = new_x = None
+    blocks = new_w = keep_w = place = new_x = None
+    z = x if x_is_spectrum else None
     if w is not None:
         blocks, is_new, keep_w = spectra.of_weight(w, plan.w_what, plan.blocks)
         new_w = w.contiguous() if is_new else None
@@ -332,7 +368,7 @@ def _product_plan(
     plan = _Plan(
         of.basis.gain,
         (of.scratch, precision, transpose),
-        (dtype, precision, b, n_tokens, cols),
+        _x_what(dtype, precision, b, n_tokens, cols),
         of.matrices(rows, cols).allocation,
         z.allocation,
         y.allocation,
@@ -400,7 +436,7 @@ def _gradient_plan(
     plan = _Plan(
         of.basis.gain,
         (of.scratch, precision, True),
-        (dtype, precision, b, n_tokens, n),
+        _x_what(dtype, precision, b, n_tokens, n),
         of.matrices(n, m).allocation,
         z.allocation,
         y.allocation,
@@ -411,6 +447,11 @@ def _gradient_plan(
     sums = Memory((n_splits, of.slots, rows, columns), torch.float32, device)
     of_dy = _OfGradient(g.allocation, sums.allocation, together)
     return dx_shape, shape, specs.on_device(device, functools.partial(_correlate, plan, of_dy))
+
+
+def _x_what(dtype: torch.dtype, precision: str, b: int, n_tokens: int, blocks: int) -> Hashable:
+    """Everything but x that decides on the values of its spectrum."""
+    return dtype, precision, b, n_tokens, blocks
 
 
 def _place(start: int, count: int, n_tokens: int, blocks: int) -> tuple[slice | None, int, bool]:

@@ -34,6 +34,8 @@ __all__ = [
 
 # The longest block that is not taken apart, where it can be: one tile of columns, so that x is read once.
 _LONGEST = 128
+# A tile has the rows of whole blocks; the smallest of `tiles.transform_tile` has so many.
+_MOST_APART = 64
 # Generations that have programmatic dependent launch. Graphs take it as well: captured, it becomes an edge.
 _DEPENDENT_LAUNCHES = ("sm_90", "sm_100")
 # Rows of a basis matrix and of a spectrum are padded to a multiple of this (`PAD` in kernels/fft.py).
@@ -50,10 +52,10 @@ def spectrum_itemsize(dtype: torch.dtype, b: int) -> int:
 def taken_apart(b: int) -> tuple[int, int]:
     """(S, Q) with b = S·Q: a block of b is computed as S × S blocks of Q (see kernels/fft.py), S a power of two.
 
-    S is as small as brings Q down to `_LONGEST`, or as large as b has factors of two; no more than the rows of a tile.
+    S is as small as brings Q down to `_LONGEST`, or as large as b has factors of two; no more than `_MOST_APART`.
     """
     s = 1
-    while b // s > _LONGEST and b % (2 * s) == 0 and 2 * s <= PAD:
+    while b // s > _LONGEST and b % (2 * s) == 0 and 2 * s <= _MOST_APART:
         s *= 2
     return s, b // s
 
