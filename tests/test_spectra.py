@@ -766,6 +766,10 @@ def test_the_spectrum_is_saved_in_the_place_of_x(device: torch.device, launches:
     assert spectrum.nbytes == -(-10 * 3 // 128) * 128 * LARGE_B * 2  # x's bytes, but for rows of padding
     check_gradients(one, x, y)
     assert launches.take() == (1, 1)  # of dy and w alone
+    wanted = (x, one.c3a_kernel["default"])
+    found = torch.autograd.grad(y, wanted, torch.ones_like(y))
+    one.save_spectrum = False
+    assert all(map(torch.equal, found, torch.autograd.grad(one(x), wanted, torch.ones_like(y))))
 
 
 def test_layers_that_share_a_spectrum_save_one(device: torch.device, launches: Analyses) -> None:
