@@ -136,7 +136,8 @@ def of_input(source: Source, what: Hashable) -> tuple[Tensor | None, Place | Non
     if slot is None:
         return None, None
     _empty_after_backward(slot)
-    place = Place(slot, x, (what, *_state(x)), id(source.w))
+    # As the constructor does, in one frame less.
+    place = tuple.__new__(Place, (slot, x, (what, *_state(x)), id(source.w)))
     entry = _slots.get(slot)
     if entry is not None and entry.state == place.state and place.reader not in entry.readers and entry.x() is x:
         entry.readers.add(place.reader)

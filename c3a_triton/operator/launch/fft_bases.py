@@ -84,7 +84,7 @@ class Memory(NamedTuple):
     @property
     def allocation(self) -> Allocation:
         """What allocates it, without values."""
-        return functools.partial(torch.empty, self.shape, dtype=self.dtype, device=self.device)
+        return functools.partial(torch.empty, *self.shape, dtype=self.dtype, device=self.device)
 
     @property
     def stride(self) -> int:
