@@ -193,7 +193,12 @@ def test_a_layer_is_computed_by_all_backends(tmp_path: Path, monkeypatch: pytest
     pytest.importorskip("triton")
     monkeypatch.setattr(diagnosis, "LAYER_BACKENDS", ("direct", "torch"))
     right = backends.BY_NAME["direct"]
-    wrong = right._replace(weight_grad=lambda *args, **kwargs: right.weight_grad(*args, **kwargs).roll(1, dims=0))
+
+    def rolled(*args: Any, **kwargs: Any) -> Any:
+        dx, dw = right.backward(*args, **kwargs)
+        return dx, dw.roll(1, dims=0)
+
+    wrong = right._replace(backward=rolled)
     monkeypatch.setitem(backends.BY_NAME, "direct", wrong)
     case = cases.LayerCase(20, 16, 24, 8, "bfloat16")
     found = _child(tmp_path, "--layer", json.dumps(vars(case)))

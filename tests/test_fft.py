@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench import launch_hooks
 from c3a_triton.errors import BackendError, ShapeError
-from c3a_triton.operator.launch import fft, fft_bases, plans, specs, tiles
+from c3a_triton.operator.launch import fft_bases, fft_plans, plans, specs, tiles
 from c3a_triton.operator.launch.fft import fft_backward, fft_product, fft_weight_grad
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
@@ -224,7 +224,7 @@ def test_chunks(device: torch.device, fresh_plans: None, monkeypatch: pytest.Mon
 
     whole, chunked = run(0), run(1)
     assert torch.equal(chunked[2], fft_weight_grad(dy, x, b, scale=0.37))
-    assert fft._cut(transform(device, dtype, b), t, m, n) == (False, 128)
+    assert fft_plans._cut(transform(device, dtype, b), t, m, n) == (False, 128)
     # Tokens do not depend on each other; the gradient of w is summed in another order.
     assert torch.equal(whole[0], chunked[0])
     assert torch.equal(whole[1], chunked[1])
@@ -260,7 +260,7 @@ def test_chunk_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def cut(n_tokens: int, scratch: int, x_blocks: int = 16) -> tuple[bool, int]:
         monkeypatch.setattr(specs, "scratch_bytes", lambda device: scratch)
-        return fft._cut(of, n_tokens, x_blocks, 16)
+        return fft_plans._cut(of, n_tokens, x_blocks, 16)
 
     assert cut(8192, 256 << 20) == (True, 8192)
     whole, step = cut(8192, 24 << 20)

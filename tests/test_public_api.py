@@ -76,8 +76,11 @@ def parameters(function):
 
 
 def test_signatures():
-    assert parameters(c3a_triton.circulant_linear) == ["x", "w", "scale=None", "backend='auto'"]
-    assert parameters(c3a_triton.c3a_linear) == ["x", "weight", "bias", "kernels", "backend='auto'"]
+    assert parameters(c3a_triton.circulant_linear) == ["x", "w", "scale=None", "backend='auto'", "save_spectrum=False"]
+    assert parameters(c3a_triton.c3a_linear) == [
+        *("x", "weight", "bias", "kernels"),
+        *("backend='auto'", "save_spectrum=False"),
+    ]
     assert parameters(c3a_triton.circulant_matrix) == ["w", "scale=None", "dtype=None"]
     assert parameters(c3a_triton.apply) == ["model", "cfg=None", "adapter_name='default'", "backend='auto'"]
     assert parameters(c3a_triton.load_adapter)[:3] == ["model", "directory", "adapter_name='default'"]
@@ -89,13 +92,13 @@ def test_signatures():
 def test_members_of_layer_manager_and_config():
     layer = (
         "active_adapters bias delete_adapter disable_adapters enable_adapters forward get_base_layer get_delta_weight "
-        "merge merged reset_c3a_parameters set_adapter unmerge update_layer weight"
+        "merge merged reset_c3a_parameters save_spectrum set_adapter unmerge update_layer weight"
     )
     manager = (
         "active_adapters adapters add_adapter add_weighted_adapter delete_adapter disable_adapter "
         "get_nb_trainable_parameters hotswap_adapter layers load_adapter merge_adapter merge_and_unload "
-        "print_trainable_parameters rename_adapter save_pretrained set_adapter set_backend state_dict summary unload "
-        "unmerge_adapter using"
+        "print_trainable_parameters rename_adapter save_pretrained save_spectra set_adapter set_backend state_dict "
+        "summary unload unmerge_adapter using"
     )
     config = "from_dict from_pretrained save_pretrained to_dict"
     for cls, names in (
