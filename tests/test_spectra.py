@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import c3a_triton
 from bench import launch_hooks
-from c3a_triton import C3AConfig, C3ALinear, circulant_linear
+from c3a_triton import C3AConfig, C3ALinear, c3a_linear, circulant_linear
 from c3a_triton.errors import BackendError
 from c3a_triton.operator import spectra
 from c3a_triton.operator.launch import fft, fft_bases, plans, specs
@@ -812,9 +812,7 @@ def test_gradients_of_kernels_alone_come_from_it(device: torch.device, launches:
         oracle.assert_close(dw, truth, torch.float32, bound=oracle.BOUNDS[torch.bfloat16])
 
 
-@pytest.mark.parametrize(
-    "reason", ["float32", "small blocks", "two block sizes", "a trained weight", "another backend"]
-)
+@pytest.mark.parametrize("reason", ["float32", "small blocks", "two block sizes", "a trained weight", "direct"])
 def test_where_it_cannot_stand_for_x_x_is_saved(device: torch.device, reason: str) -> None:
     one, x = saving(device, block_size=16 if reason == "small blocks" else LARGE_B), wide_activation(device)
     if reason == "float32":
@@ -824,16 +822,31 @@ def test_where_it_cannot_stand_for_x_x_is_saved(device: torch.device, reason: st
         one.set_adapter(["default", "other"])
     if reason == "a trained weight":
         one.base_layer.weight.requires_grad_()
-    if reason == "another backend":
-        other = saving(device)
-        other(x)  # leaves the spectrum of x
-        one.backend = "direct"
+    if reason == "direct":
+        saving(device)(x)  # leaves the spectrum of x
+        one.backend = reason
     y, saved = saved_by(lambda: one(x))
-    assert any(tensor.data_ptr() == x.data_ptr() for tensor in saved) == (reason != "another backend")
-    if reason in ("small blocks", "another backend"):
+    assert any(tensor.data_ptr() == x.data_ptr() for tensor in saved)
+    if reason in ("small blocks", "direct"):
         check_gradients(one, x, y)
-    (dx,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=reason != "another backend")
+    (dx,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
     assert torch.isfinite(dx).all()
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("fold", torch.float32), ("torch", torch.float32), ("torch", torch.float64)]
+)
+def test_other_backends_compute_their_own_gradients(backend: str, dtype: torch.dtype) -> None:
+    one, x = saving(torch.device("cpu")), wide_activation(torch.device("cpu"))
+    w, dy = one.c3a_kernel["default"].detach().to(dtype).requires_grad_(), torch.randn(2, 5, 64).bfloat16()
+
+    def gradients(x: Tensor) -> tuple[Tensor, ...]:
+        y = c3a_linear(x, one.base_layer.weight, None, [w], backend=backend, save_spectrum=True)
+        return torch.autograd.grad(y, (x, w), dy)
+
+    expected = gradients(x)
+    one(x)  # leaves the spectrum of x
+    assert all(map(torch.equal, gradients(x), expected))
 
 
 def test_a_second_derivative_is_refused_by_name(device: torch.device) -> None:

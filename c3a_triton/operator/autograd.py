@@ -42,7 +42,7 @@ class _C3ALinear(torch.autograd.Function):
         y = step.linear(x, weight, bias, kernels, scale, False, backend, source=x)
         # x serves the gradients of weight and kernels, weight that of x, kernels both. What is not needed is not kept.
         keep_x = needs_weight or any(needs_w)
-        spectrum = step.spectrum_of(x, kernels) if save_spectrum and keep_x and not needs_weight else None
+        spectrum = step.spectrum_of(x, kernels, backend) if save_spectrum and keep_x and not needs_weight else None
         ctx.saves_spectrum = spectrum is not None
         kept = x if spectrum is None else spectrum
         ctx.save_for_backward(kept if keep_x else None, weight if needs_x else None, *kernels)

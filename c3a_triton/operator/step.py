@@ -129,10 +129,13 @@ def linear_backward(
     return dx, dws
 
 
-def spectrum_of(x: Tensor, kernels: Sequence[Tensor]) -> Tensor | None:
-    """The spectrum of x that its product with these kernels has just left, where it can stand for x; or None."""
-    block_sizes = {w.shape[2] for w in kernels}
-    return fft.kept_spectrum(x, *block_sizes) if len(block_sizes) == 1 else None
+def spectrum_of(x: Tensor, kernels: Sequence[Tensor], backend: str) -> Tensor | None:
+    """The spectrum of x that `linear` has just left with these kernels, where it can stand for x; or None."""
+    if backend == "fold" or len({w.shape[2] for w in kernels}) != 1:
+        return None
+    widest = max(kernels, key=Tensor.element_size)  # as their sum is
+    # Another layer may have left one too.
+    return fft.kept_spectrum(x, widest.shape[2]) if choose(backend, rows_of(x), widest) == "fft" else None
 
 
 def _backward_of_spectrum(

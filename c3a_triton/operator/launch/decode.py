@@ -61,8 +61,7 @@ def decode_linear(x: Tensor, weight: Tensor, w: Tensor, bias: Tensor | None, *, 
     out = torch.empty(*shape, dtype=x.dtype, device=x.device)
     if bias is not None:
         bias = bias.contiguous()
-    with specs.on_device_of(x):
-        run(specs.with_contiguous_rows(x), weight, w.contiguous(), bias, out, scale)
+    run(specs.with_contiguous_rows(x), weight, w.contiguous(), bias, out, scale)
     return out
 
 
@@ -120,7 +119,7 @@ def _decode_plan(
         if counted is not None:
             idle.append(counted)
 
-    return shape, run
+    return shape, specs.on_device(x.device, run)
 
 
 def _check_decode(x: Spec, weight: Spec, weight_stride: tuple[int, ...], w: Spec, bias: Spec | None) -> tuple[int, int]:

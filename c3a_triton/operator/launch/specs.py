@@ -28,7 +28,6 @@ __all__ = [
     "check_available",
     "check_rows",
     "check_w",
-    "check_weight_grad",
     "new_or_given",
     "on_device",
     "on_device_of",
@@ -163,11 +162,6 @@ def product_shape(x: Spec, w: Spec, out: Spec | None, bias: Spec | None, transpo
             f"out {tuple(out.shape)} {out.dtype} on {out.device}: the product is {shape} {dtype} on {device}"
         )
     return shape
-
-
-def check_weight_grad(dy: Tensor, x: Tensor, b: int) -> None:
-    """Raise `ShapeError` unless the operands of a weight gradient fit."""
-    weight_grad_shape(spec(dy), spec(x), b)
 
 
 @plans.planned

@@ -379,7 +379,7 @@ def mixes_and_sums(card: str, itemsize: int, rows: int, columns: int) -> bool:
 
 @_tunable()
 def mix_outer_tile(card: str, itemsize: int, rows: int, columns: int) -> TileConfig:
-    """The tile of `mix_outer_kernel`, where `mixes_and_sums`: a slot's whole matrix, block_t tokens in a step."""
+    """The tile of `outer_kernel` where `mixes_and_sums`: a slot's whole matrix, block_t tokens in a step."""
     return _sides(_MIX_OUTER, padded_block(rows, _ANY), padded_block(columns, _ANY))
 
 
