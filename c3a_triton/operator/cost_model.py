@@ -226,7 +226,7 @@ def _spectral(sizes: Sizes, backward: bool, has_spectrum: bool, at: Ceilings) ->
     q = taken_apart(b)[1]
     i, real = dtype.itemsize, spectrum_itemsize(dtype, q)
     spectra = real * sizes.n_tokens * (n + m + n * backward)
-    n_chunks = ceil(spectra / at.l2_bytes) if at.l2_bandwidth >= _L2_PAYS * at.bandwidth else 1
+    n_chunks = max(1, ceil(spectra / at.l2_bytes)) if at.l2_bandwidth >= _L2_PAYS * at.bandwidth else 1
     resident = spectra / n_chunks <= at.l2_bytes
     t = sizes.n_tokens / n_chunks
     rows, cols = 2 * m / q, 2 * n / q  # of the matrix that w is in each of q / 2 slots
