@@ -294,6 +294,24 @@ def test_a_kernel_that_was_not_launched_is_not_kept(card: Card, monkeypatch: pyt
     assert not card.calls
 
 
+@pytest.mark.parametrize("more", ["global_scratch_size", "profile_scratch_size", "gsan_enabled"])
+def test_launches_that_allocate_or_report_are_left_to_triton(card: Card, through_triton: mock.Mock, more: str) -> None:
+    class Launcher(card.launcher_cls):  # type: ignore[misc]
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            setattr(self, more, 1)
+
+        def __call__(self, *arguments: Any) -> None:
+            """Nothing is allocated."""
+
+    card.launcher_cls = Launcher
+    launch = plans.bound(kernel(), GRID, **CONSTANTS)
+    for _ in range(2):
+        launch(**arguments())
+    assert through_triton.call_count == 2
+    assert not card.calls
+
+
 def test_other_tritons_and_the_interpreter_launch_as_they_do(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     assert compiled.keeps(kernel())
     assert not compiled.keeps(object())  # an interpreted kernel is of another class

@@ -167,8 +167,6 @@ def _multiply(
             y_ptr=y,
             bias_ptr=bias,
             out_ptr=out if rows is None else out[rows],
-            sums_ptr=None,
-            dw_ptr=None,
             scale=scale * plan.gain,
             stride_out_t=out.stride(0),
         )
@@ -204,7 +202,6 @@ def _correlate(
         )
         chunk.results(
             y_ptr=y,
-            bias_ptr=None,
             out_ptr=dx if dx is None or rows is None else dx[rows],
             sums_ptr=sums if chunk.is_last else None,
             dw_ptr=dw if chunk.is_last else None,
