@@ -260,7 +260,8 @@ def test_compiled_code_and_captured_graphs_keep_nothing(device: torch.device, mo
     torch.ops.c3a_triton.linear(x, None, None, [w], 1.0, False, "fft")
     assert not spectra._slots
     on_gpu: Any = SimpleNamespace(is_inference=lambda: False, device=torch.device("cuda", 0))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    # Not in builds for the CPU.
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7 + index, raising=False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert spectra._slot(on_gpu) == (on_gpu.device, 7)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

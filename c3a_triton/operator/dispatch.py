@@ -78,7 +78,7 @@ def choose(backend: str, sizes: Sizes, *, backward: bool = False) -> str:
     said_by = "backend="
     if backend == "auto" and "C3A_TRITON_BACKEND" in os.environ:
         backend, said_by = os.environ["C3A_TRITON_BACKEND"], "C3A_TRITON_BACKEND="
-    by_timing = not torch.are_deterministic_algorithms_enabled()
+    by_timing = not torch._C._get_deterministic_algorithms()
     device = sizes.device
     if device.type == "cuda" and _tiles_by_timing.get(device) is not by_timing:
         _install_tiles(device, by_timing)

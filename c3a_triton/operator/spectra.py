@@ -205,7 +205,8 @@ def _slot(tensor: Tensor) -> _Slot | None:
         return device, 0
     if torch.cuda.is_current_stream_capturing():
         return None
-    return device, torch.cuda.current_stream(device).cuda_stream
+    # As `torch.cuda.current_stream(device).cuda_stream`, without making an object of it.
+    return device, torch._C._cuda_getCurrentRawStream(device.index)
 
 
 def _empty(slot: _Slot) -> None:

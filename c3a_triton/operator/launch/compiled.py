@@ -28,6 +28,7 @@ def bind(grid, call, hooks, kept, {constants}):
     def launch(*, {passed}, **more):
         active = driver.active
         device = active.get_current_device()
+        {addresses}
         key = (device, {key})
         known = kept.get(key)
         watched = (
@@ -93,10 +94,13 @@ def launch(kernel: Any, call: "functools.partial[Any]", grid: tuple[int, int, in
 def _binding(kernel: Any, constants: tuple[str, ...]) -> Callable[..., Callable[..., None]]:
     """What makes launches of a kernel of which these arguments do not change."""
     passed = [param for param in kernel.params if param.name not in constants]
-    arguments = ", ".join(kernel.arg_names)
+    # As tensors they would be asked for their addresses again, and the driver whether it knows those.
+    addresses = {param.name: f"{param.name}_at" for param in passed if _is_pointer(param.name)}
+    arguments = ", ".join(addresses.get(name, name) for name in kernel.arg_names)
     source = _SOURCE.format(
         constants=", ".join(constants),
         passed=", ".join(param.name for param in passed),
+        addresses="; ".join(f"{at} = {name} and {name}.data_ptr()" for name, at in addresses.items()),
         key=", ".join(_told_apart(param.name, param.is_constexpr) for param in passed),
         keywords=", ".join(f"{param.name}={param.name}" for param in passed),
         arguments=f"({arguments},)" if _takes_a_tuple() else arguments,
