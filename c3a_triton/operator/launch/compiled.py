@@ -95,12 +95,12 @@ def _binding(kernel: Any, constants: tuple[str, ...]) -> Callable[..., Callable[
     """What makes launches of a kernel of which these arguments do not change."""
     passed = [param for param in kernel.params if param.name not in constants]
     # As tensors they would be asked for their addresses again, and the driver whether it knows those.
-    addresses = {param.name: f"{param.name}_at" for param in passed if _is_pointer(param.name)}
+    addresses = {param.name: f"{param.name}_at" for param in passed if param.name.endswith("_ptr")}
     arguments = ", ".join(addresses.get(name, name) for name in kernel.arg_names)
     source = _SOURCE.format(
         constants=", ".join(constants),
         passed=", ".join(param.name for param in passed),
-        addresses="; ".join(f"{at} = {name} and {name}.data_ptr()" for name, at in addresses.items()),
+        addresses="; ".join(f"{at} = None if {name} is None else {name}.data_ptr()" for name, at in addresses.items()),
         key=", ".join(_told_apart(param.name, param.is_constexpr) for param in passed),
         keywords=", ".join(f"{param.name}={param.name}" for param in passed),
         arguments=f"({arguments},)" if _takes_a_tuple() else arguments,
@@ -122,6 +122,6 @@ def _told_apart(name: str, is_constexpr: bool) -> str:
     if is_constexpr:
         return f"{name}.__class__, {name}"
     if name.endswith("_ptr"):
-        return f"{name} is None or ({name}.dtype, {name}.data_ptr() % 16)"
+        return f"{name} is None or ({name}.dtype, {name}_at % 16)"
     # 1 is a constant, multiples of 16 are known to be that, integers have 32 or 64 bits; floats have nothing.
     return f"({name} % 16 + 2 if 2 <= {name} < 2**31 else {name}) if {name}.__class__ is int else {name}.__class__"
