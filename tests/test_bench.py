@@ -644,7 +644,7 @@ def test_launches_end_at_the_driver(backend: str, monkeypatch: pytest.MonkeyPatc
     ("method", "n_tokens", "forward", "backward"),
     [
         ("ours:direct", 32, 26, 24),
-        ("ours:fft", 32, 42, 48),
+        ("ours:fft", 32, 35, 34),
         ("ours:expand", 32, 22, 24),
         ("ours:fold", 32, 21, 35),
         ("ours:direct", 1, 28, 23),

@@ -125,14 +125,16 @@ def by_triton(given: dict[str, Any], **options: Any) -> Any:
 
 
 def check(card: Card, launch: Callable[..., None], given: dict[str, Any], **options: Any) -> None:
-    """A launch with these arguments takes the right kernel, and gives it them."""
+    """A launch with these arguments takes the right kernel, and gives it them; tensors, or their addresses."""
     launch(**given)
     call = card.calls[-1]
     assert call[:4] == (*GRID, 0)
     assert asked(card.loaded[call[4] - 1]) == asked(by_triton(given, **options))
     values = CONSTANTS | given
     passed = call[-1] if isinstance(call[-1], tuple) else call[-len(kernel().arg_names) :]
-    assert all(one is values[name] for one, name in zip(passed, kernel().arg_names, strict=True))
+    for one, name in zip(passed, kernel().arg_names, strict=True):
+        value = values[name]
+        assert one is value or (isinstance(value, torch.Tensor) and one == value.data_ptr())
 
 
 def check_all(card: Card, launch: Callable[..., None]) -> None:
@@ -167,7 +169,7 @@ def test_a_launch_takes_the_kernel_that_triton_would(card: Card, through_triton:
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ("{name}.data_ptr() % 16", "0"),
+        ("{name}_at % 16", "0"),
         ("{name}.dtype", "0"),
         ("{name} % 16", "0"),
         ("2 <= {name}", "1 <= {name}"),
@@ -291,6 +293,24 @@ def test_a_kernel_that_was_not_launched_is_not_kept(card: Card, monkeypatch: pyt
         launch = plans.bound(kernel(), GRID, **CONSTANTS)
         for _ in range(2):
             launch(**arguments())
+    assert not card.calls
+
+
+@pytest.mark.parametrize("more", ["global_scratch_size", "profile_scratch_size", "gsan_enabled"])
+def test_launches_that_allocate_or_report_are_left_to_triton(card: Card, through_triton: mock.Mock, more: str) -> None:
+    class Launcher(card.launcher_cls):  # type: ignore[misc]
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            setattr(self, more, 1)
+
+        def __call__(self, *arguments: Any) -> None:
+            """Nothing is allocated."""
+
+    card.launcher_cls = Launcher
+    launch = plans.bound(kernel(), GRID, **CONSTANTS)
+    for _ in range(2):
+        launch(**arguments())
+    assert through_triton.call_count == 2
     assert not card.calls
 
 

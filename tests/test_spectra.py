@@ -260,7 +260,8 @@ def test_compiled_code_and_captured_graphs_keep_nothing(device: torch.device, mo
     torch.ops.c3a_triton.linear(x, None, None, [w], 1.0, False, "fft")
     assert not spectra._slots
     on_gpu: Any = SimpleNamespace(is_inference=lambda: False, device=torch.device("cuda", 0))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    # Not in builds for the CPU.
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7 + index, raising=False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert spectra._slot(on_gpu) == (on_gpu.device, 7)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -362,9 +363,9 @@ def test_the_next_spectrum_takes_the_slot(device: torch.device) -> None:
         spectrum = weakref.ref(first.spectrum)
         del first
         # Before memory for another one is asked for: never two at a time.
-        found, place = spectra.of_input(spectra.Source(other, kernel(q)), "none")
+        found, keep = spectra.of_input(spectra.Source(other, kernel(q)), "none")
         assert found is None
-        assert place is not None
+        assert keep is not None
         assert not spectra._slots
         q(other)
     (second,) = spectra._slots.values()
@@ -385,10 +386,10 @@ def test_threads_that_share_a_slot() -> None:
             x = tensors[(i + step // 8) % 4]
             for w in readers:
                 source = spectra.Source(x, w)
-                spectrum, place = spectra.of_input(source, "sum")
+                spectrum, keep = spectra.of_input(source, "sum")
                 if spectrum is None:
                     spectrum = x * 2
-                    spectra.keep_input(place, spectrum)
+                    keep(spectrum)
                 if not torch.equal(spectrum, x * 2):
                     wrong.append((i, step))
 

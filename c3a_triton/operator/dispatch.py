@@ -78,17 +78,19 @@ def choose(backend: str, sizes: Sizes, *, backward: bool = False) -> str:
     said_by = "backend="
     if backend == "auto" and "C3A_TRITON_BACKEND" in os.environ:
         backend, said_by = os.environ["C3A_TRITON_BACKEND"], "C3A_TRITON_BACKEND="
-    by_timing = not torch.are_deterministic_algorithms_enabled()
+    by_timing = not torch._C._get_deterministic_algorithms()
     device = sizes.device
     if device.type == "cuda" and _tiles_by_timing.get(device) is not by_timing:
         _install_tiles(device, by_timing)
     # Powers of two keep the cache small when the number of tokens varies from call to call.
-    return _choose(backend, said_by, (tuned.token_bits(sizes.n_tokens), *sizes[1:]), backward, by_timing)
+    return _choose(backend, said_by, tuned.token_bits(sizes.n_tokens), sizes[1:], backward, by_timing)
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(backend: str, said_by: str, bucket: tuple[Any, ...], backward: bool, by_timing: bool) -> str:
-    sizes = Sizes(1 << bucket[0], *bucket[1:])
+def _choose(
+    backend: str, said_by: str, token_bits: int, others: tuple[Any, ...], backward: bool, by_timing: bool
+) -> str:
+    sizes = Sizes(1 << token_bits, *others)
     device = sizes.device
     check_backend(backend, said_by)
     if backend == "fold":

@@ -18,6 +18,8 @@ tensors of inference mode, which have no version. Entries are replaced and never
 What is kept for longer than a pass, here and by the launchers, is made by `lasting`.
 """
 
+import functools
+import weakref
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
@@ -25,17 +27,15 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd import Variable
-from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import BackendError
 
 __all__ = [
-    "Place",
     "Source",
     "captures",
     "drop",
     "freeze",
-    "keep_input",
     "kept_input",
     "lasting",
     "of_input",
@@ -54,7 +54,7 @@ class Source(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    x: WeakIdRef
+    x: "weakref.ref[Tensor]"  # whose death empties the slot: until then no other tensor has x's id
     state: Hashable
     readers: set[int]  # ids of the w's that it has served
     spectrum: Tensor
@@ -112,17 +112,8 @@ def lasting(make: Callable[[], _Made], device: torch.device, what: str) -> _Made
         return thread.submit(on_stream).result()
 
 
-class Place(NamedTuple):
-    """Where the spectrum of an x may be kept, and for whom."""
-
-    slot: _Slot
-    x: Tensor
-    state: Hashable
-    reader: int
-
-
-def of_input(source: Source, what: Hashable) -> tuple[Tensor | None, Place | None]:
-    """The spectrum of `source.x`, which is not to be written to, or where `keep_input` may keep it.
+def of_input(source: Source, what: Hashable) -> tuple[Tensor | None, Callable[[Tensor], None] | None]:
+    """The spectrum of `source.x`, which is not to be written to, or what keeps it for others that read the same x.
 
     Args:
         source: whose spectrum, and who asks.
@@ -131,33 +122,30 @@ def of_input(source: Source, what: Hashable) -> tuple[Tensor | None, Place | Non
     Returns:
         One of both, or neither where nothing is kept.
     """
-    x = source.x
+    x, w = source
     slot = _slot(x)
     if slot is None:
         return None, None
     _empty_after_backward(slot)
-    # As the constructor does, in one frame less.
-    place = tuple.__new__(Place, (slot, x, (what, *_state(x)), id(source.w)))
+    state, reader = (what, id(x), _state(x)), id(w)
     entry = _slots.get(slot)
-    if entry is not None and entry.state == place.state and place.reader not in entry.readers and entry.x() is x:
-        entry.readers.add(place.reader)
+    if entry is not None and entry.state == state and reader not in entry.readers:
+        entry.readers.add(reader)
         return entry.spectrum, None
     del entry
     _empty(slot)  # before memory for the next spectrum is asked for
-    return None, place
+    return None, functools.partial(_keep, slot, x, state, reader)
 
 
-def keep_input(place: Place, spectrum: Tensor) -> None:
-    """Keep a spectrum that `of_input` did not find, for others that read the same x."""
-    slot, x, state, reader = place
-    _slots[slot] = _Entry(WeakIdRef(x, lambda _: _empty(slot)), state, {reader}, spectrum)
+def _keep(slot: _Slot, x: Tensor, state: Hashable, reader: int, spectrum: Tensor) -> None:
+    _slots[slot] = _Entry(weakref.ref(x, lambda _: _empty(slot)), state, {reader}, spectrum)
 
 
 def kept_input(x: Tensor, what: Hashable) -> Tensor | None:
     """The spectrum of x if it is the one that is kept, whoever has read it."""
     slot = _slot(x)
     entry = None if slot is None else _slots.get(slot)
-    return entry.spectrum if entry is not None and entry.x() is x and entry.state == (what, *_state(x)) else None
+    return entry.spectrum if entry is not None and entry.state == (what, id(x), _state(x)) else None
 
 
 def of_weight(
@@ -217,7 +205,8 @@ def _slot(tensor: Tensor) -> _Slot | None:
         return device, 0
     if torch.cuda.is_current_stream_capturing():
         return None
-    return device, torch.cuda.current_stream(device).cuda_stream
+    # As `torch.cuda.current_stream(device).cuda_stream`, without making an object of it.
+    return device, torch._C._cuda_getCurrentRawStream(device.index)
 
 
 def _empty(slot: _Slot) -> None:

@@ -67,7 +67,7 @@ class Table(NamedTuple):
 
 def token_bits(n_tokens: int) -> int:
     """The bucket of a number of tokens: powers of two, rounded up."""
-    return max(n_tokens - 1, 0).bit_length()
+    return (n_tokens - 1).bit_length() if n_tokens else 0
 
 
 def path() -> Path:

@@ -1,8 +1,8 @@
 """Launches of compiled kernels, made without looking for them as Triton does each time.
 
 `JITFunction.run` binds a launch's arguments, describes each of them, looks the description up and calls hooks, in
-Python, before it launches; a launch made here describes only what calls change and goes to the launcher that `run`
-found for the first like it. It goes through `run` whenever there is more to it: nothing like it was launched before, or
+Python, before it launches; a launch made here describes only what calls change and goes to the function in C that the
+first like it ended in. It goes through `run` whenever there is more to it: nothing like it was launched before, or
 somebody watches launches or changes how kernels are compiled.
 """
 
@@ -28,6 +28,7 @@ def bind(grid, call, hooks, kept, {constants}):
     def launch(*, {passed}, **more):
         active = driver.active
         device = active.get_current_device()
+        {addresses}
         key = (device, {key})
         known = kept.get(key)
         watched = (
@@ -41,20 +42,44 @@ def bind(grid, call, hooks, kept, {constants}):
         )
         if known is None or watched:
             compiled = call({keywords}, **more)
-            # A kernel that was found but not launched has no function.
-            if not watched and getattr(compiled, "function", None) is not None:
-                kept[key] = compiled.run, compiled.function, compiled.packed_metadata, compiled
+            if not watched and (known := prepared(compiled)):
+                kept[key] = known
             return
-        run, function, metadata, _ = known  # the last one owns the function
-        run(*grid, active.get_current_stream(device), function, metadata, None, None, None, {arguments})
+        launch_in_c, first, _ = known
+        launch_in_c(*grid, active.get_current_stream(device), *first, {arguments})
     return launch
 """
 
 
 def keeps(kernel: Any) -> bool:
     """Whether launches of this kernel are made here: a native one, of a Triton that is known."""
-    version = tuple(map(int, triton.__version__.split(".")[:2]))
-    return isinstance(kernel, JITFunction) and _OLDEST <= version <= _NEWEST
+    return isinstance(kernel, JITFunction) and _OLDEST <= _version() <= _NEWEST
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(map(int, triton.__version__.split(".")[:2]))
+
+
+def _takes_a_tuple() -> bool:
+    """Whether the function in C takes a kernel's arguments as one."""
+    return _version() > (3, 6)
+
+
+def _prepared(compiled: Any) -> tuple[Callable[..., None], tuple[Any, ...], Any] | None:
+    """The function in C, what it takes between the stream and the kernel's arguments, and who owns that.
+
+    None where a launch allocates or reports something, and where the kernel was found but not launched.
+    """
+    function = getattr(compiled, "function", None)
+    if function is None:
+        return None
+    run, metadata = compiled.run, compiled.packed_metadata
+    if run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False):
+        return None
+    first, hooks, scratch = (function, run.launch_cooperative_grid, run.launch_pdl), (None, None, None), (None, None)
+    if _takes_a_tuple():
+        return run.launch, (*first, metadata, *hooks, *scratch, run.arg_annotations, run.kernel_signature), compiled
+    return run.launch, (*first, *scratch, metadata, *hooks), compiled
 
 
 def launch(kernel: Any, call: "functools.partial[Any]", grid: tuple[int, int, int]) -> Callable[..., None]:
@@ -69,15 +94,20 @@ def launch(kernel: Any, call: "functools.partial[Any]", grid: tuple[int, int, in
 def _binding(kernel: Any, constants: tuple[str, ...]) -> Callable[..., Callable[..., None]]:
     """What makes launches of a kernel of which these arguments do not change."""
     passed = [param for param in kernel.params if param.name not in constants]
+    # As tensors they would be asked for their addresses again, and the driver whether it knows those.
+    addresses = {param.name: f"{param.name}_at" for param in passed if param.name.endswith("_ptr")}
+    arguments = ", ".join(addresses.get(name, name) for name in kernel.arg_names)
     source = _SOURCE.format(
         constants=", ".join(constants),
         passed=", ".join(param.name for param in passed),
+        addresses="; ".join(f"{at} = None if {name} is None else {name}.data_ptr()" for name, at in addresses.items()),
         key=", ".join(_told_apart(param.name, param.is_constexpr) for param in passed),
         keywords=", ".join(f"{param.name}={param.name}" for param in passed),
-        arguments=", ".join(kernel.arg_names),
+        arguments=f"({arguments},)" if _takes_a_tuple() else arguments,
     )
     found: dict[str, Any] = {
         "__name__": __name__,
+        "prepared": _prepared,
         "driver": driver,
         "runtime": knobs.runtime,
         "compilation": knobs.compilation,
@@ -92,6 +122,6 @@ def _told_apart(name: str, is_constexpr: bool) -> str:
     if is_constexpr:
         return f"{name}.__class__, {name}"
     if name.endswith("_ptr"):
-        return f"{name} is None or ({name}.dtype, {name}.data_ptr() % 16)"
+        return f"{name} is None or ({name}.dtype, {name}_at % 16)"
     # 1 is a constant, multiples of 16 are known to be that, integers have 32 or 64 bits; floats have nothing.
     return f"({name} % 16 + 2 if 2 <= {name} < 2**31 else {name}) if {name}.__class__ is int else {name}.__class__"

@@ -167,8 +167,6 @@ def _multiply(
             y_ptr=y,
             bias_ptr=bias,
             out_ptr=out if rows is None else out[rows],
-            sums_ptr=None,
-            dw_ptr=None,
             scale=scale * plan.gain,
             stride_out_t=out.stride(0),
         )
@@ -204,7 +202,6 @@ def _correlate(
         )
         chunk.results(
             y_ptr=y,
-            bias_ptr=None,
             out_ptr=dx if dx is None or rows is None else dx[rows],
             sums_ptr=sums if chunk.is_last else None,
             dw_ptr=dw if chunk.is_last else None,
@@ -226,13 +223,13 @@ def _first_spectra(
 
     What is known is not computed again, and the rest is computed in one launch.
     """
-    blocks = new_w = keep_w = place = new_x = None
+    blocks = new_w = keep_w = keep_z = new_x = None
     z = x if x_is_spectrum else None
     if w is not None:
         blocks, is_new, keep_w = spectra.of_weight(w, plan.w_what, plan.blocks)
         new_w = w.contiguous() if is_new else None
     if plan.whole and source is not None:
-        z, place = spectra.of_input(source, plan.x_what)
+        z, keep_z = spectra.of_input(source, plan.x_what)
     rows = plan.chunks[0].rows
     if z is None:
         z = plan.z()
@@ -243,8 +240,8 @@ def _first_spectra(
         _launch_spectra(plan.spectra, new_w, blocks, dy, g, new_x, z)
     if keep_w is not None and blocks is not None:
         keep_w(blocks)
-    if place is not None and new_x is not None:
-        spectra.keep_input(place, z)
+    if keep_z is not None:
+        keep_z(z)
     return blocks, z
 
 

@@ -114,7 +114,15 @@ def product_plan(
             {} if whole or start == 0 else _spectra_launches(of, shape, transpose, _Rows(count, cols, z.stride)),
             mix=_mix(of, count, cols, rows, z, y, read_again=whole and shares),
             outer=_nothing,
-            results=_results(of, shape, _Rows(count, rows, y.stride), has_bias=has_bias, accumulate=accumulate),
+            results=_results(
+                of,
+                shape,
+                _Rows(count, rows, y.stride),
+                has_bias=has_bias,
+                accumulate=accumulate,
+                sums_ptr=None,
+                dw_ptr=None,
+            ),
         )
 
     return Plan(
@@ -181,7 +189,9 @@ def gradient_plan(
             {} if start == 0 else _spectra_launches(of, shape, True, *own_rows),
             mix=_mix(of, count, m, n, g, y, read_again=True) if with_dx and not together else _nothing,
             outer=outer(n_tokens=count, ACCUMULATE=start > 0),
-            results=_results(of, shape, dx, dw, accumulate=accumulate) if with_dx or is_last else _nothing,
+            results=_results(of, shape, dx, dw, accumulate=accumulate, bias_ptr=None)
+            if with_dx or is_last
+            else _nothing,
         )
 
     first_rows = (_Rows(step, m, g.stride), _Rows(n_tokens if whole else step, n, z.stride))
@@ -317,8 +327,12 @@ def _results(
     *,
     has_bias: bool = False,
     accumulate: bool = False,
+    **absent: None,
 ) -> Launch:
-    """out = scale · the inverse transform (+ bias) (+ out), and dw from the sums of so many splits, either of them."""
+    """out = scale · the inverse transform (+ bias) (+ out), and dw from the sums of so many splits, either of them.
+
+    `absent` names the operands that no call has.
+    """
     m, n, _ = shape
     tile = transform_tile(of.card, of.scratch.itemsize, of.size, of.apart)
     # A row of dw is summed over S pairs of blocks: fewer rows keep them in registers.
@@ -351,4 +365,5 @@ def _results(
         BLOCK_K=tile.block_i,
         BLOCK_W=w_rows,
         **of.options,
+        **absent,
     )
