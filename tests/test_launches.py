@@ -298,7 +298,7 @@ def test_a_kernel_that_was_not_launched_is_not_kept(card: Card, monkeypatch: pyt
 
 @pytest.mark.parametrize("more", ["global_scratch_size", "profile_scratch_size", "gsan_enabled"])
 def test_launches_that_allocate_or_report_are_left_to_triton(card: Card, through_triton: mock.Mock, more: str) -> None:
-    class Launcher(card.launcher_cls):  # type: ignore[misc]
+    class Launcher(card.launcher_cls):  # type: ignore[name-defined]
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             setattr(self, more, 1)
@@ -312,6 +312,17 @@ def test_launches_that_allocate_or_report_are_left_to_triton(card: Card, through
         launch(**arguments())
     assert through_triton.call_count == 2
     assert not card.calls
+
+
+def test_a_function_of_another_form_is_left_to_triton(
+    card: Card, through_triton: mock.Mock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = not compiled._takes_a_tuple()
+    monkeypatch.setattr(compiled, "_takes_a_tuple", lambda: other)
+    launch = plans.bound(kernel(), GRID, **CONSTANTS)
+    for _ in range(2):
+        check(card, launch, arguments())
+    assert through_triton.call_count == 2
 
 
 def test_other_tritons_and_the_interpreter_launch_as_they_do(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,13 +68,16 @@ def _takes_a_tuple() -> bool:
 def _prepared(compiled: Any) -> tuple[Callable[..., None], tuple[Any, ...], Any] | None:
     """The function in C, what it takes between the stream and the kernel's arguments, and who owns that.
 
-    None where a launch allocates or reports something, and where the kernel was found but not launched.
+    None where a launch allocates or reports something, where the function is of another form than it is known to be,
+    and where the kernel was found but not launched.
     """
     function = getattr(compiled, "function", None)
     if function is None:
         return None
     run, metadata = compiled.run, compiled.packed_metadata
     if run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False):
+        return None
+    if hasattr(run, "kernel_signature") is not _takes_a_tuple():
         return None
     first, hooks, scratch = (function, run.launch_cooperative_grid, run.launch_pdl), (None, None, None), (None, None)
     if _takes_a_tuple():
