@@ -3,7 +3,8 @@
 Launches are told apart by their place in a call, not by their kernel's name: a kernel may be launched more than once.
 Their times are those that torch.profiler reads from the device, joined to the launches in the order in which they were
 made: events around each launch would add microseconds, as much as the small ones take. Such events are recorded all the
-same, and serve where the profiler's list does not match (`timed_by` says which it was, `mismatch` why).
+same, and serve where the profiler's list does not match (`timed_by` says which it was, `mismatch` why). What a launch
+that begins within the one before waits for that one is in its time.
 
     python -m bench.profiled --ncu FILE     each launch of some cases once, for a profiler to watch: see `bench.ncu`
 """

@@ -5,14 +5,14 @@ Launches that lack nothing but a call's tensors, chunk by chunk, with the tiles,
 
 import functools
 from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from . import fft_bases, specs
 from .fft_bases import Allocation, Memory, Transform
 from .plans import Launch, bound, cdiv, kernels, round_up, split
-from .tiles import mix_outer_tile, mix_tile, mixes_and_sums, outer_tile, transform_tile
+from .tiles import TileConfig, mix_outer_tile, mix_tile, mixes_and_sums, outer_tile, transform_tile
 
 __all__ = ["GradientPlan", "Plan", "SpectraLaunches", "gradient_plan", "product_plan", "x_what"]
 
@@ -283,15 +283,9 @@ def _spectra(
         in_blocks=n,
         x_blocks=x.blocks,
         other_blocks=other.blocks,
-        S=of.apart,
-        Q=of.size,
         TRANSPOSE=transpose,
-        PRECISION=of.precision,
-        BLOCK_R=tile.block_t,
-        BLOCK_C=tile.block_o,
-        BLOCK_K=tile.block_i,
         BLOCK_W=_WIDE,
-        **of.options,
+        **_transforming(of, tile),
     )
 
 
@@ -355,15 +349,22 @@ def _results(
         out_blocks=m,
         in_blocks=n,
         blocks=out.blocks,
-        S=of.apart,
-        Q=of.size,
         HAS_BIAS=has_bias,
         ACCUMULATE=accumulate,
-        PRECISION=of.precision,
-        BLOCK_R=tile.block_t,
-        BLOCK_C=tile.block_o,
-        BLOCK_K=tile.block_i,
         BLOCK_W=w_rows,
-        **of.options,
+        **_transforming(of, tile),
         **absent,
     )
+
+
+def _transforming(of: Transform, tile: TileConfig) -> dict[str, Any]:
+    """Constants of the kernels that transform, one way or the other."""
+    return {
+        "S": of.apart,
+        "Q": of.size,
+        "PRECISION": of.precision,
+        "BLOCK_R": tile.block_t,
+        "BLOCK_C": tile.block_o,
+        "BLOCK_K": tile.block_i,
+        **of.options,
+    }
