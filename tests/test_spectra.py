@@ -852,7 +852,9 @@ def test_other_backends_compute_their_own_gradients(backend: str, dtype: torch.d
 
 def test_a_second_derivative_is_refused_by_name(device: torch.device) -> None:
     one, x = saving(device), wide_activation(device)
-    with pytest.raises(BackendError, match=r"create_graph=True: a second derivative needs x.*save_spectra\(False\)"):
+    with pytest.raises(
+        BackendError, match=r"create_graph=True: a second derivative needs x.*save_spectra\(save=False\)"
+    ):
         torch.autograd.grad(one(x).sum(), x, create_graph=True)
     one.save_spectrum = False
     (dx,) = torch.autograd.grad(one(x).float().square().sum(), x, create_graph=True)
@@ -880,12 +882,14 @@ def test_saving_is_chosen_through_the_manager(device: torch.device) -> None:
     model = c3a_triton.apply(Two(), C3AConfig(block_size=4, target_modules=["first", "second"]))
     model.c3a.save_spectra()
     assert model.first.save_spectrum
-    model.c3a.save_spectra(False, "first")
+    model.c3a.save_spectra("first", save=False)
     assert not model.first.save_spectrum
     with pytest.raises(BackendError, match="second is a conv2d layer"):
-        model.c3a.save_spectra(layers="second")
+        model.c3a.save_spectra("second")
     with pytest.raises(c3a_triton.ConfigError, match="no adapted layer is named 'frist'.*first"):
-        model.c3a.save_spectra(layers="frist")
+        model.c3a.save_spectra("frist")
+    with pytest.raises(c3a_triton.ConfigError, match=r"say save_spectra\(save=False\)"):
+        model.c3a.save_spectra(False)
 
 
 # In which memory it lies

@@ -199,20 +199,22 @@ class Activation:
         for layer in chosen:
             layer.backend = name
 
-    def save_spectra(self, save: bool = True, layers: str | Iterable[str] | None = None) -> None:
+    def save_spectra(self, layers: str | Iterable[str] | None = None, *, save: bool = True) -> None:
         """Let linear layers keep the spectrum of their input for the backward pass in place of the input, or not.
 
-        Of as many bytes, and the backward pass does not compute it again; where that can be done, and what it excludes,
-        `c3a_linear` says.
+        It takes about as many bytes, and the backward pass does not compute it again; where that can be done, and what
+        it excludes, `c3a_linear` says.
 
         Args:
+            layers: as in `set_backend`; None means all that there are, but not those adapted later.
             save: whether they do.
-            layers: as in `set_backend`; None means all that there are.
 
         Raises:
             BackendError: a layer is named that is not linear.
             ConfigError: a name that no adapted layer has.
         """
+        if isinstance(layers, bool):
+            raise ConfigError(f"save_spectra({layers}): layers come first, by name; say save_spectra(save={layers})")
         for layer in self._with_backends(layers, needs_choice=True):
             layer.save_spectrum = save
 

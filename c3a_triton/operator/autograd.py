@@ -57,7 +57,7 @@ class _C3ALinear(torch.autograd.Function):
             if ctx.saves_spectrum:
                 raise BackendError(
                     "create_graph=True: a second derivative needs x, of which save_spectrum=True has kept the spectrum "
-                    "alone. Compute the first one again with save_spectrum=False (manager: save_spectra(False))"
+                    "alone. Compute the first one again with save_spectrum=False (manager: save_spectra(save=False))"
                 )
             dx, dw = _linear_backward_by_ops(grads[0], x, weight, kernels, ctx.scale, ctx.backend, needs_x, needs_w)
         else:

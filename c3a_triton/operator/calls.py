@@ -76,10 +76,10 @@ def c3a_linear(
         backend: how the adapters' part is computed, a name of `c3a_triton.operator.dispatch.BACKENDS`. `"fold"`:
             forward and gradient of x with W + Σ ΔW_a rounded to weight's dtype, as a merged model computes; the
             kernels' gradients are exact, as if nothing had been rounded.
-        save_spectrum: keep x's spectrum for the backward pass in place of x: of as many bytes, and x is not transformed
-            again. Where `"fft"` computes bfloat16 x in eager code, its spectrum (16-bit from b = 32 on) takes no more
-            than half of the scratch, all adapters have one block size and the weight wants no gradient; elsewhere x is
-            kept as always. A second derivative needs x, and is refused.
+        save_spectrum: keep x's spectrum for the backward pass in place of x: of x's bytes but for padding, and x is not
+            transformed again. Where `"fft"` computes bfloat16 x in eager code, its spectrum (16-bit from b = 32 on)
+            takes no more than half of the scratch, all adapters have one block size and the weight wants no gradient;
+            elsewhere x is kept as always. A second derivative needs x, and is refused.
 
     Returns:
         `(*, out_features)` in x's dtype (the autocast dtype under autocast).

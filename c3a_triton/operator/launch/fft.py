@@ -117,7 +117,7 @@ def fft_backward(
 
 
 def kept_spectrum(x: Tensor, block_size: int) -> Tensor | None:
-    """The spectrum of x [*, features] that `fft_product` has left for others, if it is whole and takes x's bytes."""
+    """The spectrum of x [*, features] that `fft_product` has left for others, if it is whole and has x's itemsize."""
     if fft_bases.spectrum_itemsize(x.dtype, block_size) != 2:  # float32 ones of 16-bit x would be twice as large
         return None
     features = x.shape[-1]
