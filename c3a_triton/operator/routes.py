@@ -3,6 +3,7 @@
 Everything is computed where the indices are. Nothing is copied to the host, so that a CUDA graph can hold it all.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -42,11 +43,11 @@ class Routes(NamedTuple):
         rows = torch.arange(self.order.shape[0], dtype=torch.int32, device=self.order.device)
         return (rows >= self.offsets[0]) & (rows < self.offsets[-1])
 
-    def tiles(self, block_t: int, start: int, count: int) -> Tensor:
-        """The table of `tile_table` for `count` rows from `start` on, made once."""
+    def tiles(self, block_t: int, start: int, count: int, make: Callable[..., Tensor] | None = None) -> Tensor:
+        """The table of `tile_table` for `count` rows from `start` on, made once: by `make`, which computes the same."""
         key = (block_t, start, count)
         if key not in self.kept:
-            self.kept[key] = tile_table(self.offsets, block_t, start, count, self.partial)
+            self.kept[key] = (make or tile_table)(self.offsets, block_t, start, count, self.partial)
         return self.kept[key]
 
 
