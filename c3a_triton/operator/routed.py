@@ -34,9 +34,7 @@ BACKENDS = {
     "reference": Backend(
         reference.routed_product, reference.routed_weight_grad, reference.routed_backward, by_triton=False
     ),
-    "torch": Backend(
-        fourier_routed.product, fourier_routed.weight_grad, fourier_routed.backward, by_triton=False
-    ),
+    "torch": Backend(fourier_routed.product, fourier_routed.weight_grad, fourier_routed.backward, by_triton=False),
 }
 
 

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from ...errors import ShapeError
-from . import fft, fft_plans, routed_plans, specs
+from . import fft, fft_plans, grouped, routed_plans, specs
 from .fft_bases import taken_apart
 from .plans import planned
-from .routed_plans import Tiles
+from .routed_plans import Tiles, route_tiles
 from .specs import Spec
+from .tiles import SMALL_T, grouped_tile
 
-__all__ = ["routed_backward", "routed_product", "routed_weight_grad"]
+__all__ = ["routed_backward", "routed_direct", "routed_product", "routed_weight_grad"]
 
 # Blocks of a stack that are transformed: kernels count them in 32 bits, a tile past the last one included.
 _MOST_BLOCKS = 2**31 - 2**8
@@ -64,6 +65,26 @@ def routed_product(
     out = specs.new_or_given(shape, x, out)
     run(specs.with_contiguous_rows(x), w, None, out, scale, None, tiles=tiles, offsets=offsets.contiguous())
     return out
+
+
+def routed_direct(
+    x: Tensor,
+    w: Tensor,
+    offsets: Tensor,
+    *,
+    scale: float,
+    transpose: bool = False,
+    out: Tensor | None = None,
+    tiles: Tiles,
+) -> Tensor:
+    """`routed_product` by circulant indexing; arguments, result and errors are the same."""
+    _one(specs.spec(w), specs.spec(offsets))
+    n_rows = x.shape[0]
+    few = routed_plans.share(w.shape[0], n_rows) <= SMALL_T
+    # Tiles of one row are the group of each row.
+    table = tiles(1 if few else grouped_tile(x.element_size()).block_t, 0, n_rows, make=route_tiles)
+    product = grouped.indexed_product if few else grouped.tiled_product
+    return product(x, w, table, scale=scale, transpose=transpose, out=out)
 
 
 def routed_weight_grad(
