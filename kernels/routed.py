@@ -113,21 +113,21 @@ def routed_mix_kernel(
     offs_t = tl.minimum(tl.arange(0, BLOCK_T), count - 1)
     offs_c = tl.minimum(start_c + tl.arange(0, BLOCK_C), COLS - 1)
     z_ptrs = z_ptr + slot * stride_z_f + start_t.to(tl.int64) * INNER + ((offs_t * INNER)[:, None] + offs_k[None, :])
-    block_ptrs = blocks_ptr + slot * stride_b_f + group.to(tl.int64) * stride_b_group
+    block_ptrs = blocks_ptr + slot * stride_b_f + tl.maximum(group, 0).to(tl.int64) * stride_b_group
     block_ptrs += offs_c.to(tl.int64)[:, None] * stride_b_row + offs_k[None, :]
 
     acc = tl.zeros([BLOCK_T, BLOCK_C], dtype=tl.float32)
-    if group >= 0:
-        for k in range(0, INNER, BLOCK_K):
-            if INNER % BLOCK_K == 0:
-                z = tl.load(z_ptrs + k, eviction_policy=POLICY)
-                block = tl.load(block_ptrs + k)
-            else:
-                inside = offs_k[None, :] < INNER - k
-                z = tl.load(z_ptrs + k, mask=inside, other=0.0, eviction_policy=POLICY)
-                block = tl.load(block_ptrs + k, mask=inside, other=0.0)
-            acc = mma(z, tl.trans(block), acc, PRECISION)
+    for k in range(0, INNER, BLOCK_K):
+        if INNER % BLOCK_K == 0:
+            z = tl.load(z_ptrs + k, eviction_policy=POLICY)
+            block = tl.load(block_ptrs + k)
+        else:
+            inside = offs_k[None, :] < INNER - k
+            z = tl.load(z_ptrs + k, mask=inside, other=0.0, eviction_policy=POLICY)
+            block = tl.load(block_ptrs + k, mask=inside, other=0.0)
+        acc = mma(z, tl.trans(block), acc, PRECISION)
 
+    acc = tl.where(group < 0, 0.0, acc)
     offs_t = tl.arange(0, BLOCK_T)
     offs_c = start_c + tl.arange(0, BLOCK_C)
     mask = (offs_t < count)[:, None] & (offs_c < COLS)[None, :]
@@ -198,8 +198,9 @@ def routed_outer_kernel(
     n_groups = tl.num_programs(0) // TILES
     sums_ptr += ((split.to(tl.int64) * tl.num_programs(1) + slot) * n_groups + group) * (ROWS * COLS)
     sums_ptrs = sums_ptr + offs_o.to(tl.int64)[:, None] * COLS + offs_i[None, :]
-    mask = (offs_o < ROWS)[:, None] & (offs_i < COLS)[None, :]
-    if ACCUMULATE:  # what has no rows here stays as it is
-        mask = mask & (n_rows > 0)
+    # Sums to which there is nothing to add stay as they are.
+    stored = tl.where(n_rows > 0, ROWS, 0) if ACCUMULATE else ROWS
+    mask = (offs_o < stored)[:, None] & (offs_i < COLS)[None, :]
+    if ACCUMULATE:
         acc += tl.load(sums_ptrs, mask=mask, other=0.0)
     tl.store(sums_ptrs, acc, mask=mask)
