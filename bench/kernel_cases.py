@@ -48,8 +48,8 @@ class Case:
     dtype: str = _F32
     options: frozenset[str] = field(default=frozenset())
     """Some of: transpose, bias, out; unaligned (all operands begin an element past an aligned address); apart (rows of
-    2-D operands are); chunks (tokens in several); one, many, rest (of a stack's w's all rows have one, most have no row,
-    some rows have none); a layout or a backend that the operator has."""
+    2-D operands are); chunks (tokens in several); one, many, rest (of a stack's w's all rows have one, most have no
+    row, some rows have none); a layout or a backend that the operator has."""
 
     @property
     def key(self) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ShapeError
+from ..routes import share
 from . import fft, fft_plans, grouped, routed_plans, specs
 from .fft_bases import taken_apart
 from .plans import planned
@@ -80,7 +81,7 @@ def routed_direct(
     """`routed_product` by circulant indexing; arguments, result and errors are the same."""
     _one(specs.spec(w), specs.spec(offsets))
     n_rows = x.shape[0]
-    few = routed_plans.share(w.shape[0], n_rows) <= SMALL_T
+    few = share(w.shape[0], n_rows) <= SMALL_T
     # Tiles of one row are the group of each row.
     table = tiles(1 if few else grouped_tile(x.element_size()).block_t, 0, n_rows, make=route_tiles)
     product = grouped.indexed_product if few else grouped.tiled_product

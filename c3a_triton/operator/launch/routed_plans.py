@@ -11,24 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..routes import n_tiles
+from ..routes import n_tiles, share
 from .fft_bases import Memory, Transform
 from .fft_plans import Outer, Products, policy
 from .plans import Launch, bound, cdiv, kernels, planned, split
 from .tiles import mix_tile, outer_tile
 
-__all__ = ["Tiles", "products", "route_tiles", "share"]
+__all__ = ["Tiles", "products", "route_tiles"]
 
 # tiles(rows of a tile at most, first row, number of rows, make=what makes it where it is not there)
 Tiles = Callable[..., Tensor]
 
 # Groups that a program of `route_tiles_kernel` compares with its tiles at a time, and tiles of a program.
 _GROUPS, _TILES = 128, 32
-
-
-def share(stack: int, n_rows: int) -> int:
-    """The rows of one w: on average, over as many as can have rows."""
-    return cdiv(n_rows, max(1, min(stack, n_rows)))
 
 
 def products(stack: int, n_rows: int, transpose: bool) -> Products:
