@@ -34,7 +34,7 @@ from .beside import (
 )
 from .combine import combination, combined
 from .file_targets import check_file_values, find_file_targets, same_tensors, with_names_of
-from .injection import new_copy, new_layer, put_plain, replace_module, without_adapters
+from .injection import new_copy, new_layer, put, put_plain, replace_module, without_adapters
 from .ownership import check_owner
 from .parameters import check_adapter_name
 from .report import count_parameters, summary_table
@@ -245,8 +245,7 @@ class AdapterManager(Activation):
             parameter.detach().copy_(value)
         for target, (layer, kernel) in zip(targets, layers, strict=True):
             layer._install(adapter_name, kernel, trainable=False)
-            if layer is not target.module:
-                replace_module(self.model, target.name, layer)
+            put(self.model, target, layer)
         for (name, module), (wrapper, module_copy) in zip(saved, copies, strict=True):
             wrapper.install(adapter_name, module_copy)
             if wrapper is not module:

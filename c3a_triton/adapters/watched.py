@@ -172,6 +172,8 @@ class Watch:
             self._watched.add(part.layer_name)
             if isinstance(part, ModulesToSave):
                 part.was_read = False  # by whomever, but not by the model's forward
+            elif part.is_part:
+                part.was_reached = False
             _put(part, self._note_call)
             holder = name.rpartition(".")[0]
             container = modules.get(holder)
@@ -199,6 +201,8 @@ class Watch:
             self._ran.append(module)
 
     def _is_uncalled(self, module: nn.Module) -> bool:
+        if getattr(module, "was_reached", False):
+            return False
         return any(hook in (self._note_call, self._note_run) for hook in module._forward_pre_hooks.values())
 
     def _is_passed_by(self, part: Part) -> bool:
