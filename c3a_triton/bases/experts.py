@@ -6,7 +6,6 @@ ours, so that whatever stands around the forward (accelerate's hooks, expert par
 Other modules get a forward of their own, in the innermost place as well.
 """
 
-import functools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -89,7 +88,6 @@ def _is_of_llama4(module: nn.Module) -> bool:
     )
 
 
-@functools.cache
 def _is_dispatched(cls: Any) -> bool:
     """Whether a class's forward asks transformers' interface for experts; quantized ones have another interface."""
     forward: Any = cls.forward
