@@ -183,7 +183,8 @@ class AdapterManager(Activation):
                 )
         tensors, targets = combined(self.layers(), names, weights, combine, combination_type)
         block_sizes = {target.name: target.block_size for target in targets}
-        config = peft_config(self._configs[names[0]], block_sizes, base_module_names(self.model))
+        parameters = [target.name for target in targets if target.parameter]
+        config = peft_config(self._configs[names[0]], block_sizes, base_module_names(self.model), parameters)
         self._inject(adapter_name, replace(config, inference_mode=False), targets, [], tensors)
 
     def hotswap_adapter(self, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
