@@ -1,4 +1,4 @@
-"""`C3AExperts`: experts whose weights are stacked in parameters, with adapters for each expert in the grouped product."""
+"""`C3AExperts`: experts whose weights are stacked in parameters, with adapters for each in the grouped product."""
 
 from typing import Any
 
@@ -22,9 +22,9 @@ __all__ = ["C3AExperts", "C3AStacked"]
 class C3AStacked(Part):
     """One projection of experts, W [n_experts, out, in], with adapters: y_s = x_s W_gᵀ + bias_g + Σ x_s ΔW_{a,g}ᵀ.
 
-    Each row s belongs to one expert g. An adapter's `c3a_kernel` is [n_experts, out / b, in / b, b], and ΔW_{a,g} that of
-    a linear layer with the g-th of them. Where the rows of gate and up follow one another, b has to divide each half;
-    where they alternate (gpt-oss), blocks take them as they are stored, both in one block.
+    Each row s belongs to one expert g. An adapter's `c3a_kernel` is [n_experts, out / b, in / b, b], and ΔW_{a,g} that
+    of a linear layer with the g-th of them. Where the rows of gate and up follow one another, b has to divide each
+    half; where they alternate (gpt-oss), blocks take them as they are stored, both in one block.
 
     Attributes:
         parameter: the name of W in the experts module.
@@ -34,7 +34,7 @@ class C3AStacked(Part):
     kind = "experts"
     rows_problem = "is sorted by expert"
 
-    def forward(self, x: Tensor, routes: Routes, *, gather: bool = False) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, routes: Routes, *, gather: bool = False) -> Tensor:
         """The projection of rows that are sorted by expert.
 
         Args:
@@ -64,7 +64,7 @@ class C3AStacked(Part):
         try:
             if is_plain:
                 how = {"gather": gather, "transposed": self.transposed, "backend": self.backend}
-                return c3a_routed(x, weight, self.bias, kernels, routes, **how)  # type: ignore[arg-type]
+                return c3a_routed(x, weight, self.bias, kernels, routes, **how)
             y = base_product(base, self.parameter, x, routes, self.transposed)
             return y + c3a_routed(x, None, None, kernels, routes, backend=self.backend).to(y.dtype)
         except (ShapeError, BackendError) as error:
@@ -138,9 +138,7 @@ class C3AExperts(Holder):
         gate, up = self._project(parts, self._layout.up, hidden_states, places).chunk(2, dim=-1)
         return self._project(parts, self._layout.down, up * experts.act_fn(gate), places)
 
-    def _project(
-        self, parts: dict[str, Any], name: str, x: Tensor, places: Routes, *, gather: bool = False
-    ) -> Tensor:
+    def _project(self, parts: dict[str, Any], name: str, x: Tensor, places: Routes, *, gather: bool = False) -> Tensor:
         if name in parts:
             return parts[name](x, places, gather=gather)
         x = x[places.source] if gather else x

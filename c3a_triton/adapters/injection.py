@@ -14,8 +14,8 @@ from c3a_triton.files.checkpoint import KERNEL_SUFFIX
 from . import pretrained
 from .conv import C3AConv2d
 from .embedding import C3AEmbedding
-from .layer import C3ALinear
 from .experts import C3AExperts, C3AStacked
+from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
 from .names import Scope
 from .ownership import holds_own, is_own

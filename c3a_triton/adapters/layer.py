@@ -317,7 +317,9 @@ class C3ALinear(nn.Module):
 
     def _new_kernel(self, block_size: int, init_weights: bool | str) -> nn.Parameter:
         """An initialised kernel that is not yet part of the layer, which stays as it is."""
-        return new_kernel(self.get_base_layer(), self._geometry, block_size, init_weights, self._label, self.parameter or "weight")
+        return new_kernel(
+            self.get_base_layer(), self._geometry, block_size, init_weights, self._label, self.parameter or "weight"
+        )
 
     def _install(self, adapter_name: str, kernel: nn.Parameter, *, trainable: bool = True) -> None:
         kernel.requires_grad_(trainable and adapter_name in self._active_adapters and not self._disable_adapters)

@@ -76,7 +76,9 @@ def _places(name: str, module: nn.Module, around: nn.Module | None, inside: str)
         yield name, Place(module, parameter, around, inside)
     for child, part in module._modules.items():
         if part is not None:
-            yield from _places(f"{name}.{child}".removeprefix("."), part, None, inside or ("" if around is None else name))
+            yield from _places(
+                f"{name}.{child}".removeprefix("."), part, None, inside or ("" if around is None else name)
+            )
 
 
 def find_parameter_targets(
@@ -109,7 +111,9 @@ def find_parameter_targets(
     reasons = {name: parameter_problem(name, places, config, adapted_modules) for name in found}
     unfit = {name: reason for name, reason in reasons.items() if reason is not None}
     if unfit and not (every and len(unfit) < len(found)):
-        raise ConfigError(f"{next(iter(unfit.values()))}. Leave it out of target_parameters, or name it in exclude_modules")
+        raise ConfigError(
+            f"{next(iter(unfit.values()))}. Leave it out of target_parameters, or name it in exclude_modules"
+        )
     if unfit:
         why = "; ".join(dict.fromkeys(unfit.values()))
         warnings.warn(f"left out of target_parameters='all-experts': {some(unfit)}, because {why}", stacklevel=3)
@@ -241,7 +245,7 @@ def _itemsize(target: Target) -> int:
 
 
 def stacked_hint(places: dict[str, Place], wants: Any) -> str:
-    """A sentence on how to name stacked experts, where `wants` is true of a stacked parameter's or its module's name."""
+    """A sentence on how to name stacked experts, where `wants` is true of one's name or of its module's."""
     names = [name for name, place in places.items() if place.parameter in stacked_names(place.module)]
     meant = [name for name in names if wants(name) or wants(name.rpartition(".")[0])]
     if not meant:

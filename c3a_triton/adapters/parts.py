@@ -192,7 +192,7 @@ class Holder(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer" or name.startswith("__"):
+            if name == "base_layer" or name.startswith("_"):
                 raise
             return getattr(self.base_layer, name)
 

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from c3a_triton._public import public
@@ -43,9 +42,8 @@ class C3AParameter(Part):
 class C3AParameters(Holder):
     """A module of which parameters have adapters, in that module's place: it computes with W + ΔW in place of W.
 
-    W + ΔW is written densely for each call; where many rows of which few meet one matrix are computed (experts), only
-    modules that `C3AExperts` does not know are adapted so. The module's own forward runs on a shallow copy of it that has
-    these values, so that threads which call it do not meet.
+    W + ΔW is written densely for each call, of experts that `C3AExperts` does not know for all of them. The module's
+    own forward runs on a shallow copy of it that has these values, so that threads which call it do not meet.
 
     Args:
         base_layer: the module.

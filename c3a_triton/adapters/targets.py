@@ -36,8 +36,8 @@ def find_targets(model: nn.Module, config: C3AConfig) -> list[Target]:
     """The modules that a configuration adapts in a model, and then the parameters, each in the model's order, checked.
 
     Raises:
-        ConfigError: no module or parameter is meant, one is meant that cannot be adapted, or there is no default for the
-            model's type.
+        ConfigError: no module or parameter is meant, one is meant that cannot be adapted, or there is no default for
+            the model's type.
         ShapeError: a block size that does not divide a layer's widths.
     """
     modules = [(name, module) for name, module in base_modules(model) if name and not _is_part(module)]

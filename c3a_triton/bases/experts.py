@@ -6,13 +6,11 @@ ours, so that whatever stands around the forward (accelerate's hooks, expert par
 Other modules get a forward of their own, in the innermost place as well.
 """
 
-import functools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from c3a_triton.errors import BackendError
@@ -90,8 +88,7 @@ def _is_of_llama4(module: nn.Module) -> bool:
     )
 
 
-@functools.cache
-def _is_dispatched(cls: type[nn.Module]) -> bool:
+def _is_dispatched(cls: Any) -> bool:
     """Whether a class's forward asks transformers' interface for experts; quantized ones have another interface."""
     forward: Any = cls.forward
     names = getattr(getattr(forward, "__code__", None), "co_freevars", ())
@@ -111,7 +108,7 @@ def is_stored_transposed(module: nn.Module, name: str) -> bool:
 def parameter_geometry(module: nn.Module, name: str) -> Geometry | None:
     """The geometry of a parameter that is adapted by itself, or None where it has neither two nor three dimensions.
 
-    Its kind is `"experts"` where we compute the experts' products, otherwise `"parameter"`: a matrix, or a stack of them.
+    Its kind is `"experts"` where we compute the experts' products, otherwise `"parameter"`.
     """
     parameter = module._parameters.get(name)
     if parameter is None or len(whole_shape(parameter)) not in (2, 3):
@@ -179,7 +176,7 @@ def stacked_names(module: nn.Module) -> list[str]:
 
 
 def stacked(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Full parameter name → (module, parameter's name there) of a model's stacked expert weights, in the model's order."""
+    """Full parameter name → (module, name there) of a model's stacked expert weights, in the model's order."""
     found: dict[str, tuple[nn.Module, str]] = {}
     for name, module in model.named_modules():
         place = name.removesuffix(".base_layer")
@@ -191,7 +188,7 @@ def stacked(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 
 class _AdaptedConfig:
-    """An experts module's configuration, but that it names our implementation. Attributes that are set are the former's.
+    """An experts module's configuration, but that it names our implementation. What is set is the former's.
 
     Args:
         config: the module's own, which other modules have as well.
@@ -253,7 +250,7 @@ def _forward_holder(module: nn.Module) -> str:
 
 
 def _is_own_forward(module: nn.Module) -> bool:
-    forward = module.__dict__.get(_forward_holder(module))
+    forward: Any = module.__dict__.get(_forward_holder(module))
     return getattr(forward, "__name__", "") == "compute" and getattr(forward.__self__, "base_layer", None) is module
 
 
