@@ -30,6 +30,7 @@ from .model_folder import ModelFolder, are_equal, check_stored, read_json
 
 __all__ = ["Plan", "plan_merge"]
 
+
 @dataclass
 class Plan:
     """What becomes of a checkpoint's tensors."""
@@ -209,7 +210,7 @@ def _keys_by_name(structure: Any, checkpoint: ModelFolder, tensors: Mapping[str,
 
 
 def _namer(structure: Any, tensors: Mapping[str, Tensor]) -> Callable[[str], str | None]:
-    """A name that transformers gives to a tensor → the one in the model, with or without the prefix of the bare model."""
+    """A tensor's name by transformers → its name in the model, with or without the prefix of the bare one."""
     prefix = f"{structure.base_model_prefix}."
 
     def named(name: str) -> str | None:
