@@ -18,7 +18,6 @@ from .parts import Holder, Part
 __all__ = ["C3AExperts", "C3AStacked"]
 
 
-@public
 class C3AStacked(Part):
     """One projection of experts, W [n_experts, out, in], with adapters: y_s = x_s W_gᵀ + bias_g + Σ x_s ΔW_{a,g}ᵀ.
 
