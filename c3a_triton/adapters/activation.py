@@ -219,7 +219,9 @@ class Activation:
             if layer.kind == "linear":
                 layer.save_spectrum = save
             elif layers is not None:
-                raise BackendError(f"{layer.layer_name} is of kind {layer.kind}: it keeps its input for the backward pass")
+                raise BackendError(
+                    f"{layer.layer_name} is of kind {layer.kind}: it keeps its input for the backward pass"
+                )
 
     def _with_backends(self, layers: str | Iterable[str] | None, needs_choice: bool) -> list[C3ALinear]:
         """The layers of these names, or all that have a choice of backend; one without, named, may be an error."""
