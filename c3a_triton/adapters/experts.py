@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from c3a_triton._public import public
-from c3a_triton.bases.experts import Layout, base_forward, base_product, layout
+from c3a_triton.bases.experts import Layout, base_forward, foreign_product, layout
 from c3a_triton.errors import BackendError, ConfigError, ShapeError
 from c3a_triton.operator import routes as routing
-from c3a_triton.operator.routed import c3a_routed
+from c3a_triton.operator.routed import c3a_routed, grouped_base
 from c3a_triton.operator.routes import Routes
 
 from .names import uncompiled
@@ -18,7 +18,6 @@ from .parts import Holder, Part
 __all__ = ["C3AExperts", "C3AStacked"]
 
 
-@public
 class C3AStacked(Part):
     """One projection of experts, W [n_experts, out, in], with adapters: y_s = x_s W_gᵀ + bias_g + Σ x_s ΔW_{a,g}ᵀ.
 
@@ -143,3 +142,30 @@ class C3AExperts(Holder):
             return parts[name](x, places, gather=gather)
         x = x[places.source] if gather else x
         return base_product(self.base_layer, name, x, places, self._layout.transposed)
+
+
+def base_product(module: nn.Module, name: str, x: Tensor, routes: Routes, transposed: bool) -> Tensor:
+    """One projection of experts, without adapters.
+
+    Args:
+        module: the experts.
+        name: the projection's parameter.
+        x: [n_rows, in], in the order of the routes; computed in the weight's dtype.
+        routes: the experts of the rows.
+        transposed: how the weight is stored.
+
+    Returns:
+        [n_rows, out]; rows without an expert are 0.
+
+    Raises:
+        BackendError: the weight is of a class (a quantized one) that does not compute it.
+    """
+    weight, bias = getattr(module, name), getattr(module, f"{name}_bias", None)
+    absent = ~routes.valid().unsqueeze(-1) if routes.partial else None
+    if type(weight) in (Tensor, nn.Parameter):
+        y = grouped_base(x.to(weight.dtype), weight, routes.offsets, transposed, routes.partial)
+    else:
+        x = x if absent is None else x.masked_fill(absent, 0.0)  # whose gradient is theirs
+        y = foreign_product(module, name, x, routes.offsets[1:], transposed)
+    y = y if bias is None else y + bias[routes.groups]
+    return y if absent is None else y.masked_fill(absent, 0.0)

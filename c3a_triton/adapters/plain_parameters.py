@@ -13,7 +13,6 @@ from .parts import Holder, Part
 __all__ = ["C3AParameter", "C3AParameters"]
 
 
-@public
 class C3AParameter(Part):
     """One parameter, W [out, in] or a stack of such matrices [stack, out, in], with adapters: W + Σ ΔW_a.
 

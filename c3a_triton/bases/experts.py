@@ -14,8 +14,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from c3a_triton.errors import BackendError
-from c3a_triton.operator.routed import grouped_base
-from c3a_triton.operator.routes import Routes
 
 from .linear_like import Geometry, geometry
 from .probe import is_ordinary
@@ -24,8 +22,8 @@ from .sharded import whole_shape
 __all__ = [
     "Layout",
     "base_forward",
-    "base_product",
     "dispatch",
+    "foreign_product",
     "is_stored_transposed",
     "layout",
     "parameter_geometry",
@@ -268,46 +266,29 @@ def base_forward(module: Any) -> Callable[..., Tensor]:
     return ALL_EXPERTS_FUNCTIONS.get_interface(config._config._experts_implementation, forward.__wrapped__)
 
 
-def base_product(module: nn.Module, name: str, x: Tensor, routes: Routes, transposed: bool) -> Tensor:
-    """One projection of experts that we know, without adapters.
+def foreign_product(module: nn.Module, name: str, x: Tensor, offsets: Tensor, transposed: bool) -> Tensor:
+    """One projection, without its bias, of experts whose weight is of a class that only transformers may compute with.
 
     Args:
         module: the experts.
         name: the projection's parameter.
-        x: [n_rows, in], in the order of the routes; computed in the weight's dtype.
-        routes: the experts of the rows.
+        x: [n_rows, in], in the order of the experts.
+        offsets: [n_experts], where each expert's rows end, int32; rows behind the last are of no expert.
         transposed: how the weight is stored.
 
     Returns:
-        [n_rows, out]; rows without an expert are 0.
+        [n_rows, out]; of rows without an expert nobody knows what.
 
     Raises:
-        BackendError: the weight is of a class (a quantized one) that does not compute it.
+        BackendError: this class does not compute it.
     """
-    weight = getattr(module, name)
-    bias = getattr(module, f"{name}_bias", None)
-    if type(weight) in (Tensor, nn.Parameter):
-        y = grouped_base(x.to(weight.dtype), weight, routes.offsets, transposed, routes.partial)
-    else:
-        y = _foreign_product(module, name, x, routes, weight, transposed)
-    if bias is None:
-        return y
-    y = y + bias[routes.groups]
-    return y.masked_fill(~routes.valid().unsqueeze(-1), 0.0) if routes.partial else y
-
-
-def _foreign_product(
-    module: nn.Module, name: str, x: Tensor, routes: Routes, weight: Tensor, transposed: bool
-) -> Tensor:
     from transformers.integrations.moe import _grouped_linear
 
-    absent = ~routes.valid().unsqueeze(-1) if routes.partial else None
-    x = x if absent is None else x.masked_fill(absent, 0.0)
+    weight = getattr(module, name)
     try:
-        y = _grouped_linear(x, weight, routes.offsets[1:], is_transposed=transposed)
+        return _grouped_linear(x, weight, offsets, is_transposed=transposed)
     except (NotImplementedError, RuntimeError) as error:
         raise BackendError(
             f"{name} of {type(module).__name__} is a {type(weight).__name__}, which does not compute a product of "
             f"groups of rows ({error}): load the model in another format"
         ) from error
-    return y if absent is None else y.masked_fill(absent, 0.0)
