@@ -8,6 +8,7 @@ import torch
 
 from c3a_triton.operator import bounds, cost_model, dispatch
 from c3a_triton.operator.cost_model import Sizes
+from c3a_triton.operator.routes import share
 from c3a_triton.operator.tuned import Key, Times
 
 from .groups import Group
@@ -18,8 +19,6 @@ __all__ = ["LORA_RANKS", "PEFT_C3A", "PEFT_LORA", "Case", "Costs", "Setting", "l
 PEFT_LORA = "peft_lora"
 PEFT_C3A = "peft_c3a"
 LORA_RANKS = (4, 8, 16, 32, 64)
-# What can compute stacked experts on a GPU.
-_STACKED = ("direct", "fft")
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Setting:
 
     def backends_of(self, stack: int) -> tuple[str, ...]:
         """Those of them that compute so many stacked experts; 0: a layer."""
-        return tuple(name for name in self.backends if name in _STACKED) if stack else self.backends
+        return tuple(name for name in self.backends if name in cost_model.ROUTED) if stack else self.backends
 
 
 class Case(NamedTuple):
@@ -120,7 +119,7 @@ def predicted_times(case: Case, setting: Setting, ceilings: bounds.Ceilings | No
 
 
 def _stacked_times(name: str, sizes: Sizes, stack: int, at: bounds.Ceilings) -> Times:
-    """Of experts with so many rows in all, spread evenly; gradients are fft's, by whatever the forward is computed."""
+    """Of experts with so many rows in all, spread evenly; the base is a grouped product of those that have rows."""
     t, n, m, _, dtype, _ = sizes
     i = dtype.itemsize
     weights = min(stack, t) * n * m
@@ -129,11 +128,12 @@ def _stacked_times(name: str, sizes: Sizes, stack: int, at: bounds.Ceilings) -> 
     if name == dispatch.BASE:
         return Times(base, base)
 
-    def added(*, backward: bool) -> float:
-        launches = cost_model.routed_launches(name, sizes, stack, t, backward=backward, ceilings=at)
-        return bounds.seconds(launches, at)
-
-    return Times(base + added(backward=False), base + added(backward=True) if name == "fft" else None)
+    of_one = sizes._replace(n_tokens=share(stack, t))
+    forward, backward = (
+        bounds.seconds(cost_model.routed_launches(name, of_one, stack, t, backward=backward, ceilings=at), at)
+        for backward in (False, True)
+    )
+    return Times(base + forward, base + backward)
 
 
 _Launches = list[bounds.Launch]
