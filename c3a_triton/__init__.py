@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .adapters.conv import C3AConv2d as C3AConv2d
     from .adapters.embedding import C3AEmbedding as C3AEmbedding
+    from .adapters.experts import C3AExperts as C3AExperts
     from .adapters.explanation import explain as explain
     from .adapters.layer import C3ALinear as C3ALinear
     from .adapters.learning_rates import param_groups as param_groups
     from .adapters.manager import AdapterManager as AdapterManager
+    from .adapters.plain_parameters import C3AParameters as C3AParameters
     from .api import apply as apply
     from .api import load_adapter as load_adapter
     from .bases.quantized import register_linear_like as register_linear_like
@@ -49,7 +51,9 @@ _HOMES = {
     "C3AConv2d": "adapters.conv",
     "C3AEmbedding": "adapters.embedding",
     "C3AError": "errors",
+    "C3AExperts": "adapters.experts",
     "C3ALinear": "adapters.layer",
+    "C3AParameters": "adapters.plain_parameters",
     "CheckpointError": "errors",
     "ConfigError": "errors",
     "ShapeError": "errors",

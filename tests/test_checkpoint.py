@@ -206,6 +206,32 @@ def test_form_of_the_files(tmp_path):
     assert len(modes) == 1
 
 
+@pytest.mark.parametrize("fields", [{"target_modules": ["fc"]}, {"target_modules": []}, {}], ids=repr)
+def test_parameters_are_written_by_name(tmp_path, fields):
+    config = C3AConfig(block_size=8, block_size_pattern={"scale": 4}, target_parameters="all-experts", **fields)
+    tensors, sizes = kernels_for(Small(), config) if fields.get("target_modules") else ({}, {})
+    tensors |= {"h.experts.up.c3a_kernel": torch.randn(3, 2, 5, 8), "h.scale.c3a_kernel": torch.randn(2, 1, 4)}
+    parameters = {"h.experts.up": 8, "h.scale": 4}
+    names = module_names(Small())
+    write_adapter(tmp_path, config, tensors, block_sizes=sizes | parameters, module_names=names, parameters=parameters)
+    file = read_adapter(tmp_path)
+    assert_same(file.tensors, tensors)
+    assert file.block_sizes == sizes | parameters
+    assert file.config == config
+    said = C3AConfig.from_pretrained(tmp_path)  # by which the file alone can be understood
+    assert said.target_parameters == ["h.experts.up", "h.scale"]
+    assert {name: block_size_rule(said)(name)[0] for name in file.block_sizes} == file.block_sizes
+    assert {name for name in names if target_rule(said)(name)} == sizes.keys()
+    rewrite(tmp_path, {})
+    assert read_adapter(tmp_path).config == said
+
+
+def test_a_parameter_s_kernel_of_another_shape_is_refused(tmp_path):
+    kernel = {"h.up.c3a_kernel": torch.zeros(1, 2, 6, 3, 8)}
+    with pytest.raises(CheckpointError, match=r"8\], or several of these stacked, got \[1, 2, 6, 3, 8\]"):
+        write_adapter(tmp_path, CONFIG, kernel, block_sizes={"h.up": 8}, module_names=[], parameters=["h.up"])
+
+
 def test_a_file_system_without_modes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As mounted object stores and network drives: modes cannot be changed, folders cannot be opened."""
 
@@ -249,6 +275,7 @@ def test_strided_shared_and_trainable_tensors_of_any_dtype(tmp_path):
         ({}, {}, CheckpointError, "nothing to save"),
         ({"fc.c3a_kernel": torch.zeros(6, 3, 8)}, {"fc": 8, "block.out": 8}, CheckpointError, "not both: block.out"),
         ({"fc.c3a_kernel": torch.zeros(6, 3, 8)}, {"fc": 4}, CheckpointError, "fc.c3a_kernel must have shape"),
+        ({"fc.c3a_kernel": torch.zeros(2, 6, 3, 8)}, {"fc": 8}, CheckpointError, r"8\], got \[2, 6, 3, 8\]"),
         (
             {"fc.c3a_kernel": torch.zeros(6, 3, 8, device="meta")},
             {"fc": 8},
@@ -392,6 +419,7 @@ def rewrite(directory: Path, change: dict[str, torch.Tensor | None], metadata: d
             r"has: base_model\.model\.fc\.c3a_kernel\.default",
         ),
         ({"base_model.model.fc.c3a_kernel": torch.zeros(6, 24)}, r"fc\.c3a_kernel must be .*\[6, 24\]"),
+        ({"base_model.model.fc.c3a_kernel": torch.zeros(1, 1, 6, 3, 8)}, r"fc\.c3a_kernel must be .*\[1, 1, 6, 3, 8\]"),
         ({"base_model.model.fc.c3a_kernel": torch.zeros(6, 3, 8, dtype=torch.int32)}, r"found torch\.int32"),
         ({"base_model.model.fc.c3a_kernel": torch.zeros(6, 3, 0)}, r"\[6, 3, 0\]"),
         ({f"base_model.model.{name}.c3a_kernel": None for name in ("fc", "block.fc", "block.out")}, "holds no C3A"),

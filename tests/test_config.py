@@ -36,6 +36,7 @@ FULL = {
     "revision": "main",
     "auto_mapping": {"base_model_class": "M", "parent_library": "lib"},
     "peft_version": "0.17.0",
+    "target_parameters": ["mlp.experts.gate_up_proj", "scale"],
 }
 
 
@@ -74,6 +75,11 @@ def test_default_targets_are_pefts():
         ("target_modules", [], "target_modules is empty"),
         ("target_modules", "", "target_modules is empty"),
         ("target_modules", 7, "list of non-empty names"),
+        ("target_parameters", "experts.*", r"a list of names, \"all-experts\" or None, got 'experts\.\*'"),
+        ("target_parameters", "", "a list of names"),
+        ("target_parameters", [], "target_parameters is empty"),
+        ("target_parameters", ["a", 3], "target_parameters must be a list of non-empty names, .* int and str"),
+        ("target_parameters", 7, "target_parameters must be a list of non-empty names"),
         ("exclude_modules", "[a", r"'\[a' is not a valid"),
         ("exclude_modules", {"a": 1}, "list of non-empty names"),
         ("block_size_pattern", {"*": 4}, r"'\*' is not a valid"),
@@ -126,6 +132,15 @@ def test_lists_are_normalised():
     assert config.layers_to_transform == [0, 1]
     assert config.block_size_pattern == {}
     assert C3AConfig(target_modules="ALL-LINEAR").target_modules == "all-linear"
+
+
+def test_parameters_are_named_alone_or_beside_modules():
+    assert C3AConfig(target_parameters="ALL-Experts").target_parameters == "all-experts"
+    config = C3AConfig(target_modules=[], target_parameters={"b", "a"})
+    assert (config.target_modules, config.target_parameters) == ([], ["a", "b"])
+    assert "target_parameters" not in C3AConfig().to_dict()
+    with pytest.raises(ConfigError, match="target_modules is empty"):
+        C3AConfig(target_modules="", target_parameters=["a"])
 
 
 class Task(str, enum.Enum):
@@ -302,8 +317,9 @@ def test_peft_reads_our_file_without_a_warning(tmp_path):
 
 
 def test_peft_reads_our_extras_with_a_warning_that_names_them(tmp_path):
-    C3AConfig(target_modules=["q"], exclude_modules=["v"], block_size="auto", rank=4).save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match=r"\['exclude_modules', 'rank'\]"):
+    config = C3AConfig(target_modules=["q"], exclude_modules=["v"], block_size="auto", rank=4, target_parameters=["p"])
+    config.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"\['exclude_modules', 'rank', 'target_parameters'\]"):
         assert peft.C3AConfig.from_pretrained(tmp_path).target_modules == {"q"}
 
 

@@ -7,6 +7,7 @@ import warnings
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -17,7 +18,7 @@ from c3a_triton.adapters.targets import find_targets
 from c3a_triton.errors import ConfigError
 from c3a_triton.files import expressions
 from c3a_triton.files.config import C3AConfig
-from c3a_triton.files.patterns import block_size_rule, target_rule, unmatched_keys
+from c3a_triton.files.patterns import block_size_rule, parameter_rule, target_rule, unmatched_keys
 from c3a_triton.files.peft_rules import peft_block_size_rule, peft_safe_pattern, peft_safe_targets
 
 peft = pytest.importorskip("peft")
@@ -94,6 +95,59 @@ def test_targets_are_pefts(fields, names):
         return  # it took the index of a layer from another place of the name
     for name in names:
         assert target_rule(ours)(name) == bool(check_target_module_exists(theirs, name)), name
+
+
+class Parameters(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.proj_up = (nn.Parameter(torch.zeros(2, 4, 4)) for _ in range(3))
+
+
+@pytest.mark.skipif(PEFT < (0, 18), reason="target_parameters is new there")
+@pytest.mark.parametrize(
+    "targets",
+    [["up"], ["mlp.up"], ["layers.0.mlp.up"], ["ayers.0.mlp.up"], ["mlp"], [".up"], ["0.mlp.down", "1.mlp.up"], [".*"]],
+)
+def test_parameters_are_pefts(targets):
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.ModuleDict({"mlp": Parameters()}) for _ in range(2))
+    is_target = parameter_rule(C3AConfig(target_parameters=targets))
+    ours = {name for name, _ in model.named_parameters() if is_target(name)}
+    theirs = set()
+    if ours:  # PEFT refuses what matches nothing
+        adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=[], target_parameters=targets, r=1))
+        theirs = set(adapted.base_model.targeted_parameter_names)
+    else:
+        with pytest.raises(ValueError, match="target_parameters|not found"):
+            peft.get_peft_model(model, peft.LoraConfig(target_modules=[], target_parameters=targets, r=1))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("fields", "left"),
+    [
+        ({}, {"0.up", "0.down", "1.up", "1.down"}),
+        ({"exclude_modules": ["down"]}, {"0.up", "1.up"}),
+        ({"exclude_modules": ["1.experts"]}, {"0.up", "0.down"}),
+        ({"exclude_modules": r".*0\.experts"}, {"1.up", "1.down"}),
+        ({"exclude_modules": r".*0\.experts\.up"}, {"0.down", "1.up", "1.down"}),
+        ({"modules_to_save": ["layers.1"]}, {"0.up", "0.down"}),
+        ({"layers_to_transform": 1}, {"1.up", "1.down"}),
+        ({"layers_to_transform": [0], "layers_pattern": "layers"}, {"0.up", "0.down"}),
+    ],
+)
+@pytest.mark.parametrize("targets", ["all-experts", ["experts.up", "down"]])
+def test_what_other_fields_leave_of_parameters(targets, fields, left):
+    is_target = parameter_rule(C3AConfig(target_modules=[], target_parameters=targets, **fields))
+    names = [f"m.layers.{layer}.experts.{name}" for layer in range(2) for name in ("up", "down")]
+    assert {name.removeprefix("m.layers.").replace("experts.", "") for name in names if is_target(name)} == left
+
+
+def test_parameters_named_in_full_or_not_at_all():
+    is_target = parameter_rule(C3AConfig(target_parameters=["h.0.experts.up"], layers_to_transform=1))
+    assert is_target("h.0.experts.up")
+    assert not is_target("m.h.0.experts.up")
+    assert not parameter_rule(C3AConfig())("h.0.experts.up")
 
 
 @pytest.mark.parametrize("targets", [None, "all-linear"])

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     BertConfig,
@@ -136,3 +137,57 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.second(torch.relu(self.norm(self.first(x))))
+
+
+_MOE = _LLAMA | {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+
+
+def _mixture(name: str, implementation: str | None, **config: Any) -> Any:
+    """A model whose experts are stacked, with values large enough for each part to show in the logits."""
+    torch.manual_seed(0)
+    options = {} if implementation is None else {"experts_implementation": implementation}
+    values = getattr(transformers, f"{name}Config")(**(_MOE | config))
+    model = getattr(transformers, f"{name}ForCausalLM")._from_config(values, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.4)
+    return model.eval()
+
+
+def qwen3_moe(implementation: str | None = None, **changes: Any) -> Any:
+    config = {"moe_intermediate_size": 16, "num_experts": 4, "head_dim": 12}
+    return _mixture("Qwen3Moe", implementation, **(config | changes))
+
+
+def mixtral(implementation: str | None = None) -> Any:
+    return _mixture("Mixtral", implementation, intermediate_size=16, num_local_experts=4)
+
+
+def gpt_oss(implementation: str | None = None) -> Any:
+    config = {"intermediate_size": 16, "num_local_experts": 4, "head_dim": 12, "layer_types": ["full_attention"]}
+    model = _mixture("GptOss", implementation, **config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "bias" in name or "sinks" in name:
+                parameter.normal_(std=0.4)
+    return model
+
+
+def deepseek_v3(implementation: str | None = None) -> Any:
+    latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    groups = {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 0, "n_shared_experts": 1}
+    config = {"moe_intermediate_size": 16, "n_routed_experts": 4}
+    return _mixture("DeepseekV3", implementation, **latent, **groups, **config)
+
+
+def llama4(implementation: str | None = None) -> Any:
+    config = {"intermediate_size": 16, "intermediate_size_mlp": 32, "num_local_experts": 3, "head_dim": 12}
+    values = _MOE | config | {"num_experts_per_tok": 1, "interleave_moe_layer_step": 1, "use_qk_norm": False}
+    torch.manual_seed(0)
+    model = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**values))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.4)
+    return model.eval()

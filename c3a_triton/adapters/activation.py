@@ -216,7 +216,12 @@ class Activation:
         if isinstance(layers, bool):
             raise ConfigError(f"save_spectra({layers}): layers come first, by name; say save_spectra(save={layers})")
         for layer in self._with_backends(layers, needs_choice=True):
-            layer.save_spectrum = save
+            if layer.kind == "linear":
+                layer.save_spectrum = save
+            elif layers is not None:
+                raise BackendError(
+                    f"{layer.layer_name} is of kind {layer.kind}: it keeps its input for the backward pass"
+                )
 
     def _with_backends(self, layers: str | Iterable[str] | None, needs_choice: bool) -> list[C3ALinear]:
         """The layers of these names, or all that have a choice of backend; one without, named, may be an error."""

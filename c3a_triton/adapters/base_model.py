@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
+from .parts import Holder, Part
 
 __all__ = [
     "base_module_names",
@@ -28,12 +29,18 @@ _LONGEST_NAME = 1000
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of a model; adapted layers and modules that are trained whole hide what they hold."""
+    """(name, module) of a model; adapted layers and modules that are trained whole hide what they hold.
+
+    What stands in the place of a module with adapted parameters is followed by its parts.
+    """
     hidden: str | None = None
     for name, module in model.named_modules():
         if hidden is not None and name.startswith(hidden):
             continue
-        hidden = f"{name}." if isinstance(module, (C3ALinear, ModulesToSave)) else None
+        if isinstance(module, Holder):
+            hidden = f"{name}.base_layer"
+        else:
+            hidden = f"{name}." if isinstance(module, (C3ALinear, ModulesToSave)) else None
         yield name, module
 
 
@@ -41,8 +48,10 @@ def base_module_names(model: nn.Module) -> list[str]:
     """The names of all modules that the model has without adapters, as `named_modules` gave them then."""
     names = []
     for name, module in base_modules(model):
+        if isinstance(module, Part):
+            continue
         inner = module.original_module if isinstance(module, ModulesToSave) else module
-        inner = inner.base_layer if isinstance(inner, C3ALinear) else inner
+        inner = inner.base_layer if isinstance(inner, (C3ALinear, Holder)) else inner
         names.append(name)
         if inner is not module:
             names += [f"{name}.{suffix}" for suffix, _ in inner.named_modules() if suffix]

@@ -116,5 +116,5 @@ def combined(
         # After a cast of the model older kernels have another dtype than those added since: the widest computes.
         dtype = functools.reduce(torch.promote_types, (kernel.dtype for kernel in kernels.values()), torch.float32)
         tensors[layer_name + KERNEL_SUFFIX] = combine([w.detach().to(dtype) for w in kernels.values()], used)
-        targets.append(Target(layer_name, layer, layer._geometry, sizes[next(iter(sizes))], chosen_by))
+        targets.append(Target(layer_name, layer, layer._geometry, sizes[next(iter(sizes))], chosen_by, layer.parameter))
     return tensors, targets

@@ -5,16 +5,19 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from c3a_triton.bases.linear_like import unfit_for_adapters
-from c3a_triton.bases.model_names import renaming_of, unwrapped_name
+from c3a_triton.bases.linear_like import Geometry, unfit_for_adapters
+from c3a_triton.bases.model_names import expert_places, renaming_of, unwrapped_name
 from c3a_triton.errors import CheckpointError
 from c3a_triton.files.checkpoint import KERNEL_SUFFIX, AdapterFile
 from c3a_triton.files.expressions import Matching
-from c3a_triton.files.patterns import block_size_rule, target_rule
+from c3a_triton.files.patterns import block_size_rule, parameter_rule, target_rule
 
 from .base_model import base_module_names, base_modules, base_name, embedding_weights, near_names
 from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
+from .parameter_targets import parameter_places, parameter_problem
+from .parts import Part
+from .stacking import stacked_file
 from .targets import Target, geometry_of, sharding_problem
 
 __all__ = ["check_file_values", "chosen_by_file", "find_file_targets", "same_tensors", "with_names_of"]
@@ -23,22 +26,26 @@ __all__ = ["check_file_values", "chosen_by_file", "find_file_targets", "same_ten
 def with_names_of(model: nn.Module, file: AdapterFile) -> AdapterFile:
     """An adapter file whose tensors have the names of this model, where another release of transformers gave others.
 
-    Names that the model has stay as they are, and so do those that mean nothing to transformers either.
+    Names that the model has stay as they are, and so do those that mean nothing to transformers either. Experts that
+    were layers of their own become what this model has in their place.
 
     Raises:
-        CheckpointError: layers of the file are experts, which this transformers keeps in stacked tensors.
+        CheckpointError: layers of the file are experts, which this transformers keeps in stacked tensors, and they do
+            not fit into these, or it is not known how.
     """
-    known = {unwrapped_name(name) for name in base_module_names(model)}
+    known = {unwrapped_name(name) for name in (*base_module_names(model), *parameter_places(model))}
     if file.block_sizes.keys() <= known or not _is_of_transformers(model):
         return file
+    file = stacked_file(model, file, expert_places(model))
     rename = renaming_of(model)
     parameters = {base_name(unwrapped_name(name)): parameter for name, parameter in model.named_parameters()}
     names: dict[str, str] = {}
     for name in file.block_sizes.keys() - known:
-        new, converted = rename(f"{name}.weight")
+        is_stack = file.tensors[name + KERNEL_SUFFIX].dim() == 4
+        new, converted = rename(name if is_stack else f"{name}.weight")
         _refuse_expert(file, name, new if converted else None, parameters)
         new = new.removesuffix(".weight")
-        if new in known:
+        if new in known and not (is_stack and converted):
             names[name] = new
 
     def renamed(key: str) -> str:
@@ -72,45 +79,53 @@ def _refuse_expert(file: AdapterFile, name: str, stacked: str | None, parameters
     if stacked in parameters and parameters[stacked].dim() == 3:
         raise CheckpointError(
             f"the adapter in {file.path} does not fit this model: it adapts {name}, an expert that is a layer of its "
-            f"own, as transformers 4 builds it. This model holds all experts of a layer in one tensor ({stacked}), "
-            "which is no linear layer. Load it under transformers 4 and merge it there (c3a-triton merge), or train an "
-            "adapter that leaves the experts out"
+            f"own, as transformers 4 builds it. This model holds all experts of a layer in one tensor ({stacked}), and "
+            "transformers does not say which part of it that layer is. Load it under transformers 4 and merge it there "
+            "(c3a-triton merge), or train an adapter of the stacked experts (target_parameters)"
         )
 
 
 def find_file_targets(model: nn.Module, file: AdapterFile) -> list[Target]:
-    """The modules that an adapter file adapts in a model, in the model's order, each checked against its tensor.
+    """What an adapter file adapts in a model: modules and then parameters, in the model's order, checked one by one.
 
     Raises:
         CheckpointError: the file's layers are not those of the model, or one that its configuration targets is missing.
     """
-    modules = {name: module for name, module in base_modules(model) if name}
+    modules = {name: module for name, module in base_modules(model) if name and not isinstance(module, Part)}
+    places = parameter_places(model)
     problems = [
         f"the model has no {name}.{near_names(name, modules) if number < 5 else ''}"
-        for number, name in enumerate(sorted(file.block_sizes.keys() - modules.keys()))
+        for number, name in enumerate(sorted(file.block_sizes.keys() - modules.keys() - places.keys()))
     ]
     targets, matching = [], Matching()
     chosen_by = chosen_by_file(file, matching)
     for name, module in modules.items():
         if name not in file.block_sizes:
             continue
-        b = file.block_sizes[name]
         sizes = geometry_of(module)
-        shape = tuple(file.tensors[name + KERNEL_SUFFIX].shape)
         if sizes is None:
             problems.append(f"{name} is a {type(module).__name__}, not a layer to adapt")
         elif problem := sharding_problem(name, module):
             problems.append(problem)
         elif not isinstance(module, C3ALinear) and (reason := unfit_for_adapters(module)):
             problems.append(f"{name}: {reason}")
-        elif any(width % b for width in sizes.divided) or shape != sizes.kernel_shape(b):
-            problems.append(
-                f"{name}: its kernel {list(shape)} is for in_features={shape[1] * b} and out_features={shape[0] * b}, "
-                f"the layer has in_features={sizes.in_features} and out_features={sizes.out_features}"
-                + (f", and b has to divide {sizes.divided}{sizes.what}" if sizes.what else "")
-            )
+        elif problem := _misfit(file, name, sizes):
+            problems.append(problem)
         else:
-            targets.append(Target(name, module, sizes, b, chosen_by(name)))
+            targets.append(Target(name, module, sizes, file.block_sizes[name], chosen_by(name)))
+    for name, place in places.items():
+        if name not in file.block_sizes:
+            continue
+        if problem := parameter_problem(name, places, file.config, file.block_sizes):
+            problems.append(problem)
+            continue
+        sizes = place.sizes
+        assert sizes is not None, "a parameter that can be adapted, of unknown sizes"
+        if problem := _misfit(file, name, sizes):
+            problems.append(problem)
+        else:
+            b = file.block_sizes[name]
+            targets.append(Target(name, place.adapted, sizes, b, chosen_by(name), place.parameter))
     if file.config.target_modules not in (None, "all-linear"):
         is_target = target_rule(file.config, matching)
         problems += [
@@ -118,8 +133,36 @@ def find_file_targets(model: nn.Module, file: AdapterFile) -> list[Target]:
             for name, module in modules.items()
             if name not in file.block_sizes and geometry_of(module) and is_target(name)
         ]
+    named = file.config.target_parameters
+    # What is named in full, as a saved adapter names it, means that parameter and no longer name that ends with it.
+    if not isinstance(named, str) and (named := [entry for entry in named or () if entry not in file.block_sizes]):
+        is_target = parameter_rule(replace(file.config, target_parameters=named), matching)
+        problems += [
+            f"its configuration targets {name}, for which it has no kernel"
+            for name in places
+            if name not in file.block_sizes and is_target(name)
+        ]
     _raise_problems(file, problems)
     return targets
+
+
+def _misfit(file: AdapterFile, name: str, sizes: Geometry) -> str | None:
+    """What is wrong with the shape of a kernel for a layer or parameter of these sizes, or None."""
+    b, shape = file.block_sizes[name], tuple(file.tensors[name + KERNEL_SUFFIX].shape)
+    if not any(width % b for width in sizes.divided) and shape == sizes.kernel_shape(b):
+        return None
+
+    def said(stack: int, in_features: int, out_features: int) -> str:
+        widths = f"in_features={in_features} and out_features={out_features}"
+        return f"{stack} matrices with {widths}" if stack else widths
+
+    stack = shape[0] if len(shape) == 4 else 0
+    return (
+        f"{name}: its kernel {list(shape)} is for {said(stack, shape[-2] * b, shape[-3] * b)}, the "
+        f"{'layer' if sizes.kind not in ('experts', 'parameter') else 'model'} has "
+        f"{said(sizes.stack, sizes.in_features, sizes.out_features)}"
+        + (f", and b has to divide {sizes.divided}{sizes.what}" if sizes.what else "")
+    )
 
 
 def chosen_by_file(file: AdapterFile, matching: Matching | None = None) -> Callable[[str], str]:

@@ -13,7 +13,7 @@ from c3a_triton.operator.rows import c3a_linear_rows
 
 from .names import expand_rows, rows_of_call
 
-__all__ = ["COMPUTED_DTYPES", "general_forward"]
+__all__ = ["COMPUTED_DTYPES", "check_base", "check_rows", "general_forward"]
 
 COMPUTED_DTYPES = (torch.float32, torch.float64)
 
@@ -40,11 +40,8 @@ def general_forward(
     gather_with(layer, layer._stored_kernels())
     if kind == "probe":
         layer._scope.note(layer._label, x)
-    if kind == "base" and layer.merged_adapters:
-        raise AdapterStateError(
-            f"{layer._label}: {layer.merged_adapters} were merged while adapters are disabled (disable_adapter) in a "
-            "thread, which cannot compute the base alone any more: unmerge them first"
-        )
+    if kind == "base":
+        check_base(layer)
     if layer._disable_adapters or kind == "probe":
         kind = "base"
     elif adapter_names is not None and kind != "base":
@@ -75,6 +72,32 @@ def general_forward(
     return y.to(dtype)
 
 
+def check_base(layer: Any) -> None:
+    """Refuse to compute the base alone where adapters are merged into it.
+
+    Raises:
+        AdapterStateError: they are.
+    """
+    if layer.merged_adapters:
+        raise AdapterStateError(
+            f"{layer._label}: {layer.merged_adapters} were merged while adapters are disabled (disable_adapter) in a "
+            "thread, which cannot compute the base alone any more: unmerge them first"
+        )
+
+
+def check_rows(layer: Any) -> None:
+    """Refuse adapters of the rows' own where some are merged.
+
+    Raises:
+        AdapterStateError: some are.
+    """
+    if layer.merged_adapters:
+        raise AdapterStateError(
+            f"{layer._label}: rows cannot have adapters of their own while {layer.merged_adapters} are merged; "
+            "unmerge them first"
+        )
+
+
 def _check_base_output(layer: Any, x: Tensor, y: Tensor) -> None:
     """Refuse a base layer whose output an adapter's part cannot be added to."""
     fits = (x.shape[-1:], y.shape[-1:]) == ((layer.in_features,), (layer.out_features,))
@@ -96,11 +119,7 @@ def _check_base_output(layer: Any, x: Tensor, y: Tensor) -> None:
 
 def _forward_rows(layer: Any, present: tuple[str, ...], rows: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The base layer's output plus, for each row, that of the adapter of its index among these, if it has one."""
-    if layer.merged_adapters:
-        raise AdapterStateError(
-            f"{layer._label}: rows cannot have adapters of their own while {layer.merged_adapters} are merged; "
-            "unmerge them first"
-        )
+    check_rows(layer)
     base: Any = layer.base_layer
     if present and layer.kind == "linear" and not args and not kwargs and is_plain(base, x):
         return _delta_rows(layer, x, base.weight, base.bias, present, rows).to(x.dtype)

@@ -14,15 +14,24 @@ from c3a_triton.files.checkpoint import KERNEL_SUFFIX
 from . import pretrained
 from .conv import C3AConv2d
 from .embedding import C3AEmbedding
+from .experts import C3AExperts, C3AStacked
 from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
 from .names import Scope
-from .ownership import is_own
+from .ownership import holds_own, is_own
+from .parts import Holder
+from .plain_parameters import C3AParameter, C3AParameters
 from .targets import Target
 
-__all__ = ["layer_class", "new_copy", "new_layer", "put_plain", "replace_module", "without_adapters"]
+__all__ = ["layer_class", "new_copy", "new_layer", "put", "put_plain", "replace_module", "without_adapters"]
 
-_CLASSES = {"linear": C3ALinear, "conv2d": C3AConv2d, "embedding": C3AEmbedding}
+_CLASSES: dict[str, type[C3ALinear]] = {
+    "linear": C3ALinear,
+    "conv2d": C3AConv2d,
+    "embedding": C3AEmbedding,
+    "experts": C3AStacked,
+    "parameter": C3AParameter,
+}
 
 
 def layer_class(base: nn.Module) -> type[C3ALinear]:
@@ -69,7 +78,8 @@ def new_layer(
         )
         layer.quantization_config = torchao_config_of(model)
         layer._register_state_dict_hook(pretrained.warn_outer_save)
-        if isinstance(model.get_submodule(target.name.rpartition(".")[0]), nn.TransformerEncoderLayer):
+        parent = model.get_submodule(target.name.rpartition(".")[0])
+        if isinstance(parent, nn.TransformerEncoderLayer):
             # torch's fused encoder layer reads the weights and calls no layer; any hook makes it step aside.
             layer.register_forward_pre_hook(_do_nothing)
     elif adapter_name in layer.c3a_kernel:
@@ -103,6 +113,21 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
+def put(model: nn.Module, target: Target, layer: C3ALinear) -> None:
+    """Put what `new_layer` gave into the model, if it is not there yet."""
+    if layer is target.module:
+        return
+    if not target.parameter:
+        replace_module(model, target.name, layer)
+        return
+    name = target.name.rpartition(".")[0]
+    holder = model.get_submodule(name)
+    if not isinstance(holder, Holder):
+        holder = (C3AExperts if target.sizes.kind == "experts" else C3AParameters)(holder)
+        replace_module(model, name, holder)
+    setattr(holder, target.parameter, layer)
+
+
 def put_plain(model: nn.Module, scope: Scope, *, with_copies: bool) -> list[tuple[str, nn.Module]]:
     """Put plain layers in the place of a manager's adapted ones, which are returned with their names.
 
@@ -114,9 +139,12 @@ def put_plain(model: nn.Module, scope: Scope, *, with_copies: bool) -> list[tupl
     replaced: list[tuple[str, nn.Module]] = []
     # Every name under which a layer is known, not only the first.
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if not is_own(module, scope):
+        if holds_own(module, scope):
+            module.release()
+            plain = module.base_layer
+        elif not is_own(module, scope) or (isinstance(module, C3ALinear) and module.is_part):
             continue
-        if isinstance(module, C3ALinear):
+        elif isinstance(module, C3ALinear):
             plain = module.base_layer
         else:
             plain = module.active_module() if with_copies else module.original_module
@@ -134,3 +162,5 @@ def without_adapters(model: nn.Module, scope: Scope, *, with_copies: bool) -> It
     finally:
         for name, module in replaced:
             replace_module(model, name, module)
+            if isinstance(module, Holder):
+                module.attach()

@@ -71,6 +71,10 @@ class C3ALinear(nn.Module):
     """Whether x's spectrum is kept for the backward pass in place of x, where `c3a_linear` can."""
     has_backends = True
     """Whether there is a choice of how the adapters are computed."""
+    is_part = False
+    """Whether it adapts one parameter of a module (`parts`)."""
+    parameter = ""
+    """That parameter's name."""
 
     adapter_layer_names = ("c3a_kernel",)
     other_param_names = ("block_size",)
@@ -114,7 +118,7 @@ class C3ALinear(nn.Module):
         super().__init__()
         if not isinstance(base_layer, nn.Module):
             raise ConfigError(f"{type(self).__name__} goes around a layer, such as nn.Linear(8, 8), got {base_layer!r}")
-        self.base_layer = base_layer
+        self._hold(base_layer)
         self.c3a_kernel = nn.ParameterDict()
         self.block_size: dict[str, int] = {}
         self.merged_adapters: list[str] = []
@@ -122,6 +126,9 @@ class C3ALinear(nn.Module):
         self._active_adapters = list(active)
         self._disable_adapters = False
         self._prepare(backend, layer_name, sizes)
+
+    def _hold(self, base_layer: nn.Module) -> None:
+        self.base_layer = base_layer
 
     def _prepare(self, backend: str, layer_name: str, sizes: Geometry | None = None) -> None:
         """Set everything but PEFT's state, with which a layer of PEFT's becomes one of these (`integrations.peft`)."""
@@ -310,7 +317,9 @@ class C3ALinear(nn.Module):
 
     def _new_kernel(self, block_size: int, init_weights: bool | str) -> nn.Parameter:
         """An initialised kernel that is not yet part of the layer, which stays as it is."""
-        return new_kernel(self.get_base_layer(), self._geometry, block_size, init_weights, self._label)
+        return new_kernel(
+            self.get_base_layer(), self._geometry, block_size, init_weights, self._label, self.parameter or "weight"
+        )
 
     def _install(self, adapter_name: str, kernel: nn.Parameter, *, trainable: bool = True) -> None:
         kernel.requires_grad_(trainable and adapter_name in self._active_adapters and not self._disable_adapters)

@@ -34,7 +34,7 @@ from .beside import (
 )
 from .combine import combination, combined
 from .file_targets import check_file_values, find_file_targets, same_tensors, with_names_of
-from .injection import new_copy, new_layer, put_plain, replace_module, without_adapters
+from .injection import new_copy, new_layer, put, put_plain, replace_module, without_adapters
 from .ownership import check_owner
 from .parameters import check_adapter_name
 from .report import count_parameters, summary_table
@@ -183,7 +183,8 @@ class AdapterManager(Activation):
                 )
         tensors, targets = combined(self.layers(), names, weights, combine, combination_type)
         block_sizes = {target.name: target.block_size for target in targets}
-        config = peft_config(self._configs[names[0]], block_sizes, base_module_names(self.model))
+        parameters = [target.name for target in targets if target.parameter]
+        config = peft_config(self._configs[names[0]], block_sizes, base_module_names(self.model), parameters)
         self._inject(adapter_name, replace(config, inference_mode=False), targets, [], tensors)
 
     def hotswap_adapter(self, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
@@ -245,8 +246,7 @@ class AdapterManager(Activation):
             parameter.detach().copy_(value)
         for target, (layer, kernel) in zip(targets, layers, strict=True):
             layer._install(adapter_name, kernel, trainable=False)
-            if layer is not target.module:
-                replace_module(self.model, target.name, layer)
+            put(self.model, target, layer)
         for (name, module), (wrapper, module_copy) in zip(saved, copies, strict=True):
             wrapper.install(adapter_name, module_copy)
             if wrapper is not module:

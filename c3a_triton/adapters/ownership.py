@@ -12,8 +12,9 @@ from .base_model import base_modules
 from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
 from .names import Scope
+from .parts import Holder
 
-__all__ = ["check_owner", "is_own", "own_copies", "own_layers", "own_parts"]
+__all__ = ["check_owner", "holds_own", "is_own", "own_copies", "own_layers", "own_parts"]
 
 
 def is_own(module: nn.Module, scope: Scope) -> TypeGuard[C3ALinear | ModulesToSave]:
@@ -21,6 +22,11 @@ def is_own(module: nn.Module, scope: Scope) -> TypeGuard[C3ALinear | ModulesToSa
     if not isinstance(module, (C3ALinear, ModulesToSave)):
         return False
     return module._scope is scope or not module._scope.managed
+
+
+def holds_own(module: nn.Module, scope: Scope) -> TypeGuard[Holder]:
+    """Whether a module stands in the place of another one, of which that manager has adapted parameters."""
+    return isinstance(module, Holder) and any(is_own(part, scope) for part in module.parts().values())
 
 
 def own_parts(model: nn.Module, scope: Scope) -> Iterator[tuple[str, C3ALinear | ModulesToSave]]:

@@ -83,16 +83,23 @@ def watch(container: nn.ParameterDict, layer: Any) -> None:
 
 
 @torch.inference_mode(False)  # a parameter that is made in inference mode can never be trained
-def new_kernel(base: nn.Module, sizes: Geometry, block_size: int, init_weights: bool | str, layer: str) -> nn.Parameter:
+def new_kernel(
+    base: nn.Module,
+    sizes: Geometry,
+    block_size: int,
+    init_weights: bool | str,
+    layer: str,
+    parameter: str = "weight",
+) -> nn.Parameter:
     """A new adapter's w for a base layer of these sizes, float32, where that computes.
 
     Raises:
         ConfigError: an unknown `init_weights`; the message names the layer.
     """
     shape = sizes.kernel_shape(block_size)
-    kernel = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=kernel_device(base)))
+    kernel = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=kernel_device(base, parameter)))
     initialise(kernel, init_weights, sizes, layer)
-    dtype = rounding_dtype(base)
+    dtype = rounding_dtype(base, parameter)
     if dtype is not None and init_weights is not True:
         kernel.data = kernel.data.to(dtype).float()
     return kernel

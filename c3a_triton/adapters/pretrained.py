@@ -131,7 +131,9 @@ class SavePretrained:
         """A tensor that an adapted model passes over, and for which a plain one has another shape."""
         layers: Any = self.model.c3a.layers()  # type: ignore[union-attr, operator]
         weights = (
-            f"{unwrapped_name(name)}.weight" for name, layer in layers if "weight" in layer.base_layer._parameters
+            unwrapped_name(name) + ("" if layer.parameter else ".weight")
+            for name, layer in layers
+            if (layer.parameter or "weight") in layer.base_layer._parameters
         )
         return {name: torch.empty(0) for name in islice(weights, 1)}
 

@@ -46,7 +46,8 @@ def summary_table(
             for adapter, b in module.block_size.items():
                 count = _count(module.c3a_kernel[adapter])
                 total += count
-                widths = (str(module.in_features), str(module.out_features), str(b))
+                stack = f"{module._geometry.stack} × " if module._geometry.stack else ""
+                widths = (str(module.in_features), f"{stack}{module.out_features}", str(b))
                 key = chosen_by.get(adapter, {}).get(name, "")
                 state = "merged" if adapter in module.merged_adapters else "active" if adapter in active else ""
                 rows.append((name, adapter, *widths, key, f"{count:,}", module.backend, state))

@@ -105,8 +105,9 @@ class AdapterTensors:
         own = [name for name, layer in self.layers() if not isinstance(layer.get_base_layer(), nn.Linear)]
         if own:
             warnings.warn(
-                f"PEFT adapts linear layers alone (nn.Linear): it cannot load this adapter, which has {len(own)} "
-                f"others ({', '.join(own[:3])}{', …' if len(own) > 3 else ''}); c3a_triton.load_adapter does",
+                "PEFT adapts linear layers alone (nn.Linear) by C3A: it cannot load this adapter, which has "
+                f"{len(own)} others ({', '.join(own[:3])}{', …' if len(own) > 3 else ''}); "
+                "c3a_triton.load_adapter does",
                 stacklevel=3,
             )
 
@@ -116,10 +117,12 @@ class AdapterTensors:
         Raises:
             CheckpointError: they cannot be written.
         """
+        layers = {unwrapped_name(name): layer for name, layer in self.layers()}
         write_adapter(
             directory,
             pretrained.with_auto_mapping(self.model, self.config),
             {unwrapped_name(name): tensor for name, tensor in tensors.items()},
-            block_sizes={unwrapped_name(name): layer.block_size[self.name] for name, layer in self.layers()},
+            block_sizes={name: layer.block_size[self.name] for name, layer in layers.items()},
             module_names=[unwrapped_name(name) for name in base_module_names(self.model)],
+            parameters=[name for name, layer in layers.items() if layer.is_part],
         )

@@ -1,13 +1,13 @@
 """What a configuration means for a model: which modules, and what is wrong. Changes nothing."""
 
 import warnings
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from c3a_triton.bases.linear_like import Geometry, geometry, is_linear, unfit_for_adapters
-from c3a_triton.bases.sharded import is_partitioned, is_sharded
 from c3a_triton.errors import ConfigError
 from c3a_triton.files.block_sizes import check_block_size, suggest_block_size
 from c3a_triton.files.config import DEFAULT_TARGET_MODULES, C3AConfig
@@ -18,6 +18,8 @@ from c3a_triton.files.values import shown, some
 from .base_model import base_modules, near_names, output_embeddings_of, warn_tied
 from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
+from .parameter_targets import Place, find_parameter_targets, parameter_places, stacked_hint, warn_untouched_experts
+from .target import Target, sharding_problem
 
 __all__ = ["Target", "find_modules_to_save", "find_targets", "geometry_of", "sharding_problem", "with_task_heads"]
 
@@ -30,33 +32,32 @@ _TASK_HEADS = {
 _SEQ_CLS_HEADS = ("score", "classifier")
 
 
-@dataclass(frozen=True)
-class Target:
-    """A module to adapt: its name, itself (a base layer, or an adapted one), its sizes, b, and what decided on b."""
-
-    name: str
-    module: nn.Module
-    sizes: Geometry
-    block_size: int
-    chosen_by: str
-
-
 def find_targets(model: nn.Module, config: C3AConfig) -> list[Target]:
-    """The modules that a configuration adapts in a model, in the model's order, each checked.
+    """The modules that a configuration adapts in a model, and then the parameters, each in the model's order, checked.
 
     Raises:
-        ConfigError: no module is meant, one is meant that is not linear, or there is no default for the model's type.
+        ConfigError: no module or parameter is meant, one is meant that cannot be adapted, or there is no default for
+            the model's type.
         ShapeError: a block size that does not divide a layer's widths.
     """
-    modules = [(name, module) for name, module in base_modules(model) if name]
+    modules = [(name, module) for name, module in base_modules(model) if name and not _is_part(module)]
     names, matching = [name for name, _ in modules], Matching()
+    if config.target_modules is None and config.target_parameters is not None:
+        config = replace(config, target_modules=DEFAULT_TARGET_MODULES.get(_model_type(model) or "", []))
+    places = parameter_places(model)
     found = _matches(model, config, modules, matching)
-    if not found:
-        raise ConfigError(_nothing_found(config, names, matching))
+    if not found and config.target_modules:
+        raise ConfigError(_nothing_found(config, names, places, matching))
     block_size_of = block_size_rule(config, matching)
     targets = [_target(name, module, config, *block_size_of(name)) for name, module in found]
-    _warn_about(model, config, targets, names, matching)
-    return targets
+    parameters = find_parameter_targets(model, config, [name for name, _ in found], matching)
+    _warn_about(model, config, targets, parameters, names, places, matching)
+    warn_untouched_experts(places, config, matching)
+    return [*targets, *parameters]
+
+
+def _is_part(module: nn.Module) -> bool:
+    return isinstance(module, C3ALinear) and module.is_part
 
 
 def _matches(
@@ -144,6 +145,8 @@ def _target(name: str, module: nn.Module, config: C3AConfig, size: int | str, ke
     if isinstance(module, ModulesToSave):
         raise ConfigError(f"{name} cannot be adapted: another adapter trains it as a whole (modules_to_save)")
     sizes = geometry_of(module)
+    if sizes is None and (hint := stacked_hint(parameter_places(module), lambda _: True)):
+        raise ConfigError(f"{name} is a {type(module).__name__}, which cannot be adapted as a layer. In it:{hint}")
     if sizes is None:
         raise ConfigError(
             f"{name} is a {type(module).__name__}, which cannot be adapted: only linear layers, nn.Conv2d and "
@@ -168,24 +171,7 @@ def geometry_of(module: nn.Module) -> Geometry | None:
     return geometry(module.get_base_layer() if isinstance(module, C3ALinear) else module)
 
 
-def sharding_problem(name: str, module: nn.Module) -> str | None:
-    """What is wrong with adapting a layer of which this process holds a part, or None.
-
-    A kernel that is added afterwards would be neither sharded nor reduced. DeepSpeed's ZeRO-3 takes new parameters in
-    when it is initialised, so its weights are as good as whole.
-    """
-    base: Any = module.get_base_layer() if isinstance(module, C3ALinear) else module
-    weight: Any = base._parameters.get("weight")
-    if weight is None or not is_sharded(weight) or is_partitioned(weight):
-        return None
-    return (
-        f"{name} is sharded already (its weight is a DTensor with {weight.placements}), so that an adapter "
-        "would not be reduced with the rest. For FSDP2 adapt the model first and call fully_shard afterwards. A "
-        "tensor-parallel layer cannot be adapted: leave it out of the plan, or shard with FSDP2"
-    )
-
-
-def _nothing_found(config: C3AConfig, names: list[str], matching: Matching) -> str:
+def _nothing_found(config: C3AConfig, names: list[str], places: dict[str, Place], matching: Matching) -> str:
     targets = config.target_modules
     message = f"target_modules={shown(targets)} matches no module"
     unrestricted = replace(config, exclude_modules=None, modules_to_save=None, layers_to_transform=None)
@@ -194,15 +180,23 @@ def _nothing_found(config: C3AConfig, names: list[str], matching: Matching) -> s
             f" that is left by exclude_modules={config.exclude_modules!r}, modules_to_save={config.modules_to_save!r} "
             f"and layers_to_transform={config.layers_to_transform!r}"
         )
+    if targets not in (None, "all-linear") and (hint := stacked_hint(places, target_rule(config, matching))):
+        return message + "." + hint
     hints = [near_names(target, names) for target in targets[:5]] if isinstance(targets, list) else []
     return message + "." + "".join(dict.fromkeys(hints))
 
 
 def _warn_about(
-    model: nn.Module, config: C3AConfig, targets: list[Target], names: list[str], matching: Matching
+    model: nn.Module,
+    config: C3AConfig,
+    targets: list[Target],
+    parameters: list[Target],
+    names: list[str],
+    places: dict[str, Place],
+    matching: Matching,
 ) -> None:
     adapted = [target.name for target in targets]
-    if keys := unmatched_keys(config, adapted, matching):
+    if keys := unmatched_keys(config, [*adapted, *(target.name for target in parameters)], matching):
         warnings.warn(
             f"block_size_pattern: these keys match no adapted module: {', '.join(map(repr, keys))}", stacklevel=2
         )
@@ -211,14 +205,18 @@ def _warn_about(
             entry for entry in config.target_modules if not any(f".{name}".endswith(f".{entry}") for name in adapted)
         ]
         if idle:
-            hints = "".join(near_names(entry, names) for entry in idle[:5])
+            hints = "".join(stacked_hint(places, _ends(entry)) or near_names(entry, names) for entry in idle[:5])
             warnings.warn(f"target_modules: {', '.join(map(shown, idle[:20]))} select no module.{hints}", stacklevel=2)
     if config.exclude_modules:
         everything = C3AConfig(target_modules=".*", exclude_modules=config.exclude_modules)
-        if all(map(target_rule(everything, matching), names)):
+        if all(map(target_rule(everything, matching), [*names, *(places if config.target_parameters else ())])):
             warnings.warn(f"exclude_modules={config.exclude_modules!r} matches no module", stacklevel=2)
     _warn_shared(model, adapted, "adapted")
     warn_tied(model, adapted, "the adapter changes only what this layer computes, but merging it would change both")
+
+
+def _ends(entry: str) -> Callable[[str], bool]:
+    return lambda name: f".{name}".endswith(f".{entry}")
 
 
 def _warn_shared(model: nn.Module, chosen: list[str], done: str) -> None:

@@ -12,6 +12,7 @@ from c3a_triton.errors import AdapterStateError
 from .base_model import base_modules, embedding_weights, embeddings_of
 from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
+from .parts import Holder
 
 __all__ = ["bare", "keep_ties", "release_ties"]
 
@@ -22,12 +23,12 @@ def bare(model: nn.Module) -> Iterator[None]:
     places = [
         (parent, child, module)
         for parent in list(model.modules())
-        if not isinstance(parent, (C3ALinear, ModulesToSave))
+        if not isinstance(parent, (C3ALinear, Holder, ModulesToSave))
         for child, module in parent._modules.items()
-        if isinstance(module, (C3ALinear, ModulesToSave))
+        if isinstance(module, (C3ALinear, Holder, ModulesToSave))
     ]
     for parent, child, module in places:
-        parent._modules[child] = module.base_layer if isinstance(module, C3ALinear) else module.original_module
+        parent._modules[child] = module.original_module if isinstance(module, ModulesToSave) else module.base_layer
     try:
         yield
     finally:

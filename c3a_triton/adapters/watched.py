@@ -20,6 +20,7 @@ from .base_model import base_modules, embeddings_of
 from .hooks import remove_hooks
 from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
+from .parts import Part as ParameterPart
 
 __all__ = ["Watch"]
 
@@ -172,6 +173,8 @@ class Watch:
             self._watched.add(part.layer_name)
             if isinstance(part, ModulesToSave):
                 part.was_read = False  # by whomever, but not by the model's forward
+            elif isinstance(part, ParameterPart):
+                part.was_reached = False
             _put(part, self._note_call)
             holder = name.rpartition(".")[0]
             container = modules.get(holder)
@@ -199,6 +202,8 @@ class Watch:
             self._ran.append(module)
 
     def _is_uncalled(self, module: nn.Module) -> bool:
+        if isinstance(module, ParameterPart) and module.was_reached:
+            return False
         return any(hook in (self._note_call, self._note_run) for hook in module._forward_pre_hooks.values())
 
     def _is_passed_by(self, part: Part) -> bool:

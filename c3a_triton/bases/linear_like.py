@@ -66,10 +66,13 @@ class Geometry:
     """The matrix [out_features, in_features] that a layer's ΔW is added to, and what its blocks have to divide.
 
     Attributes:
-        kind: `"linear"`, `"conv2d"` or `"embedding"`.
+        kind: `"linear"`, `"conv2d"` or `"embedding"`; of a parameter that is adapted by itself, `"experts"` or
+            `"parameter"` (`experts.parameter_geometry`).
         in_features, out_features: the matrix's sizes; the kernel's are [⌈out_features / b⌉, in_features / b, b].
         divided: the two numbers that b has to divide.
         what: what they are, for messages, where they are not the two widths.
+        stack: how many such matrices there are, one behind another, each with a kernel of its own: [stack, …]; 0 where
+            there is one matrix and no such dimension.
     """
 
     kind: str
@@ -77,10 +80,17 @@ class Geometry:
     out_features: int
     divided: tuple[int, int]
     what: str = ""
+    stack: int = 0
 
-    def kernel_shape(self, block_size: int) -> tuple[int, int, int]:
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """The shape of what ΔW is added to."""
+        return *([self.stack] if self.stack else ()), self.out_features, self.in_features
+
+    def kernel_shape(self, block_size: int) -> tuple[int, ...]:
         """The shape of w."""
-        return -(-self.out_features // block_size), self.in_features // block_size, block_size
+        blocks = -(-self.out_features // block_size), self.in_features // block_size
+        return *([self.stack] if self.stack else ()), *blocks, block_size
 
 
 def geometry(module: nn.Module) -> Geometry | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from c3a_triton.errors import AdapterStateError
 
+from .experts import is_stored_transposed, parameter_geometry
 from .linear_like import computes_its_weight, geometry, is_transposed
 from .probe import is_ordinary
 from .quantized import quantized_weight
@@ -49,37 +50,37 @@ def stored_tensor(module: nn.Module, name: str) -> Tensor:
     return tensor
 
 
-def first_tensor(base: nn.Module) -> Tensor | None:
+def first_tensor(base: nn.Module, parameter: str = "weight") -> Tensor | None:
     """A base layer's weight, or what stands in its place."""
-    for name in ("weight", "qweight", "W_q"):
+    for name in (parameter, "qweight", "W_q"):
         tensor = getattr(base, name, None)
         if isinstance(tensor, Tensor):
             return tensor
     return next(chain(base.parameters(), base.buffers()), None)
 
 
-def kernel_device(base: nn.Module) -> torch.device:
+def kernel_device(base: nn.Module, parameter: str = "weight") -> torch.device:
     """Where a base layer computes, and so where its adapters belong; meta for a layer that really is on meta."""
     hook = _offload_hook(base)
     if hook is not None and hook.execution_device is not None:
         device = hook.execution_device
         return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    tensor = first_tensor(base)
+    tensor = first_tensor(base, parameter)
     return torch.device("cpu") if tensor is None else tensor.device
 
 
-def rounding_dtype(base: nn.Module) -> torch.dtype | None:
+def rounding_dtype(base: nn.Module, parameter: str = "weight") -> torch.dtype | None:
     """The 16-bit dtype of a base layer, or None.
 
     PEFT passes fresh adapters through it on their way to float32, which decides their initial values.
     """
-    tensor = first_tensor(base)
+    tensor = first_tensor(base, parameter)
     dtype = getattr(base, "compute_dtype", None) or (None if tensor is None else tensor.dtype)
     return dtype if dtype in (torch.float16, torch.bfloat16) else None
 
 
 class WeightAccess(Protocol):
-    """A base layer's weight as a matrix [out, in] that can be read, replaced, kept and brought back."""
+    """A base layer's weight as a matrix [out, in], or a stack of them, to be read, replaced, kept and brought back."""
 
     in_place: bool
     """Whether what `read` returns is the weight's own storage."""
@@ -88,7 +89,7 @@ class WeightAccess(Protocol):
         """Where the weight is in memory, equal for all layers that have this memory as their weight, if that counts."""
 
     def read(self) -> Tensor:
-        """The weight, [out, in]."""
+        """The weight, [out, in] or [stack, out, in]."""
 
     def write(self, weight: Tensor) -> None:
         """Replace the weight's values."""
@@ -100,39 +101,40 @@ class WeightAccess(Protocol):
         """Bring back the weight that was kept."""
 
 
-def _as_matrix(base: nn.Module, weight: Tensor) -> Tensor:
+def _as_matrix(base: nn.Module, weight: Tensor, parameter: str = "") -> Tensor:
     """A layer's weight as [out, in]; a convolution's inputs are the channels of each tap, tap after tap."""
-    if is_transposed(base):
-        return weight.t()
+    if is_transposed(base) or (parameter and is_stored_transposed(base, parameter)):
+        return weight.mT
     return weight.permute(0, 2, 3, 1).flatten(1) if isinstance(base, nn.Conv2d) else weight
 
 
-def as_weight(base: nn.Module, matrix: Tensor) -> Tensor:
-    """A matrix [out, in] in the order of its layer's weight."""
-    if is_transposed(base):
-        return matrix.t()
+def as_weight(base: nn.Module, matrix: Tensor, parameter: str = "") -> Tensor:
+    """A matrix [out, in], or the stack of them that a parameter of this name is, in the order of its layer's weight."""
+    if is_transposed(base) or (parameter and is_stored_transposed(base, parameter)):
+        return matrix.mT
     if isinstance(base, nn.Conv2d):
         return matrix.unflatten(1, (*base.kernel_size, -1)).permute(0, 3, 1, 2)
     return matrix
 
 
 class _PlainWeight:
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: nn.Module, parameter: str = "") -> None:
         self._base = base
+        self._parameter = parameter
         self.in_place = not isinstance(base, nn.Conv2d)
 
     def _weight(self) -> Tensor:
-        return self._base._parameters["weight"].detach()  # type: ignore[union-attr]
+        return self._base._parameters[self._parameter or "weight"].detach()  # type: ignore[union-attr]
 
     def place(self) -> Hashable | None:
         weight = self._weight()
         return str(weight.device), weight.data_ptr(), weight.dtype, tuple(weight.shape), weight.stride()
 
     def read(self) -> Tensor:
-        return _as_matrix(self._base, self._weight())
+        return _as_matrix(self._base, self._weight(), self._parameter)
 
     def write(self, weight: Tensor) -> None:
-        self._weight().copy_(as_weight(self._base, weight))
+        self._weight().copy_(as_weight(self._base, weight, self._parameter))
 
     def keep(self, where: str) -> Tensor:
         weight = self.read()
@@ -148,23 +150,24 @@ class _OffloadedWeight:
 
     in_place = False
 
-    def __init__(self, base: nn.Module, weights: Any) -> None:
+    def __init__(self, base: nn.Module, weights: Any, parameter: str = "") -> None:
         self._base = base
         self._weights = weights
+        self._parameter = parameter
 
     def place(self) -> Hashable | None:
         return None  # what is written replaces this layer's alone
 
     def read(self) -> Tensor:
-        return _as_matrix(self._base, self._weights["weight"])
+        return _as_matrix(self._base, self._weights[self._parameter or "weight"], self._parameter)
 
     def write(self, weight: Tensor) -> None:
-        weights, key = self._weights, "weight"
+        weights, key = self._weights, self._parameter or "weight"
         while hasattr(weights, "prefix") and hasattr(weights, "dataset"):
             weights, key = weights.dataset, weights.prefix + key
         # A loader looks at its tensors in memory before its files, which are the user's and stay as they are.
         weights = weights.state_dict if hasattr(weights, "index") else weights
-        weights[key] = as_weight(self._base, weight).contiguous()
+        weights[key] = as_weight(self._base, weight, self._parameter).contiguous()
 
     def keep(self, where: str) -> Tensor:
         return self.read()
@@ -174,21 +177,26 @@ class _OffloadedWeight:
         self.write(kept)
 
 
-def unmergeable(base: nn.Module) -> str | None:
+def unmergeable(base: nn.Module, parameter: str = "") -> str | None:
     """Why nothing can be added to the weight of a layer like this, wherever the weight is, or None.
 
     The weight of what is found here is one that a checkpoint holds as it is.
+
+    Args:
+        base: the base layer.
+        parameter: the name of what is its weight, where a parameter is adapted by itself.
     """
-    weight = base._parameters.get("weight")
-    sizes = geometry(base)
-    expected = None if sizes is None else (sizes.out_features, sizes.in_features)
+    weight = base._parameters.get(parameter or "weight")
+    sizes = parameter_geometry(base, parameter) if parameter else geometry(base)
+    expected = None if sizes is None else sizes.matrix_shape
     if weight is None:
         return "its weight is not a parameter of its own"
     if not is_ordinary(weight):
         return f"its weight is a {type(weight).__name__} of {weight.dtype}, not an ordinary floating-point matrix"
-    if not computes_its_weight(base):
+    if not parameter and not computes_its_weight(base):
         return "its class computes a forward of its own, which is not the product with its weight"
-    if weight.dim() != (4 if isinstance(base, nn.Conv2d) else 2) or _as_matrix(base, weight).shape != expected:
+    is_other = not parameter and weight.dim() != (4 if isinstance(base, nn.Conv2d) else 2)
+    if is_other or _as_matrix(base, weight, parameter).shape != expected:
         return f"its weight has shape {tuple(weight.shape)}, which is not all of {expected}, as a sharded one has"
     return None
 
@@ -197,19 +205,20 @@ def weight_access(owner: Any) -> WeightAccess:
     """How the weight under an adapter layer is merged into.
 
     Args:
-        owner: a layer with `base_layer` and `get_base_layer()`.
+        owner: a layer with `base_layer`, `get_base_layer()` and `parameter`, the name of its weight where that is a
+            parameter which is adapted by itself, or "".
 
     Raises:
         AdapterStateError: it cannot be; the message says why.
     """
     base = owner.get_base_layer()
     hook = _offload_hook(base)
-    reason = unmergeable(base)
+    reason = unmergeable(base, owner.parameter)
     if reason is None:
-        if not base._parameters["weight"].is_meta:
-            return _PlainWeight(base)
+        if not base._parameters[owner.parameter or "weight"].is_meta:
+            return _PlainWeight(base, owner.parameter)
         if hook is not None:  # while PEFT merges, it lends an offloaded layer its weight
-            return _OffloadedWeight(base, hook.weights_map)
+            return _OffloadedWeight(base, hook.weights_map, owner.parameter)
         reason = "its weight is on the meta device and holds no values"
     access = quantized_weight(owner)
     if not isinstance(access, str):
@@ -221,12 +230,13 @@ def weight_access(owner: Any) -> WeightAccess:
 
 
 def fingerprint(weight: Tensor) -> int:
-    """A 64-bit hash of a matrix's bits that depends on their positions, equal on all devices.
+    """A 64-bit hash of the bits of a matrix, or a stack of them, that depends on their positions, equal on all devices.
 
     A change of one element always shows, any other with probability 1 − 2⁻⁶⁴ or so. It reads the matrix once.
     """
     rows = weight.detach()
-    rows = rows.t() if rows.t().is_contiguous() and not rows.is_contiguous() else rows.contiguous()
+    rows = rows.mT if rows.mT.is_contiguous() and not rows.is_contiguous() else rows.contiguous()
+    rows = rows.flatten(0, -2)
     if rows.shape[1] * rows.dtype.itemsize % 8 == 0:
         # Eight bytes at a time: cheaper on a CPU than widening each element.
         rows = (

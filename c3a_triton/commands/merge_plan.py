@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from c3a_triton.adapters.base_model import warn_tied
 from c3a_triton.adapters.file_targets import check_file_values, find_file_targets, with_names_of
-from c3a_triton.adapters.injection import layer_class
+from c3a_triton.adapters.injection import layer_class, new_layer, put, put_plain
 from c3a_triton.adapters.layer import C3ALinear
 from c3a_triton.adapters.names import Scope
 from c3a_triton.adapters.samples import output_of, sample_inputs
@@ -25,11 +25,10 @@ from c3a_triton.errors import AdapterStateError, CheckpointError
 from c3a_triton.files.checkpoint import KERNEL_SUFFIX, AdapterFile
 from c3a_triton.files.config import MODEL_CONFIG_NAME
 
-from .model_folder import DTYPES, ModelFolder, are_equal, read_json
+from .merge_stacks import Change, apart_changes, merge_into_parameter
+from .model_folder import ModelFolder, are_equal, check_stored, read_json
 
 __all__ = ["Plan", "plan_merge"]
-
-Change = Callable[[Tensor], None]
 
 
 @dataclass
@@ -74,7 +73,10 @@ def plan_merge(structure: nn.Module, adapter: AdapterFile, checkpoint: ModelFold
         groups.setdefault(first, []).append(name)
     changes: dict[str, list[Change]] = {}
     for target in targets:
-        changes.setdefault(one[f"{target.name}.weight"], []).append(_merge_into(target, adapter))
+        if not target.parameter:
+            changes.setdefault(one[f"{target.name}.weight"], []).append(_merge_into(target, adapter))
+        elif target.name in keys:
+            changes.setdefault(one[target.name], []).append(merge_into_parameter(target, adapter))
     values = {id(parameter): value for parameter, value in replaced}
     for name, tensor in tensors.items():
         if id(tensor) in values and one[name] == name:
@@ -90,6 +92,8 @@ def plan_merge(structure: nn.Module, adapter: AdapterFile, checkpoint: ModelFold
     untying = plan_untying(structure, one, after, homes_of(structure), config)
     plan = Plan(len(targets), flags=() if untying is None else untying.flags, untied=untying is not None)
     plan.unseen = called is None
+    apart = [target for target in targets if target.parameter and target.name not in keys]
+    plan.changes |= apart_changes(structure, apart, adapter, checkpoint, _namer(structure, tensors))
     own = () if untying is None else untying.own
     for first, group in groups.items():
         if first in changes or any(name in saved or any(name in names for names in own) for name in group):
@@ -103,12 +107,16 @@ def _called(structure: Any, targets: list[Target]) -> list[Target] | None:
     None where that cannot be seen: inputs that are not known, or a forward that needs values.
     """
     watch, scope = Watch(structure), Scope()
-    layers = [layer_class(target.module)(target.module, block_size=target.block_size) for target in targets]
-    places = [(*_parent_of(structure, target.name), target.module) for target in targets]
+    work = []
     try:
-        for (parent, child, _), layer, target in zip(places, layers, targets, strict=True):
-            layer.layer_name, layer._scope = target.name, scope
-            setattr(parent, child, layer)
+        for target in targets:
+            layer, kernel = new_layer(structure, target, "default", True, None, backend="auto", active=["default"])
+            layer._install("default", kernel)
+            layer._scope = scope
+            put(structure, target, layer)
+            work.append((target.name, layer, target))
+        if hasattr(structure, "set_experts_implementation"):
+            structure.set_experts_implementation("batched_mm")  # which needs no values, whatever the dtype
         watch.begin()
         with scope.bound(disabled=True):
             for inputs in sample_inputs(structure):
@@ -120,15 +128,8 @@ def _called(structure: Any, targets: list[Target]) -> list[Target] | None:
                 return None
     finally:
         watch.end()
-        for parent, child, module in places:
-            setattr(parent, child, module)
-    work = watch.without_uncalled([(target.name, layer, target) for layer, target in zip(layers, targets, strict=True)])
-    return [target for _, _, target in work]
-
-
-def _parent_of(structure: nn.Module, name: str) -> tuple[nn.Module, str]:
-    parent, _, child = name.rpartition(".")
-    return structure.get_submodule(parent), child
+        put_plain(structure, scope, with_copies=False)
+    return [target for _, _, target in watch.without_uncalled(work)]
 
 
 def _tied(
@@ -178,7 +179,7 @@ def _plan_group(
             "merge this model in memory, with model.c3a.merge_and_unload()"
         )
     for key in present:
-        _check_stored(key, checkpoint, shape)
+        check_stored(key, checkpoint, shape)
     # A module that is trained whole is a copy of its own: what it was tied to goes on with the former values, in one
     # tensor if loading ties it again, otherwise in several.
     parts: dict[Any, list[str]] = {}
@@ -194,37 +195,29 @@ def _plan_group(
             plan.added[part[0]] = (shape, None if part[0] in saved else present[0], partial(_in_order, changes=done))
 
 
-def _check_stored(key: str, checkpoint: ModelFolder, shape: tuple[int, ...]) -> None:
-    stored = checkpoint.tensors[key]
-    if stored.shape != shape:
-        raise CheckpointError(
-            f"{checkpoint.folder / stored.shard}: {key} has shape {list(stored.shape)}, the model's configuration says "
-            f"{list(shape)}"
-        )
-    if stored.dtype not in DTYPES:
-        raise CheckpointError(
-            f"{checkpoint.folder / stored.shard}: {key} is stored as {stored.dtype}, into which nothing can be merged: "
-            "take the model in 16 or 32 bits"
-        )
-
-
 def _keys_by_name(structure: Any, checkpoint: ModelFolder, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """The model's names → keys of its checkpoint, as transformers relates them: renamed, with or without the prefix.
 
     Tensors that transformers computes from several of the checkpoint have no key.
     """
-    rename = renaming_of(structure)
-    prefix = f"{structure.base_model_prefix}."
+    rename, named = renaming_of(structure), _namer(structure, tensors)
     keys = {}
     for key in checkpoint.tensors:
         name, converted = rename(key)
-        if converted:
-            continue
-        candidates = (name.removeprefix(prefix), prefix + name, name)
-        found = next((candidate for candidate in candidates if candidate in tensors), None)
-        if found is not None:
+        if not converted and (found := named(name)) is not None:
             keys[found] = key
     return keys
+
+
+def _namer(structure: Any, tensors: Mapping[str, Tensor]) -> Callable[[str], str | None]:
+    """A tensor's name by transformers → its name in the model, with or without the prefix of the bare one."""
+    prefix = f"{structure.base_model_prefix}."
+
+    def named(name: str) -> str | None:
+        candidates = (name.removeprefix(prefix), prefix + name, name)
+        return next((candidate for candidate in candidates if candidate in tensors), None)
+
+    return named
 
 
 # What is done to a tensor, in place

@@ -18,6 +18,7 @@ __all__ = [
     "ModelFolder",
     "Stored",
     "are_equal",
+    "check_stored",
     "read_json",
     "read_model_folder",
     "read_tensor",
@@ -138,3 +139,22 @@ def are_equal(checkpoint: ModelFolder, *keys: str) -> bool:
             file.seek(stored.start)
             found.append((stored.dtype, stored.shape, file.read(stored.end - stored.start)))
     return all(other == found[0] for other in found[1:])
+
+
+def check_stored(key: str, checkpoint: ModelFolder, shape: tuple[int, ...]) -> None:
+    """Refuse a tensor of the checkpoint into which nothing can be merged.
+
+    Raises:
+        CheckpointError: it has another shape than this one, or a dtype that is none of `DTYPES`.
+    """
+    stored = checkpoint.tensors[key]
+    if stored.shape != shape:
+        raise CheckpointError(
+            f"{checkpoint.folder / stored.shard}: {key} has shape {list(stored.shape)}, the model's configuration says "
+            f"{list(shape)}"
+        )
+    if stored.dtype not in DTYPES:
+        raise CheckpointError(
+            f"{checkpoint.folder / stored.shard}: {key} is stored as {stored.dtype}, into which nothing can be merged: "
+            "take the model in 16 or 32 bits"
+        )

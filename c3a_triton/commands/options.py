@@ -8,7 +8,7 @@ import torch
 
 from c3a_triton.errors import ConfigError
 
-__all__ = ["device_option", "module_choice", "print_json"]
+__all__ = ["device_option", "module_choice", "parameter_choice", "print_json"]
 
 
 def module_choice(values: list[str] | None) -> list[str] | str | None:
@@ -17,6 +17,13 @@ def module_choice(values: list[str] | None) -> list[str] | str | None:
         return None
     if len(values) == 1 and (values[0] == "all-linear" or not re.fullmatch(r"[\w.,-]+", values[0])):
         return values[0]
+    return [name for value in values for name in value.split(",") if name]
+
+
+def parameter_choice(values: list[str] | None) -> list[str] | str | None:
+    """What a user's words mean to `C3AConfig`: "all-experts", or a list of parameters' names."""
+    if values is None or values == ["all-experts"]:
+        return values and values[0]
     return [name for value in values for name in value.split(",") if name]
 
 

@@ -79,6 +79,7 @@ with --no-measure, they are predicted by a cost model, and labelled so.""",
     )
     parser.add_argument("model", metavar="MODEL", help="a transformers folder or name, or a config.json")
     _add_target_options(parser)
+    _add_parameter_option(parser)
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--max-params", type=_count, metavar="N", help="the most parameters: 2000000, 500k, 2M")
     budget.add_argument(
@@ -131,15 +132,18 @@ def _add_inspect(subparsers: Any) -> None:
   c3a-triton inspect path/to/model
   c3a-triton inspect path/to/model/config.json --target-modules q_proj v_proj
   c3a-triton inspect path/to/model --target-modules '.*mlp.*' --exclude-modules down_proj
+  c3a-triton inspect path/to/mixtral --target-parameters all-experts
   c3a-triton inspect path/to/adapter --json""",
     )
     parser.add_argument(
         "path", metavar="MODEL", help="a transformers folder or name, a config.json, or an adapter's folder"
     )
     _add_target_options(parser)
+    _add_parameter_option(parser)
 
     def check_usage(args: argparse.Namespace) -> None:
-        if (args.target_modules or args.exclude_modules) and (Path(args.path) / CONFIG_NAME).exists():
+        chosen = args.target_modules or args.target_parameters or args.exclude_modules
+        if chosen and (Path(args.path) / CONFIG_NAME).exists():
             parser.error(f"{args.path} is an adapter, whose layers are fixed: leave --target-modules out")
 
     parser.set_defaults(check_usage=check_usage)
@@ -276,6 +280,16 @@ def _add_target_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--exclude-modules", nargs="+", metavar="NAME", help="names of modules, or one regular expression: left out"
+    )
+
+
+def _add_parameter_option(parser: argparse.ArgumentParser) -> None:
+    """`--target-parameters`, as `C3AConfig` takes it; see `options.parameter_choice`."""
+    parser.add_argument(
+        "--target-parameters",
+        nargs="+",
+        metavar="NAME",
+        help='names of parameters to be adapted themselves, such as stacked experts, or "all-experts"',
     )
 
 

@@ -63,8 +63,9 @@ class AdapterFile:
     Attributes:
         config: what the user configured, where the file knows it, otherwise what `adapter_config.json` says.
         tensors: every tensor of the file in its own dtype, on the CPU, under its key without "base_model.model.":
-            `<module path>.c3a_kernel` [out_blocks, in_blocks, b], and biases and `modules_to_save` as PEFT names them.
-        block_sizes: module path → b, from the tensors' shapes, for every adapted layer.
+            `<module path>.c3a_kernel` [out_blocks, in_blocks, b], `<parameter's name>.c3a_kernel` (of stacked
+            matrices [n, out_blocks, in_blocks, b]), and biases and `modules_to_save` as PEFT names them.
+        block_sizes: module path or parameter's name → b, from the tensors' shapes, for all that is adapted.
         path: the folder.
     """
 
@@ -81,6 +82,7 @@ def write_adapter(
     *,
     block_sizes: Mapping[str, int],
     module_names: Sequence[str],
+    parameters: Collection[str] = (),
 ) -> None:
     """Writes an adapter into a folder (created where it is missing), in the form of PEFT.
 
@@ -89,26 +91,29 @@ def write_adapter(
     the new one is); when the process is killed between the two, `read_adapter` notices.
 
     `adapter_config.json` names targets and block sizes so that PEFT arrives at exactly these layers and sizes. It keeps
-    the user's patterns where PEFT understands them so, and has full module names where it does not.
+    the user's patterns where PEFT understands them so, and has full module names where it does not. Parameters that are
+    adapted themselves, of which PEFT's C3A knows nothing, are named in full in `target_parameters`.
 
     Args:
         directory: the folder.
         config: the configuration as the user gave it.
         tensors: what is saved, each under PEFT's key without its "base_model.model.": `<module path>.c3a_kernel`
-            [out_blocks, in_blocks, b] for every adapted layer; `<module path>.base_layer.bias` for the trained bias of
-            an adapted layer, `<module path>.bias` for another's; `<module path>.<parameter>` for `modules_to_save`.
-            Any device, any strides; tensors may share memory.
-        block_sizes: module path → b for every adapted layer.
+            [out_blocks, in_blocks, b] for every adapted layer; `<parameter's name>.c3a_kernel` for every adapted
+            parameter, [n, out_blocks, in_blocks, b] where it is n stacked matrices; `<module path>.base_layer.bias` for
+            the trained bias of an adapted layer, `<module path>.bias` for another's; `<module path>.<parameter>` for
+            `modules_to_save`. Any device, any strides; tensors may share memory.
+        block_sizes: module path or parameter's name → b for all that is adapted.
         module_names: the names of all modules of the model without adapters, as `named_modules()` gives them. What PEFT
             would target is checked against these.
+        parameters: which names of `block_sizes` are parameters'.
 
     Raises:
         CheckpointError: a file cannot be written, or a tensor has no values to write.
         ConfigError: an adapted module is not in `module_names`, or one that PEFT could not address.
     """
     directory = Path(directory)
-    _check_kernels(tensors, block_sizes)
-    content = peft_config(config, block_sizes, module_names).to_json()
+    _check_kernels(tensors, block_sizes, parameters)
+    content = peft_config(config, block_sizes, module_names, parameters).to_json()
     metadata = {
         "format": "pt",
         FORMAT_KEY: FORMAT_VERSION,
@@ -168,10 +173,11 @@ def read_adapter(directory: str | os.PathLike[str]) -> AdapterFile:
     if not kernels:
         raise CheckpointError(f"{path} holds no C3A adapter: no key ends with {KERNEL_SUFFIX!r}")
     for name, kernel in kernels.items():
-        if kernel.ndim != 3 or not kernel.is_floating_point() or kernel.numel() == 0:
+        # Which kernels may be stacked is for the model to say.
+        if kernel.ndim not in (3, 4) or not kernel.is_floating_point() or kernel.numel() == 0:
             raise CheckpointError(
                 f"{path}: {name}{KERNEL_SUFFIX} must be floating-point values of shape [out_blocks, in_blocks, "
-                f"block_size], found {kernel.dtype} of shape {list(kernel.shape)}"
+                f"block_size], or several of these stacked, found {kernel.dtype} of shape {list(kernel.shape)}"
             )
     return AdapterFile(config, tensors, {name: kernel.shape[-1] for name, kernel in kernels.items()}, directory)
 
@@ -203,26 +209,38 @@ def _is_wrapper_copy(key: str, keys: Collection[str]) -> bool:
     return False
 
 
-def _check_kernels(tensors: Mapping[str, torch.Tensor], block_sizes: Mapping[str, int]) -> None:
+def _check_kernels(
+    tensors: Mapping[str, torch.Tensor], block_sizes: Mapping[str, int], parameters: Collection[str]
+) -> None:
     kernels = _kernels(tensors)
     if not kernels:
         raise CheckpointError("there is nothing to save: no layer has a C3A kernel")
     if unpaired := kernels.keys() ^ block_sizes.keys():
         raise CheckpointError(f"layers with a kernel or a block size, but not both: {some(sorted(unpaired))}")
     for name, kernel in kernels.items():
-        if kernel.ndim != 3 or kernel.shape[-1] != block_sizes[name]:
+        dims = (3, 4) if name in parameters else (3,)
+        if kernel.ndim not in dims or kernel.shape[-1] != block_sizes[name]:
             raise CheckpointError(
-                f"{name}{KERNEL_SUFFIX} must have shape [out_blocks, in_blocks, {block_sizes[name]}], "
-                f"got {list(kernel.shape)}"
+                f"{name}{KERNEL_SUFFIX} must have shape [out_blocks, in_blocks, {block_sizes[name]}]"
+                f"{', or several of these stacked' if 4 in dims else ''}, got {list(kernel.shape)}"
             )
     if without_values := [key for key, tensor in tensors.items() if tensor.is_meta]:
         raise CheckpointError(f"tensors on the meta device have no values to save: {some(sorted(without_values))}")
 
 
-def peft_config(config: C3AConfig, block_sizes: Mapping[str, int], module_names: Sequence[str]) -> C3AConfig:
-    """What `adapter_config.json` says: a configuration that means these layers and sizes to PEFT."""
+def peft_config(
+    config: C3AConfig,
+    block_sizes: Mapping[str, int],
+    module_names: Sequence[str],
+    parameters: Collection[str] = (),
+) -> C3AConfig:
+    """What `adapter_config.json` says: a configuration that means these layers and sizes to PEFT.
+
+    It has the names of adapted parameters beside them, which mean nothing to PEFT's C3A.
+    """
     block_size, pattern = peft_safe_pattern(block_sizes, config)
-    targets, layers, layers_pattern = peft_safe_targets(list(block_sizes), config, module_names)
+    modules = [name for name in block_sizes if name not in parameters]
+    targets, layers, layers_pattern = peft_safe_targets(modules, config, module_names)
     return replace(
         config,
         block_size=block_size,
@@ -232,6 +250,7 @@ def peft_config(config: C3AConfig, block_sizes: Mapping[str, int], module_names:
         exclude_modules=None,
         layers_to_transform=layers,
         layers_pattern=layers_pattern,
+        target_parameters=sorted(parameters) or None,
         inference_mode=True,  # as PEFT writes it, whatever the adapter was trained with
     )
 

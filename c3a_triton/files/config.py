@@ -45,7 +45,7 @@ LAYERS_PATTERN_FORM = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 
 # PEFT writes every field; these it writes only in newer releases (`peft_version`), or its C3A does not know them: they
 # appear in a file only where they say something, because an older PEFT warns about each field it does not know.
-_WRITTEN_WHERE_SET = ("exclude_modules", "rank", "peft_version")
+_WRITTEN_WHERE_SET = ("exclude_modules", "rank", "peft_version", "target_parameters")
 
 _MODEL_TYPES_BY_TARGETS = {
     (
@@ -96,6 +96,7 @@ class C3AConfig:
             picks one per layer by `suggest_block_size(..., rank=rank)`.
         target_modules: names (a module is adapted when its name is one of them or ends with "." and one of them), one
             regular expression that has to match the whole name, `"all-linear"`, or None for the model type's default.
+            Beside `target_parameters` it may be an empty list.
         block_size_pattern: regular expression → block size. A key decides for a module when it matches the whole name,
             or the whole of what follows some dot in it; the first such key wins; where none does, `block_size` holds.
         init_weights: `"xavier_uniform"` (also False), `"gaussian"`, `"kaiming_uniform"`, or True for zeros.
@@ -107,6 +108,9 @@ class C3AConfig:
         rank: with `block_size="auto"` only: the rank for `suggest_block_size`; None means `DEFAULT_RANK`.
         inference_mode: build the adapter frozen.
         task_type, base_model_name_or_path, revision, auto_mapping, peft_version: kept for PEFT, not used here.
+        target_parameters: names of parameters that are adapted themselves, such as the stacked weights of experts
+            (`"mlp.experts.gate_up_proj"`): a parameter is when its full name is one of them or ends with "." and one
+            of them. `"all-experts"` means the stacked weights of all experts.
 
     Raises:
         ConfigError: a value that cannot be used, named with the rule that it breaks.
@@ -128,6 +132,7 @@ class C3AConfig:
     revision: str | None = None
     auto_mapping: dict[str, Any] | None = None
     peft_version: str | None = None
+    target_parameters: list[str] | str | None = None
 
     peft_type: ClassVar[str] = PEFT_TYPE
 
@@ -188,13 +193,27 @@ class C3AConfig:
                 self.target_modules = "all-linear"
         elif self.target_modules is not None:
             self.target_modules = _name_list(self.target_modules, "target_modules")
-        if self.target_modules in ("", []):
+        self._check_parameters()
+        if self.target_modules == "" or (self.target_modules == [] and self.target_parameters is None):
             raise ConfigError('target_modules is empty: name modules, give a regular expression, "all-linear" or None')
         if self.exclude_modules is not None and not isinstance(self.exclude_modules, str):
             self.exclude_modules = _name_list(self.exclude_modules, "exclude_modules")
         if self.modules_to_save is not None:
             modules_to_save = [self.modules_to_save] if isinstance(self.modules_to_save, str) else self.modules_to_save
             self.modules_to_save = _name_list(modules_to_save, "modules_to_save")
+
+    def _check_parameters(self) -> None:
+        if isinstance(self.target_parameters, str):
+            if self.target_parameters.lower() != "all-experts":
+                raise ConfigError(
+                    f'target_parameters must be a list of names, "all-experts" or None, got '
+                    f"{shown(self.target_parameters)}: names of parameters are no regular expressions"
+                )
+            self.target_parameters = "all-experts"
+        elif self.target_parameters is not None:
+            self.target_parameters = _name_list(self.target_parameters, "target_parameters")
+            if not self.target_parameters:
+                raise ConfigError('target_parameters is empty: name parameters, or give "all-experts" or None')
 
     def _check_layers(self) -> None:
         if isinstance(self.target_modules, str):
@@ -229,8 +248,8 @@ class C3AConfig:
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain values, in the form of PEFT's `adapter_config.json`.
 
-        `exclude_modules`, `rank` and `peft_version` are in it only where they are set: PEFT's C3A does not know the
-        first two (it warns and ignores them), and its older releases do not know the third.
+        `exclude_modules`, `rank`, `target_parameters` and `peft_version` are in it only where they are set: PEFT's C3A
+        does not know the first three (it warns and ignores them), and its older releases do not know the fourth.
         """
         values: dict[str, Any] = {"peft_type": PEFT_TYPE}
         for item in fields(self):
@@ -281,8 +300,9 @@ class C3AConfig:
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes `adapter_config.json` into a folder (created where it is missing), replacing a former one whole.
 
-        `from_pretrained` reads back an equal configuration. PEFT reads the file too; it warns about `exclude_modules`
-        and `rank`, where they are set, and goes on without them. A saved adapter's file has no such fields.
+        `from_pretrained` reads back an equal configuration. PEFT reads the file too; it warns about `exclude_modules`,
+        `rank` and `target_parameters`, where they are set, and goes on without them. A saved adapter's file has none of
+        the first two, and the third only where the adapter has parameters of its own.
 
         Raises:
             CheckpointError: the file cannot be written.

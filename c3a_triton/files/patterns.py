@@ -1,4 +1,4 @@
-"""Which modules a configuration means, and with which block size: strings in, decisions out."""
+"""Which modules and parameters a configuration means, and with which block size: strings in, decisions out."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -8,7 +8,7 @@ from c3a_triton.errors import ConfigError
 from .config import BLOCK_SIZE_KEY_FORM, LAYERS_PATTERN_FORM, MODULES_TO_SAVE_FORM, C3AConfig
 from .expressions import Matching
 
-__all__ = ["block_size_rule", "target_rule", "unmatched_keys"]
+__all__ = ["block_size_rule", "parameter_rule", "target_rule", "unmatched_keys"]
 
 # PEFT's way to find a layer's index where `layers_pattern` names nothing: the first numbered part after two others.
 _ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
@@ -40,25 +40,64 @@ def target_rule(config: C3AConfig, matching: Matching | None = None) -> Callable
         raise ConfigError(
             f"target_modules={targets!r} has to be resolved into names for a model before it can be matched"
         )
-    excluded = config.exclude_modules or []
     target_set = frozenset([] if isinstance(targets, str) else targets)
-    excluded_set = frozenset([] if isinstance(excluded, str) else excluded)
     matching = matching or Matching()
-    is_in_layers = _layer_rule(config, matching)
+    is_left_out, is_in_layers = _exclusion_rule(config, matching), _layer_rule(config, matching)
 
     def is_target(name: str) -> bool:
-        endings = _endings(name)
-        if not name or not excluded_set.isdisjoint(endings):
-            return False
-        if isinstance(excluded, str) and matching.fullmatch(excluded, "{}", name):
-            return False
-        if any(matching.match(module, MODULES_TO_SAVE_FORM, name) for module in config.modules_to_save or ()):
+        if not name or is_left_out(name):
             return False
         if isinstance(targets, str):
             return matching.fullmatch(targets, "{}", name) is not None
-        return name in target_set or (not target_set.isdisjoint(endings) and is_in_layers(name))
+        return name in target_set or (not target_set.isdisjoint(_endings(name)) and is_in_layers(name))
 
     return is_target
+
+
+def parameter_rule(config: C3AConfig, matching: Matching | None = None) -> Callable[[str], bool]:
+    """Whether a parameter of some name is a target, by PEFT's rule for `target_parameters`, as a function of names.
+
+    A parameter is a target when its name is in the list, or ends with "." and an entry. PEFT asks no more; here the
+    other fields mean what they mean for modules: what `exclude_modules` names, by the parameter's name or by that of
+    its module, and what lies in `modules_to_save` is no target, and a name that only ends with an entry has to lie in
+    one of `layers_to_transform`, where that is set.
+
+    Args:
+        config: the configuration. Where its `target_parameters` is None, no parameter is a target; where it is
+            "all-experts", every one is that these other fields leave, and only stacked experts are to be asked about.
+        matching: where the time of its matches is counted; None for one of this rule's own.
+
+    Raises:
+        ConfigError: a pattern takes too long, when the function is called.
+    """
+    matching = matching or Matching()
+    is_left_out, is_in_layers = _exclusion_rule(config, matching), _layer_rule(config, matching)
+    everything = config.target_parameters == "all-experts"
+    target_set = frozenset([] if everything else config.target_parameters or ())
+
+    def is_target(name: str) -> bool:
+        if not everything and target_set.isdisjoint(_endings(name)):
+            return False
+        if is_left_out(name) or is_left_out(name.rpartition(".")[0]):
+            return False
+        return name in target_set or is_in_layers(name)
+
+    return is_target
+
+
+def _exclusion_rule(config: C3AConfig, matching: Matching) -> Callable[[str], bool]:
+    """Whether a name is left out whatever is targeted: excluded, or trained whole (and with it all that lies there)."""
+    excluded = config.exclude_modules or []
+    excluded_set = frozenset([] if isinstance(excluded, str) else excluded)
+
+    def is_left_out(name: str) -> bool:
+        if not excluded_set.isdisjoint(_endings(name)):
+            return True
+        if isinstance(excluded, str) and matching.fullmatch(excluded, "{}", name):
+            return True
+        return any(matching.match(module, MODULES_TO_SAVE_FORM, name) for module in config.modules_to_save or ())
+
+    return is_left_out
 
 
 def _layer_rule(config: C3AConfig, matching: Matching) -> Callable[[str], bool]:

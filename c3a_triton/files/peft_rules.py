@@ -126,13 +126,16 @@ def peft_safe_targets(
     list also means every module whose name ends with it, one regular expression of full names.
 
     Args:
-        adapted: the names of the adapted modules, at least one.
+        adapted: the names of the adapted modules; where there are none, because parameters alone are adapted, the
+            targets are an empty list.
         config: the configuration they were resolved from.
         module_names: the names of all modules of the model, the adapted ones among them.
 
     Raises:
         ConfigError: an adapted module is not among `module_names`, or lies in one of `modules_to_save`.
     """
+    if not adapted:
+        return [], None, None
     wanted = set(adapted)
     if missing := sorted(wanted.difference(module_names)):
         raise ConfigError(f"these adapted modules are not in the model: {', '.join(missing)}")

@@ -1,0 +1,171 @@
+"""`C3AExperts`: experts whose weights are stacked in parameters, with adapters for each in the grouped product."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from c3a_triton._public import public
+from c3a_triton.bases.experts import Layout, base_forward, foreign_product, layout
+from c3a_triton.errors import BackendError, ConfigError, ShapeError
+from c3a_triton.operator import routes as routing
+from c3a_triton.operator.routed import c3a_routed, grouped_base
+from c3a_triton.operator.routes import Routes
+
+from .names import uncompiled
+from .parts import Holder, Part
+
+__all__ = ["C3AExperts", "C3AStacked"]
+
+
+class C3AStacked(Part):
+    """One projection of experts, W [n_experts, out, in], with adapters: y_s = x_s W_gᵀ + bias_g + Σ x_s ΔW_{a,g}ᵀ.
+
+    Each row s belongs to one expert g. An adapter's `c3a_kernel` is [n_experts, out / b, in / b, b], and ΔW_{a,g} that
+    of a linear layer with the g-th of them. Where the rows of gate and up follow one another, b has to divide each
+    half; where they alternate (gpt-oss), blocks take them as they are stored, both in one block.
+
+    Attributes:
+        parameter: the name of W in the experts module.
+        transposed: whether W is stored as [n_experts, in, out].
+    """
+
+    kind = "experts"
+    rows_problem = "is sorted by expert"
+
+    def forward(self, x: Tensor, routes: Routes, *, gather: bool = False) -> Tensor:
+        """The projection of rows that are sorted by expert.
+
+        Args:
+            x: [n_rows, in]; with `gather` the tokens, [n_tokens, in]. It is computed in W's dtype.
+            routes: the experts of the rows.
+            gather: row s is `x[routes.source[s]]`.
+
+        Returns:
+            [n_rows, out] in W's dtype; rows without an expert are 0.
+
+        Raises:
+            ShapeError: sizes, dtypes or devices that do not fit, or rows of the batch have different adapters.
+            AdapterStateError: names of rows, or the base alone, while adapters are merged.
+            BackendError: the layer's backend cannot compute a stack, or not here.
+        """
+        kind = self._scope.kind() if self._scope.watched else "active"
+        if kind == "ask" or (kind == "rows" and torch.compiler.is_compiling()):
+            return self._uncompiled_forward(x, routes, gather=gather)
+        base, weight = self.base_layer, self.weight
+        kernels = self._kernels_of_call(kind, x.device, (routes.order.shape[0], x.shape[-1]))
+        is_plain = type(weight) in (Tensor, nn.Parameter)
+        x = x.to(weight.dtype)
+        if gather and not (kernels and is_plain):
+            x, gather = x[routes.source], False
+        if not kernels:
+            return base_product(base, self.parameter, x, routes, self.transposed)
+        try:
+            if is_plain:
+                how = {"gather": gather, "transposed": self.transposed, "backend": self.backend}
+                return c3a_routed(x, weight, self.bias, kernels, routes, **how)
+            y = base_product(base, self.parameter, x, routes, self.transposed)
+            return y + c3a_routed(x, None, None, kernels, routes, backend=self.backend).to(y.dtype)
+        except (ShapeError, BackendError) as error:
+            raise type(error)(f"{self._label}: {error}") from None
+
+    @uncompiled
+    def _uncompiled_forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return C3AStacked.forward(self, *args, **kwargs)
+
+
+@public
+class C3AExperts(Holder):
+    """An experts module of transformers whose stacked weights have adapters, in that module's place.
+
+    It computes what the model's own experts do, by whichever implementation (`experts_implementation`: they differ in
+    rounding alone), and the adapters' part of the rows that an expert gets: the pairs of tokens and experts are sorted
+    by expert once, on their device, and each projection is one node of the autograd graph. Nothing of the size of all
+    experts' weights is made. Products are computed in the weights' dtype, under autocast too, which does not cast
+    stacked weights. With no adapter in force the model's own implementation runs.
+
+    Args:
+        base_layer: the experts.
+
+    Attributes:
+        base_layer: the experts.
+
+    Raises:
+        ConfigError: experts of a class that is not known.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        found = layout(base_layer)
+        if found is None:
+            raise ConfigError(
+                f"C3AExperts goes around an experts module of transformers, got {type(base_layer).__name__}"
+            )
+        super().__init__(base_layer)
+        self._layout: Layout = found
+
+    def compute(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As the experts' own forward."""
+        parts = self.parts_in_force()
+        if not parts:
+            return base_forward(self.base_layer)(self.base_layer, hidden_states, *args, **kwargs)
+        compute = self._routed if self._layout.kind == "dispatched" else self._uniform
+        return compute(parts, hidden_states, *args, **kwargs)
+
+    def _routed(
+        self, parts: dict[str, Any], hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        """What transformers' implementations compute: [n_tokens, hidden], and of each token's experts [n_tokens, k]."""
+        experts: Any = self.base_layer
+        places = routing.make(top_k_index, self._layout.n_experts, partial=experts._is_expert_parallel)
+        y = self._project(parts, self._layout.up, hidden_states, places, gather=True)
+        y = experts._apply_gate(y) if self._layout.gated else experts.act_fn(y)
+        y = self._project(parts, self._layout.down, y, places)
+        if experts.has_post_expert_norm:
+            y = experts.post_expert_norm(y)
+        shares = top_k_weights.reshape(-1)[places.order].unsqueeze(-1)
+        if places.partial:  # what has no expert here is no business of the router's gradient
+            shares = shares.masked_fill(~places.valid().unsqueeze(-1), 0.0)
+        y = (y * shares)[places.inverse]
+        return y.unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)
+
+    def _uniform(self, parts: dict[str, Any], hidden_states: Tensor) -> Tensor:
+        """What Llama 4's experts compute: each gets as many rows, [n_experts · n_rows, hidden], one after another."""
+        experts: Any = self.base_layer
+        places = routing.uniform(
+            self._layout.n_experts, hidden_states.shape[0] // self._layout.n_experts, hidden_states.device
+        )
+        gate, up = self._project(parts, self._layout.up, hidden_states, places).chunk(2, dim=-1)
+        return self._project(parts, self._layout.down, up * experts.act_fn(gate), places)
+
+    def _project(self, parts: dict[str, Any], name: str, x: Tensor, places: Routes, *, gather: bool = False) -> Tensor:
+        if name in parts:
+            return parts[name](x, places, gather=gather)
+        x = x[places.source] if gather else x
+        return base_product(self.base_layer, name, x, places, self._layout.transposed)
+
+
+def base_product(module: nn.Module, name: str, x: Tensor, routes: Routes, transposed: bool) -> Tensor:
+    """One projection of experts, without adapters.
+
+    Args:
+        module: the experts.
+        name: the projection's parameter.
+        x: [n_rows, in], in the order of the routes; computed in the weight's dtype.
+        routes: the experts of the rows.
+        transposed: how the weight is stored.
+
+    Returns:
+        [n_rows, out]; rows without an expert are 0.
+
+    Raises:
+        BackendError: the weight is of a class (a quantized one) that does not compute it.
+    """
+    weight, bias = getattr(module, name), getattr(module, f"{name}_bias", None)
+    absent = ~routes.valid().unsqueeze(-1) if routes.partial else None
+    if type(weight) in (Tensor, nn.Parameter):
+        y = grouped_base(x.to(weight.dtype), weight, routes.offsets, transposed, routes.partial)
+    else:
+        x = x if absent is None else x.masked_fill(absent, 0.0)  # whose gradient is theirs
+        y = foreign_product(module, name, x, routes.offsets[1:], transposed)
+    y = y if bias is None else y + bias[routes.groups]
+    return y if absent is None else y.masked_fill(absent, 0.0)

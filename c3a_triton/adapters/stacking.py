@@ -1,0 +1,109 @@
+"""Adapters of experts that were layers of their own, as adapters of the tensors in which a model stacks its experts."""
+
+import functools
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from c3a_triton.bases.model_names import Place, unwrapped_name
+from c3a_triton.errors import CheckpointError
+from c3a_triton.files.checkpoint import KERNEL_SUFFIX, AdapterFile
+from c3a_triton.files.config import C3AConfig
+from c3a_triton.files.patterns import block_size_rule
+
+from .base_model import base_name
+
+__all__ = ["stacked_file"]
+
+
+def stacked_file(model: nn.Module, file: AdapterFile, places: Callable[[str], Place | None]) -> AdapterFile:
+    """An adapter file whose kernels of single experts, as transformers 4 has them, are those of the model's stacks.
+
+    Exact: ΔW of an expert's rows is the same matrix, and so is its scale, 1 / in_features. Where gate and up share the
+    rows of a stack, their kernels are concatenated, [2·m, n, b]; the experts' are stacked, [n_experts, m, n, b]. What
+    the file has no kernel for gets zeros, which change nothing. Configured targets and block sizes follow.
+
+    Args:
+        model: the model.
+        file: the adapter file; what is no expert's in it stays.
+        places: where a tensor of an expert lies in the model (`expert_places`).
+
+    Raises:
+        CheckpointError: kernels that become one have other shapes, two are for one place, or there is none in the model
+            for an expert.
+    """
+    parameters = {base_name(unwrapped_name(name)): parameter for name, parameter in model.named_parameters()}
+    layers: dict[str, dict[Place, str]] = {}  # name of a stack → which of its parts was which layer
+    for name in file.block_sizes:
+        place = places(f"{name}.weight")
+        if place is None or place.stacked not in parameters:
+            continue
+        former = layers.setdefault(place.stacked, {}).setdefault(place, name)
+        if former != name or place.stacked in file.block_sizes:
+            raise _misfit(
+                file, f"{former if former != name else place.stacked} and {name} are for one place in {place.stacked}"
+            )
+    if not layers:
+        return file
+    experts = {name for of_stack in layers.values() for name in of_stack.values()}
+    tensors = {key: tensor for key, tensor in file.tensors.items() if key.removesuffix(KERNEL_SUFFIX) not in experts}
+    sizes = {name: size for name, size in file.block_sizes.items() if name not in experts}
+    remaining = list(sizes)
+    for stacked, of_stack in layers.items():
+        kernels = {place: file.tensors[name + KERNEL_SUFFIX] for place, name in of_stack.items()}
+        _check(file, stacked, of_stack, kernels, len(parameters[stacked]))
+        tensors[stacked + KERNEL_SUFFIX] = _stack(kernels, len(parameters[stacked]))
+        sizes[stacked] = file.block_sizes[next(iter(of_stack.values()))]
+    config = _config(file.config, remaining, {stacked: sizes[stacked] for stacked in layers})
+    return replace(file, tensors=tensors, block_sizes=sizes, config=config)
+
+
+def _check(
+    file: AdapterFile, stacked: str, layers: Mapping[Place, str], kernels: Mapping[Place, Tensor], n_experts: int
+) -> None:
+    first = next(iter(kernels))
+    for place, kernel in kernels.items():
+        if place.expert >= n_experts:
+            raise _misfit(file, f"it adapts {layers[place]}, and {stacked} has {n_experts} experts, counted from 0")
+        if kernel.shape != kernels[first].shape:
+            raise _misfit(
+                file,
+                f"{layers[first]} and {layers[place]} have kernels of shapes {list(kernels[first].shape)} and "
+                f"{list(kernel.shape)}, block size last, and become one tensor in this model ({stacked}): a circulant "
+                "block of one size is none of another. Merge the adapter under transformers 4 (c3a-triton merge)",
+            )
+
+
+def _stack(kernels: Mapping[Place, Tensor], n_experts: int) -> Tensor:
+    place, kernel = next(iter(kernels.items()))
+    dtype = functools.reduce(torch.promote_types, (kernel.dtype for kernel in kernels.values()))
+    stack = torch.zeros(n_experts, place.n_parts, *kernel.shape, dtype=dtype)
+    for place, kernel in kernels.items():
+        stack[place.expert, place.part] = kernel
+    return stack.flatten(1, 2)
+
+
+def _config(config: C3AConfig, remaining: list[str], stacks: Mapping[str, int]) -> C3AConfig:
+    """The configuration of the same adapter, whose experts are these stacks now, with these block sizes."""
+    modules: Any = config.target_modules
+    if not remaining:
+        modules = []
+    elif isinstance(modules, list):
+        modules = [entry for entry in modules if any(f".{name}".endswith(f".{entry}") for name in remaining)]
+    block_size_of = block_size_rule(config)
+    new = {re.escape(name): size for name, size in stacks.items() if block_size_of(name)[0] not in (size, "auto")}
+    named = config.target_parameters
+    return replace(
+        config,
+        target_modules=modules,
+        target_parameters=named if isinstance(named, str) else [*(named or ()), *stacks],
+        block_size_pattern=new | config.block_size_pattern,
+    )
+
+
+def _misfit(file: AdapterFile, problem: str) -> CheckpointError:
+    return CheckpointError(f"the adapter in {file.path} does not fit this model: {problem}")

@@ -1,0 +1,309 @@
+"""Experts whose weights are stacked in one parameter: what they are, and how an adapter's forward gets its turn there.
+
+A model of transformers computes its experts through an interface: the class's forward asks the instance's configuration
+for an implementation (`"eager"`, `"grouped_mm"`, …) and calls that. An adapted instance has a configuration that names
+ours, so that whatever stands around the forward (accelerate's hooks, expert parallelism, FSDP2) goes on standing there.
+Other modules get a forward of their own, in the innermost place as well.
+"""
+
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from c3a_triton.errors import BackendError
+
+from .linear_like import Geometry, geometry
+from .probe import is_ordinary
+from .sharded import whole_shape
+
+__all__ = [
+    "Layout",
+    "base_forward",
+    "dispatch",
+    "foreign_product",
+    "is_stored_transposed",
+    "layout",
+    "parameter_geometry",
+    "problem",
+    "rows_per_token",
+    "stacked",
+    "stacked_names",
+    "undispatch",
+]
+
+# The name of our implementation in transformers' interface.
+_IMPLEMENTATION = "c3a_triton"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where experts that we know keep their two projections.
+
+    Attributes:
+        kind: `"dispatched"`, by transformers' interface; or `"llama4"`, which gets equally many rows for each expert.
+        up: the parameter of the first projection, `"gate_up_proj"` or `"up_proj"`.
+        down: that of the second.
+        n_experts: how many experts there are.
+        transposed: whether the parameters are [n_experts, in, out], not [n_experts, out, in].
+        gated: whether the first projection computes a gate besides.
+        concatenated: whether the gate's rows come first, then the others; otherwise they alternate.
+    """
+
+    kind: str
+    up: str
+    down: str
+    n_experts: int
+    transposed: bool
+    gated: bool
+    concatenated: bool
+
+
+def layout(module: nn.Module) -> Layout | None:
+    """The layout of an experts module, or None for any other, and for experts of a class that we do not know."""
+    found: Any = module
+    if _has(module, "gate_up_proj", "down_proj") and _is_of_llama4(module):
+        return Layout("llama4", "gate_up_proj", "down_proj", found.num_experts, True, True, True)
+    if not _is_dispatched(type(module)) or not hasattr(module, "has_gate"):
+        return None
+    up = "gate_up_proj" if found.has_gate else "up_proj"
+    if not _has(module, up, "down_proj"):
+        return None
+    flags = found.is_transposed, found.has_gate, found.is_concatenated
+    return Layout("dispatched", up, "down_proj", found.num_experts, *flags)
+
+
+def _has(module: nn.Module, *names: str) -> bool:
+    parametrized: Any = getattr(module, "parametrizations", ())
+    return all(name in module._parameters or name in parametrized for name in names)
+
+
+def _is_of_llama4(module: nn.Module) -> bool:
+    return any(
+        cls.__name__ == "Llama4TextExperts" and cls.__module__ == "transformers.models.llama4.modeling_llama4"
+        for cls in type(module).__mro__
+    )
+
+
+def _is_dispatched(cls: Any) -> bool:
+    """Whether a class's forward asks transformers' interface for experts; quantized ones have another interface."""
+    forward: Any = cls.forward
+    names = getattr(getattr(forward, "__code__", None), "co_freevars", ())
+    if "experts_interface" not in names or not hasattr(forward, "__wrapped__"):
+        return False
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    return forward.__closure__[names.index("experts_interface")].cell_contents is ALL_EXPERTS_FUNCTIONS
+
+
+def is_stored_transposed(module: nn.Module, name: str) -> bool:
+    """Whether a parameter is [n_experts, in, out]."""
+    found = layout(module)
+    return found is not None and found.transposed and name in (found.up, found.down)
+
+
+def parameter_geometry(module: nn.Module, name: str) -> Geometry | None:
+    """The geometry of a parameter that is adapted by itself, or None where it has neither two nor three dimensions.
+
+    Its kind is `"experts"` where we compute the experts' products, otherwise `"parameter"`.
+    """
+    parameter = module._parameters.get(name)
+    if parameter is None or len(whole_shape(parameter)) not in (2, 3):
+        return None
+    *stack, out_features, in_features = whole_shape(parameter)
+    found = layout(module)
+    if found is None or name not in (found.up, found.down):
+        widths = in_features, out_features
+        return Geometry("parameter", *widths, widths, stack=stack[0] if stack else 0)
+    if found.transposed:
+        out_features, in_features = in_features, out_features
+    if name == found.up and found.gated and found.concatenated:
+        halves = in_features, out_features // 2
+        return Geometry("experts", in_features, out_features, halves, " (in, and gate and up each)", stack[0])
+    return Geometry("experts", in_features, out_features, (in_features, out_features), "", stack[0])
+
+
+def problem(module: nn.Module, name: str) -> str | None:
+    """Why a parameter cannot be adapted by itself, as a sentence with a way out, or None.
+
+    Args:
+        module: what has the parameter.
+        name: its name there, of one for which there is a geometry or that is parametrized.
+    """
+    kind = type(module).__name__
+    parameter = module._parameters.get(name)
+    if parameter is None:
+        return (
+            f"{kind} computes it from other tensors (torch.nn.utils.parametrize, as bitsandbytes does with experts): "
+            "load the model in 16 or 32 bits"
+        )
+    found = layout(module)
+    is_known = found is not None and name in (found.up, found.down)
+    readable = parameter.is_floating_point() and parameter.dtype.itemsize >= 2
+    if not (readable and (is_known or is_ordinary(parameter))):
+        return (
+            f"its values in this {kind} are {parameter.dtype} ({type(parameter).__name__}), to which nothing can be "
+            "added: load the model in 16 or 32 bits, for example with dequantize=True in its quantization_config"
+        )
+    if inner := [child for child, part in module.named_modules() if child and geometry(part) is not None]:
+        return f"this {kind} holds layers ({', '.join(inner[:3])}), which could not be adapted any more: adapt those"
+    if found is not None and found.kind == "dispatched":
+        return None if is_known else f"this {kind} computes its experts without it, as far as we know"
+    if isinstance(module, nn.RNNBase) or type(module).forward is nn.Module.forward:
+        return f"{kind} does not read it in a forward of its own"
+    if "forward" in module.__dict__ and _forward_holder(module) == "forward" and not _is_own_forward(module):
+        return (
+            f"the forward of this {kind} has been replaced, so that nobody can tell whether it reads the parameter: "
+            "adapt the model first, and change the forward afterwards"
+        )
+    return None
+
+
+def rows_per_token(module: nn.Module) -> int:
+    """How many rows experts that we know compute for each token: one for each expert that it is routed to.
+
+    That is what the configuration says, under one of the names that models have for it; 1 where it says nothing.
+    """
+    found = layout(module)
+    if found is not None and found.kind == "llama4":
+        return found.n_experts
+    config = getattr(module, "config", None)
+    names = ("num_experts_per_tok", "moe_topk", "top_k_experts")
+    value = next((value for name in names if (value := getattr(config, name, None))), 1)
+    return max(value) if isinstance(value, list) else int(value)
+
+
+def stacked_names(module: nn.Module) -> list[str]:
+    """The names of a module's own stacked expert weights.
+
+    Experts of a class that we do not know are told by the class's name, their weights by three dimensions.
+    """
+    known = layout(module)
+    if known is not None:
+        return [known.up, known.down]
+    if "Experts" not in type(module).__name__:
+        return []
+    return [name for name, p in module._parameters.items() if p is not None and len(whole_shape(p)) == 3]
+
+
+def stacked(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Full parameter name → (module, name there) of a model's stacked expert weights, in the model's order."""
+    found: dict[str, tuple[nn.Module, str]] = {}
+    for name, module in model.named_modules():
+        place = name.removesuffix(".base_layer")
+        found |= {f"{place}.{own}".removeprefix("."): (module, own) for own in stacked_names(module)}
+    return found
+
+
+# Our turn
+
+
+class _AdaptedConfig:
+    """An experts module's configuration, but that it names our implementation. What is set is the former's.
+
+    Args:
+        config: the module's own, which other modules have as well.
+        layer: what computes in the module's place, with a method `compute`.
+    """
+
+    _experts_implementation = _IMPLEMENTATION
+
+    def __init__(self, config: Any, layer: nn.Module) -> None:
+        self.__dict__.update(_config=config, c3a_layer=layer)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.__dict__["_config"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["_config"], name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _register()  # in a process that has unpickled it
+
+
+def _experts_forward(experts: Any, *args: Any, **kwargs: Any) -> Tensor:
+    return experts.config.c3a_layer.compute(*args, **kwargs)
+
+
+def _register() -> None:
+    from transformers.integrations.moe import ExpertsInterface
+
+    ExpertsInterface.register(_IMPLEMENTATION, _experts_forward)
+
+
+def dispatch(module: Any, layer: Any) -> None:
+    """Let `layer.compute` compute in the innermost place of a module's forward, until `undispatch`."""
+    found = layout(module)
+    if found is not None and found.kind == "dispatched":
+        _register()
+        module.config = _AdaptedConfig(module.config, layer)
+    else:
+        setattr(module, _forward_holder(module), layer.compute)
+
+
+def undispatch(module: Any) -> None:
+    """Undo `dispatch`, if it was done."""
+    if isinstance(module.__dict__.get("config"), _AdaptedConfig):
+        module.config = module.config._config
+    elif _is_own_forward(module):
+        if _forward_holder(module) == "forward":
+            del module.forward
+        else:
+            module._old_forward = types.MethodType(type(module).forward, module)
+
+
+def _forward_holder(module: nn.Module) -> str:
+    """Where an instance keeps the forward that computes: accelerate's hooks put theirs before it."""
+    return "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
+
+
+def _is_own_forward(module: nn.Module) -> bool:
+    forward: Any = module.__dict__.get(_forward_holder(module))
+    return getattr(forward, "__name__", "") == "compute" and getattr(forward.__self__, "base_layer", None) is module
+
+
+def base_forward(module: Any) -> Callable[..., Tensor]:
+    """What an adapted module computes by itself: the implementation that its own configuration names, or its class's.
+
+    It takes the module first.
+    """
+    forward: Any = type(module).forward
+    config = module.__dict__.get("config")
+    if not isinstance(config, _AdaptedConfig):
+        return forward
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    return ALL_EXPERTS_FUNCTIONS.get_interface(config._config._experts_implementation, forward.__wrapped__)
+
+
+def foreign_product(module: nn.Module, name: str, x: Tensor, offsets: Tensor, transposed: bool) -> Tensor:
+    """One projection, without its bias, of experts whose weight is of a class that only transformers may compute with.
+
+    Args:
+        module: the experts.
+        name: the projection's parameter.
+        x: [n_rows, in], in the order of the experts.
+        offsets: [n_experts], where each expert's rows end, int32; rows behind the last are of no expert.
+        transposed: how the weight is stored.
+
+    Returns:
+        [n_rows, out]; of rows without an expert nobody knows what.
+
+    Raises:
+        BackendError: this class does not compute it.
+    """
+    from transformers.integrations.moe import _grouped_linear
+
+    weight = getattr(module, name)
+    try:
+        return _grouped_linear(x, weight, offsets, is_transposed=transposed)
+    except (NotImplementedError, RuntimeError) as error:
+        raise BackendError(
+            f"{name} of {type(module).__name__} is a {type(weight).__name__}, which does not compute a product of "
+            f"groups of rows ({error}): load the model in another format"
+        ) from error

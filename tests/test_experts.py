@@ -1,0 +1,515 @@
+"""Experts with stacked weights and adapters: against the dense definition in float64, and under every verb."""
+
+import copy
+import pickle
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from oracle import assert_close
+from tiny_models import IDS, deepseek_v3, gpt_oss, llama4, logits, mixtral, qwen3_moe
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import c3a_triton
+from c3a_triton import BackendError, C3AConfig, ShapeError
+from c3a_triton.adapters.experts import C3AExperts, C3AStacked
+
+pytest.importorskip("transformers.integrations.moe", reason="transformers 4: experts are layers")
+
+MODELS = {"qwen3": qwen3_moe, "mixtral": mixtral, "gpt-oss": gpt_oss, "deepseek": deepseek_v3, "llama4": llama4}
+IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+CASES = [(model, how) for model in MODELS for how in IMPLEMENTATIONS if model != "llama4"] + [("llama4", None)]
+
+
+def adapted(model: Any, block_size: int = 4, name: str = "default", **options: Any) -> Any:
+    """The model with an adapter on all its experts and on nothing else, of which every kernel has values of its own."""
+    config = C3AConfig(
+        block_size=block_size, target_modules=[], target_parameters="all-experts", init_weights="gaussian", **options
+    )
+    if hasattr(model, "c3a"):
+        model.c3a.add_adapter(name, config)
+        return model
+    return c3a_triton.apply(model, config, adapter_name=name)
+
+
+def dense(w: Tensor) -> Tensor:
+    """ΔW [E, m·b, n·b] of w [E, m, n, b], differentiable."""
+    n_experts, m, n, b = w.shape
+    j, p = torch.arange(b)[:, None], torch.arange(b)
+    blocks = w[..., (p - j) % b]  # [E, m, n, j, p]
+    return blocks.permute(0, 1, 3, 2, 4).reshape(n_experts, m * b, n * b) / (n * b)
+
+
+def kernels_of(model: Any, adapter: str = "default") -> dict[str, Tensor]:
+    return {name: layer.c3a_kernel[adapter] for name, layer in model.c3a.layers()}
+
+
+class Truth:
+    """A model in float64 whose experts have the dense W + ΔW."""
+
+    def __init__(self, plain: Any, model: Any, adapters: tuple[str, ...] = ("default",)) -> None:
+        self.plain = copy.deepcopy(plain).double().requires_grad_(False)
+        self.plain.config._experts_implementation = "eager"
+        self.kernels = {
+            (adapter, name): kernel.detach().double().requires_grad_()
+            for adapter in adapters
+            for name, kernel in kernels_of(model, adapter).items()
+        }
+        self.transposed = {name: layer.transposed for name, layer in model.c3a.layers()}
+
+    def logits(self, **inputs: Any) -> Tensor:
+        values = dict(self.plain.named_parameters())
+        for (_, name), kernel in self.kernels.items():
+            delta = dense(kernel)
+            values[name] = values[name] + (delta.mT if self.transposed[name] else delta)
+        return functional_call(self.plain, values, (), inputs).logits
+
+
+def router_of(model: nn.Module) -> nn.Parameter:
+    return next(p for name, p in model.named_parameters() if name.endswith(("gate.weight", "router.weight")))
+
+
+@pytest.mark.parametrize(("name", "implementation"), CASES)
+def test_logits_and_gradients_are_those_of_the_dense_definition(name: str, implementation: str | None) -> None:
+    plain = MODELS[name](implementation)
+    model = adapted(copy.deepcopy(plain))
+    truth = Truth(plain, model)
+    x = torch.randn(2, 7, 24)
+    dy = torch.randn(2, 7, 32)
+    found = []
+    for one, call, kernels in (
+        (model, model, kernels_of(model)),
+        (truth.plain, truth.logits, {name: w for (_, name), w in truth.kernels.items()}),
+    ):
+        dtype = router_of(one).dtype
+        router_of(one).requires_grad_()
+        embeds = x.to(dtype).requires_grad_()
+        out: Any = call(inputs_embeds=embeds)
+        y = out if isinstance(out, Tensor) else out.logits
+        wanted = [embeds, router_of(one), *kernels.values()]
+        found.append([y, *torch.autograd.grad((y * dy.to(dtype)).sum(), wanted)])
+    assert not torch.allclose(found[1][0].float(), logits_of(plain, x), atol=0.01)  # the adapter is not small
+    for ours, true in zip(*found, strict=True):
+        assert_close(ours, true, torch.float32)
+
+
+def logits_of(model: nn.Module, embeds: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(inputs_embeds=embeds).logits
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_names_in_the_model_and_in_its_state_dict(name: str) -> None:
+    plain = MODELS[name]()
+    stacked = [key for key in plain.state_dict() if key.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    model = adapted(plain)
+    assert [name for name, _ in model.c3a.layers()] == stacked
+    assert sorted(model.c3a.state_dict()) == sorted(f"{key}.c3a_kernel" for key in stacked)
+    inner = [key.replace(".experts.", ".experts.base_layer.") for key in stacked]
+    assert {*inner, *(f"{key}.c3a_kernel.default" for key in stacked)} <= model.state_dict().keys()
+    assert not {*stacked} & model.state_dict().keys()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {f"{key}.c3a_kernel.default" for key in stacked}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_with_no_adapter_in_force_the_models_own_implementation_computes(implementation: str) -> None:
+    model = qwen3_moe(implementation)
+    before = logits(model)
+    adapted(model)
+    assert not torch.equal(logits(model), before)
+    with model.c3a.disable_adapter():
+        assert torch.equal(logits(model), before)
+    model.set_experts_implementation("eager")
+    with model.c3a.disable_adapter():
+        now = logits(model)
+    plain = model.c3a.unload()
+    assert torch.equal(logits(plain), now)
+    assert not any(isinstance(module, (C3AExperts, C3AStacked)) for module in plain.modules())
+    assert plain.model.layers[0].mlp.experts.config is plain.config
+
+
+def test_several_adapters_of_different_block_sizes_add_up_and_are_switched() -> None:
+    plain = qwen3_moe()
+    model = adapted(adapted(copy.deepcopy(plain)), block_size=8, name="other")
+    alone = logits(model)
+    assert_close(alone, Truth(plain, model).logits(input_ids=IDS), torch.float32)
+    model.c3a.set_adapter(["default", "other"])
+    both = Truth(plain, model, ("default", "other")).logits(input_ids=IDS)
+    assert_close(logits(model), both, torch.float32)
+    model.c3a.set_adapter("other")
+    other = logits(model)
+    model.c3a.rename_adapter("other", "new")
+    assert torch.equal(logits(model), other)
+    model.c3a.delete_adapter("new")
+    assert torch.equal(logits(model), alone)
+
+
+def test_one_projection_alone() -> None:
+    for wanted in ("gate_up_proj", "down_proj"):
+        plain = gpt_oss()
+        config = C3AConfig(block_size=8, target_modules=[], target_parameters=[wanted], init_weights="gaussian")
+        model = c3a_triton.apply(copy.deepcopy(plain), config)
+        assert [name.rpartition(".")[2] for name, _ in model.c3a.layers()] == [wanted]
+        assert_close(logits(model), Truth(plain, model).logits(input_ids=IDS), torch.float32)
+        # The second projection may follow, with an adapter of its own.
+        adapted(model, name="all")
+        model.c3a.set_adapter("all")
+        assert_close(logits(model), Truth(plain, model, ("all",)).logits(input_ids=IDS), torch.float32)
+
+
+def test_beside_linear_layers_and_a_second_adapter_that_names_layers_like_parts() -> None:
+    model = deepseek_v3()
+    config = C3AConfig(block_size=4, target_modules="all-linear", target_parameters="all-experts")
+    c3a_triton.apply(model, config)
+    names = [name for name, _ in model.c3a.layers()]
+    assert any("experts.down_proj" in name for name in names)
+    assert any("shared_experts.down_proj" in name for name in names)
+    model.c3a.add_adapter("layers", C3AConfig(block_size=4, target_modules=["down_proj"]))
+    model.c3a.set_adapter("layers")
+    assert [name for name, layer in model.c3a.layers() if "layers" in layer.c3a_kernel] == [
+        "model.layers.0.mlp.shared_experts.down_proj"
+    ]
+
+
+def test_weighted_combination() -> None:
+    plain = qwen3_moe()
+    model = adapted(adapted(copy.deepcopy(plain)), name="other")
+    model.c3a.add_weighted_adapter(["default", "other"], [0.5, 2.0], "sum")
+    for name, kernel in kernels_of(model, "sum").items():
+        parts = [kernels_of(model, adapter)[name] for adapter in ("default", "other")]
+        torch.testing.assert_close(kernel, 0.5 * parts[0] + 2.0 * parts[1])
+    model.c3a.set_adapter("sum")
+    assert_close(logits(model), Truth(plain, model, ("sum",)).logits(input_ids=IDS), torch.float32)
+
+
+# Merging
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_merging_and_unmerging_bit_for_bit(name: str) -> None:
+    model = adapted(MODELS[name]())
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    adapted_logits = logits(model)
+    model.c3a.merge_adapter(safe_merge=True)
+    assert not all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert_close(logits(model), adapted_logits.double(), torch.float32)
+    model.c3a.unmerge_adapter()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(logits(model), adapted_logits)
+
+
+def test_merge_and_unload_gives_a_plain_model() -> None:
+    plain = gpt_oss()
+    keys, kind = list(plain.state_dict()), type(plain.model.layers[0].mlp.experts)
+    model = adapted(copy.deepcopy(plain))
+    truth = Truth(plain, model).logits(input_ids=IDS)
+    merged = model.c3a.merge_and_unload()
+    assert list(merged.state_dict()) == keys
+    assert type(merged.model.layers[0].mlp.experts) is kind
+    for implementation in IMPLEMENTATIONS:
+        merged.set_experts_implementation(implementation)
+        assert_close(logits(merged), truth, torch.float32)
+
+
+def test_a_merged_model_can_be_cast_and_unmerged() -> None:
+    model = adapted(qwen3_moe())
+    expected = copy.deepcopy(model).to(torch.float64)
+    model.c3a.merge_adapter()
+    model.to(torch.float64)
+    model.c3a.unmerge_adapter()
+    own = dict(model.named_parameters())
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(own[name], parameter), name
+
+
+def test_delta_weight_has_the_shape_of_the_parameter() -> None:
+    for build in (qwen3_moe, gpt_oss):
+        model = adapted(build())
+        for _, layer in model.c3a.layers():
+            delta = layer.get_delta_weight("default")
+            assert delta.shape == layer.weight.shape
+            true = dense(layer.c3a_kernel["default"].detach().double())
+            assert_close(delta, true.mT if layer.transposed else true, torch.float32)
+
+
+# Calls of other kinds
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant: bool) -> None:
+    model = adapted(qwen3_moe(num_hidden_layers=2)).train()
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        model(input_ids=IDS).logits.square().sum().backward()
+        return [w.grad for w in kernels_of(model).values()]
+
+    expected = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for ours, true in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(ours, true)
+
+
+def test_a_recomputed_layer_has_the_adapter_of_its_forward() -> None:
+    model = adapted(adapted(qwen3_moe()), name="other").train()
+    model.c3a.set_adapter(["default", "other"])
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with model.c3a.using(["other"] * 3):
+        y = model(input_ids=IDS).logits.square().sum()
+    y.backward()
+    assert all(w.grad is None for w in kernels_of(model).values())
+    ours = [w.grad.clone() for w in kernels_of(model, "other").values()]
+    model.gradient_checkpointing_disable()
+    model.zero_grad()
+    model.c3a.set_adapter("other")
+    model(input_ids=IDS).logits.square().sum().backward()
+    for grad, true in zip(ours, (w.grad for w in kernels_of(model, "other").values()), strict=True):
+        torch.testing.assert_close(grad, true)
+
+
+def test_rows_with_adapters_of_their_own() -> None:
+    model = adapted(adapted(qwen3_moe()), name="other")
+    names = ["default", "other", "__base__"]
+    together = model(input_ids=IDS, adapter_names=names).logits
+    for row, name in enumerate(names):
+        with model.c3a.using([name]):
+            torch.testing.assert_close(together[row : row + 1], model(input_ids=IDS[row : row + 1]).logits)
+    layer = next(layer for _, layer in model.c3a.layers())
+    with model.c3a.using(names), pytest.raises(ShapeError, match="gate_up_proj: 3 adapter names .* sorted by expert"):
+        model.model.layers[0].mlp.experts(torch.randn(6, 24), torch.zeros(6, 2, dtype=torch.long), torch.rand(6, 2))
+    assert layer.active_adapters == ["default"]
+
+
+def test_threads_have_their_own_adapters() -> None:
+    model = adapted(adapted(qwen3_moe()), name="other")
+    expected = {}
+    for name in ("default", "other"):
+        with model.c3a.using([name] * 3):
+            expected[name] = logits(model)
+    wrong: list[str] = []
+
+    def work(name: str) -> None:
+        for _ in range(5):
+            with model.c3a.using([name] * 3):
+                if not torch.equal(logits(model), expected[name]):
+                    wrong.append(name)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert not torch.equal(*expected.values())
+
+
+def test_autocast() -> None:
+    model = adapted(qwen3_moe().to(torch.bfloat16))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(input_ids=IDS).logits
+        y.float().square().sum().backward()
+    assert all(torch.isfinite(w.grad).all() and w.grad.any() for w in kernels_of(model).values())
+    with torch.no_grad():
+        torch.testing.assert_close(y, model(input_ids=IDS).logits, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("build", [gpt_oss, llama4])
+def test_compiled_in_one_graph(build: Callable[[], Any]) -> None:
+    model = adapted(build())
+    block = next(module for module in model.modules() if hasattr(module, "experts"))
+    x = torch.randn(2, 5, 24)
+    expected, found = block(x)[0], torch.compile(block, backend="aot_eager", fullgraph=True)(x)[0]
+    torch.testing.assert_close(found, expected)
+    wanted = list(kernels_of(model).values())
+    for ours, true in zip(
+        torch.autograd.grad(found.square().sum(), wanted),
+        torch.autograd.grad(expected.square().sum(), wanted),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, true)
+
+
+def test_copies_and_pickles_have_experts_of_their_own() -> None:
+    model = adapted(qwen3_moe())
+    expected = logits(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(other), expected)
+        experts = other.model.layers[0].mlp.experts
+        assert experts.base_layer.config.c3a_layer is experts
+        assert experts.base_layer.config._config is other.config
+        assert all(part.base_layer is experts.base_layer for part in experts.parts().values())
+        with torch.no_grad():
+            for kernel in kernels_of(other).values():
+                kernel.zero_()
+        assert not torch.equal(logits(other), expected)
+        assert torch.equal(logits(model), expected)
+        other.c3a.unload()
+        assert torch.equal(logits(model), expected)
+
+
+def test_a_replica_computes_with_its_own_tensors() -> None:
+    model = adapted(qwen3_moe())
+    experts = model.model.layers[0].mlp.experts
+    x, index, weights = torch.randn(6, 24), torch.randint(0, 4, (6, 2)), torch.rand(6, 2)
+    expected = experts(x, index, weights)
+
+    def replicated(module: nn.Module) -> Any:
+        replica = module._replicate_for_data_parallel()
+        for name, child in module._modules.items():
+            replica._modules[name] = None if child is None else replicated(child)
+        for name, parameter in module._parameters.items():
+            setattr(replica, name, None if parameter is None else parameter.detach() * 2)
+        return replica
+
+    found = replicated(experts)(x, index, weights)
+    up, down = (part.c3a_kernel["default"].detach() for part in experts.parts().values())
+    with torch.no_grad():
+        for part in experts.parts().values():
+            part.weight.mul_(2)
+        up.mul_(2)
+        down.mul_(2)
+    torch.testing.assert_close(found, experts(x, index, weights))
+    assert not torch.allclose(found, expected)
+
+
+# What experts can get
+
+
+def experts_of(build: Callable[..., Any] = qwen3_moe) -> tuple[Any, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """Adapted experts, and the dense definition of what they compute."""
+    plain = build()
+    model = adapted(plain)
+    wrapper = model.model.layers[0].mlp.experts
+    true = copy.deepcopy(wrapper.base_layer).double()
+    true.config = copy.deepcopy(model.config)
+    true.config._experts_implementation = "eager"
+    with torch.no_grad():
+        for name, part in wrapper.parts().items():
+            delta = dense(part.c3a_kernel["default"].detach().double())
+            getattr(true, name).add_(delta.mT if part.transposed else delta)
+    return wrapper, true
+
+
+@pytest.mark.parametrize("build", [qwen3_moe, gpt_oss])
+@pytest.mark.parametrize(
+    ("n_tokens", "top_k", "ids"), [(0, 2, (0, 4)), (1, 1, (0, 4)), (9, 1, (2, 3)), (9, 2, (1, 3)), (33, 3, (0, 4))]
+)
+def test_any_number_of_tokens_and_experts_without_any(
+    build: Callable[..., Any], n_tokens: int, top_k: int, ids: tuple[int, int]
+) -> None:
+    wrapper, true = experts_of(build)
+    x, weights = torch.randn(n_tokens, 24, requires_grad=True), torch.rand(n_tokens, top_k)
+    index = torch.randint(*ids, (n_tokens, top_k))
+    y = wrapper(x, index, weights)
+    assert_close(y, true(x.double(), index, weights.double()), torch.float32)
+    y.square().sum().backward()
+    for part in wrapper.parts().values():
+        grad = part.c3a_kernel["default"].grad
+        reached = {int(i) for i in index.flatten()}
+        assert [bool(one.any()) for one in grad] == [expert in reached for expert in range(4)]
+
+
+def test_experts_of_other_processes() -> None:
+    wrapper, true = experts_of()
+    base = wrapper.base_layer
+    base._is_expert_parallel = True
+    x, weights = torch.randn(9, 24, requires_grad=True), torch.rand(9, 2, requires_grad=True)
+    index = torch.randint(0, 5, (9, 2))
+    index[0] = 4  # none of this token's experts is here
+    elsewhere = index == 4
+    y = wrapper(x, index, weights)
+    shares = weights.detach().double().masked_fill(elsewhere, 0.0)
+    assert_close(y, true(x.detach().double(), index.clamp(max=3), shares), torch.float32)
+    y.square().sum().backward()
+    assert not x.grad[0].any()
+    assert x.grad[1:].any(dim=1).all() or elsewhere[1:].all(dim=1).any()
+    assert torch.equal(weights.grad == 0, elsewhere)
+
+
+def test_hooks_of_accelerate_stay_around_the_experts() -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    for build in (qwen3_moe, llama4):
+        model = build()
+        for module in [module for module in model.modules() if type(module).__name__.endswith("Experts")]:
+            hooks.add_hook_to_module(module, hooks.AlignDevicesHook(execution_device="cpu"))
+        adapted(model)
+        hooked = logits(model)
+        with model.c3a.disable_adapter():
+            base = logits(model)
+        assert not torch.equal(hooked, base)
+        hooks.remove_hook_from_submodules(model)
+        assert torch.equal(logits(model), hooked)
+        model.c3a.unload()
+        assert torch.equal(logits(model), base)
+
+
+def test_offloaded_experts_are_computed_and_merged() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    expected = adapted(qwen3_moe())
+    model = accelerate.cpu_offload(qwen3_moe(), execution_device="cpu")
+    adapted(model)
+    values = kernels_of(expected)
+    with torch.no_grad():
+        for name, kernel in kernels_of(model).items():
+            kernel.copy_(values[name])
+    assert torch.equal(logits(model), logits(expected))
+    base = logits(qwen3_moe())
+    model.c3a.merge_adapter()
+    torch.testing.assert_close(logits(model), logits(expected))
+    model.c3a.unmerge_adapter()
+    with model.c3a.disable_adapter():
+        torch.testing.assert_close(logits(model), base)
+
+
+# What is told
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_nothing_is_said_of_experts_that_compute(name: str) -> None:
+    model = adapted(MODELS[name]()).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with model.c3a.disable_adapter():
+            model(input_ids=IDS)  # the first call, without the adapters
+        model(input_ids=IDS).logits.square().sum().backward()
+        model(input_ids=IDS)
+    assert not model.c3a._watch.uncalled
+
+
+def test_experts_that_a_model_passes_by_are_told_of() -> None:
+    model = adapted(qwen3_moe())
+    experts = model.model.layers[0].mlp.experts
+    experts.base_layer.forward = lambda hidden, index, weights: hidden  # as a kernel of the hub does
+    experts.forward = lambda *args: experts.base_layer.forward(*args)
+    block = model.model.layers[0].mlp
+    block.forward = lambda hidden: experts(hidden, None, None)
+    with pytest.warns(UserWarning, match="never called by a forward of .*experts"):
+        model(input_ids=IDS)
+
+
+def test_summary_explain_and_counts() -> None:
+    model = adapted(qwen3_moe())
+    text = model.c3a.summary()
+    assert "model.layers.0.mlp.experts.gate_up_proj" in text
+    assert "4 × 32" in text
+    trainable, _ = model.c3a.get_nb_trainable_parameters()
+    assert trainable == sum(w.numel() for w in kernels_of(model).values()) == 4 * (32 * 24 + 24 * 16) // 4
+    groups = c3a_triton.param_groups(model, lr=1e-3)
+    assert sum(p.numel() for group in groups for p in group["params"]) == trainable
+    assert "4 ×" in c3a_triton.explain(model)
+
+
+def test_backends_that_write_dense_weights_are_refused_by_name() -> None:
+    model = adapted(qwen3_moe())
+    for name in ("expand", "fold"):
+        model.c3a.set_backend(name)
+        with pytest.raises(BackendError, match=rf"experts\.gate_up_proj: .*{name}"):
+            model(input_ids=IDS)
+    with pytest.raises(BackendError, match=r"gate_up_proj is a experts layer|gate_up_proj"):
+        model.c3a.save_spectra(["experts.gate_up_proj"])
+    model.c3a.save_spectra()
