@@ -35,6 +35,8 @@ __all__ = [
 
 # The name of our implementation in transformers' interface.
 _IMPLEMENTATION = "c3a_triton"
+# Classes whose parameters are read by what holds them, which then calls them with what it has read.
+_READ_FROM_OUTSIDE = ("DbrxExpertGLU",)
 
 
 @dataclass(frozen=True)
@@ -150,8 +152,8 @@ def problem(module: nn.Module, name: str) -> str | None:
         return f"this {kind} holds layers ({', '.join(inner[:3])}), which could not be adapted any more: adapt those"
     if found is not None and found.kind == "dispatched":
         return None if is_known else f"this {kind} computes its experts without it, as far as we know"
-    if isinstance(module, nn.RNNBase) or type(module).forward is nn.Module.forward:
-        return f"{kind} does not read it in a forward of its own"
+    if isinstance(module, nn.RNNBase) or kind in _READ_FROM_OUTSIDE or type(module).forward is nn.Module.forward:
+        return f"{kind} does not read it in a forward of its own, so that nothing can be put in its place"
     if "forward" in module.__dict__ and _forward_holder(module) == "forward" and not _is_own_forward(module):
         return (
             f"the forward of this {kind} has been replaced, so that nobody can tell whether it reads the parameter: "
@@ -168,9 +170,11 @@ def stacked_names(module: nn.Module) -> list[str]:
     known = layout(module)
     if known is not None:
         return [known.up, known.down]
-    if "Experts" not in type(module).__name__:
+    kind = type(module).__name__
+    if "Experts" not in kind and kind not in _READ_FROM_OUTSIDE:
         return []
-    return [name for name, p in module._parameters.items() if p is not None and len(whole_shape(p)) == 3]
+    n_dims = 2 if kind in _READ_FROM_OUTSIDE else 3
+    return [name for name, p in module._parameters.items() if p is not None and len(whole_shape(p)) == n_dims]
 
 
 def stacked(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
