@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
+from .routes import Routes
 
 __all__ = [
     "at_least_float32",
@@ -15,6 +16,7 @@ __all__ = [
     "autocasts",
     "check",
     "check_kernel",
+    "check_routed",
     "is_plain",
     "summed",
     "without_autocast",
@@ -104,13 +106,65 @@ def check(x: Tensor, weight: Tensor | None, bias: Tensor | None, kernels: Sequen
         raise ShapeError(f"the bias has the shape {tuple(bias.shape)}: it must be ({weight.shape[0]},)")
 
 
+def check_routed(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kernels: Sequence[Tensor],
+    routes: Routes,
+    gather: bool,
+    transposed: bool,
+) -> None:
+    """Raise `ShapeError` for operands of `routed.c3a_routed` that do not fit together."""
+    if x.dim() != 2 or not x.is_floating_point() or not x.shape[1]:
+        raise ShapeError(f"x is {x.dtype} of shape {tuple(x.shape)}: it must be floating, (n_rows, in_features)")
+    n_rows, in_features = x.shape
+    routed = routes.order.shape[0] // routes.top_k if gather else routes.order.shape[0]
+    if n_rows != routed:
+        what = "tokens" if gather else "rows"
+        raise ShapeError(f"x has {n_rows} {what}, and the routes are of {routed}: give one row for each")
+    if not kernels:
+        raise ShapeError("no kernels: give one stack of w's or more")
+    out_features = None if weight is None or weight.dim() != 3 else weight.shape[2 if transposed else 1]
+    for w in kernels:
+        if w.dim() != 4 or w.shape[0] != routes.n_groups or not w.is_floating_point():
+            raise ShapeError(
+                f"w is {w.dtype} of shape {tuple(w.shape)}: it must be floating, "
+                f"(n_groups, out_blocks, in_blocks, block_size), here of {routes.n_groups} groups"
+            )
+        _, out_blocks, in_blocks, b = w.shape
+        if in_blocks * b != in_features:
+            raise ShapeError(
+                f"x has {in_features} features, but w of shape {tuple(w.shape)} takes in_blocks * b = {in_blocks * b}"
+            )
+        out_features = out_blocks * b if out_features is None else out_features
+        if out_blocks * b != out_features:
+            raise ShapeError(
+                f"the result has {out_features} features, but w of shape {tuple(w.shape)} gives out_blocks * b = "
+                f"{out_blocks * b}"
+            )
+    shape = (routes.n_groups, in_features, out_features) if transposed else (routes.n_groups, out_features, in_features)
+    if weight is not None and (tuple(weight.shape) != shape or weight.dtype != x.dtype):
+        raise ShapeError(
+            f"the weight is {weight.dtype} of shape {tuple(weight.shape)}: it must be {x.dtype} as x is, {shape}"
+        )
+    if bias is not None and (tuple(bias.shape) != (routes.n_groups, out_features) or bias.dtype != x.dtype):
+        raise ShapeError(
+            f"the bias is {bias.dtype} of shape {tuple(bias.shape)}: it must be {x.dtype} as x is, "
+            f"{(routes.n_groups, out_features)}"
+        )
+    for name, tensor in (("weight", weight), ("bias", bias), ("routes", routes.offsets), *(("w", w) for w in kernels)):
+        if tensor is not None and tensor.device != x.device:
+            raise ShapeError(f"x is on {x.device} and {name} on {tensor.device}: move one of them")
+
+
 def summed(kernels: Sequence[Tensor]) -> list[tuple[Tensor, list[int]]]:
     """Kernels of equal block size as one sum each, in at least float32, with the positions of its members."""
     if len(kernels) == 1:  # nearly every call
         return [(at_least_float32(kernels[0]), [0])]
     groups: dict[int, list[int]] = {}
     for i, w in enumerate(kernels):
-        groups.setdefault(w.shape[2], []).append(i)
+        groups.setdefault(w.shape[-1], []).append(i)
     summed = []
     for members in groups.values():
         total = at_least_float32(kernels[members[0]])

@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import fourier, reference
+from . import fourier, fourier_routed, reference
 from .launch import direct, expand, fft, weight_grad
 
-__all__ = ["BY_NAME", "Backend"]
+__all__ = ["BY_NAME", "ROUTED", "Backend"]
 
 
 class Backend(NamedTuple):
@@ -31,4 +31,11 @@ BY_NAME = {
     "direct": Backend(direct.direct_product, weight_grad.weight_grad, direct.direct_backward),
     "fft": Backend(fft.fft_product, fft.fft_weight_grad, fft.fft_backward, shares_spectra=True),
     "expand": Backend(expand.expand_product, weight_grad.weight_grad),
+}
+
+# The same over a stack of w's, of which each row has one: the arguments are those of `fourier_routed`'s functions, and
+# Triton's have one more, `tiles`: `Routes.tiles`.
+ROUTED = {
+    "reference": Backend(reference.routed_product, reference.routed_weight_grad, by_triton=False),
+    "torch": Backend(fourier_routed.product, fourier_routed.weight_grad, fourier_routed.backward, by_triton=False),
 }

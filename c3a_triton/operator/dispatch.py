@@ -62,7 +62,7 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
     return None
 
 
-def choose(backend: str, sizes: Sizes, *, backward: bool = False) -> str:
+def choose(backend: str, sizes: Sizes, *, backward: bool = False, stack: int = 0) -> str:
     """The backend that computes this call.
 
     Args:
@@ -71,9 +71,10 @@ def choose(backend: str, sizes: Sizes, *, backward: bool = False) -> str:
             Under deterministic algorithms the table, which depends on timing, is left alone.
         sizes: of the call, on the device of its operands.
         backward: whether the call computes gradients, or the product.
+        stack: number of w's of which each row has one; `sizes` are those of one w, and of all rows. 0: one w for all.
 
     Raises:
-        BackendError: the name is unknown, or that backend cannot run here; the message says why.
+        BackendError: the name is unknown, or that backend cannot run here, or not with a stack; the message says why.
     """
     said_by = "backend="
     if backend == "auto" and "C3A_TRITON_BACKEND" in os.environ:
@@ -83,16 +84,21 @@ def choose(backend: str, sizes: Sizes, *, backward: bool = False) -> str:
     if _tiles_by_timing.get(device) is not by_timing and device.type == "cuda":
         _install_tiles(device, by_timing)
     # Powers of two keep the cache small when the number of tokens varies from call to call.
-    return _choose(backend, said_by, tuned.token_bits(sizes.n_tokens), sizes[1:], backward, by_timing)
+    return _choose(backend, said_by, tuned.token_bits(sizes.n_tokens), sizes[1:], backward, by_timing, stack)
 
 
 @functools.lru_cache(maxsize=4096)
 def _choose(
-    backend: str, said_by: str, token_bits: int, others: tuple[Any, ...], backward: bool, by_timing: bool
+    backend: str, said_by: str, token_bits: int, others: tuple[Any, ...], backward: bool, by_timing: bool, stack: int
 ) -> str:
     sizes = Sizes(1 << token_bits, *others)
     device = sizes.device
     check_backend(backend, said_by)
+    if stack and backend not in ("auto", *backends.ROUTED):
+        raise BackendError(
+            f"{said_by}{backend!r} writes out dense weights, and here are {stack}, one for each group of rows: use "
+            f"{', '.join(map(repr, ('auto', *backends.ROUTED)))}"
+        )
     if backend == "fold":
         raise BackendError(
             f"{said_by}'fold' rounds W + ΔW, so it is never what 'auto' means, C3A_TRITON_BACKEND included: give it to "
@@ -111,6 +117,8 @@ def _choose(
         return "torch"
     if reason is not None:
         _say_once("cuda", f"'auto' computes with 'torch' instead of Triton kernels: {reason}")
+        return "torch"
+    if stack:
         return "torch"
     predicted = cheapest(sizes, backward=backward)
     measured = measured_times(sizes, backward=backward) if by_timing else {}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .reference import compute_dtype_of
 
-__all__ = ["backward", "product", "weight_grad"]
+__all__ = ["backward", "chunk_tokens", "product", "spectrum", "weight_grad"]
 
 # Tokens are worked off in chunks of about this many activation elements. On a CPU a chunk's spectrum then stays in one
 # core's L2 cache through FFT, transposition, product and inverse: measured 1.2 to 1.9 times faster than one chunk. On a
@@ -51,9 +51,9 @@ def product(
     w_hat = _weight_spectrum(w, compute_dtype_of(x, w), scale, transpose)
     features = w.shape[1 if transpose else 0] * block_size
     accumulate = out is not None
-    n_tokens, step = x.shape[0], _chunk_tokens(x, features)
+    n_tokens, step = x.shape[0], chunk_tokens(x, features)
     for start in range(0, n_tokens, step):
-        x_hat = _spectrum(x[start : start + step], block_size, w_hat.dtype.to_real())
+        x_hat = spectrum(x[start : start + step], block_size, w_hat.dtype.to_real())
         y = _inverse(torch.bmm(x_hat, w_hat), block_size, bias)
         out = _store(y, out, start, n_tokens, x.dtype, accumulate)
     return x.new_empty(0, features) if out is None else out
@@ -74,10 +74,10 @@ def weight_grad(dy: Tensor, x: Tensor, block_size: int, *, scale: float, dtype: 
     """
     compute_dtype = torch.promote_types(torch.promote_types(dy.dtype, torch.float32), dtype)
     dw_hat = None
-    step = _chunk_tokens(x, dy.shape[1])
+    step = chunk_tokens(x, dy.shape[1])
     for start in range(0, x.shape[0], step):
-        dy_hat = _spectrum(dy[start : start + step], block_size, compute_dtype)
-        x_hat = _spectrum(x[start : start + step], block_size, compute_dtype)
+        dy_hat = spectrum(dy[start : start + step], block_size, compute_dtype)
+        x_hat = spectrum(x[start : start + step], block_size, compute_dtype)
         dw_hat = _accumulate_outer(dw_hat, dy_hat, x_hat)
     if dw_hat is None:  # no tokens
         return x.new_zeros(dy.shape[1] // block_size, x.shape[1] // block_size, block_size, dtype=dtype)
@@ -91,25 +91,25 @@ def backward(dy: Tensor, x: Tensor, w: Tensor, *, scale: float, out: Tensor | No
     compute_dtype = w_hat.dtype.to_real()
     accumulate = out is not None
     dw_hat = None
-    n_tokens, step = x.shape[0], _chunk_tokens(x, dy.shape[1])
+    n_tokens, step = x.shape[0], chunk_tokens(x, dy.shape[1])
     for start in range(0, n_tokens, step):
-        dy_hat = _spectrum(dy[start : start + step], block_size, compute_dtype)
+        dy_hat = spectrum(dy[start : start + step], block_size, compute_dtype)
         dx = _inverse(torch.bmm(dy_hat, w_hat), block_size, None)
         out = _store(dx, out, start, n_tokens, dy.dtype, accumulate)
-        dw_hat = _accumulate_outer(dw_hat, dy_hat, _spectrum(x[start : start + step], block_size, compute_dtype))
+        dw_hat = _accumulate_outer(dw_hat, dy_hat, spectrum(x[start : start + step], block_size, compute_dtype))
     out = dy.new_empty(x.shape) if out is None else out
     if dw_hat is None:  # no tokens
         return out, torch.zeros_like(w)
     return out, _weight_from_spectrum(dw_hat, block_size, scale).to(w.dtype)
 
 
-def _chunk_tokens(x: Tensor, other_features: int) -> int:
+def chunk_tokens(x: Tensor, other_features: int) -> int:
     """Tokens of a chunk: as many as give the wider side of the product about the chunk's number of elements."""
     elements = CPU_CHUNK_ELEMENTS * torch.get_num_threads() if x.device.type == "cpu" else GPU_CHUNK_ELEMENTS
     return max(1, elements // max(x.shape[1], other_features))
 
 
-def _spectrum(x: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
+def spectrum(x: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
     """Spectra of the blocks of x, frequency first: `(n_freqs, n_tokens, blocks)`, contiguous if they are large.
 
     A plain two-dimensional transposition: torch has a blocked copy for it and not for a permutation of three axes, and
@@ -124,7 +124,7 @@ def _spectrum(x: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
 
 
 def _inverse(y_hat: Tensor, block_size: int, bias: Tensor | None) -> Tensor:
-    """The inverse of `_spectrum`, `(n_tokens, blocks * b)`, with `bias` added while it is in cache."""
+    """The inverse of `spectrum`, `(n_tokens, blocks * b)`, with `bias` added while it is in cache."""
     n_freqs, n_tokens, blocks = y_hat.shape
     rows = y_hat.permute(1, 2, 0) if y_hat.numel() < FEW_ELEMENTS else y_hat.view(n_freqs, -1).T.contiguous()
     y = torch.fft.irfft(rows, n=block_size).reshape(n_tokens, blocks * block_size)

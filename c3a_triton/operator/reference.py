@@ -4,11 +4,13 @@ This is the truth that every other backend is compared with, and the backend `"r
 dtype. It has no hand-written backward rule of its own beyond the two products below.
 """
 
+from itertools import pairwise
+
 import torch
 from einops import rearrange
 from torch import Tensor
 
-__all__ = ["circulant_matrix", "product", "weight_grad"]
+__all__ = ["circulant_matrix", "product", "routed_product", "routed_weight_grad", "weight_grad"]
 
 
 def circulant_matrix(w: Tensor, scale: float, dtype: torch.dtype | None = None) -> Tensor:
@@ -60,6 +62,25 @@ def weight_grad(dy: Tensor, x: Tensor, block_size: int, *, scale: float, dtype: 
     # Sum each circulant diagonal: row j of a block, rotated left by j, lies over the first row.
     rows = [row.roll(-j, dims=-1) for j, row in enumerate(blocks)]
     return torch.stack(rows).sum(0).to(dtype)
+
+
+def routed_product(
+    x: Tensor, w: Tensor, offsets: Tensor, *, scale: float, transpose: bool = False, out: Tensor | None = None
+) -> Tensor:
+    """x_s ΔW_gᵀ for each row s and its group g, one group after the other. See `fourier_routed.product`."""
+    features = w.shape[2 if transpose else 1] * w.shape[3]
+    out = x.new_zeros(x.shape[0], features) if out is None else out
+    for w_g, (first, last) in zip(w, pairwise(offsets.tolist()), strict=True):
+        product(x[first:last], w_g, scale=scale, transpose=transpose, out=out[first:last])
+    return out
+
+
+def routed_weight_grad(
+    dy: Tensor, x: Tensor, block_size: int, offsets: Tensor, *, scale: float, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """dw of each group from its own rows. See `fourier_routed.weight_grad`."""
+    rows = [slice(first, last) for first, last in pairwise(offsets.tolist())]
+    return torch.stack([weight_grad(dy[of], x[of], block_size, scale=scale, dtype=dtype) for of in rows])
 
 
 def compute_dtype_of(x: Tensor, w: Tensor) -> torch.dtype:

@@ -3,10 +3,12 @@
 Everything is computed where the indices are. Nothing is copied to the host, so that a CUDA graph can hold it all.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..errors import ShapeError
 
@@ -42,11 +44,11 @@ class Routes(NamedTuple):
         rows = torch.arange(self.order.shape[0], dtype=torch.int32, device=self.order.device)
         return (rows >= self.offsets[0]) & (rows < self.offsets[-1])
 
-    def tiles(self, block_t: int, start: int, count: int) -> Tensor:
-        """The table of `tile_table` for `count` rows from `start` on, made once."""
+    def tiles(self, block_t: int, start: int, count: int, make: Callable[..., Tensor] | None = None) -> Tensor:
+        """The table of `tile_table` for `count` rows from `start` on, made once: by `make`, which computes the same."""
         key = (block_t, start, count)
         if key not in self.kept:
-            self.kept[key] = tile_table(self.offsets, block_t, start, count, self.partial)
+            self.kept[key] = (make or tile_table)(self.offsets, block_t, start, count, self.partial)
         return self.kept[key]
 
 
@@ -56,8 +58,8 @@ def make(index: Tensor, n_groups: int, *, partial: bool = False) -> Routes:
     Args:
         index: `(n_tokens, top_k)` integers, the groups of each token.
         n_groups: groups are 0 to n_groups − 1.
-        partial: whether an index may lie outside of them, as those of experts that another process holds: such a row has
-            no group. Without it an index out of bounds means what it means on a device: nothing checks it.
+        partial: whether an index may lie outside of them, as of experts that another process holds: such a row has no
+            group. Without it there is no such index, which nothing checks.
 
     Raises:
         ShapeError: `index` is not two-dimensional, or not of integers.
@@ -92,7 +94,8 @@ def uniform(n_groups: int, rows_each: int, device: torch.device) -> Routes:
 def n_tiles(n_groups: int, n_rows: int, block_t: int, partial: bool) -> int:
     """How many tiles of up to `block_t` rows cover `n_rows` rows, however they are spread over the groups.
 
-    A group of t > 0 rows has 1 + (t − 1) // block_t tiles; the sum over k groups is at most k + (n_rows − k) // block_t.
+    A group of t > 0 rows has 1 + (t − 1) // block_t tiles; the sum over k groups is at most
+    k + (n_rows − k) // block_t.
     With `partial` the rows before the first group and those after the last count as two groups more.
     """
     k = min(n_groups + (2 if partial else 0), n_rows)
@@ -110,17 +113,15 @@ def tile_table(offsets: Tensor, block_t: int, start: int, count: int, partial: b
         partial: whether rows may have no group: their tiles have the group −1.
 
     Returns:
-        `(n_tiles, 3)` int32, on the device of `offsets`: group, first row relative to `start`, number of rows. The tiles
-        of real rows come first, in the order of the rows; what is left of the bound has the number 0 and the group −1.
+        `(n_tiles, 3)` int32, on the device of `offsets`: group, first row counted from `start`, number of rows. Tiles
+        that have rows come first, in the order of the rows; what is left of the bound is (−1, 0, 0).
     """
     n_groups = offsets.shape[0] - 1
     bounds = (offsets - start).clamp(0, count)
     groups = torch.arange(n_groups, dtype=torch.int32, device=offsets.device)
     if partial:
-        ends = torch.tensor([0, count], dtype=torch.int32, device=offsets.device)
-        none = torch.tensor([-1], dtype=torch.int32, device=offsets.device)
-        bounds = torch.cat([ends[:1], bounds, ends[1:]])
-        groups = torch.cat([none, groups, none])
+        bounds = pad(pad(bounds, (1, 0)), (0, 1), value=count)
+        groups = pad(groups, (1, 1), value=-1)
     rows = bounds.diff()
     tiles = (rows + (block_t - 1)) // block_t
     behind = tiles.cumsum(0, dtype=torch.int32)
@@ -129,5 +130,6 @@ def tile_table(offsets: Tensor, block_t: int, start: int, count: int, partial: b
     used = place < groups.shape[0]
     place = place.clamp(max=groups.shape[0] - 1)
     within = (tile - (behind - tiles)[place]) * block_t
-    table = torch.stack([groups[place], bounds[:-1][place] + within, (rows[place] - within).clamp(max=block_t)], dim=1)
-    return torch.where(used[:, None], table, torch.tensor([-1, 0, 0], dtype=torch.int32, device=offsets.device))
+    counts = (rows[place] - within).clamp(max=block_t)
+    columns = ((groups[place], -1), (bounds[place] + within, 0), (counts, 0))
+    return torch.stack([column.masked_fill(~used, unused) for column, unused in columns], dim=1)
