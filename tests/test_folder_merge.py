@@ -1,5 +1,6 @@
 """Merging into a folder: bit for bit what `merge_and_unload` gives, whole or not at all, in little memory."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -27,6 +28,9 @@ from c3a_triton.commands.model_folder import INDEX_NAME, SINGLE_NAME
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 QV = ["q_proj", "v_proj"]
+needs_stacks = pytest.mark.skipif(
+    importlib.util.find_spec("transformers.integrations.moe") is None, reason="transformers 4: experts are layers"
+)
 TRANSFORMERS_5 = hasattr(transformers.PreTrainedModel, "get_expanded_tied_weights_keys")
 
 
@@ -269,6 +273,85 @@ def test_layers_of_every_kind(tmp_path, kind):
     model.save_pretrained(tmp_path / "model")
     adapter = adapter_of(model, tmp_path / "adapter", target_modules=targets, block_size=b)
     check(tmp_path, tmp_path / "model", adapter, type(model))
+
+
+def qwen3_vl_moe():
+    text = tiny_models._MOE | {"moe_intermediate_size": 16, "num_experts": 3, "head_dim": 12}
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 24}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}
+    config = transformers.Qwen3VLMoeConfig(text_config=text | {"rope_parameters": rope}, vision_config=vision)
+    return transformers.Qwen3VLMoeForConditionalGeneration(config).eval()
+
+
+MIXTURES = {
+    "experts apart": lambda: tiny_models.qwen3_moe(num_hidden_layers=2),
+    "experts apart, other names": tiny_models.mixtral,
+    "beside layers": tiny_models.deepseek_v3,
+    "stacked, [in, out], by turns": tiny_models.gpt_oss,
+    "stacked, [in, out]": tiny_models.llama4,
+}
+
+
+@needs_stacks
+@pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_stacked_experts(tmp_path, kind, dtype, recwarn):
+    model = MIXTURES[kind]().to(dtype)
+    model.save_pretrained(tmp_path / "model", max_shard_size="4KB")
+    experts = [name for name, parameter in model.named_parameters() if parameter.dim() == 3]
+    adapter = adapter_of(model, tmp_path / "adapter", target_modules=["o_proj"], target_parameters="all-experts")
+    result = check(tmp_path, tmp_path / "model", adapter)
+    assert result.layers == len(experts) + model.config.num_hidden_layers
+    n_files = len(experts) if kind.startswith("stacked") else len(experts) // 2 * 3 * 4
+    assert len([name for name in result.changed if ".experts." in name]) == n_files
+    assert not [warning for warning in recwarn if "cannot be seen" in str(warning.message)]
+
+
+@needs_stacks
+@pytest.mark.parametrize("exchanged", [True, False])
+def test_stacks_with_rows_and_columns_exchanged(tmp_path, exchanged):
+    """As the hub has Qwen3-VL-MoE; transformers tells by the shape."""
+    model = qwen3_vl_moe()
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    tensors = {
+        name: tensor.mT.contiguous() if exchanged and ".experts." in name else tensor
+        for name, tensor in load_file(folder / SINGLE_NAME).items()
+    }
+    save_file(tensors, folder / SINGLE_NAME, metadata={"format": "pt"})
+    adapter = adapter_of(model, tmp_path / "adapter", target_modules=[], target_parameters="all-experts")
+    result = check(tmp_path, folder, adapter, type(model))
+    assert len(result.changed) == 2
+
+
+@needs_stacks
+def test_a_parameter_that_is_no_expert_s(tmp_path):
+    model = tiny_models.qwen3_moe()
+    model.save_pretrained(tmp_path / "model")
+    adapter = adapter_of(model, tmp_path / "adapter", target_modules=[], target_parameters=["mlp.gate.weight"])
+    result = check(tmp_path, tmp_path / "model", adapter)
+    assert result.changed == ("model.layers.0.mlp.gate.weight",)
+
+
+@needs_stacks
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (None, r"no tensor of its own for .*gate_up_proj, and not all .* \(7 of 8 are known\).*merge_and_unload"),
+        (torch.zeros(24, 16), r"0\.up_proj\.weight has shape \[24, 16\], the model's configuration says \[16, 24\]"),
+        (torch.zeros(16, 24, dtype=torch.int8), r"0\.up_proj\.weight is stored as I8"),
+        (torch.full((16, 24), torch.inf), r"gate_up_proj \(.*0\.up_proj\.weight\): merging gives .* not finite"),
+    ],
+)
+def test_refuses_experts_that_do_not_fit(tmp_path, change, match):
+    model = tiny_models.qwen3_moe()
+    model.save_pretrained(tmp_path / "model")
+    adapter_of(model, tmp_path / "adapter", target_modules=[], target_parameters=["experts.gate_up_proj"])
+    file = tmp_path / "model" / SINGLE_NAME
+    tensors = load_file(file) | {"model.layers.0.mlp.experts.0.up_proj.weight": change}
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(tensors, file, metadata={"format": "pt"})
+    refused(tmp_path, (CheckpointError, AdapterStateError), match)
 
 
 def test_what_is_no_product_with_its_weight_is_refused_as_in_memory(tmp_path, monkeypatch):

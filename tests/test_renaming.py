@@ -119,18 +119,46 @@ def moe() -> Any:
     return transformers.MixtralForCausalLM(config)
 
 
-@pytest.mark.parametrize(
-    ("names", "place"),
-    [(("w1", "w2", "w3"), "block_sparse_moe"), (("gate_proj", "up_proj", "down_proj"), "mlp")],
-    ids=["mixtral", "by modules' names"],
-)
-def test_experts_that_were_layers_of_their_own(tmp_path: Path, names: tuple[str, ...], place: str) -> None:
+def layers_of_experts(names: tuple[str, ...], place: str, folder: Path) -> Experts:
+    """Adapted, and saved."""
+    old = c3a_triton.apply(Experts(names, place), C3AConfig(block_size=4, target_modules=list(names)))
+    old.c3a.save_pretrained(folder)
+    return old
+
+
+def test_experts_that_were_layers_of_their_own(tmp_path: Path) -> None:
+    model = moe()
+    if not any(parameter.dim() == 3 for parameter in model.parameters()):
+        pytest.skip("transformers 4: experts are layers")
+    old = layers_of_experts(("w1", "w2", "w3"), "block_sparse_moe", tmp_path / "old")
+    model.save_pretrained(tmp_path / "base")
+    load_adapter(model, tmp_path / "old")
+    found = {name.rpartition(".")[2]: layer for name, layer in model.c3a.layers()}
+    for expert, layers in enumerate(old.model.layers[0].block_sparse_moe.experts):
+        w1, w2, w3 = (layers[name].get_delta_weight("default") for name in ("w1", "w2", "w3"))
+        assert torch.equal(found["gate_up_proj"].get_delta_weight("default")[expert], torch.cat([w1, w3]))
+        assert torch.equal(found["down_proj"].get_delta_weight("default")[expert], w2)
+    model.c3a.save_pretrained(tmp_path / "new")
+    again = load_adapter(moe(), tmp_path / "new")
+    assert torch.equal(logits(again), logits(model))
+    with torch.no_grad():
+        for _, layer in again.c3a.layers():
+            layer.c3a_kernel["default"].zero_()
+    again.c3a.hotswap_adapter(tmp_path / "old")
+    assert torch.equal(logits(again), logits(model))
+    merge_folder(tmp_path / "base", tmp_path / "old", tmp_path / "merged")
+    merged = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    in_memory = model.c3a.merge_and_unload().state_dict()
+    assert merged.keys() == in_memory.keys()
+    assert all(torch.equal(merged[name], tensor) for name, tensor in in_memory.items())
+
+
+def test_experts_of_names_that_transformers_does_not_know_are_refused(tmp_path: Path) -> None:
     model = moe()
     if not any(parameter.dim() == 3 for parameter in model.parameters()):
         pytest.skip("transformers 4: experts are layers")
     before = {name: id(module) for name, module in model.named_modules()}
-    old = c3a_triton.apply(Experts(names, place), C3AConfig(block_size=4, target_modules=list(names)))
-    old.c3a.save_pretrained(tmp_path / "old")
+    layers_of_experts(("gate_proj", "up_proj", "down_proj"), "mlp", tmp_path / "old")
     message = r"experts\.\d\.\w+, an expert .* as transformers 4 builds it.*in one tensor .*experts\.\w+.*merge it"
     with pytest.raises(CheckpointError, match=message):
         load_adapter(model, tmp_path / "old")

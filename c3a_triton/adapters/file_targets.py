@@ -116,12 +116,14 @@ def find_file_targets(model: nn.Module, file: AdapterFile) -> list[Target]:
     for name, place in places.items():
         if name not in file.block_sizes:
             continue
-        sizes = place.sizes
         if problem := parameter_problem(name, places, file.config, file.block_sizes):
             problems.append(problem)
-        elif sizes is not None and (problem := _misfit(file, name, sizes)):
+            continue
+        sizes = place.sizes
+        assert sizes is not None, "a parameter that can be adapted, of unknown sizes"
+        if problem := _misfit(file, name, sizes):
             problems.append(problem)
-        elif sizes is not None:
+        else:
             b = file.block_sizes[name]
             targets.append(Target(name, place.adapted, sizes, b, chosen_by(name), place.parameter))
     if file.config.target_modules not in (None, "all-linear"):

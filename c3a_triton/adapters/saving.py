@@ -105,8 +105,9 @@ class AdapterTensors:
         own = [name for name, layer in self.layers() if not isinstance(layer.get_base_layer(), nn.Linear)]
         if own:
             warnings.warn(
-                f"PEFT adapts linear layers alone (nn.Linear) by C3A: it cannot load this adapter, which has {len(own)} "
-                f"others ({', '.join(own[:3])}{', …' if len(own) > 3 else ''}); c3a_triton.load_adapter does",
+                "PEFT adapts linear layers alone (nn.Linear) by C3A: it cannot load this adapter, which has "
+                f"{len(own)} others ({', '.join(own[:3])}{', …' if len(own) > 3 else ''}); "
+                "c3a_triton.load_adapter does",
                 stacklevel=3,
             )
 

@@ -126,7 +126,7 @@ def _conversion_of(model: Any) -> Callable[[str], _Conversion | None]:
 
 
 def _conversions(model: Any) -> tuple[list[Any], list[Any]]:
-    """What transformers 5 does to a checkpoint of this model: renamings, and then at most one converter for each name."""
+    """What transformers 5 does to a model's checkpoint: renamings, and then at most one of the converters."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 

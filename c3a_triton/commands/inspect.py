@@ -72,9 +72,7 @@ def _model_document(
 ) -> dict[str, Any]:
     model = load_structure(path)
     # Every layer takes b = 1, so that no layer is refused for its size.
-    config = C3AConfig(
-        block_size=1, target_modules=targets, target_parameters=parameters, exclude_modules=excluded
-    )
+    config = C3AConfig(block_size=1, target_modules=targets, target_parameters=parameters, exclude_modules=excluded)
     layers = []
     for target in find_targets(model, config):
         sizes = target.sizes

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from c3a_triton.adapters.base_model import warn_tied
 from c3a_triton.adapters.file_targets import check_file_values, find_file_targets, with_names_of
-from c3a_triton.adapters.injection import layer_class
+from c3a_triton.adapters.injection import layer_class, new_layer, put, put_plain
 from c3a_triton.adapters.layer import C3ALinear
 from c3a_triton.adapters.names import Scope
 from c3a_triton.adapters.samples import output_of, sample_inputs
@@ -29,6 +29,7 @@ from .merge_stacks import Change, apart_changes, merge_into_parameter
 from .model_folder import ModelFolder, are_equal, check_stored, read_json
 
 __all__ = ["Plan", "plan_merge"]
+
 
 @dataclass
 class Plan:
@@ -106,12 +107,16 @@ def _called(structure: Any, targets: list[Target]) -> list[Target] | None:
     None where that cannot be seen: inputs that are not known, or a forward that needs values.
     """
     watch, scope = Watch(structure), Scope()
-    layers = [layer_class(target.module)(target.module, block_size=target.block_size) for target in targets]
-    places = [(*_parent_of(structure, target.name), target.module) for target in targets]
+    work = []
     try:
-        for (parent, child, _), layer, target in zip(places, layers, targets, strict=True):
-            layer.layer_name, layer._scope = target.name, scope
-            setattr(parent, child, layer)
+        for target in targets:
+            layer, kernel = new_layer(structure, target, "default", True, None, backend="auto", active=["default"])
+            layer._install("default", kernel)
+            layer._scope = scope
+            put(structure, target, layer)
+            work.append((target.name, layer, target))
+        if hasattr(structure, "set_experts_implementation"):
+            structure.set_experts_implementation("batched_mm")  # which needs no values, whatever the dtype
         watch.begin()
         with scope.bound(disabled=True):
             for inputs in sample_inputs(structure):
@@ -123,15 +128,8 @@ def _called(structure: Any, targets: list[Target]) -> list[Target] | None:
                 return None
     finally:
         watch.end()
-        for parent, child, module in places:
-            setattr(parent, child, module)
-    work = watch.without_uncalled([(target.name, layer, target) for layer, target in zip(layers, targets, strict=True)])
-    return [target for _, _, target in work]
-
-
-def _parent_of(structure: nn.Module, name: str) -> tuple[nn.Module, str]:
-    parent, _, child = name.rpartition(".")
-    return structure.get_submodule(parent), child
+        put_plain(structure, scope, with_copies=False)
+    return [target for _, _, target in watch.without_uncalled(work)]
 
 
 def _tied(
@@ -212,7 +210,7 @@ def _keys_by_name(structure: Any, checkpoint: ModelFolder, tensors: Mapping[str,
 
 
 def _namer(structure: Any, tensors: Mapping[str, Tensor]) -> Callable[[str], str | None]:
-    """A name that transformers gives to a tensor → the one in the model, with or without the prefix of the bare model."""
+    """A tensor's name by transformers → its name in the model, with or without the prefix of the bare one."""
     prefix = f"{structure.base_model_prefix}."
 
     def named(name: str) -> str | None:

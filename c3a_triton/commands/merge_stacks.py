@@ -1,4 +1,4 @@
-"""What a merge makes of stacked weights, as a model has them of its experts, and of the tensors that a folder has instead.
+"""What a merge makes of stacked weights, as a model has them of its experts, and of what a folder has instead.
 
 A folder may have every expert's matrices alone, gate and up too, as transformers 4 writes them and transformers 5 as
 well; or the stack with its rows and columns exchanged.
@@ -92,7 +92,7 @@ def _of_parts(
             "memory, with model.c3a.merge_and_unload()"
         )
     kernels = adapter.tensors[target.name + KERNEL_SUFFIX]
-    changes = {}
+    changes: dict[str, Change] = {}
     for place, key in keys.items():
         check_stored(key, checkpoint, (shape[1] // n_parts, shape[2]))
         part = kernels[place.expert].chunk(n_parts)[place.part]

@@ -22,7 +22,7 @@ def module_choice(values: list[str] | None) -> list[str] | str | None:
 
 def parameter_choice(values: list[str] | None) -> list[str] | str | None:
     """What a user's words mean to `C3AConfig`: "all-experts", or a list of parameters' names."""
-    if values is None or len(values) == 1 and values[0] == "all-experts":
+    if values is None or values == ["all-experts"]:
         return values and values[0]
     return [name for value in values for name in value.split(",") if name]
 
