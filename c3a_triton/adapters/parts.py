@@ -123,6 +123,11 @@ class Part(C3ALinear):
 
     # torch's hooks into a module
 
+    def extra_repr(self) -> str:
+        """The widths, of how many matrices, block sizes and backend."""
+        stack = self._geometry.stack
+        return f"stack={stack}, {super().extra_repr()}" if stack else super().extra_repr()
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
