@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from c3a_triton.errors import BackendError
@@ -284,15 +286,31 @@ def foreign_product(module: nn.Module, name: str, x: Tensor, offsets: Tensor, tr
         [n_rows, out]; of rows without an expert nobody knows what.
 
     Raises:
-        BackendError: this class does not compute it.
+        BackendError: this class does not compute it in the way that the model's own implementation does.
     """
     from transformers.integrations.moe import _grouped_linear
 
-    weight = getattr(module, name)
+    weight, config = getattr(module, name), module.__dict__.get("config")
+    config = config._config if isinstance(config, _AdaptedConfig) else config
+    implementation = getattr(config, "_experts_implementation", "eager")
     try:
+        if implementation == "eager":
+            return _product_of_each(x, weight, offsets.tolist(), transposed)
         return _grouped_linear(x, weight, offsets, is_transposed=transposed)
     except (NotImplementedError, RuntimeError) as error:
         raise BackendError(
-            f"{name} of {type(module).__name__} is a {type(weight).__name__}, which does not compute a product of "
-            f"groups of rows ({error}): load the model in another format"
+            f"{name} of {type(module).__name__} is a {type(weight).__name__}, which does not compute as "
+            f'experts_implementation={implementation!r} does ({error}): choose another one, such as "eager", or load '
+            "the model in another format"
         ) from error
+
+
+def _product_of_each(x: Tensor, weight: Tensor, ends: list[int], transposed: bool) -> Tensor:
+    rows = [x[start:end] for start, end in zip([0, *ends], [*ends, len(x)], strict=True)]
+    parts = [
+        own @ weight[expert] if transposed else F.linear(own, weight[expert])
+        for expert, own in enumerate(rows[:-1])
+        if len(own)
+    ]
+    out_features = weight.shape[-1 if transposed else -2]
+    return torch.cat([*parts, x.new_zeros(len(rows[-1]), out_features)])
