@@ -5,17 +5,19 @@ import pickle
 import threading
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from oracle import assert_close
+from safetensors.torch import load_file
 from tiny_models import IDS, deepseek_v3, gpt_oss, llama4, logits, mixtral, qwen3_moe
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import c3a_triton
-from c3a_triton import BackendError, C3AConfig, ShapeError
+from c3a_triton import AdapterStateError, BackendError, C3AConfig, ShapeError
 from c3a_triton.adapters.experts import C3AExperts, C3AStacked
 
 pytest.importorskip("transformers.integrations.moe", reason="transformers 4: experts are layers")
@@ -235,6 +237,29 @@ def test_delta_weight_has_the_shape_of_the_parameter() -> None:
             assert delta.shape == layer.weight.shape
             true = dense(layer.c3a_kernel["default"].detach().double())
             assert_close(delta, true.mT if layer.transposed else true, torch.float32)
+
+
+def test_the_models_own_save_pretrained_keeps_the_names_and_is_no_plain_model(tmp_path: Path) -> None:
+    model = adapted(qwen3_moe())
+    with pytest.warns(UserWarning, match="with C3A adapters in place"):
+        model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(stored[name], tensor), name
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        type(model).from_pretrained(tmp_path)
+
+
+def test_other_verbs_of_transformers_see_a_plain_model() -> None:
+    model = adapted(qwen3_moe(tie_word_embeddings=True), modules_to_save=["lm_head"])
+    with torch.no_grad():
+        model.lm_head.modules_to_save["default"].weight.add_(0.1)
+    model.resize_token_embeddings(32)
+    expected, generated = logits(model), model.generate(IDS[:, :3], max_new_tokens=4, do_sample=False)
+    merged = model.c3a.merge_and_unload()
+    assert not merged.config.tie_word_embeddings
+    assert_close(logits(merged), expected.double(), torch.float32)
+    assert torch.equal(merged.generate(IDS[:, :3], max_new_tokens=4, do_sample=False), generated)
 
 
 # Calls of other kinds
@@ -464,6 +489,31 @@ def test_offloaded_experts_are_computed_and_merged() -> None:
     model.c3a.unmerge_adapter()
     with model.c3a.disable_adapter():
         torch.testing.assert_close(logits(model), base)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_quantized_experts_are_computed_by_their_own_class(implementation: str) -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    names = [f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    quantized = qwen3_moe(implementation).to(torch.bfloat16)
+    torchao.quantize_(
+        quantized, torchao.FqnToConfig({name: torchao.Int8WeightOnlyConfig() for name in names}), filter_fn=None
+    )
+    model = adapted(quantized)
+    if implementation == "grouped_mm":  # nor does the model compute alone
+        with pytest.raises(BackendError, match=r"gate_up_proj: .* Int8Tensor, .*choose another one, such as \"eager\""):
+            model(input_ids=IDS)
+        return
+    plain = qwen3_moe().to(torch.bfloat16)
+    other = adapted(copy.deepcopy(plain))
+    with torch.no_grad():
+        for name, kernel in kernels_of(other).items():
+            kernel.copy_(kernels_of(model)[name])
+    assert_close(logits(model), logits(other).double(), torch.bfloat16, bound=0.03)
+    model(input_ids=IDS).logits.float().square().sum().backward()
+    assert all(w.grad.any() for w in kernels_of(model).values())
+    with pytest.raises(AdapterStateError, match=r"gate_up_proj: nothing can be merged .* Int8Tensor"):
+        model.c3a.merge_adapter()
 
 
 # What is told

@@ -191,7 +191,7 @@ def _memory(place: Place) -> Any:
     parameter = place.module._parameters.get(place.parameter)
     if parameter is None:
         return None
-    if parameter.is_meta or not parameter.numel():
+    if parameter.is_meta or not parameter.numel() or type(parameter) not in (Tensor, nn.Parameter):
         return id(parameter)
     return parameter.device, parameter.untyped_storage().data_ptr()
 

@@ -123,6 +123,22 @@ class Part(C3ALinear):
 
     # torch's hooks into a module
 
+    def extra_repr(self) -> str:
+        """The widths, of how many matrices, block sizes and backend."""
+        stack = self._geometry.stack
+        return f"stack={stack}, {super().extra_repr()}" if stack else super().extra_repr()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name.startswith("_") or not hasattr(Tensor, name):
+                raise
+            raise AttributeError(
+                f"{self._label} is an adapted parameter, and what reads its {name!r} here is not the forward of the "
+                "module that has it: it cannot be adapted by itself. Leave it out of target_parameters"
+            ) from error
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Part":
         nn.Module._apply(self, fn, recurse)  # the holder sees to what is merged
         self._refresh()

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import inspect
 import os
 import re
 import sys
@@ -121,6 +122,10 @@ class SavePretrained:
         state_dict = {name: tensor for name, tensor in state_dict.items() if unwrapped_name(name) not in left_out}
         # FSDP2 changes the model's class, so that it is asked for late.
         save: Any = type(self.model).save_pretrained  # type: ignore[attr-defined]
+        adapted: Any = self.model.c3a.layers()  # type: ignore[union-attr, operator]
+        if any(layer.is_part for _, layer in adapted) and "save_original_format" in inspect.signature(save).parameters:
+            # Otherwise transformers takes kernels of stacked experts for experts, and saves each by itself.
+            kwargs["save_original_format"] = False
         result = save(self.model, save_directory, *args, state_dict=state_dict | self._refused(), **kwargs)
         default = self.model.c3a.adapters.get("default")  # type: ignore[union-attr, operator]
         if writes and default is not None and default.base_model_name_or_path and importlib.util.find_spec("peft"):
@@ -131,7 +136,7 @@ class SavePretrained:
         """A tensor that an adapted model passes over, and for which a plain one has another shape."""
         layers: Any = self.model.c3a.layers()  # type: ignore[union-attr, operator]
         weights = (
-            unwrapped_name(name) + ("" if layer.parameter else ".weight")
+            unwrapped_name(name) + ("" if layer.is_part else ".weight")
             for name, layer in layers
             if (layer.parameter or "weight") in layer.base_layer._parameters
         )

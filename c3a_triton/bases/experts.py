@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from c3a_triton.errors import BackendError
@@ -36,6 +38,8 @@ __all__ = [
 
 # The name of our implementation in transformers' interface.
 _IMPLEMENTATION = "c3a_triton"
+# Classes whose parameters are read by what holds them, which then calls them with what it has read.
+_READ_FROM_OUTSIDE = ("DbrxExpertGLU",)
 
 
 @dataclass(frozen=True)
@@ -151,8 +155,8 @@ def problem(module: nn.Module, name: str) -> str | None:
         return f"this {kind} holds layers ({', '.join(inner[:3])}), which could not be adapted any more: adapt those"
     if found is not None and found.kind == "dispatched":
         return None if is_known else f"this {kind} computes its experts without it, as far as we know"
-    if isinstance(module, nn.RNNBase) or type(module).forward is nn.Module.forward:
-        return f"{kind} does not read it in a forward of its own"
+    if isinstance(module, nn.RNNBase) or kind in _READ_FROM_OUTSIDE or type(module).forward is nn.Module.forward:
+        return f"{kind} does not read it in a forward of its own, so that nothing can be put in its place"
     if "forward" in module.__dict__ and _forward_holder(module) == "forward" and not _is_own_forward(module):
         return (
             f"the forward of this {kind} has been replaced, so that nobody can tell whether it reads the parameter: "
@@ -183,9 +187,11 @@ def stacked_names(module: nn.Module) -> list[str]:
     known = layout(module)
     if known is not None:
         return [known.up, known.down]
-    if "Experts" not in type(module).__name__:
+    kind = type(module).__name__
+    if "Experts" not in kind and kind not in _READ_FROM_OUTSIDE:
         return []
-    return [name for name, p in module._parameters.items() if p is not None and len(whole_shape(p)) == 3]
+    n_dims = 2 if kind in _READ_FROM_OUTSIDE else 3
+    return [name for name, p in module._parameters.items() if p is not None and len(whole_shape(p)) == n_dims]
 
 
 def stacked(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
@@ -295,15 +301,31 @@ def foreign_product(module: nn.Module, name: str, x: Tensor, offsets: Tensor, tr
         [n_rows, out]; of rows without an expert nobody knows what.
 
     Raises:
-        BackendError: this class does not compute it.
+        BackendError: this class does not compute it in the way that the model's own implementation does.
     """
     from transformers.integrations.moe import _grouped_linear
 
-    weight = getattr(module, name)
+    weight, config = getattr(module, name), module.__dict__.get("config")
+    config = config._config if isinstance(config, _AdaptedConfig) else config
+    implementation = getattr(config, "_experts_implementation", "eager")
     try:
+        if implementation == "eager":
+            return _product_of_each(x, weight, offsets.tolist(), transposed)
         return _grouped_linear(x, weight, offsets, is_transposed=transposed)
     except (NotImplementedError, RuntimeError) as error:
         raise BackendError(
-            f"{name} of {type(module).__name__} is a {type(weight).__name__}, which does not compute a product of "
-            f"groups of rows ({error}): load the model in another format"
+            f"{name} of {type(module).__name__} is a {type(weight).__name__}, which does not compute as "
+            f'experts_implementation={implementation!r} does ({error}): choose another one, such as "eager", or load '
+            "the model in another format"
         ) from error
+
+
+def _product_of_each(x: Tensor, weight: Tensor, ends: list[int], transposed: bool) -> Tensor:
+    rows = [x[start:end] for start, end in zip([0, *ends], [*ends, len(x)], strict=True)]
+    parts = [
+        own @ weight[expert] if transposed else F.linear(own, weight[expert])
+        for expert, own in enumerate(rows[:-1])
+        if len(own)
+    ]
+    out_features = weight.shape[-1 if transposed else -2]
+    return torch.cat([*parts, x.new_zeros(len(rows[-1]), out_features)])
