@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from c3a_triton.benchmark import gate
-from c3a_triton.operator import autograd, calls, reference
-from c3a_triton.operator.launch import decode, direct, expand, fft, grouped, plans, specs, weight_grad
+from c3a_triton.operator import autograd, calls, reference, routes
+from c3a_triton.operator.launch import decode, direct, expand, fft, grouped, plans, routed, specs, weight_grad
 from c3a_triton.operator.rows import c3a_linear_rows
 
 from . import ROOT, guards, overhead
@@ -48,7 +48,8 @@ class Case:
     dtype: str = _F32
     options: frozenset[str] = field(default=frozenset())
     """Some of: transpose, bias, out; unaligned (all operands begin an element past an aligned address); apart (rows of
-    2-D operands are); chunks (tokens in several); a layout or a backend that the operator has."""
+    2-D operands are); chunks (tokens in several); one, many, rest (of a stack's w's all rows have one, most have no
+    row, some rows have none); a layout or a backend that the operator has."""
 
     @property
     def key(self) -> str:
@@ -215,6 +216,66 @@ def _of_rows(x: Tensor, kernels: Sequence[Tensor], rows: Sequence[int], transpos
     return torch.cat(parts)
 
 
+class _Stack:
+    """A stack of w's and rows that have them, sorted: as options say, all of them have the same one, some have none, or
+    most w's have no row.
+    """
+
+    def __init__(self, given: _Operands, device: torch.device) -> None:
+        case = given.case
+        size = 2 * case.n_tokens + 1 if "many" in given else 3
+        index = torch.arange(case.n_tokens) * 2 % size if "many" in given else torch.arange(case.n_tokens) % 2 * 2
+        if "one" in given:
+            index.fill_(1)
+        if "rest" in given:
+            index[::3], index[1::4] = -1, size
+        self.w = given.normal("w", size, case.m, case.n, case.b, dtype=torch.float32)
+        self.routes = routes.make(index[:, None].to(device), size, partial="rest" in given)
+        self._groups = index[self.routes.order.cpu()].tolist()
+        self._dense = [_dense(w) for w in self.w]
+
+    def product(self, x: Tensor, transpose: bool = False) -> Tensor:
+        """What each row's own matrix makes of it."""
+        rows = torch.zeros(len(x), self._dense[0].shape[int(transpose)], dtype=torch.float64)
+        for row, (one, group) in enumerate(zip(_exact(x), self._groups, strict=True)):
+            if 0 <= group < len(self._dense):
+                rows[row] = one @ (self._dense[group] if transpose else self._dense[group].T)
+        return rows
+
+    def weight_grad(self, dy: Tensor, x: Tensor) -> Tensor:
+        """dw of each from its own rows."""
+        of_group = [torch.tensor([g == group for g in self._groups]) for group in range(len(self._dense))]
+        b = self.w.shape[3]
+        return torch.stack([_weight_grad(_exact(dy)[own], _exact(x)[own], b) for own in of_group])
+
+
+def _routed(given: _Operands, product: Callable[..., Tensor] = routed.routed_product) -> Iterator[_Result]:
+    transpose = "transpose" in given
+    x = given.dy() if transpose else given.x()
+    stack = _Stack(given, x.device)
+    truth = stack.product(x, transpose)
+    out = given.normal("out", *truth.shape) if "out" in given else None
+    truth = truth if out is None else truth + _exact(out)
+    of = stack.routes
+    with _in_chunks() if "chunks" in given else nullcontext():
+        y = product(x, stack.w, of.offsets, scale=SCALE, transpose=transpose, out=out, tiles=of.tiles)
+    yield "y", y, truth
+
+
+def _routed_direct(given: _Operands) -> Iterator[_Result]:
+    return _routed(given, routed.routed_direct)
+
+
+def _routed_backward(given: _Operands) -> Iterator[_Result]:
+    x, dy = given.x(), given.dy()
+    stack = _Stack(given, x.device)
+    of = stack.routes
+    with _in_chunks() if "chunks" in given else nullcontext():
+        dx, dw = routed.routed_backward(dy, x, stack.w, of.offsets, scale=SCALE, tiles=of.tiles)
+    yield "dx", dx, stack.product(dy, transpose=True)
+    yield "dw", dw, stack.weight_grad(dy, x)
+
+
 def _layer(given: _Operands) -> Iterator[_Result]:
     """A layer and its gradients, through autograd and through the custom op that compiled code calls."""
     (backend,) = given.case.options & {"direct", "fft", "expand", "fold"}
@@ -252,6 +313,9 @@ _OPERATORS: dict[str, Callable[[_Operands], Iterator[_Result]]] = {
     "grouped": _grouped,
     "layer": _layer,
     "rows": _rows,
+    "routed": _routed,
+    "routed_direct": _routed_direct,
+    "routed_backward": _routed_backward,
 }
 
 # The table: (tokens, m, n, b), dtype, options
@@ -379,6 +443,31 @@ CASES = _alternating(
         ((2, 1, 1, 512), _BF16, ""),
     ),
     _cases("rows", ((3, 3, 2, 8), _F32, ""), ((9, 2, 3, 7), _BF16, "")),
+    _cases(
+        "routed",
+        ((7, 2, 3, 5), _F32, "rest"),
+        ((5, 3, 2, 8), _BF16, "many transpose unaligned out"),
+        ((140, 1, 2, 4), _F16, "one chunks apart"),
+        ((20, 9, 1, 4), _F16, "rest transpose"),
+    ),
+    _cases(
+        "routed_direct",
+        # Few rows; 40 blocks split the sum.
+        ((7, 2, 3, 5), _F32, "rest out"),
+        ((5, 3, 2, 8), _F16, "many transpose unaligned"),
+        ((4, 2, 80, 8), _BF16, "one out"),
+        # Many rows.
+        ((70, 2, 3, 5), _F16, "rest unaligned transpose out"),
+        ((81, 1, 4, 16), _BF16, "one apart"),
+        ((60, 3, 2, 33), _F32, "rest out"),
+    ),
+    _cases(
+        "routed_backward",
+        ((7, 2, 3, 5), _BF16, "rest"),
+        ((5, 3, 2, 8), _F16, "many unaligned"),
+        ((140, 1, 2, 4), _F32, "chunks rest"),
+        ((33, 2, 1, 6), _F32, "one"),
+    ),
 )
 
 # Every kernel that there is, by its name; what else is compiled is part of them.

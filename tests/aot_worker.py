@@ -27,7 +27,9 @@ from c3a_triton.operator.launch.direct import direct_product
 from c3a_triton.operator.launch.expand import add_expanded_, expand_weight
 from c3a_triton.operator.launch.fft import fft_backward, fft_product
 from c3a_triton.operator.launch.grouped import grouped_product
+from c3a_triton.operator.launch.routed import routed_backward, routed_direct, routed_product
 from c3a_triton.operator.launch.weight_grad import weight_grad as grad_of_w
+from c3a_triton.operator.routes import uniform
 
 CARD = sys.argv[1]
 CAPABILITY = int(CARD.removeprefix("sm_"))
@@ -52,12 +54,13 @@ def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def steps(kernel: str, constants: dict[str, Any]) -> dict[str, int]:
     """Of a spectral product: rows of its tile and steps of its sum over a constant length."""
-    if kernel == "outer_kernel":
+    if kernel in ("outer_kernel", "routed_outer_kernel"):
         return {"rows": constants["BLOCK_O"], "steps": 0}
     lengths = {
         "spectra_kernel": lambda c: c["Q"],
         "results_kernel": lambda c: c["Q"] + c["Q"] % 2,
         "mix_kernel": lambda c: 2 * c["col_blocks"],
+        "routed_mix_kernel": lambda c: 2 * c["col_blocks"],
     }
     return {"steps": -(-lengths[kernel](constants) // constants["BLOCK_K"])} if kernel in lengths else {}
 
@@ -123,6 +126,17 @@ def grouped(dtype: torch.dtype, n_rows: int, tokens_per_row: int, in_features: i
     grouped_product(dy, kernels, rows, scale=1.0, transpose=True, bias=bias)
 
 
+def routed(dtype: torch.dtype, n_rows: int, stack: int, in_features: int, out_features: int, b: int) -> None:
+    """Rows of a stack's w's: by spectra into an existing output, and both gradients; by indexing both ways."""
+    x, y = tensor(n_rows, in_features, dtype=dtype), tensor(n_rows, out_features, dtype=dtype)
+    w = tensor(stack, out_features // b, in_features // b, b)
+    routes = uniform(stack, n_rows // stack, x.device)
+    routed_product(x, w, routes.offsets, scale=1.0, out=y, tiles=routes.tiles)
+    routed_backward(y, x, w, routes.offsets, scale=1.0, tiles=routes.tiles)
+    routed_direct(x, w, routes.offsets, scale=1.0, out=y, tiles=routes.tiles)
+    routed_direct(y, w, routes.offsets, scale=1.0, transpose=True, tiles=routes.tiles)
+
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Every kernel, on sizes of real models.
 ONE_EACH = (
@@ -136,6 +150,8 @@ ONE_EACH = (
     (grouped, BF16, 128, 1, 4096, 4096, 256),
     (grouped, BF16, 16, 512, 4096, 4096, 256),
     (fft, BF16, 8192, 4096, 256),
+    # Qwen3-30B-A3B: gate and up of 8192 tokens.
+    (routed, BF16, 65536, 128, 2048, 1536, 128),
 )
 # With these every tile of the table and every branch of the kernels.
 CASES = (
@@ -171,6 +187,9 @@ CASES = (
     (fft, BF16, 8192, 4096, 1024),
     (fft, BF16, 2048, 4096, 16),
     (fft, FP32, 8192, 4096, 128),
+    (routed, BF16, 64, 32, 2048, 768, 64),
+    (routed, BF16, 8192, 16, 1536, 1536, 16),
+    (routed, FP32, 8192, 16, 2048, 768, 64),
 )
 # Neighbours of the above in size or dtype, and the largest transform, which takes the compiler longest.
 MORE_CASES = (
@@ -188,6 +207,8 @@ MORE_CASES = (
     (fft, BF16, 8192, 3072, 64, 1024),
     (fft, FP32, 8192, 4096, 1024),
     (fft, FP16, 8192, 4096, 256),
+    (routed, FP16, 65536, 128, 768, 2048, 128),
+    (routed, BF16, 8192, 8, 4096, 14336, 256),
 )
 
 

@@ -262,6 +262,10 @@ REACHING = [
     "grouped T=4 w=6×4×3",
     "grouped T=80",
     "fft T=19 w=5×3×7",
+    "routed T=7 w=2×3×5",
+    "routed_direct T=7 w=2×3×5",
+    "routed_direct T=60",
+    "routed_backward T=7 w=2×3×5",
 ]
 
 
@@ -284,6 +288,10 @@ SUMMING = [
     "grouped T=80",
     "fft T=19 w=5×3×7",
     "fft_weight_grad T=7",
+    "routed T=7 w=2×3×5",
+    "routed_direct T=7 w=2×3×5",
+    "routed_direct T=60",
+    "routed_backward T=7 w=2×3×5",
 ]
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from . import fourier, fourier_routed, reference
-from .launch import direct, expand, fft, weight_grad
+from .launch import direct, expand, fft, routed, weight_grad
 
 __all__ = ["BY_NAME", "ROUTED", "Backend"]
 
@@ -38,4 +38,7 @@ BY_NAME = {
 ROUTED = {
     "reference": Backend(reference.routed_product, reference.routed_weight_grad, by_triton=False),
     "torch": Backend(fourier_routed.product, fourier_routed.weight_grad, fourier_routed.backward, by_triton=False),
+    # Its dw is that of fft: nobody needs it for so few rows.
+    "direct": Backend(routed.routed_direct, routed.routed_weight_grad),
+    "fft": Backend(routed.routed_product, routed.routed_weight_grad, routed.routed_backward),
 }

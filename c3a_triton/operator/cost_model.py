@@ -9,17 +9,19 @@ import torch
 from ..errors import BackendError
 from .bounds import CEILINGS, WRITTEN, Ceilings, Launch, seconds, streamed
 from .launch.fft_bases import spectrum_itemsize, taken_apart
-from .launch.plans import PROGRAMS
-from .launch.tiles import SMALL_T, padded_block
+from .launch.plans import PROGRAMS, split
+from .launch.tiles import SMALL_T, grouped_tile, hankel_tile, padded_block
 
 __all__ = [
     "CEILINGS",
+    "ROUTED",
     "Ceilings",
     "Sizes",
     "added_seconds",
     "base_seconds",
     "launches",
     "predicted_seconds",
+    "routed_launches",
 ]
 
 
@@ -35,6 +37,9 @@ class Sizes(NamedTuple):
     """The widest among the operands."""
     device: torch.device = torch.device("cuda")
 
+
+# What computes over a stack of w's on a GPU.
+ROUTED = ("direct", "fft")
 
 # From this ratio of bandwidths on, tokens are cut into chunks whose spectra stay in the L2.
 _L2_PAYS = 5.0
@@ -122,6 +127,64 @@ def launches(
     if backend not in known:
         raise BackendError(f"the cost model knows no {'backward of ' if backward else ''}backend {backend!r}")
     return known[backend](sizes, ceilings)
+
+
+def routed_launches(
+    backend: str, sizes: Sizes, stack: int, rows: int, *, backward: bool = False, ceilings: Ceilings = CEILINGS
+) -> list[Launch]:
+    """What a backend launches for rows that have w's of their own out of a stack; the base's grouped product is beside.
+
+    - fft: as `launches`, with the spectra of all w's, and tiles of rows that end where a group does. The table of
+      these tiles, one small launch for all calls with the same rows, is left out.
+    - direct: each row reads its w; with more than `SMALL_T` rows to a w, tiles of rows gather ΔW. Backward: the same
+      for dx, and fft's dw.
+
+    Args:
+        backend: "direct" or "fft".
+        sizes: of one w and its share of the rows.
+        stack: how many w's there are.
+        rows: how many rows in all.
+        backward: whether the call computes gradients.
+        ceilings: of the card.
+
+    Raises:
+        BackendError: another backend.
+    """
+    if backend not in ROUTED:
+        raise BackendError(f"the cost model knows no backend {backend!r} over a stack: {', '.join(map(repr, ROUTED))}")
+    all_rows = sizes._replace(n_tokens=rows)
+    if backend == "fft":
+        return _spectral(all_rows, backward, False, ceilings, stack)
+    if not backward:
+        return _routed_direct(sizes, stack, rows, ceilings)
+    dw = _spectral(all_rows, True, False, ceilings, stack, with_dx=False)
+    return _routed_direct(_transposed(sizes), stack, rows, ceilings) + dw
+
+
+def _routed_direct(sizes: Sizes, stack: int, rows: int, at: Ceilings) -> list[Launch]:
+    share, n, m, b, dtype, _ = sizes
+    i, w, hit = dtype.itemsize, 4 * n * m / b, min(stack, rows)
+    if share <= SMALL_T:
+        # Programs of 16 row blocks and 64 positions each read their rows of w and a token, as in `_direct`.
+        read, written = rows * ceil(b / 64) * (w + ceil(m / b / 16) * i * n), i * rows * m
+        few = hankel_tile(i, b)
+        programs = rows * ceil(m / b / few.block_t) * ceil(b / few.block_o)
+        n_splits = split(n, few.block_i, programs, least=2)[1]
+        sums = n_splits * 4 * rows * m if n_splits > 1 else written
+        product = Launch(hit * w + i * rows * n + sums, read + WRITTEN * sums)
+        return [product, streamed(sums, written)] if n_splits > 1 else [product]
+    tile = grouped_tile(i)
+    tiles = _tiles(rows, hit, tile.block_t)
+    # Each tile of outputs reads its rows again, and each tile of rows gathers a whole ΔW.
+    read = ceil(m / tile.block_o) * i * rows * n + tiles * 4 * n * m
+    flops, instructions = 2 * tiles * tile.block_t * n * m, _PER_GATHERED * tiles * n * m
+    hbm_bytes = hit * w + i * rows * (n + m)
+    return [Launch(hbm_bytes, read + WRITTEN * i * rows * m, flops, instructions, at.triton_flops[i])]
+
+
+def _tiles(rows: float, groups: int, block_t: int) -> int:
+    """At most so many tiles have rows of one group each."""
+    return groups - 1 + ceil((rows - groups + 1) / block_t)
 
 
 def _gemm(sizes: Sizes, at: Ceilings, found: float = 0.0) -> Launch:
@@ -220,8 +283,13 @@ def _transposed(sizes: Sizes) -> Sizes:
     return sizes._replace(in_features=sizes.out_features, out_features=sizes.in_features)
 
 
-def _spectral(sizes: Sizes, backward: bool, has_spectrum: bool, at: Ceilings) -> list[Launch]:
-    """The launches of fft; what only the first or the last chunk of tokens has, w and dw, is counted with each."""
+def _spectral(
+    sizes: Sizes, backward: bool, has_spectrum: bool, at: Ceilings, stack: int = 0, *, with_dx: bool = True
+) -> list[Launch]:
+    """The launches of fft; what only the first or the last chunk of tokens has, w and dw, is counted with each.
+
+    With a stack, w is one of so many, and the tokens are those of all.
+    """
     _, n, m, b, dtype, _ = sizes
     q = taken_apart(b)[1]
     i, real = dtype.itemsize, spectrum_itemsize(dtype, q)
@@ -232,7 +300,11 @@ def _spectral(sizes: Sizes, backward: bool, has_spectrum: bool, at: Ceilings) ->
     rows, cols = 2 * m / q, 2 * n / q  # of the matrix that w is in each of q / 2 slots
     rate = at.tf32_flops if real > i else at.triton_flops[i]
     product_flops = q * t * max(rows, 16.0) * max(cols, 16.0)
-    w, blocks = 4 * n * m / b, real * q / 2 * rows * cols
+    n_w = max(1, stack)
+    w, blocks = n_w * 4 * n * m / b, n_w * real * q / 2 * rows * cols
+    hit = max(1, min(n_w, int(t)))  # that have tokens
+    most = min(_TILE, max(16, 1 << (ceil(t / hit) - 1).bit_length()))
+    t_tiles = _tiles(t, hit, most)
 
     def together(*parts: Launch) -> Launch:
         """One launch of parts in one grid."""
@@ -252,14 +324,13 @@ def _spectral(sizes: Sizes, backward: bool, has_spectrum: bool, at: Ceilings) ->
 
     def mix(width: int, inner: float, columns: float, hbm_bytes: float) -> Launch:
         """From the spectrum of so many features to that of others."""
-        tiles = ceil(t / _TILE)
-        read = ceil(columns / _TILE) * real * t * width + tiles * blocks
-        instructions = tiles * q / 2 * columns / 16 * (_MIX_TILE + _MIX_STEP * ceil(inner / 64))
+        read = ceil(columns / _TILE) * real * t * width + t_tiles * blocks / n_w
+        instructions = t_tiles * q / 2 * columns / 16 * (_MIX_TILE + _MIX_STEP * ceil(inner / 64))
         return Launch(hbm_bytes, read + WRITTEN * real * t * q / 2 * columns, product_flops, instructions)
 
     l2 = at.l2_bytes
     blocks_again = blocks - _if_fits(blocks, l2)
-    of_w = Launch(w + blocks, 4 * n * m / q + n * m / 8 + WRITTEN * blocks)
+    of_w = Launch(w + blocks, n_w * (4 * n * m / q + n * m / 8) + WRITTEN * blocks)
     if not backward:
         of_x = transform(n, i, real, max(i * t * n - l2 / n_chunks, 0.0) + kept(n))
         z = real * t * n if has_spectrum else kept(n, found=l2)
@@ -276,14 +347,14 @@ def _spectral(sizes: Sizes, backward: bool, has_spectrum: bool, at: Ceilings) ->
 
     tiles = ceil(rows / _TILE) * ceil(cols / _TILE)
     matrix = padded_block(ceil(rows), _ANY) * padded_block(ceil(cols), _ANY)
-    fuses = real == 2 and matrix <= at.fused_reals
-    programs = q / 2 * (1 if fuses else tiles) * (2 if fuses and matrix > 64 * 64 else 1)
-    n_splits = max(1, min(int(PROGRAMS / programs), ceil(t / 512)))
-    sums = n_splits * 4 * q / 2 * rows * cols
+    fuses = real == 2 and matrix <= at.fused_reals and not stack
+    programs = n_w * q / 2 * (1 if fuses else tiles) * (2 if fuses and matrix > 64 * 64 else 1)
+    n_splits = max(1, min(int(PROGRAMS / programs), ceil(t / n_w / 512)))
+    sums = n_splits * n_w * 4 * q / 2 * rows * cols
     z_and_g = kept(m, found=half) + real * t * n if has_spectrum else kept(m + n, found=half)
     read = real * t * (ceil(rows / _TILE) * n + ceil(cols / _TILE) * m)
     # Warp instructions of each step of 64 tokens: of a tile, and of its elements.
-    instructions = q / 2 * t / 64 * (_OUTER_TILE * tiles + _OUTER_ELEMENT * rows * cols)
+    instructions = q / 2 * (t / 64 + hit - 1) * (_OUTER_TILE * tiles + _OUTER_ELEMENT * rows * cols)
     outer = Launch(z_and_g + sums, read + WRITTEN * sums, product_flops, instructions)
     if fuses:
         # The spectrum of dy is read once for both.
@@ -293,4 +364,6 @@ def _spectral(sizes: Sizes, backward: bool, has_spectrum: bool, at: Ceilings) ->
         products = [together(outer), together(mix(m, rows, cols, kept(m) + kept(n) + blocks_again))]
     dx = transform(n, real, i, kept(n, found=half) + i * t * n)
     dw = Launch(w + sums - _if_fits(sums, l2), sums + WRITTEN * w)
+    if not with_dx:
+        return n_chunks * [together(of_dy, of_x), together(outer), together(dw)]
     return n_chunks * [spectra_of, *products, together(dx, dw)]

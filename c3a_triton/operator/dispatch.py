@@ -17,8 +17,9 @@ import torch
 
 from ..errors import BackendError
 from . import backends, bounds, tuned
-from .cost_model import Sizes, added_seconds
+from .cost_model import ROUTED, Sizes, added_seconds, routed_launches
 from .launch import plans, specs, tiles
+from .routes import share
 
 __all__ = [
     "AUTO_BACKENDS",
@@ -27,6 +28,7 @@ __all__ = [
     "TRITON_BACKENDS",
     "ceilings_of",
     "cheapest",
+    "cheapest_routed",
     "check_backend",
     "choose",
     "measured_times",
@@ -119,7 +121,7 @@ def _choose(
         _say_once("cuda", f"'auto' computes with 'torch' instead of Triton kernels: {reason}")
         return "torch"
     if stack:
-        return "torch"
+        return cheapest_routed(sizes, stack, backward=backward)
     predicted = cheapest(sizes, backward=backward)
     measured = measured_times(sizes, backward=backward) if by_timing else {}
     # Without the model's own pick among them, an interrupted run may have measured only slow ones.
@@ -144,6 +146,20 @@ def cheapest(sizes: Sizes, *, backward: bool = False, ceilings: bounds.Ceilings 
     at = ceilings_of(sizes.device) if ceilings is None else ceilings
     sizes = sizes._replace(n_tokens=1 << tuned.token_bits(sizes.n_tokens))
     return min(AUTO_BACKENDS, key=lambda name: added_seconds(name, sizes, backward=backward, ceilings=at))
+
+
+def cheapest_routed(
+    sizes: Sizes, stack: int, *, backward: bool = False, ceilings: bounds.Ceilings | None = None
+) -> str:
+    """What `"auto"` chooses by the cost model over a stack of w's; `sizes` are of one w and of all rows."""
+    at = ceilings_of(sizes.device) if ceilings is None else ceilings
+    rows = 1 << tuned.token_bits(sizes.n_tokens)
+    of_one = sizes._replace(n_tokens=share(stack, rows))
+
+    def seconds(name: str) -> float:
+        return bounds.seconds(routed_launches(name, of_one, stack, rows, backward=backward, ceilings=at), at)
+
+    return min(ROUTED, key=seconds)
 
 
 def ceilings_of(device: torch.device) -> bounds.Ceilings:

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from ..errors import ShapeError
 
-__all__ = ["Routes", "make", "n_tiles", "tile_table", "uniform"]
+__all__ = ["Routes", "make", "n_tiles", "share", "tile_table", "uniform"]
 
 
 class Routes(NamedTuple):
@@ -89,6 +89,11 @@ def uniform(n_groups: int, rows_each: int, device: torch.device) -> Routes:
     groups = torch.arange(n_groups, device=device).repeat_interleave(rows_each)
     offsets = torch.arange(n_groups + 1, dtype=torch.int32, device=device) * rows_each
     return Routes(rows, rows, rows, groups, offsets, n_groups, 1, False, {})
+
+
+def share(n_groups: int, n_rows: int) -> int:
+    """The rows of one group: on average, over as many groups as can have rows."""
+    return -(-n_rows // max(1, min(n_groups, n_rows)))
 
 
 def n_tiles(n_groups: int, n_rows: int, block_t: int, partial: bool) -> int:

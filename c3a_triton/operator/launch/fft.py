@@ -19,6 +19,7 @@ What a call launches depends on sizes and dtypes alone (`fft_plans.py`), and a r
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,11 +30,20 @@ from .fft_plans import GradientPlan, Plan, SpectraLaunches
 from .plans import planned
 from .specs import Spec
 
-__all__ = ["fft_backward", "fft_backward_of_spectrum", "fft_product", "fft_weight_grad", "kept_spectrum"]
+__all__ = [
+    "OF_16BIT",
+    "correlate",
+    "fft_backward",
+    "fft_backward_of_spectrum",
+    "fft_product",
+    "fft_weight_grad",
+    "kept_spectrum",
+    "multiply",
+]
 
 
 # How float32 operands that stand for 16-bit tensors are multiplied.
-_OF_16BIT = "tf32"
+OF_16BIT = "tf32"
 
 
 def fft_product(
@@ -56,7 +66,7 @@ def fft_product(
         None if out is None else specs.spec(out),
         None if bias is None else specs.spec(bias),
         transpose,
-        specs.precision(x.dtype, _OF_16BIT),
+        specs.precision(x.dtype, OF_16BIT),
         source is not None,
     )
     out = specs.new_or_given(shape, x, out)
@@ -77,7 +87,7 @@ def fft_weight_grad(
 
     The same from run to run: tokens are summed in an order that depends on shapes only. `source` as in `fft_product`.
     """
-    precision = specs.precision(x.dtype, _OF_16BIT)
+    precision = specs.precision(x.dtype, OF_16BIT)
     _, shape, run = _gradient_plan(specs.spec(dy), specs.spec(x), None, None, block_size, precision, source is not None)
     dw = torch.empty(shape, dtype=torch.float32, device=x.device)
     run(specs.with_contiguous_rows(dy), specs.with_contiguous_rows(x), None, None, dw, scale, source)
@@ -107,7 +117,7 @@ def fft_backward(
         specs.spec(w),
         None if out is None else specs.spec(out),
         w.shape[2],
-        specs.precision(x.dtype, _OF_16BIT),
+        specs.precision(x.dtype, OF_16BIT),
         source is not None,
     )
     dx = specs.new_or_given(shape, dy, out)
@@ -122,7 +132,7 @@ def kept_spectrum(x: Tensor, block_size: int) -> Tensor | None:
         return None
     features = x.shape[-1]
     return spectra.kept_input(
-        x, fft_plans.x_what(x.dtype, _OF_16BIT, block_size, x.numel() // features, features // block_size)
+        x, fft_plans.x_what(x.dtype, OF_16BIT, block_size, x.numel() // features, features // block_size)
     )
 
 
@@ -137,7 +147,7 @@ def fft_backward_of_spectrum(
         specs.spec(w) if needs_x else None,
         None,
         b,
-        specs.precision(dy.dtype, _OF_16BIT),
+        specs.precision(dy.dtype, OF_16BIT),
         True,
     )
     dx = torch.empty(shape, dtype=dy.dtype, device=dy.device) if needs_x else None
@@ -146,7 +156,7 @@ def fft_backward_of_spectrum(
     return dx, dw
 
 
-def _multiply(
+def multiply(
     plan: Plan,
     x: Tensor,
     w: Tensor,
@@ -154,15 +164,16 @@ def _multiply(
     out: Tensor,
     scale: float,
     source: spectra.Source | None,
+    **routing: Any,
 ) -> None:
-    """Write a product, as planned."""
+    """Write a product, as planned; `routing` is what the products of spectra take besides (`routed_plans.py`)."""
     blocks, z = _first_spectra(plan, w, None, None, x, source)
     y = plan.y()
     for chunk in plan.chunks:
         rows = chunk.rows
         if chunk.spectra:
             _launch_spectra(chunk.spectra, None, None, None, None, x[rows], z)
-        chunk.mix(z_ptr=z[:, chunk.start :] if chunk.start else z, blocks_ptr=blocks, y_ptr=y)
+        chunk.mix(z_ptr=z[:, chunk.start :] if chunk.start else z, blocks_ptr=blocks, y_ptr=y, **routing)
         chunk.results(
             y_ptr=y,
             bias_ptr=bias,
@@ -172,7 +183,7 @@ def _multiply(
         )
 
 
-def _correlate(
+def correlate(
     of_dy: GradientPlan,
     dy: Tensor,
     x: Tensor,
@@ -182,8 +193,9 @@ def _correlate(
     scale: float,
     source: spectra.Source | None,
     x_is_spectrum: bool = False,
+    **routing: Any,
 ) -> None:
-    """Write dw and, with w, dx, as planned."""
+    """Write dw and, with w, dx, as planned; `routing` as in `multiply`."""
     plan, g = of_dy.plan, of_dy.g()
     blocks, z = _first_spectra(plan, w, dy, g, x, source, x_is_spectrum)
     y = None if dx is None else plan.y()
@@ -192,13 +204,14 @@ def _correlate(
         rows = chunk.rows
         if chunk.spectra:
             _launch_spectra(chunk.spectra, None, None, dy[rows], g, None if plan.whole else x[rows], z)
-        chunk.mix(z_ptr=g, blocks_ptr=blocks, y_ptr=y)
+        chunk.mix(z_ptr=g, blocks_ptr=blocks, y_ptr=y, **routing)
         chunk.outer(
             g_ptr=g,
             z_ptr=z[:, chunk.start :] if chunk.start else z,
             sums_ptr=sums,
             blocks_ptr=blocks if of_dy.mixes else None,
             y_ptr=y if of_dy.mixes else None,
+            **routing,
         )
         chunk.results(
             y_ptr=y,
@@ -279,7 +292,7 @@ def _product_plan(
         return shape, lambda *operands: None
     given = bias is not None, out is not None
     plan = fft_plans.product_plan(device, dtype, n_tokens, w.shape, transpose, *given, precision, shares)
-    return shape, specs.on_device(device, functools.partial(_multiply, plan))
+    return shape, specs.on_device(device, functools.partial(multiply, plan))
 
 
 @planned
@@ -294,4 +307,4 @@ def _gradient_plan(
         return dx_shape, shape, lambda dy, x, w, dx, dw, *rest: dw.zero_()
     given = w is not None, out is not None
     plan = fft_plans.gradient_plan(device, dtype, n_tokens, shape, *given, precision, shares)
-    return dx_shape, shape, specs.on_device(device, functools.partial(_correlate, plan))
+    return dx_shape, shape, specs.on_device(device, functools.partial(correlate, plan))

@@ -3,8 +3,7 @@
 Launches that lack nothing but a call's tensors, chunk by chunk, with the tiles, grids, strides and constants of each.
 """
 
-import functools
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,18 @@ from .fft_bases import Allocation, Memory, Transform
 from .plans import Launch, bound, cdiv, kernels, round_up, split
 from .tiles import TileConfig, mix_outer_tile, mix_tile, mixes_and_sums, outer_tile, transform_tile
 
-__all__ = ["GradientPlan", "Plan", "SpectraLaunches", "gradient_plan", "product_plan", "x_what"]
+__all__ = [
+    "PLAIN",
+    "GradientPlan",
+    "Outer",
+    "Plan",
+    "Products",
+    "SpectraLaunches",
+    "gradient_plan",
+    "policy",
+    "product_plan",
+    "x_what",
+]
 
 
 # Rows in one chunk, whatever the scratch: kernels count them in 32 bits.
@@ -79,6 +89,25 @@ class GradientPlan(NamedTuple):
     """Whether `outer` multiplies too."""
 
 
+class Outer(NamedTuple):
+    """The sums of dyᵀx."""
+
+    launch: Callable[[slice], Launch]
+    """Of these tokens, added to those of the tokens before."""
+    n_splits: int
+    mixes: bool
+    """Whether it multiplies too."""
+
+
+class Products(NamedTuple):
+    """What is done with spectra between the transforms: once for all tokens, or with a w for each group of them."""
+
+    stack: int
+    """How many w's there are."""
+    mix: Callable[..., Launch]
+    outer: Callable[..., Outer]
+
+
 class _Rows(NamedTuple):
     """What is transformed: tokens of so many blocks, from or to a spectrum whose slots lie so far apart."""
 
@@ -100,9 +129,15 @@ def product_plan(
     accumulate: bool,
     precision: str,
     shares: bool,
+    products: Products | None = None,
 ) -> Plan:
-    """The launches of a product with w of this shape; with `shares`, other calls may read the spectrum of x."""
+    """The launches of a product with w of this shape; with `shares`, other calls may read the spectrum of x.
+
+    By default with `PLAIN` products.
+    """
     m, n, b = shape
+    products = products or PLAIN
+    stacked = (m * products.stack, n, b)
     rows, cols = (n, m) if transpose else (m, n)
     of = fft_bases.transform(device, dtype, b, precision)
     whole, step = _cut(of, n_tokens, cols, rows)
@@ -111,12 +146,12 @@ def product_plan(
     def chunk(start: int, count: int) -> Chunk:
         return Chunk(
             *_place(start, count, n_tokens, cols * of.apart if whole else 0),
-            {} if whole or start == 0 else _spectra_launches(of, shape, transpose, _Rows(count, cols, z.stride)),
-            mix=_mix(of, count, cols, rows, z, y, read_again=whole and shares),
+            {} if whole or start == 0 else _spectra_launches(of, stacked, transpose, _Rows(count, cols, z.stride)),
+            mix=products.mix(of, slice(start, start + count), cols, rows, z, y, read_again=whole and shares),
             outer=_nothing,
             results=_results(
                 of,
-                shape,
+                stacked,
                 _Rows(count, rows, y.stride),
                 has_bias=has_bias,
                 accumulate=accumulate,
@@ -129,11 +164,11 @@ def product_plan(
         of.basis.gain,
         (of.scratch, precision, transpose),
         x_what(dtype, precision, b, n_tokens, cols),
-        of.matrices(rows, cols).allocation,
+        of.matrices(*((n, stacked[0]) if transpose else (stacked[0], n))).allocation,
         z.allocation,
         y.allocation,
         whole,
-        _spectra_launches(of, shape, transpose, _Rows(n_tokens if whole else step, cols, z.stride)),
+        _spectra_launches(of, stacked, transpose, _Rows(n_tokens if whole else step, cols, z.stride)),
         tuple(chunk(start, min(step, n_tokens - start)) for start in range(0, n_tokens, step)),
     )
 
@@ -147,49 +182,28 @@ def gradient_plan(
     accumulate: bool,
     precision: str,
     shares: bool,
+    products: Products | None = None,
 ) -> GradientPlan:
-    """The launches of dw of this shape and, if wanted, dx; `shares` as in `product_plan`."""
+    """The launches of dw of this shape and, if wanted, dx; `shares` and `products` as in `product_plan`."""
     m, n, b = shape
+    products = products or PLAIN
+    stacked = (m * products.stack, n, b)
     of = fft_bases.transform(device, dtype, b, precision)
     whole, step = _cut(of, n_tokens, n, m + n * with_dx)
     g, z, y = of.memory(step, m), of.memory(n_tokens if whole else step, n), of.memory(step, n)
-    rows, columns = 2 * m * of.apart, 2 * n * of.apart
-    together = with_dx and mixes_and_sums(of.card, of.scratch.itemsize, rows, columns)
-    tile = (mix_outer_tile if together else outer_tile)(of.card, of.scratch.itemsize, rows, columns)
-    tiles = cdiv(rows, tile.block_o) * cdiv(columns, tile.block_i)
-    # As many splits of a chunk as fill a card; a program of eight warps that multiplies too fills a multiprocessor.
-    programs = tiles * of.slots * (2 if together and tile.num_warps == 8 else 1)
-    tokens_per_split, n_splits = split(step, tile.block_t, programs, least=8)
-    outer = functools.partial(
-        bound,
-        # One program per tile of a slot's matrix, slot and split of the tokens.
-        kernels().fft.outer_kernel,
-        (tiles, of.slots, n_splits),
-        tile,
-        tokens_per_split=tokens_per_split,
-        stride_g_f=g.stride,
-        stride_z_f=z.stride,
-        stride_y_f=y.stride,
-        out_blocks=m * of.apart,
-        in_blocks=n * of.apart,
-        POLICY=_policy(whole and shares),
-        PRECISION=precision,
-        BLOCK_O=tile.block_o,
-        BLOCK_I=tile.block_i,
-        BLOCK_T=tile.block_t,
-        **of.options,
-    )
+    outer = products.outer(of, step, m, n, g, z, y, with_dx=with_dx, read_again=whole and shares)
 
     def chunk(start: int, count: int) -> Chunk:
         is_last = start + count == n_tokens
-        dx, dw = _Rows(count, n, y.stride) if with_dx else _NO_ROWS, n_splits if is_last else 0
+        tokens = slice(start, start + count)
+        dx, dw = _Rows(count, n, y.stride) if with_dx else _NO_ROWS, outer.n_splits if is_last else 0
         own_rows = (_Rows(count, m, g.stride), _NO_ROWS if whole else _Rows(count, n, z.stride))
         return Chunk(
             *_place(start, count, n_tokens, n * of.apart if whole else 0),
-            {} if start == 0 else _spectra_launches(of, shape, True, *own_rows),
-            mix=_mix(of, count, m, n, g, y, read_again=True) if with_dx and not together else _nothing,
-            outer=outer(n_tokens=count, ACCUMULATE=start > 0),
-            results=_results(of, shape, dx, dw, accumulate=accumulate, bias_ptr=None)
+            {} if start == 0 else _spectra_launches(of, stacked, True, *own_rows),
+            mix=products.mix(of, tokens, m, n, g, y, read_again=True) if with_dx and not outer.mixes else _nothing,
+            outer=outer.launch(tokens),
+            results=_results(of, stacked, dx, dw, accumulate=accumulate, bias_ptr=None)
             if with_dx or is_last
             else _nothing,
         )
@@ -199,15 +213,15 @@ def gradient_plan(
         of.basis.gain,
         (of.scratch, precision, True),
         x_what(dtype, precision, b, n_tokens, n),
-        of.matrices(n, m).allocation,
+        of.matrices(n, stacked[0]).allocation,
         z.allocation,
         y.allocation,
         whole,
-        _spectra_launches(of, shape, True, *first_rows),
+        _spectra_launches(of, stacked, True, *first_rows),
         tuple(chunk(start, min(step, n_tokens - start)) for start in range(0, n_tokens, step)),
     )
-    sums = Memory((n_splits, of.slots, rows, columns), torch.float32, device)
-    return GradientPlan(plan, g.allocation, sums.allocation, together)
+    sums = Memory((outer.n_splits, *of.matrices(stacked[0], n).shape), torch.float32, device)
+    return GradientPlan(plan, g.allocation, sums.allocation, outer.mixes)
 
 
 def x_what(dtype: torch.dtype, precision: str, b: int, n_tokens: int, blocks: int) -> Hashable:
@@ -221,7 +235,7 @@ def _place(start: int, count: int, n_tokens: int, blocks: int) -> tuple[slice | 
     return rows, 2 * start * blocks, start + count == n_tokens
 
 
-def _policy(read_again: bool) -> str:
+def policy(read_again: bool) -> str:
     """What becomes in the cache of what a launch has read."""
     return "" if read_again else "evict_first"
 
@@ -289,8 +303,9 @@ def _spectra(
     )
 
 
-def _mix(of: Transform, n_tokens: int, cols: int, rows: int, z: Memory, y: Memory, *, read_again: bool) -> Launch:
+def _mix(of: Transform, tokens: slice, cols: int, rows: int, z: Memory, y: Memory, *, read_again: bool) -> Launch:
     """y = z · blocksᵀ, slot by slot."""
+    n_tokens = tokens.stop - tokens.start
     rows, cols = rows * of.apart, cols * of.apart
     tile = mix_tile(of.card, of.scratch.itemsize, n_tokens, 2 * rows, 2 * cols)
     return bound(
@@ -304,13 +319,54 @@ def _mix(of: Transform, n_tokens: int, cols: int, rows: int, z: Memory, y: Memor
         row_blocks=rows,
         col_blocks=cols,
         SLOTS=of.slots,
-        POLICY=_policy(read_again),
+        POLICY=policy(read_again),
         PRECISION=of.precision,
         BLOCK_T=tile.block_t,
         BLOCK_C=tile.block_o,
         BLOCK_K=tile.block_i,
         **of.options,
     )
+
+
+def _outer(
+    of: Transform, step: int, m: int, n: int, g: Memory, z: Memory, y: Memory, *, with_dx: bool, read_again: bool
+) -> Outer:
+    """sums = gᵀ z, slot by slot, of up to `step` tokens at a time; y = g · blocksᵀ too, where one program can."""
+    rows, columns = 2 * m * of.apart, 2 * n * of.apart
+    together = with_dx and mixes_and_sums(of.card, of.scratch.itemsize, rows, columns)
+    tile = (mix_outer_tile if together else outer_tile)(of.card, of.scratch.itemsize, rows, columns)
+    tiles = cdiv(rows, tile.block_o) * cdiv(columns, tile.block_i)
+    # As many splits of a chunk as fill a card; a program of eight warps that multiplies too fills a multiprocessor.
+    programs = tiles * of.slots * (2 if together and tile.num_warps == 8 else 1)
+    tokens_per_split, n_splits = split(step, tile.block_t, programs, least=8)
+
+    def launch(tokens: slice) -> Launch:
+        return bound(
+            # One program per tile of a slot's matrix, slot and split of the tokens.
+            kernels().fft.outer_kernel,
+            (tiles, of.slots, n_splits),
+            tile,
+            n_tokens=tokens.stop - tokens.start,
+            tokens_per_split=tokens_per_split,
+            stride_g_f=g.stride,
+            stride_z_f=z.stride,
+            stride_y_f=y.stride,
+            out_blocks=m * of.apart,
+            in_blocks=n * of.apart,
+            ACCUMULATE=tokens.start > 0,
+            POLICY=policy(read_again),
+            PRECISION=of.precision,
+            BLOCK_O=tile.block_o,
+            BLOCK_I=tile.block_i,
+            BLOCK_T=tile.block_t,
+            **of.options,
+        )
+
+    return Outer(launch, n_splits, together)
+
+
+# With one w.
+PLAIN = Products(1, _mix, _outer)
 
 
 def _results(

@@ -2,14 +2,15 @@
 
 Torch tensors in and out, nothing here knows about autograd. What tells a kernel which row has which
 adapter is computed on the host from a list of integers, and copied to the device once per list: no call waits for the
-GPU, and a captured CUDA graph finds what was copied before.
+GPU, and a captured CUDA graph finds what was copied before. Or it is on the device already, as indices of a stack of
+adapters (`indexed_product`, `tiled_product`): then a graph computes with those that it finds when it is replayed.
 """
 
 import functools
 import os
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,15 +19,18 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ...errors import ShapeError
 from .. import spectra
 from . import plans, specs
-from .plans import bound, cdiv, planned, split, summation
+from .plans import Launch, bound, cdiv, planned, split, summation
 from .specs import Spec
-from .tiles import SMALL_T, grouped_tile, hankel_tile
+from .tiles import SMALL_T, TileConfig, grouped_tile, hankel_tile
 
-__all__ = ["Segments", "grouped_product", "on_device", "runs_on", "segments"]
+__all__ = ["Segments", "grouped_product", "indexed_product", "on_device", "runs_on", "segments", "tiled_product"]
 
 # So many lists of integers are kept on devices before all but those of captured graphs are dropped.
 _MOST_TABLES = 4096
 _ALIGNMENT = 16  # bytes
+
+# Of launches in which addresses say which w a row has.
+_ADDRESSES = {"w_ptr": None, "n_groups": 0, "stride_w_group": 0}
 
 # run(x, one table of integers for each launch, bias, scale)
 _Product = Callable[[Tensor, Sequence[Tensor], Tensor | None, float], Tensor]
@@ -123,25 +127,18 @@ def _hankel_plan(
     split_length, n_splits = split(in_features, step, min(programs.values()), least=2)
     final = n_splits == 1
     launches = [
-        bound(
-            # One program per token, tile of its outputs and split of its sum.
-            plans.kernels().grouped.grouped_hankel_kernel,
-            (programs[b], n_splits, 1),
+        _hankel_launch(
+            (n_tokens, in_features, out_features, b),
             tile,
-            n_tokens=n_tokens,
+            (programs[b], n_splits, 1),
+            transpose,
             tokens_per_row=n_tokens // n_rows,
-            row_blocks=out_features // b,
-            col_blocks=in_features // b,
             split_length=split_length,
-            b=b,
-            TRANSPOSE=transpose,
             HAS_BIAS=final and has_bias,
-            EVEN_K=in_features % tile.block_i == 0,
+            ACCUMULATE=False,
             PRECISION=precision,
-            BLOCK_M=tile.block_t,
-            BLOCK_J=tile.block_o,
-            BLOCK_K=tile.block_i,
-            **_w_strides(in_features, b, out_features, transpose),
+            **_ADDRESSES,
+            stride_rows=1,
         )
         for b, tile in tiles.items()
     ]
@@ -153,17 +150,41 @@ def _hankel_plan(
         for launch, addresses in zip(launches, tables, strict=True):
             launch(
                 x_ptr=x,
-                addresses_ptr=addresses,
+                rows_ptr=addresses,
                 bias_ptr=bias if final else None,
                 out_ptr=target,
                 scale=scale if final else 1.0,
                 stride_x_t=x.stride(0),
+                stride_out_t=out_features,
             )
         if not final:
             add_up(partials_ptr=target, bias_ptr=bias, out_ptr=out, scale=scale, stride_out_row=out_features)
         return out
 
     return run
+
+
+def _hankel_launch(
+    sizes: tuple[int, int, int, int], tile: TileConfig, grid: tuple[int, int, int], transpose: bool, **constants: Any
+) -> Launch:
+    """A launch for (tokens, in_features, out_features, b): a program per token, tile of outputs and split of a sum."""
+    n_tokens, in_features, out_features, b = sizes
+    return bound(
+        plans.kernels().grouped.grouped_hankel_kernel,
+        grid,
+        tile,
+        n_tokens=n_tokens,
+        row_blocks=out_features // b,
+        col_blocks=in_features // b,
+        b=b,
+        TRANSPOSE=transpose,
+        EVEN_K=in_features % tile.block_i == 0,
+        BLOCK_M=tile.block_t,
+        BLOCK_J=tile.block_o,
+        BLOCK_K=tile.block_i,
+        **_w_strides(in_features, b, out_features, transpose),
+        **constants,
+    )
 
 
 @planned
@@ -178,26 +199,16 @@ def _tiled_plan(
 ) -> _Product:
     """The product of many tokens by adapters of these block sizes, each with so many tiles of tokens."""
     (n_tokens, in_features), dtype, device = x
-    tile = grouped_tile(dtype.itemsize)
     launches = [
-        bound(
-            # One program per tile of tokens of one adapter and tile of outputs.
-            plans.kernels().grouped.grouped_product_kernel,
-            (n_tiles * cdiv(out_features, tile.block_o), 1, 1),
-            tile,
-            n_tiles=n_tiles,
+        _tiled_launch(
+            (n_tiles, in_features, out_features, b),
+            dtype,
+            transpose,
             tokens_per_row=n_tokens // n_rows,
-            out_features=out_features,
-            in_features=in_features,
-            b=b,
-            TRANSPOSE=transpose,
             HAS_BIAS=has_bias,
-            EVEN_K=in_features % tile.block_i == 0,
+            ACCUMULATE=False,
             PRECISION=precision,
-            BLOCK_T=tile.block_t,
-            BLOCK_O=tile.block_o,
-            BLOCK_I=tile.block_i,
-            **_w_strides(in_features, b, out_features, transpose),
+            **_ADDRESSES,
         )
         for b, n_tiles in groups
     ]
@@ -205,10 +216,194 @@ def _tiled_plan(
     def run(x: Tensor, tables: Sequence[Tensor], bias: Tensor | None, scale: float) -> Tensor:
         out = torch.empty(n_tokens, out_features, dtype=dtype, device=device)
         for launch, table in zip(launches, tables, strict=True):
-            launch(x_ptr=x, table_ptr=table, bias_ptr=bias, out_ptr=out, scale=scale, stride_x_t=x.stride(0))
+            launch(
+                x_ptr=x,
+                table_ptr=table,
+                bias_ptr=bias,
+                out_ptr=out,
+                scale=scale,
+                stride_x_t=x.stride(0),
+                stride_out_t=out_features,
+            )
         return out
 
     return run
+
+
+def _tiled_launch(sizes: tuple[int, int, int, int], dtype: torch.dtype, transpose: bool, **constants: Any) -> Launch:
+    """A launch for (tiles, in_features, out_features, b): a program per tile of tokens of one w and tile of outputs."""
+    n_tiles, in_features, out_features, b = sizes
+    tile = grouped_tile(dtype.itemsize)
+    return bound(
+        plans.kernels().grouped.grouped_product_kernel,
+        (n_tiles * cdiv(out_features, tile.block_o), 1, 1),
+        tile,
+        n_tiles=n_tiles,
+        out_features=out_features,
+        in_features=in_features,
+        b=b,
+        TRANSPOSE=transpose,
+        EVEN_K=in_features % tile.block_i == 0,
+        BLOCK_T=tile.block_t,
+        BLOCK_O=tile.block_o,
+        BLOCK_I=tile.block_i,
+        **_w_strides(in_features, b, out_features, transpose),
+        **constants,
+    )
+
+
+def indexed_product(
+    x: Tensor,
+    w: Tensor,
+    indices: Tensor,
+    *,
+    scale: float,
+    transpose: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """x_t ΔW_gᵀ (or x_t ΔW_g) of few rows in any order, each with the w of a stack that its index on the device names.
+
+    Args:
+        x: `(n_rows, in_features)`, or transposed `(n_rows, out_features)`; float32, float16 or bfloat16.
+        w: `(n_groups, m, n, b)` float32.
+        indices: `(n_rows,)`, or `(n_rows, *)` of which the first is taken; integers on x's device. A row of any other
+            number than 0 to n_groups − 1 has no w.
+        scale: multiplies ΔW.
+        transpose: multiply by ΔW instead of its transpose.
+        out: added to, in x's dtype.
+
+    Returns:
+        `(n_rows, out_features)`, or transposed `(n_rows, in_features)`, in x's dtype: `out`, or what is new. Rows
+        without a w are 0, or what `out` held.
+
+    Raises:
+        ShapeError: sizes, dtypes or devices do not fit.
+        BackendError: the kernels cannot run on x's device.
+    """
+    if indices.shape[:1] != x.shape[:1] or indices.device != x.device or indices.is_floating_point():
+        raise ShapeError(
+            f"indices {tuple(indices.shape)} {indices.dtype} on {indices.device} for x {tuple(x.shape)} on {x.device}: "
+            "each row takes an integer on its device"
+        )
+    shape = specs.product_shape(specs.spec(x), _one(w), None if out is None else specs.spec(out), None, transpose)
+    accumulate = out is not None
+    out = specs.new_or_given(shape, x, out)
+    if x.shape[0]:
+        run = _indexed_plan(specs.spec(x), specs.spec(w), transpose, accumulate, specs.precision(x.dtype))
+        run(specs.with_contiguous_rows(x), w.contiguous(), indices, out, scale)
+    return out
+
+
+@planned
+def _indexed_plan(x: Spec, w: Spec, transpose: bool, accumulate: bool, precision: str) -> Callable[..., None]:
+    """What writes an `indexed_product`."""
+    (n_tokens, in_features), dtype, device = x
+    n_groups, m, n, b = w.shape
+    out_features = (n if transpose else m) * b
+    tile = hankel_tile(dtype.itemsize, b)
+    programs = cdiv(out_features // b, tile.block_t) * cdiv(b, tile.block_o) * n_tokens
+    split_length, n_splits = split(in_features, tile.block_i, programs, least=2)
+    final = n_splits == 1
+    launch = _hankel_launch(
+        (n_tokens, in_features, out_features, b),
+        tile,
+        (programs, n_splits, 1),
+        transpose,
+        n_groups=n_groups,
+        tokens_per_row=1,
+        split_length=split_length,
+        stride_w_group=m * n * b,
+        bias_ptr=None,
+        HAS_BIAS=False,
+        ACCUMULATE=final and accumulate,
+        PRECISION=precision,
+    )
+    add_up = summation((n_splits, n_tokens, out_features), accumulate=accumulate)
+
+    def run(x: Tensor, w: Tensor, indices: Tensor, out: Tensor, scale: float) -> None:
+        target = out if final else torch.empty(n_splits, *out.shape, dtype=torch.float32, device=device)
+        launch(
+            x_ptr=x,
+            w_ptr=w,
+            rows_ptr=indices,
+            out_ptr=target,
+            scale=scale if final else 1.0,
+            stride_rows=indices.stride(0),
+            stride_x_t=x.stride(0),
+            stride_out_t=target.stride(-2),
+        )
+        if not final:
+            add_up(partials_ptr=target, bias_ptr=None, out_ptr=out, scale=scale, stride_out_row=out.stride(0))
+
+    return specs.on_device(device, run)
+
+
+def tiled_product(
+    x: Tensor,
+    w: Tensor,
+    table: Tensor,
+    *,
+    scale: float,
+    transpose: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`indexed_product` of many rows, sorted by index: a tile of them has one w.
+
+    Args:
+        x: as there.
+        w: as there.
+        table: `(n_tiles, 3)` int32 of up to `grouped_tile`'s block_t rows each, as `routes.tile_table` makes it, that
+            cover every row.
+        scale: as there.
+        transpose: as there.
+        out: as there.
+
+    Raises:
+        ShapeError: sizes, dtypes or devices do not fit.
+        BackendError: the kernels cannot run on x's device.
+    """
+    shape = specs.product_shape(specs.spec(x), _one(w), None if out is None else specs.spec(out), None, transpose)
+    accumulate = out is not None
+    out = specs.new_or_given(shape, x, out)
+    if x.shape[0]:
+        described = specs.precision(x.dtype), table.shape[0]
+        run = _stacked_plan(specs.spec(x), specs.spec(w), transpose, accumulate, *described)
+        run(specs.with_contiguous_rows(x), w.contiguous(), table, out, scale)
+    return out
+
+
+@planned
+def _stacked_plan(
+    x: Spec, w: Spec, transpose: bool, accumulate: bool, precision: str, n_tiles: int
+) -> Callable[..., None]:
+    """What writes a `tiled_product`."""
+    (_, in_features), dtype, device = x
+    n_groups, m, n, b = w.shape
+    launch = _tiled_launch(
+        (n_tiles, in_features, (n if transpose else m) * b, b),
+        dtype,
+        transpose,
+        n_groups=n_groups,
+        tokens_per_row=1,
+        stride_w_group=m * n * b,
+        bias_ptr=None,
+        HAS_BIAS=False,
+        ACCUMULATE=accumulate,
+        PRECISION=precision,
+    )
+
+    def run(x: Tensor, w: Tensor, table: Tensor, out: Tensor, scale: float) -> None:
+        strides = {"stride_x_t": x.stride(0), "stride_out_t": out.stride(0)}
+        launch(x_ptr=x, w_ptr=w, table_ptr=table, out_ptr=out, scale=scale, **strides)
+
+    return specs.on_device(device, run)
+
+
+def _one(w: Tensor) -> Spec:
+    """One w of a stack."""
+    if w.dim() != 4 or not len(w):
+        raise ShapeError(f"w {tuple(w.shape)}: a stack is [groups, m, n, b], none of them 0")
+    return Spec(w.shape[1:], w.dtype, w.device)
 
 
 def _token_tiles(addresses: tuple[int, ...], rows: tuple[int, ...], tokens_per_row: int, block_t: int) -> list[int]:

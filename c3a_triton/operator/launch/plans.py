@@ -45,15 +45,16 @@ class _Kernels(NamedTuple):
     fft: ModuleType
     grouped: ModuleType
     indexing: ModuleType
+    routed: ModuleType
     weight_grad: ModuleType
 
 
 @functools.cache
 def kernels() -> _Kernels:
     """The kernel modules; their import is what imports triton."""
-    from ...kernels import decode, direct, expand, fft, grouped, indexing, weight_grad
+    from ...kernels import decode, direct, expand, fft, grouped, indexing, routed, weight_grad
 
-    return _Kernels(decode, direct, expand, fft, grouped, indexing, weight_grad)
+    return _Kernels(decode, direct, expand, fft, grouped, indexing, routed, weight_grad)
 
 
 def bound(kernel: Any, grid: tuple[int, int, int], tile: TileConfig | None = None, **constants: Any) -> Launch:
