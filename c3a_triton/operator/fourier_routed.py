@@ -40,6 +40,8 @@ def product(
     b, features = w.shape[3], w.shape[2 if transpose else 1] * w.shape[3]
     accumulate = out is not None
     out = runs.rows_like(x, features) if out is None else out
+    if not runs.groups:
+        return out
     w_hat = _weight_spectra(w, runs, compute_dtype_of(x, w), scale, transpose)
     for rows, pieces in runs.chunks(fourier.chunk_tokens(x, features)):
         x_hat = fourier.spectrum(x[rows], b, w_hat.dtype.to_real())
@@ -64,6 +66,9 @@ def weight_grad(
         `(n_groups, out_blocks, in_blocks, b)`; 0 for groups without rows.
     """
     runs = _Runs.of(offsets)
+    if not runs.groups:
+        blocks = dy.shape[1] // block_size, x.shape[1] // block_size
+        return x.new_zeros(runs.n_groups, *blocks, block_size, dtype=dtype)
     compute_dtype = torch.promote_types(torch.promote_types(dy.dtype, torch.float32), dtype)
     sums = _sums(dy, x, block_size, runs, compute_dtype)
     for rows, pieces in runs.chunks(fourier.chunk_tokens(x, dy.shape[1])):
@@ -80,6 +85,8 @@ def backward(
     b = w.shape[3]
     accumulate = out is not None
     out = runs.rows_like(dy, x.shape[1]) if out is None else out
+    if not runs.groups:
+        return out, torch.zeros_like(w)
     w_hat = _weight_spectra(w, runs, compute_dtype_of(dy, w), scale, transpose=True)
     compute_dtype = w_hat.dtype.to_real()
     sums = _sums(dy, x, b, runs, compute_dtype)
@@ -88,6 +95,10 @@ def backward(
         _store(_mixed(dy_hat, w_hat, pieces), b, out[rows], accumulate)
         _accumulate_outer(sums, dy_hat, fourier.spectrum(x[rows], b, compute_dtype), pieces)
     return out, _weights_from(sums, b, runs, scale, w.dtype)
+
+
+# The groups of a chunk: place among those that have rows, first and last row of the chunk's.
+_Pieces = list[tuple[int, int, int]]
 
 
 class _Runs(NamedTuple):
@@ -111,8 +122,8 @@ class _Runs(NamedTuple):
         rows[self.bounds[-1] :] = 0
         return rows
 
-    def chunks(self, n_rows: int) -> Iterator[tuple[slice, list[tuple[int, int, int]]]]:
-        """Up to `n_rows` rows at a time, with the place of each of their groups and its rows among them."""
+    def chunks(self, n_rows: int) -> Iterator[tuple[slice, _Pieces]]:
+        """Up to `n_rows` rows at a time, and their groups."""
         for start in range(self.bounds[0], self.bounds[-1], n_rows):
             stop = min(start + n_rows, self.bounds[-1])
             pieces = [
@@ -121,9 +132,6 @@ class _Runs(NamedTuple):
                 if first < stop and start < last
             ]
             yield slice(start, stop), pieces
-
-
-_Pieces = list[tuple[int, int, int]]
 
 
 def _weight_spectra(w: Tensor, runs: _Runs, dtype: torch.dtype, scale: float, transpose: bool) -> Tensor:
