@@ -19,6 +19,8 @@ from torch.func import functional_call
 import c3a_triton
 from c3a_triton import AdapterStateError, BackendError, C3AConfig, ShapeError
 from c3a_triton.adapters.experts import C3AExperts, C3AStacked
+from c3a_triton.operator import bounds, cost_model
+from c3a_triton.operator.cost_model import Sizes
 
 pytest.importorskip("transformers.integrations.moe", reason="transformers 4: experts are layers")
 
@@ -551,7 +553,15 @@ def test_summary_explain_and_counts() -> None:
     assert trainable == sum(w.numel() for w in kernels_of(model).values()) == 4 * (32 * 24 + 24 * 16) // 4
     groups = c3a_triton.param_groups(model, lr=1e-3)
     assert sum(p.numel() for group in groups for p in group["params"]) == trainable
-    assert "4 ×" in c3a_triton.explain(model)
+    lines = c3a_triton.explain(model, tokens=[1, 4096], device="cuda").splitlines()
+    assert [line.split()[:5] for line in lines[2:6]] == [
+        ["1", width, f"4×{out}", "4", tokens] for width, out in (("24", 32), ("16", 24)) for tokens in ("1", "4096")
+    ]
+    sizes = Sizes(2 * 4096 // 4, 24, 32, 4, torch.float32)
+    fft = bounds.seconds(cost_model.routed_launches("fft", sizes, 4, 2 * 4096), bounds.CEILINGS)
+    assert f"{fft * 1e6:.1f}" in lines[3].split()
+    assert lines[3].split()[5] in cost_model.ROUTED
+    assert "Stacked experts" in lines[-2]
 
 
 def test_backends_that_write_dense_weights_are_refused_by_name() -> None:

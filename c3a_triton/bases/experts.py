@@ -30,6 +30,7 @@ __all__ = [
     "layout",
     "parameter_geometry",
     "problem",
+    "rows_per_token",
     "stacked",
     "stacked_names",
     "undispatch",
@@ -126,6 +127,16 @@ def parameter_geometry(module: nn.Module, name: str) -> Geometry | None:
         halves = in_features, out_features // 2
         return Geometry("experts", in_features, out_features, halves, " (in, and gate and up each)", stack[0])
     return Geometry("experts", in_features, out_features, (in_features, out_features), "", stack[0])
+
+
+def rows_per_token(module: Any) -> int:
+    """How many experts compute each token, as far as the configuration says: for predictions."""
+    found = layout(module)
+    if found is not None and found.kind == "llama4":
+        return found.n_experts
+    names = ("num_experts_per_tok", "num_experts_per_token", "top_k", "moe_topk", "moe_top_k", "top_k_experts")
+    counts = (getattr(module.config, name, None) for name in names)
+    return next((count for count in counts if isinstance(count, int)), 1)
 
 
 def problem(module: nn.Module, name: str) -> str | None:
