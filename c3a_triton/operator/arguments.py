@@ -125,7 +125,7 @@ def check_routed(
         raise ShapeError(f"x has {n_rows} {what}, and the routes are of {routed}: give one row for each")
     if not kernels:
         raise ShapeError("no kernels: give one stack of w's or more")
-    out_features = None if weight is None or weight.dim() != 3 else weight.shape[2 if transposed else 1]
+    out_features = None
     for w in kernels:
         if w.dim() != 4 or w.shape[0] != routes.n_groups or not w.is_floating_point():
             raise ShapeError(

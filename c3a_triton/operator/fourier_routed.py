@@ -40,6 +40,8 @@ def product(
     b, features = w.shape[3], w.shape[2 if transpose else 1] * w.shape[3]
     accumulate = out is not None
     out = runs.rows_like(x, features) if out is None else out
+    if not runs.groups:
+        return out
     w_hat = _weight_spectra(w, runs, compute_dtype_of(x, w), scale, transpose)
     for rows, pieces in runs.chunks(fourier.chunk_tokens(x, features)):
         x_hat = fourier.spectrum(x[rows], b, w_hat.dtype.to_real())
@@ -64,6 +66,9 @@ def weight_grad(
         `(n_groups, out_blocks, in_blocks, b)`; 0 for groups without rows.
     """
     runs = _Runs.of(offsets)
+    if not runs.groups:
+        blocks = dy.shape[1] // block_size, x.shape[1] // block_size
+        return x.new_zeros(runs.n_groups, *blocks, block_size, dtype=dtype)
     compute_dtype = torch.promote_types(torch.promote_types(dy.dtype, torch.float32), dtype)
     sums = _sums(dy, x, block_size, runs, compute_dtype)
     for rows, pieces in runs.chunks(fourier.chunk_tokens(x, dy.shape[1])):
@@ -80,6 +85,8 @@ def backward(
     b = w.shape[3]
     accumulate = out is not None
     out = runs.rows_like(dy, x.shape[1]) if out is None else out
+    if not runs.groups:
+        return out, torch.zeros_like(w)
     w_hat = _weight_spectra(w, runs, compute_dtype_of(dy, w), scale, transpose=True)
     compute_dtype = w_hat.dtype.to_real()
     sums = _sums(dy, x, b, runs, compute_dtype)

@@ -427,7 +427,7 @@ def _grouped_base(x: Tensor, weight: Tensor, offsets: Tensor, transposed: bool, 
     if partial:
         rows = torch.arange(y.shape[0], device=y.device)
         y.masked_fill_(((rows < offsets[0]) | (rows >= offsets[-1]))[:, None], 0)
-    return y
+    return y.contiguous()  # it pads odd rows
 
 
 def _fits(x: Tensor) -> bool:
