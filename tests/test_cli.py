@@ -23,7 +23,7 @@ import c3a_triton
 from c3a_triton import C3AConfig, cli
 from c3a_triton.benchmark import gate, layer, peers
 from c3a_triton.commands import bench, doctor, folder_merge, merge, parsers
-from c3a_triton.commands.options import module_choice
+from c3a_triton.commands.options import module_choice, parameter_choice
 from c3a_triton.operator import calls, dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -249,6 +249,19 @@ def test_module_choice(words, meaning):
     assert module_choice(words) == meaning
 
 
+@pytest.mark.parametrize(
+    ("words", "meaning"),
+    [
+        (None, None),
+        (["all-experts"], "all-experts"),
+        (["experts.down_proj"], ["experts.down_proj"]),
+        (["up_proj,down_proj", "scale"], ["up_proj", "down_proj", "scale"]),
+    ],
+)
+def test_parameter_choice(words, meaning):
+    assert parameter_choice(words) == meaning
+
+
 # inspect
 
 
@@ -311,6 +324,79 @@ def test_inspect_an_adapter(run, folders):
     code, out, _ = run("inspect", folders / "adapter")
     assert code == 0
     assert "4 layers, 384 parameters" in out
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory) -> Path:
+    """A tiny mixture of experts, and an adapter for its experts and one kind of layer."""
+    pytest.importorskip("transformers.integrations.moe", reason="transformers 4: experts are layers")
+    folder = tmp_path_factory.mktemp("experts")
+    model = tiny_models.qwen3_moe(num_hidden_layers=2)
+    model.save_pretrained(folder / "model")
+    config = C3AConfig(block_size=4, target_modules=["q_proj"], target_parameters="all-experts")
+    with pytest.warns(UserWarning, match="it cannot load this adapter, which has 4 others"):
+        c3a_triton.apply(model, config).c3a.save_pretrained(folder / "adapter")
+    return folder
+
+
+def test_inspect_stacked_experts(run, experts):
+    code, out, err = run("inspect", experts / "model", "--json")
+    assert (code, json.loads(out)["layers"], json.loads(out)["target_parameters"]) == (0, 8, None)
+    assert "target_parameters=" in err  # what is left out is said
+    code, out, err = run("inspect", experts / "model", "--target-parameters", "all-experts", "--json")
+    found = json.loads(out)
+    assert (code, err, found["layers"]) == (0, "", 12)
+    groups = {group["name"]: group for group in found["groups"]}
+    up = groups["model.layers.*.mlp.experts.gate_up_proj"]
+    assert (up["layers"], up["stack"], up["in_features"], up["out_features"]) == (2, 4, 24, 32)
+    assert up["valid_block_sizes"] == [1, 2, 4, 8]  # of the 16 rows of gate and of up, not of 32
+    assert groups["model.layers.*.self_attn.q_proj"]["stack"] == 0
+    row = next(row for row in found["block_sizes"] if row["block_size"] == 4)
+    config = C3AConfig(block_size=4, target_modules="all-linear", target_parameters="all-experts")
+    model = c3a_triton.apply(tiny_models.qwen3_moe(num_hidden_layers=2), config)
+    assert row["parameters"] == model.c3a.get_nb_trainable_parameters()[0]
+    arguments = ("--target-modules", "q_proj", "--target-parameters", "experts.down_proj,gate_up_proj")
+    _, out, _ = run("inspect", experts / "model", *arguments)
+    assert re.search(r"experts\.down_proj +2 +16 +4 × 24 +1, 2, 4, 8\n", out)
+    assert "target_parameters=['experts.down_proj', 'gate_up_proj']" in out
+
+
+def test_inspect_an_adapter_of_stacked_experts(run, experts):
+    _, out, _ = run("inspect", experts / "adapter", "--json")
+    found = json.loads(out)
+    groups = {group["name"].rpartition(".")[2]: group for group in found["groups"]}
+    assert (found["layers"], found["parameters"], found["other_parameters"]) == (6, 2592, 0)
+    assert (groups["down_proj"]["stack"], groups["down_proj"]["parameters"]) == (4, 2 * 4 * 24 * 16 // 4)
+    assert (groups["down_proj"]["in_features"], groups["down_proj"]["out_features"]) == (16, 24)
+    assert groups["q_proj"]["stack"] == 0
+    _, out, _ = run("inspect", experts / "adapter")
+    assert re.search(r"experts\.gate_up_proj +2 +24 +4 × 32 +4 +block_size +1,536\n", out)
+    code, out, _ = run("inspect", experts / "model", "--target-parameters", "up_proj")
+    assert (code, out) == (1, "")
+
+
+def test_merge_stacked_experts(run, experts, tmp_path):
+    arguments = ("--model", experts / "model", "--adapter", experts / "adapter", "--output", tmp_path / "merged")
+    code, out, err = run("merge", *arguments, "--json")
+    found = json.loads(out)
+    assert code == 0, err
+    assert (found["layers"], found["added"], len(found["changed"])) == (6, [], 2 + 2 * 3 * 4)
+    assert found["check"]["difference"] <= found["check"]["tolerance"] < found["check"]["effect"]
+    assert found["check"]["reached"] == 6
+
+
+def test_autotune_stacked_experts(run, experts, tmp_path):
+    arguments = ("--max-params", "2k", "--target-modules", "q_proj", "--target-parameters", "all-experts")
+    code, out, err = run("autotune", experts / "model", *arguments, "--no-measure", "--output", tmp_path, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert {group["group"]: group["stack"] for group in found["groups"]} == {
+        "q_proj": 0,
+        "gate_up_proj": 4,
+        "down_proj": 4,
+    }
+    model = c3a_triton.apply(tiny_models.qwen3_moe(num_hidden_layers=2), C3AConfig.from_pretrained(tmp_path))
+    assert model.c3a.get_nb_trainable_parameters()[0] == found["parameters"] <= 2000
 
 
 def test_inspect_tells_layers_of_different_sizes_apart(run, tmp_path):

@@ -502,9 +502,10 @@ def test_the_fastest_measured_is_chosen(monkeypatch):
         cases[costs.Case(*shape, b, "fft")] = Times(*fft)
         cases[costs.Case(*shape, b, "direct")] = Times(*direct)
     found = costs.Costs(setting, cases, measured=True)
-    assert found.fastest(shape, 24) == ("fft/direct", 4.0)
-    assert found.fastest(shape, 12) == ("fft/direct", 3.0)
-    assert found.fastest(shape, 6) is None
+    group = groups.Group("q_proj", *shape, ("a.q_proj",))
+    assert found.fastest(group, 24) == ("fft/direct", 4.0)
+    assert found.fastest(group, 12) == ("fft/direct", 3.0)
+    assert found.fastest(group, 6) is None
 
 
 def test_what_fails_is_left_out_and_named():

@@ -175,6 +175,20 @@ def problem(module: nn.Module, name: str) -> str | None:
     return None
 
 
+def rows_per_token(module: nn.Module) -> int:
+    """How many rows experts that we know compute for each token: one for each expert that it is routed to.
+
+    That is what the configuration says, under one of the names that models have for it; 1 where it says nothing.
+    """
+    found = layout(module)
+    if found is not None and found.kind == "llama4":
+        return found.n_experts
+    config = getattr(module, "config", None)
+    names = ("num_experts_per_tok", "moe_topk", "top_k_experts")
+    value = next((value for name in names if (value := getattr(config, name, None))), 1)
+    return max(value) if isinstance(value, list) else int(value)
+
+
 def stacked_names(module: nn.Module) -> list[str]:
     """The names of a module's own stacked expert weights.
 

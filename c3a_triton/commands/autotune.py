@@ -12,7 +12,7 @@ from c3a_triton.operator import tuned
 from c3a_triton.tuning import plots, tuner
 from c3a_triton.tuning.measurement import Progress
 
-from .options import module_choice, print_json
+from .options import module_choice, parameter_choice, print_json
 
 __all__ = ["run"]
 
@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
                 max_adapter_mb=args.max_adapter_mb,
                 target_modules=module_choice(args.target_modules),
                 exclude_modules=module_choice(args.exclude_modules),
+                target_parameters=parameter_choice(args.target_parameters),
                 dtype=args.dtype,
                 objective=args.objective,
                 mode=args.mode,

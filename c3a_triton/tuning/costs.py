@@ -8,6 +8,7 @@ import torch
 
 from c3a_triton.operator import bounds, cost_model, dispatch
 from c3a_triton.operator.cost_model import Sizes
+from c3a_triton.operator.routes import share
 from c3a_triton.operator.tuned import Key, Times
 
 from .groups import Group
@@ -39,14 +40,28 @@ class Setting:
         names = dispatch.AUTO_BACKENDS
         return tuple(name for name in names if dispatch.why_not(name, self.device, self.dtype) is None)
 
+    def backends_of(self, stack: int) -> tuple[str, ...]:
+        """Those of them that compute so many stacked experts; 0: a layer."""
+        return tuple(name for name in self.backends if name in cost_model.ROUTED) if stack else self.backends
+
 
 class Case(NamedTuple):
-    """One layer: a backend's or peer's name and block size; of the base alone b is 0, of LoRA it is the rank."""
+    """One layer: a backend's or peer's name and block size; of the base alone b is 0, of LoRA it is the rank.
+
+    Of stacked experts, which are predicted and never measured, there are `stack` of these sizes.
+    """
 
     in_features: int
     out_features: int
     b: int
     backend: str
+    stack: int = 0
+    rows_per_token: int = 1
+
+    @classmethod
+    def of(cls, group: Group, b: int, backend: str) -> "Case":
+        """A layer of a group."""
+        return cls(*group.shape, b, backend, group.stack, group.rows_per_token)
 
     def key(self, setting: Setting) -> Key:
         """Where the tuned table holds it."""
@@ -55,7 +70,7 @@ class Case(NamedTuple):
     def sizes(self, setting: Setting) -> Sizes:
         """What a call of it is as far as times depend on it."""
         shape = (self.in_features, self.out_features, self.b)
-        return Sizes(setting.n_tokens, *shape, setting.dtype, setting.device)
+        return Sizes(setting.n_tokens * self.rows_per_token, *shape, setting.dtype, setting.device)
 
 
 def layer_cases(groups: Sequence[Group], sizes: Sequence[Iterable[int]], setting: Setting) -> list[Case]:
@@ -63,13 +78,14 @@ def layer_cases(groups: Sequence[Group], sizes: Sequence[Iterable[int]], setting
 
     A run that is interrupted has then measured what matters most of each shape that it came to.
     """
-    of_shape: dict[tuple[int, int], set[int]] = {}
+    of_shape: dict[Case, set[int]] = {}
     for group, valid in zip(groups, sizes, strict=True):
-        of_shape.setdefault(group.shape, set()).update(valid)
+        of_shape.setdefault(Case.of(group, 0, dispatch.BASE), set()).update(valid)
     cases = []
-    for shape, valid_sizes in of_shape.items():
-        cases.append(Case(*shape, 0, dispatch.BASE))
-        adapted = [Case(*shape, b, backend) for b in valid_sizes for backend in setting.backends]
+    for base, valid_sizes in of_shape.items():
+        cases.append(base)
+        names = setting.backends_of(base.stack)
+        adapted = [base._replace(b=b, backend=backend) for b in valid_sizes for backend in names]
         cases += sorted(adapted, key=lambda case: (_total(predicted_times(case, setting)), case))
     return cases
 
@@ -88,6 +104,8 @@ def predicted_times(case: Case, setting: Setting, ceilings: bounds.Ceilings | No
     """
     at = dispatch.ceilings_of(setting.device) if ceilings is None else ceilings
     sizes, name = case.sizes(setting), case.backend
+    if case.stack:
+        return _stacked_times(name, sizes, case.stack, at)
     base = cost_model.base_seconds(sizes, ceilings=at)
     if name == dispatch.BASE:
         return Times(base, base)
@@ -97,6 +115,24 @@ def predicted_times(case: Case, setting: Setting, ceilings: bounds.Ceilings | No
         forward, backward = (
             cost_model.added_seconds(name, sizes, backward=backward, ceilings=at) for backward in (False, True)
         )
+    return Times(base + forward, base + backward)
+
+
+def _stacked_times(name: str, sizes: Sizes, stack: int, at: bounds.Ceilings) -> Times:
+    """Of experts with so many rows in all, spread evenly; the base is a grouped product of those that have rows."""
+    t, n, m, _, dtype, _ = sizes
+    i = dtype.itemsize
+    weights = min(stack, t) * n * m
+    grouped = bounds.streamed(i * (weights + t * n), i * t * m, 2 * t * n * m, at.cublas_flops[i])
+    base = bounds.seconds([grouped], at)
+    if name == dispatch.BASE:
+        return Times(base, base)
+
+    of_one = sizes._replace(n_tokens=share(stack, t))
+    forward, backward = (
+        bounds.seconds(cost_model.routed_launches(name, of_one, stack, t, backward=backward, ceilings=at), at)
+        for backward in (False, True)
+    )
     return Times(base + forward, base + backward)
 
 
@@ -162,9 +198,10 @@ class Costs:
         """Where the times come from, in a word."""
         return "measured" if self.measured else "predicted"
 
-    def fastest(self, shape: tuple[int, int], b: int) -> tuple[str, float] | None:
+    def fastest(self, group: Group, b: int) -> tuple[str, float] | None:
         """(backend or "forward/backward", seconds) of a layer as `"auto"` computes it; None where nothing is known."""
-        found = {name: self.times.get(Case(*shape, b, name)) for name in self.setting.backends}
+        names = self.setting.backends_of(group.stack)
+        found = {name: self.times.get(Case.of(group, b, name)) for name in names}
         known = {name: times for name, times in found.items() if times is not None}
         if not known:
             return None

@@ -174,7 +174,7 @@ class Operands:
 
 def _layer(case: Case, weight: Tensor) -> tuple[Callable[[Tensor], Tensor], tuple[Tensor, ...]]:
     """A function of x, and the adapter's parameters."""
-    n_in, n_out, b, name = case
+    n_in, n_out, b, name = case[:4]
     if name == dispatch.BASE:
         return lambda x: nn.functional.linear(x, weight), ()
     if name in (PEFT_LORA, PEFT_C3A):

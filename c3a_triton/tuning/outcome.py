@@ -59,7 +59,7 @@ class Budget:
         else:
             assert max_params is not None
             most, text = int(max_params), f"{int(max_params):,} parameters"
-        of_rank_one = sum(len(group.names) * math.sqrt(group.in_features * group.out_features) for group in groups)
+        of_rank_one = sum(group.n_matrices * math.sqrt(group.in_features * group.out_features) for group in groups)
         return cls(most, text, max(most, 1) / of_rank_one)
 
 
@@ -108,7 +108,7 @@ def _choices(
     choices: list[list[Choice]] = []
     for group, valid in zip(groups, sizes, strict=True):
         n_layers, rule = len(group.names), rule_block_size(group, budget.rank)
-        found = {b: fastest for b in valid if (fastest := costs.fastest(group.shape, b)) is not None}
+        found = {b: fastest for b in valid if (fastest := costs.fastest(group, b)) is not None}
         if not found:
             raise ConfigError(f"{group.label}: no block size of these layers could be measured")
         known.append(list(found))
@@ -153,7 +153,7 @@ class Outcome:
         """One for each group."""
         found = []
         for group, b in zip(self.groups, self.chosen, strict=True):
-            fastest = self.costs.fastest(group.shape, b)
+            fastest = self.costs.fastest(group, b)
             assert fastest is not None, "a block size that nothing is known of was chosen"
             found.append((group, b, fastest[0], len(group.names) * fastest[1]))
         total = sum(seconds for *_, seconds in found)
@@ -172,7 +172,7 @@ class Outcome:
     @functools.cached_property
     def base_seconds(self) -> float | None:
         """Seconds of the same layers without adapters."""
-        return self.costs.total(self.groups, (Case(*group.shape, 0, dispatch.BASE) for group in self.groups))
+        return self.costs.total(self.groups, (Case.of(group, 0, dispatch.BASE) for group in self.groups))
 
     @functools.cached_property
     def front(self) -> list[Point]:
@@ -191,10 +191,10 @@ class Outcome:
         """LoRA of several ranks and PEFT's C3A of the chosen block sizes on the same layers, where they are known."""
         groups = self.groups
         candidates = [
-            (f"LoRA r={rank}", lora_params(groups, rank), [Case(*group.shape, rank, PEFT_LORA) for group in groups])
+            (f"LoRA r={rank}", lora_params(groups, rank), [Case.of(group, rank, PEFT_LORA) for group in groups])
             for rank in LORA_RANKS
         ]
-        same = [Case(*group.shape, b, PEFT_C3A) for group, b in zip(groups, self.chosen, strict=True)]
+        same = [Case.of(group, b, PEFT_C3A) for group, b in zip(groups, self.chosen, strict=True)]
         candidates.append(("PEFT's C3A", self.parameters, same))
         return [
             Point(label, parameters, seconds)
@@ -230,14 +230,17 @@ class Outcome:
     @property
     def source(self) -> str:
         """Where the times come from, to follow the word that labels them."""
-        return (
-            f" on {self.environment['device']}" if self.costs.measured else " by the cost model; nothing was measured"
-        )
+        if not self.costs.measured:
+            return " by the cost model; nothing was measured"
+        stacks = any(group.stack for group in self.groups)
+        experts = "; those of stacked experts are predicted by the cost model" if stacks else ""
+        return f" on {self.environment['device']}{experts}"
 
     def cells(self, row: Row) -> tuple[str, ...]:
         """A row of the table."""
         group = row.group
-        sizes = (str(group.in_features), str(group.out_features), str(row.b), f"{row.parameters:,}")
+        stack = f"{group.stack} × " if group.stack else ""
+        sizes = (str(group.in_features), f"{stack}{group.out_features}", str(row.b), f"{row.parameters:,}")
         times = (format_seconds(row.seconds), f"{row.share:.0%}")
         return (group.label, str(len(group.names)), *sizes, row.backend, *times)
 
@@ -267,6 +270,7 @@ class Outcome:
                     "layers": len(row.group.names),
                     "in_features": row.group.in_features,
                     "out_features": row.group.out_features,
+                    "stack": row.group.stack,
                     "block_size": row.b,
                     "parameters": row.parameters,
                     "backend": row.backend,

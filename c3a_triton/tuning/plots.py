@@ -124,7 +124,7 @@ def _draw_heat_map(axes: Any, outcome: Outcome) -> None:
     sizes = sorted({b for valid in outcome.sizes for b in valid})
     values = []
     for group, valid in zip(outcome.groups, outcome.sizes, strict=True):
-        found = {b: outcome.costs.fastest(group.shape, b) for b in valid}
+        found = {b: outcome.costs.fastest(group, b) for b in valid}
         seconds = {b: fastest[1] for b, fastest in found.items() if fastest is not None}
         least = min(seconds.values())
         values.append([seconds[b] / least if b in seconds else math.nan for b in sizes])

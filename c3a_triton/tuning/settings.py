@@ -13,17 +13,21 @@ from c3a_triton.files.peft_rules import peft_block_size_rule, peft_safe_targets
 __all__ = ["chosen_config", "minimal_pattern"]
 
 
-def chosen_config(config: C3AConfig, sizes: Mapping[str, int], module_names: Sequence[str]) -> C3AConfig:
+def chosen_config(
+    config: C3AConfig, sizes: Mapping[str, int], module_names: Sequence[str], parameters: Sequence[str] = ()
+) -> C3AConfig:
     """`config` with these block sizes, by `block_size` and a minimal `block_size_pattern`.
 
     Targets are written as names, which this library and PEFT resolve to exactly these layers.
 
     Args:
         config: what the layers were found by.
-        sizes: module name → block size, of every layer.
+        sizes: name → block size, of every layer and parameter.
         module_names: the names of all modules of the model.
+        parameters: which of the names are parameters'.
     """
-    targets, layers, layers_pattern = peft_safe_targets(list(sizes), config, module_names)
+    modules = [name for name in sizes if name not in parameters]
+    targets, layers, layers_pattern = peft_safe_targets(modules, config, module_names)
     default, pattern = minimal_pattern(sizes)
     return replace(
         config,
@@ -34,6 +38,7 @@ def chosen_config(config: C3AConfig, sizes: Mapping[str, int], module_names: Seq
         exclude_modules=None,
         layers_to_transform=layers,
         layers_pattern=layers_pattern,
+        target_parameters=list(parameters) or None,
     )
 
 

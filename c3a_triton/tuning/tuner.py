@@ -118,6 +118,7 @@ def autotune(
     max_adapter_mb: float | None = None,
     target_modules: Sequence[str] | str | None = None,
     exclude_modules: Sequence[str] | str | None = None,
+    target_parameters: Sequence[str] | str | None = None,
     dtype: torch.dtype | str | None = None,
     objective: str = "latency",
     mode: str = "train",
@@ -144,6 +145,7 @@ def autotune(
         like_lora_rank: as many parameters as LoRA of this rank has on the same layers.
         max_adapter_mb: the size of the adapter's weights file, in 10⁶ bytes.
         target_modules, exclude_modules: as in `C3AConfig`; None means the default for the model's type.
+        target_parameters: as in `C3AConfig`; of stacked experts alone, whose times are predicted and never measured.
         dtype: what x and the base weights are; by default the model's, or bfloat16 where that is none of float32,
             float16 and bfloat16 or not known.
         objective: `"latency"` (the least time; among equally fast choices the block sizes nearest the authors' rule
@@ -190,10 +192,17 @@ def autotune(
         block_size=1,
         target_modules=target_modules if isinstance(target_modules, str | None) else list(target_modules),
         exclude_modules=exclude_modules if isinstance(exclude_modules, str | None) else list(exclude_modules),
+        target_parameters=target_parameters if isinstance(target_parameters, str | None) else list(target_parameters),
         task_type=next((task for end, task in _TASKS.items() if type(model).__name__.endswith(end)), None),
         base_model_name_or_path=_source(model_or_config),
     )
     groups = find_groups(model, with_task_heads(model, config))
+    stacks = [name for group in groups if group.stack for name in group.names]
+    if stacks and place.type == "cpu":
+        raise ConfigError(
+            f"{stacks[0]}: the times of stacked experts are predicted by the cost model, which knows GPUs only: leave "
+            "the device out, or target_parameters"
+        )
     stated = Budget.of(groups, max_params, like_lora_rank, max_adapter_mb)
     sizes = affordable_sizes(groups, stated.max_params)
 
@@ -205,16 +214,17 @@ def autotune(
         used = _triton_cases(groups, chosen, costs)
         measure_tiles(used, setting, timer, progress)
         costs.times |= measured(used, setting, timer, progress, again=True)
-    compared = [Case(*group.shape, rank, PEFT_LORA) for rank in LORA_RANKS for group in groups]
-    compared += [Case(*group.shape, b, PEFT_C3A) for group, b in zip(groups, chosen, strict=True)]
-    if to_measure and not (compare and peers.why_no_peft() is None):
+    compared = [Case.of(group, rank, PEFT_LORA) for rank in LORA_RANKS for group in groups]
+    compared += [Case.of(group, b, PEFT_C3A) for group, b in zip(groups, chosen, strict=True)]
+    # PEFT's C3A has no stacked experts, and what its LoRA does with them is another thing.
+    if stacks or (to_measure and not (compare and peers.why_no_peft() is None)):
         compared = []
     resolved = {name: b for group, b in zip(groups, chosen, strict=True) for name in group.names}
     names = [name for name in base_module_names(model) if name]
     return TuningResult(
         Outcome(
             model=_source(model_or_config) or type(model).__name__,
-            config=chosen_config(config, _in_order(resolved, names), names),
+            config=chosen_config(config, _in_order(resolved, [*names, *stacks]), names, stacks),
             groups=groups,
             sizes=sizes,
             chosen=chosen,
@@ -252,19 +262,23 @@ def check_writable(path: Path, what: str) -> None:
 def _costs(
     cases: list[Case], setting: Setting, to_measure: bool, timer: Timer | None, progress: Progress | None
 ) -> Costs:
+    by_model = [case for case in cases if case.stack or not to_measure]
+    times = {case: predicted_times(case, setting) for case in by_model}
     if to_measure:
-        return Costs(setting, measured(cases, setting, timer, progress), measured=True)
-    return Costs(setting, {case: predicted_times(case, setting) for case in cases}, measured=False)
+        times |= measured([case for case in cases if not case.stack], setting, timer, progress)
+    return Costs(setting, times, measured=to_measure)
 
 
 def _triton_cases(groups: Sequence[Group], chosen: Sequence[int], costs: Costs) -> list[Case]:
     """The chosen cases whose kernels have tiles."""
     found = []
     for group, b in zip(groups, chosen, strict=True):
-        fastest = costs.fastest(group.shape, b)
+        if group.stack:
+            continue
+        fastest = costs.fastest(group, b)
         assert fastest is not None, "a block size that nothing is known of was chosen"
         names = [name for name in fastest[0].split("/") if name in dispatch.TRITON_BACKENDS]
-        found += [Case(*group.shape, b, name) for name in names]
+        found += [Case.of(group, b, name) for name in names]
     return list(dict.fromkeys(found))
 
 
