@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from tiny_models import IDS, deepseek_v3, gpt_oss, llama4, logits, mixtral, qwen3_moe
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import c3a_triton
 from c3a_triton import AdapterStateError, BackendError, C3AConfig, ShapeError
@@ -439,6 +441,53 @@ def test_any_number_of_tokens_and_experts_without_any(
         grad = part.c3a_kernel["default"].grad
         reached = {int(i) for i in index.flatten()}
         assert [bool(one.any()) for one in grad] == [expert in reached for expert in range(4)]
+
+
+class _Allocated(TorchDispatchMode):
+    """The bytes of the largest tensor that an operation has made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in given:
+                self.largest = max(self.largest, x.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("build", [qwen3_moe, gpt_oss, llama4])
+def test_nothing_of_the_size_of_all_experts_is_made_or_kept(build: Callable[..., Any]) -> None:
+    plain = build()
+    experts = next(module for module in plain.modules() if type(module).__name__.endswith("Experts"))
+    wide = copy.copy(experts)
+    sizes = {name: (16, *(8 * width for width in p.shape[1:])) for name, p in experts.named_parameters()}
+    wide._parameters = {name: nn.Parameter(torch.randn(size) / 8) for name, size in sizes.items()}
+    wide.num_experts = 16
+    wide.hidden_size = 8 * 24
+    holder = nn.Module()
+    holder.experts = wide.requires_grad_(False)
+    model = adapted(holder, block_size=16)
+    n_tokens = 16 if build is llama4 else 4
+    x = torch.randn(n_tokens, 8 * 24, requires_grad=True)
+    routing = () if build is llama4 else (torch.randint(0, 16, (n_tokens, 2)), torch.rand(n_tokens, 2))
+    kept: list[Tensor] = []
+    with (
+        _Allocated() as memory,
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor),
+    ):
+        model.experts(x, *routing).square().sum().backward()
+    dense_bytes = 4 * wide.down_proj.numel()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    assert all(w.grad is not None for w in kernels_of(model).values())
+    assert 0 < memory.largest < dense_bytes / 2
+    # The weights themselves are kept by reference.
+    assert max(
+        tensor.untyped_storage().nbytes() for tensor in kept if tensor.untyped_storage().data_ptr() not in own
+    ) < (dense_bytes / 8)
 
 
 def test_experts_of_other_processes() -> None:

@@ -129,16 +129,6 @@ def parameter_geometry(module: nn.Module, name: str) -> Geometry | None:
     return Geometry("experts", in_features, out_features, (in_features, out_features), "", stack[0])
 
 
-def rows_per_token(module: Any) -> int:
-    """How many experts compute each token, as far as the configuration says: for predictions."""
-    found = layout(module)
-    if found is not None and found.kind == "llama4":
-        return found.n_experts
-    names = ("num_experts_per_tok", "num_experts_per_token", "top_k", "moe_topk", "moe_top_k", "top_k_experts")
-    counts = (getattr(module.config, name, None) for name in names)
-    return next((count for count in counts if isinstance(count, int)), 1)
-
-
 def problem(module: nn.Module, name: str) -> str | None:
     """Why a parameter cannot be adapted by itself, as a sentence with a way out, or None.
 
