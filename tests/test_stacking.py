@@ -160,11 +160,7 @@ def test_a_router_that_was_a_layer_becomes_its_weight(tmp_path, name):
     torch.testing.assert_close(adapted.model.layers[0].mlp.gate(x)[0], scores)
     config = adapted.c3a.adapters["default"]
     assert config.target_modules == []
-    assert config.target_parameters == [
-        f"{EXPERTS}.gate_up_proj",
-        f"{EXPERTS}.down_proj",
-        "model.layers.0.mlp.gate.weight",
-    ]
+    assert set(config.target_parameters) == layers.keys()
     adapted.c3a.save_pretrained(tmp_path / "new")
     assert torch.equal(logits(c3a_triton.load_adapter(MODELS[name](), tmp_path / "new")), logits(adapted))
 
