@@ -20,7 +20,7 @@ from c3a_triton import C3AConfig, CheckpointError
 from c3a_triton.adapters.file_targets import with_names_of
 from c3a_triton.adapters.stacking import stacked_file
 from c3a_triton.bases.model_names import Place, expert_places, transposing_of
-from c3a_triton.files.checkpoint import AdapterFile, write_adapter
+from c3a_triton.files.checkpoint import WEIGHTS_NAME, AdapterFile, write_adapter
 from c3a_triton.files.patterns import block_size_rule
 
 
@@ -105,7 +105,8 @@ def test_each_expert_s_update_is_where_transformers_puts_its_weight(tmp_path, na
     assert {parameter: size_of(parameter)[0] for parameter in parameters} == stacked.block_sizes
 
 
-def test_other_layers_of_the_file_stay_and_the_adapter_loads_swaps_and_saves(tmp_path):
+@pytest.mark.parametrize("writer", ["ours", "PEFT"])
+def test_other_layers_of_the_file_stay_and_the_adapter_loads_swaps_and_saves(tmp_path, writer):
     model = deepseek_v3()
     # What is no expert but has an expert's name, and what has another.
     others = {
@@ -118,6 +119,8 @@ def test_other_layers_of_the_file_stay_and_the_adapter_loads_swaps_and_saves(tmp
     file = file_for(experts_of(model) | others, block_size_pattern={"down_proj|o_proj": 4}, **fields)
     assert file.block_sizes.keys() > others.keys()
     old = saved(file, tmp_path / "old")
+    if writer == "PEFT":  # without notes beside the tensors
+        save_file(load_file(old / WEIGHTS_NAME), old / WEIGHTS_NAME, metadata={"format": "pt"})
     adapted = c3a_triton.load_adapter(model, old)
     names = {name for name, _ in adapted.c3a.layers()}
     assert names == {*others, "model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"}
@@ -178,7 +181,7 @@ def test_a_router_that_was_a_layer_becomes_its_weight(tmp_path, name):
             {"block_size": 4, "block_size_pattern": {"gate_proj|up_proj": 8}},
             [],
             2,
-            {r"model\.layers\.0\.mlp\.experts\.gate_up_proj": 8, "gate_proj|up_proj": 8},
+            {r"model\.layers\.0\.mlp\.experts\.gate_up_proj": 8},
         ),
     ],
 )
@@ -285,6 +288,18 @@ def test_a_stack_for_a_layer_and_a_layer_for_a_stack_are_refused(tmp_path):
         write_adapter(folder, file.config, tensors, block_sizes=sizes, module_names=[], parameters=[name])
         with pytest.raises(CheckpointError, match=message):
             c3a_triton.load_adapter(model, folder)
+
+
+def test_what_is_more_than_stacked_is_refused():
+    """Ernie's checkpoints have experts for text and for pictures in one list."""
+    with torch.device("meta"):
+        model = transformers.Ernie4_5_VLMoeForConditionalGeneration(transformers.Ernie4_5_VLMoeConfig())
+    name = "model.layers.1.mlp.experts.0.gate_proj"
+    assert expert_places(model)(f"{name}.weight") is None
+    with pytest.raises(
+        CheckpointError, match=rf"adapts {name}, an expert .* does not say which part of it that layer is"
+    ):
+        with_names_of(model, file_for({name: torch.empty(16, 24)}))
 
 
 def test_places_are_those_of_tensors_that_are_merely_stacked():

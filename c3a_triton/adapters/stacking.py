@@ -14,7 +14,7 @@ from c3a_triton.bases.model_names import Place, unwrapped_name
 from c3a_triton.errors import CheckpointError
 from c3a_triton.files.checkpoint import KERNEL_SUFFIX, AdapterFile
 from c3a_triton.files.config import C3AConfig
-from c3a_triton.files.patterns import block_size_rule
+from c3a_triton.files.patterns import block_size_rule, unmatched_keys
 
 from .base_model import base_name
 from .parameter_targets import parameter_places
@@ -131,12 +131,14 @@ def _config(config: C3AConfig, sizes: Mapping[str, int], new: list[str], paramet
     if not isinstance(named, list):
         named = [name for name in sizes if name in parameters and name not in new]
     block_size_of = block_size_rule(config)
+    idle = unmatched_keys(config, sizes)
+    pattern = {key: size for key, size in config.block_size_pattern.items() if key not in idle}
     own = {re.escape(name): sizes[name] for name in new if block_size_of(name)[0] not in (sizes[name], "auto")}
     return replace(
         config,
         target_modules=modules,
         target_parameters=[*named, *new],
-        block_size_pattern=own | config.block_size_pattern,
+        block_size_pattern=own | pattern,
     )
 
 
