@@ -86,7 +86,8 @@ def loaded_by_transformers(model: Any, weights: dict[str, Tensor], folder: Path)
 def test_each_expert_s_update_is_where_transformers_puts_its_weight(tmp_path, name, without):
     model = MODELS[name]()
     weights = experts_of(model)
-    file = file_for({layer: w for layer, w in weights.items() if not layer.endswith(without or "none")})
+    adapted = {layer: weight for layer, weight in weights.items() if not layer.endswith(without or "none")}
+    file = file_for(adapted, exclude_modules=list(without) or None)
     assert (len(file.block_sizes) < len(weights)) == bool(without)
     stacked = stacked_file(model, file, expert_places(model))
     updates = {layer: torch.zeros_like(weight) for layer, weight in weights.items()}
@@ -245,6 +246,17 @@ def test_what_does_not_fit_is_refused_before_anything_changes(tmp_path, change, 
     with pytest.raises(CheckpointError, match=message):
         c3a_triton.load_adapter(model, folder)
     assert {name: id(module) for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("targets", [list(SIZE_OF), r".*experts\.\d+\..*", "all-linear"])
+def test_a_file_of_fewer_experts_is_refused(targets):
+    file = file_for(experts_of(qwen3_moe()), target_modules=targets)
+    model = qwen3_moe(num_experts=6)
+    with pytest.raises(CheckpointError, match=rf"targets {EXPERTS}\.4\.\w+, for which it has no kernel: .* 6 experts"):
+        with_names_of(model, file)
+    allowed = dataclasses.replace(file.config, exclude_modules=r".*experts\.[45]\..*")
+    stacked = with_names_of(model, dataclasses.replace(file, config=allowed))
+    assert all(kernel.shape[0] == 6 and not kernel[4:].any() for kernel in stacked.tensors.values())
 
 
 @pytest.mark.parametrize(
