@@ -141,13 +141,37 @@ def test_other_layers_of_the_file_stay_and_the_adapter_loads_swaps_and_saves(tmp
     }
 
 
+@pytest.mark.filterwarnings("ignore:model.layers.0.mlp.gate.weight.* computed as W")
+@pytest.mark.parametrize("name", ["qwen3", "mixtral"])
+def test_a_router_that_was_a_layer_becomes_its_weight(tmp_path, name):
+    model = MODELS[name]()
+    router = {"qwen3": "mlp", "mixtral": "block_sparse_moe"}[name]
+    linear = {f"model.layers.0.{router}.gate": model.model.layers[0].mlp.gate.weight}
+    file = file_for(
+        experts_of(model) | linear, target_modules=["gate", *SIZE_OF], block_size_pattern={"gate|down_proj|w2": 4}
+    )
+    kernel = file.tensors[f"model.layers.0.{router}.gate.c3a_kernel"]
+    x, weight = torch.randn(5, 24), model.model.layers[0].mlp.gate.weight.detach().clone()
+    adapted = c3a_triton.load_adapter(model, saved(file, tmp_path / "old"))
+    layers = dict(adapted.c3a.layers())
+    assert layers.keys() == {"model.layers.0.mlp.gate.weight", f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj"}
+    assert torch.equal(layers["model.layers.0.mlp.gate.weight"].c3a_kernel["default"], kernel)
+    scores = x @ (weight + c3a_triton.circulant_matrix(kernel)).T
+    torch.testing.assert_close(adapted.model.layers[0].mlp.gate(x)[0], scores)
+    config = adapted.c3a.adapters["default"]
+    assert config.target_modules == []
+    assert set(config.target_parameters) == layers.keys()
+    adapted.c3a.save_pretrained(tmp_path / "new")
+    assert torch.equal(logits(c3a_triton.load_adapter(MODELS[name](), tmp_path / "new")), logits(adapted))
+
+
 @pytest.mark.parametrize(
     ("fields", "modules", "parameters", "pattern"),
     [
         ({"target_modules": None}, [], 2, {"down_proj|w2": 4}),
         ({"target_modules": "all-linear"}, [], 2, {"down_proj|w2": 4}),
         ({"target_modules": r".*experts.*"}, [], 2, {"down_proj|w2": 4}),
-        ({"target_parameters": "all-experts"}, [], "all-experts", {"down_proj|w2": 4}),
+        ({"target_parameters": "all-experts"}, [], 2, {"down_proj|w2": 4}),
         ({"target_parameters": ["scale"]}, [], 3, {"down_proj|w2": 4}),
         ({"block_size": "auto", "block_size_pattern": {}}, [], 2, {}),
         (
@@ -162,7 +186,7 @@ def test_the_configuration_follows(fields, modules, parameters, pattern):
     model = qwen3_moe()
     config = stacked_file(model, file_for(experts_of(model), **fields), expert_places(model)).config
     assert config.target_modules == modules
-    assert parameters == (config.target_parameters if isinstance(parameters, str) else len(config.target_parameters))
+    assert len(config.target_parameters) == parameters
     assert config.block_size_pattern == pattern
 
 
