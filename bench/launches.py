@@ -1,4 +1,4 @@
-"""Launches and bytes of a layer's step, counted: `python -m bench.launches` prints the table of docs/kernels.md.
+"""Launches and bytes of a layer's step, counted: `python -m bench.launches` prints the tables of docs/kernels.md.
 
 Nothing computes: tensors are on the meta device, Triton's launches are replaced. A launch is a Triton kernel, or a call
 of an aten function that is neither a view nor an allocation (cuFFT may launch more than one for it). Its bytes are its
@@ -19,17 +19,34 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from c3a_triton.benchmark import cases, peers
-from c3a_triton.operator import arguments, calls
+from c3a_triton.operator import arguments, calls, routes
 from c3a_triton.operator.launch import specs
+from c3a_triton.operator.routed import c3a_routed, grouped_base
 
 from . import overhead, report
 
-__all__ = ["CASE", "Count", "main", "step", "table"]
+__all__ = ["CASE", "EXPERTS", "Count", "Experts", "experts_step", "experts_table", "main", "step", "table"]
 
 CASE = cases.LayerCase(8192, 4096, 4096, 128)
 METHODS = ("ours:direct", "ours:fft", "ours:expand", "ours:fold", "ours:torch", "peft_c3a", "peft_lora", "base")
 META = torch.device("meta")
 DIRECTIONS = ("forward", "backward")
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The stacked experts of a layer, each with gate, up and down."""
+
+    n_tokens: int
+    top_k: int = 8
+    n_experts: int = 128
+    hidden: int = 2048
+    intermediate: int = 768
+    b: int = 128
+
+
+EXPERTS = (Experts(8192), Experts(1))  # of Qwen3-30B-A3B
+EXPERTS_BACKENDS = ("fft", "direct", "base")
 
 
 @dataclass
@@ -67,8 +84,9 @@ class _Aten(TorchDispatchMode):
 
 
 @contextmanager
-def _counted() -> Iterator[Count]:
-    count = Count()
+def _counted(count: Count | None = None) -> Iterator[Count]:
+    """What is launched within, in a new count or added to a given one."""
+    count = count or Count()
 
     def launched(kernel: Any, **arguments: Any) -> None:
         tensors = [value for name, value in arguments.items() if name.endswith("_ptr") and value is not None]
@@ -114,6 +132,56 @@ def step(method: str, case: cases.LayerCase = CASE) -> tuple[Count, Count]:
     return forward, backward
 
 
+def experts_step(backend: str, case: Experts = EXPERTS[0]) -> tuple[Count, Count]:
+    """Forward and backward of both projections of experts over frozen bf16 weights, tiles of rows included.
+
+    What lies between them and around them (the activation, the sort, the sum over choices) is the model's own.
+
+    Raises:
+        ImportError: Triton is not installed.
+    """
+    size, hidden, inter, b = case.n_experts, case.hidden, case.intermediate, case.b
+
+    def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=META)
+
+    def project(x: Tensor, weight: Tensor, w: Tensor, of: routes.Routes, gather: bool) -> Tensor:
+        if backend == "base":
+            return grouped_base(x[of.source] if gather else x, weight, of.offsets, False, False)
+        return c3a_routed(x, weight, None, (w,), of, gather=gather, backend=backend)
+
+    weights = tensor(size, 2 * inter, hidden), tensor(size, hidden, inter)
+    kernels = [
+        tensor(size, weight.shape[1] // b, weight.shape[2] // b, b, dtype=torch.float32).requires_grad_()
+        for weight in weights
+    ]
+    x = tensor(case.n_tokens, hidden).requires_grad_()
+    # What is kept from call to call is there after the first.
+    for forward, backward in ((Count(), Count()), (first := Count(), second := Count())):
+        of = routes.make(tensor(case.n_tokens, case.top_k, dtype=torch.int64), size)
+        with _counted(forward):
+            up = project(x, weights[0], kernels[0], of, True)
+        h = up.detach()[:, :inter].contiguous().requires_grad_()
+        with _counted(forward):
+            y = project(h, weights[1], kernels[1], of, False)
+        for result, source, w in ((y, h, kernels[1]), (up, x, kernels[0])):
+            dy, trained = torch.empty_like(result), () if backend == "base" else (w,)
+            with _counted(backward):
+                torch.autograd.grad(result, (source, *trained), dy)
+    return first, second
+
+
+def experts_table() -> str:
+    """Launches and bytes of `EXPERTS`, in markdown."""
+    found = [
+        [str(case.n_tokens), backend, direction, str(len(count.names)), f"{count.n_bytes / 1e6:.0f}"]
+        for case in EXPERTS
+        for backend in EXPERTS_BACKENDS
+        for direction, count in zip(DIRECTIONS, experts_step(backend, case), strict=True)
+    ]
+    return report.format_table(["T", "experts", "direction", "launches", "MB"], found)
+
+
 def _per_token(method: str) -> list[str]:
     """Bytes per token of both directions by both widths, in which they are linear: from counts at six sizes.
 
@@ -144,11 +212,15 @@ def table(methods: tuple[str, ...] = METHODS) -> str:
 
 
 def main() -> int:
-    """Print the table, and every launch by name; returns the exit status."""
+    """Print the tables, and every launch by name; returns the exit status."""
     print(table())
+    print(experts_table())
     for method in METHODS:
         for direction, count in zip(DIRECTIONS, step(method), strict=True):
             print(f"{method}, {direction}: {', '.join(count.names)}")
+    for backend in EXPERTS_BACKENDS:
+        for direction, count in zip(DIRECTIONS, experts_step(backend), strict=True):
+            print(f"experts by {backend}, {direction}: {', '.join(count.names)}")
     return 0
 
 

@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.autograd import DeviceType
 
 from c3a_triton.benchmark import cases
-from c3a_triton.operator.launch import decode, direct, expand, fft, grouped, weight_grad
+from c3a_triton.operator import routes
+from c3a_triton.operator.launch import decode, direct, expand, fft, grouped, routed, weight_grad
 
 from . import launch_hooks, op, report, runs
 
@@ -56,17 +57,22 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Profiled:
-    """A layer and what is called on it: "fft", "direct", "decode", "grouped" or "merge" (which has no tokens)."""
+    """A layer and what is called on it: "fft", "direct", "decode", "grouped" or "merge" (which has no tokens).
+
+    Or "experts": so many of them, whose tokens are rows of the layer, drawn at random.
+    """
 
     kind: str
     layer: cases.LayerCase
     under_ncu: bool = False
+    stack: int = 0
 
     @property
     def key(self) -> str:
         """Its name in results."""
         tokens = f"T={self.layer.n_tokens} " if self.layer.n_tokens else ""
-        return f"{self.kind} {tokens}{self.layer.label} b={self.layer.b} {self.layer.dtype}"
+        experts = f"E={self.stack} " if self.stack else ""
+        return f"{self.kind} {experts}{tokens}{self.layer.label} b={self.layer.b} {self.layer.dtype}"
 
     @property
     def bytes_by_address(self) -> int:
@@ -99,6 +105,12 @@ _CASES = (
     Profiled("grouped", _layer(256, 4096, 4096, 128)),
     Profiled("fft", _layer(8192, 4096, 4096, 128, "float16")),
     Profiled("fft", _layer(8192, 4096, 4096, 128, "float32")),
+    # Qwen3-30B-A3B, of whose experts each token has eight: 8192 tokens, and one.
+    *(
+        Profiled("experts", _layer(8 * n_tokens, *widths, 128), stack=128)
+        for n_tokens in (8192, 1)
+        for widths in ((2048, 1536), (768, 2048))
+    ),
 )
 _TINY = (
     Profiled("fft", _layer(5, 8, 12, 4)),
@@ -106,6 +118,7 @@ _TINY = (
     Profiled("decode", _layer(2, 16, 16, 4), under_ncu=True),
     Profiled("grouped", _layer(4, 16, 16, 8)),
     Profiled("merge", _layer(0, 16, 16, 4), under_ncu=True),
+    Profiled("experts", _layer(8, 8, 12, 4), stack=3),
 )
 
 
@@ -126,6 +139,20 @@ def calls(case: Profiled, device: torch.device) -> dict[str, Call]:
     if case.kind == "grouped":
         adapters = [adapter() for _ in range(1 + max(ADAPTERS))]
         return {"forward": partial(grouped.grouped_product, x, adapters, ADAPTERS, scale=scale)}
+    if case.kind == "experts":
+        w = normal(case.stack, out_features // b, in_features // b, b, dtype=torch.float32)
+        offsets = routes.make(torch.randint(case.stack, (n_tokens, 1), device=device), case.stack).offsets
+
+        def tiles(*where: int, make: Callable[..., Tensor]) -> Tensor:
+            """Nothing kept from call to call, so that each launches the same."""
+            return make(offsets, *where, False)
+
+        dy, rest = normal(n_tokens, out_features), {"scale": scale, "tiles": tiles}
+        return {
+            "direct": partial(routed.routed_direct, x, w, offsets, **rest),
+            "forward": partial(routed.routed_product, x, w, offsets, **rest),
+            "backward": partial(routed.routed_backward, dy, x, w, offsets, **rest),
+        }
     w = adapter()
     if case.kind == "decode":
         weight = normal(out_features, in_features)
@@ -166,6 +193,7 @@ _SPECTRA: dict[str, dict[str, tuple[str, ...]]] = {
         "y_ptr": ("n_tokens", "in_blocks"),
     },
     "results_kernel": {"y_ptr": ("n_rows",)},
+    "routed_outer_kernel": {"g_ptr": ("count", "out_blocks"), "z_ptr": ("count", "in_blocks")},
 }
 
 

@@ -62,7 +62,10 @@ def steps(kernel: str, constants: dict[str, Any]) -> dict[str, int]:
         "mix_kernel": lambda c: 2 * c["col_blocks"],
         "routed_mix_kernel": lambda c: 2 * c["col_blocks"],
     }
-    return {"steps": -(-lengths[kernel](constants) // constants["BLOCK_K"])} if kernel in lengths else {}
+    if kernel not in lengths:
+        return {}
+    found = {"steps": -(-lengths[kernel](constants) // constants["BLOCK_K"])}
+    return found | ({"rows": constants["BLOCK_T"]} if kernel == "routed_mix_kernel" else {})
 
 
 def waits_first(cubin: bytes) -> bool:
@@ -150,8 +153,9 @@ ONE_EACH = (
     (grouped, BF16, 128, 1, 4096, 4096, 256),
     (grouped, BF16, 16, 512, 4096, 4096, 256),
     (fft, BF16, 8192, 4096, 256),
-    # Qwen3-30B-A3B: gate and up of 8192 tokens.
+    # Gate and up of Qwen3-30B-A3B, 8192 tokens and a few.
     (routed, BF16, 65536, 128, 2048, 1536, 128),
+    (routed, BF16, 128, 128, 2048, 1536, 128),
 )
 # With these every tile of the table and every branch of the kernels.
 CASES = (
@@ -187,7 +191,6 @@ CASES = (
     (fft, BF16, 8192, 4096, 1024),
     (fft, BF16, 2048, 4096, 16),
     (fft, FP32, 8192, 4096, 128),
-    (routed, BF16, 64, 32, 2048, 768, 64),
     (routed, BF16, 8192, 16, 1536, 1536, 16),
     (routed, FP32, 8192, 16, 2048, 768, 64),
 )

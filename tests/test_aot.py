@@ -21,7 +21,14 @@ MOST = "sm_90"  # for which more is compiled every time
 MMA = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
 PRODUCTS = ("decode_kernel", "table_product_kernel", "hankel_kernel", "diagonal_sums_kernel", "block_sums_kernel")
 GROUPED = ("grouped_hankel_kernel", "grouped_product_kernel")
-SPECTRAL = ("spectra_kernel", "mix_kernel", "outer_kernel", "results_kernel")
+SPECTRAL = (
+    "spectra_kernel",
+    "mix_kernel",
+    "outer_kernel",
+    "results_kernel",
+    "routed_mix_kernel",
+    "routed_outer_kernel",
+)
 
 
 def compile_all(card: str, cache: Path) -> list[dict]:
@@ -46,8 +53,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
 def small(row: dict) -> bool:
     """Whether the tile is too small for the instructions of a whole warp group, so that each warp multiplies alone."""
     few = ("product bfloat16 40 4096 256", "weight_grad bfloat16 8192 3072 96")
-    # The gradient of w has a matrix [2·out_blocks, 2·in_blocks] per slot.
-    small_slots = row["kernel"] == "outer_kernel" and row["rows"] < 64
+    # The gradient of w has a matrix [2·out_blocks, 2·in_blocks] per slot, and a w of a stack may have few rows.
+    small_slots = row["kernel"] in ("outer_kernel", "routed_outer_kernel", "routed_mix_kernel") and row["rows"] < 64
     one_warp = ("hankel_kernel", "decode_kernel", "grouped_hankel_kernel")
     return row["kernel"] in one_warp or row["case"] in few or small_slots
 
@@ -61,7 +68,7 @@ def one_step(row: dict) -> bool:
 @pytest.mark.parametrize("card", CARDS)
 def test_resources(compiled: dict[str, list[dict]], card: str) -> None:
     rows = compiled[card]
-    others = {"table_kernel", "sum_partials_kernel", "expand_kernel", "fold_sums_kernel"}
+    others = {"table_kernel", "sum_partials_kernel", "expand_kernel", "fold_sums_kernel", "route_tiles_kernel"}
     assert {row["kernel"] for row in rows} == {*others, *PRODUCTS, *GROUPED, *SPECTRAL}
     assert not [row for row in rows if row["stack"] or row["local"]], "registers are spilled"
     assert not [row for row in rows if row["shared"] > SHARED_MEMORY[card]], "more shared memory than the card has"
@@ -103,9 +110,10 @@ def test_what_the_last_program_adds_up_is_ordered_by_the_one_count(compiled: dic
 @pytest.mark.slow
 @pytest.mark.parametrize("card", CARDS)
 def test_grouped_kernels_read_w_sixteen_bytes_at_a_time(compiled: dict[str, list[dict]], card: str) -> None:
-    """An address from a table says nothing about alignment unless the kernel does."""
-    rows = [row for row in compiled[card] if row["kernel"] == "grouped_hankel_kernel" and " 256" in row["case"]]
-    assert rows
+    """An address from a table says nothing about alignment unless the kernel does; an index of a stack does."""
+    hankel = [row for row in compiled[card] if row["kernel"] == "grouped_hankel_kernel"]
+    rows = [row for row in hankel if " 256" in row["case"] or row["case"].startswith("routed")]
+    assert {row["case"].split()[0] for row in rows} == {"grouped", "routed"}
     assert all(row["cp.async.cg"] for row in rows), rows
 
 

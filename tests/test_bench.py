@@ -685,6 +685,24 @@ def test_documented_launches_and_bytes_are_those_that_are_counted() -> None:
     for counted in launches.table(methods).splitlines()[2:]:
         cells = [cell.strip() for cell in counted.strip("|").split("|")]
         assert re.search(r"^\| *" + r" *\| *".join(map(re.escape, cells)) + r" *\|$", documented, re.MULTILINE), counted
+    assert launches.experts_table() in documented
+
+
+def test_tables_of_tiles_are_made_once_for_all_that_have_the_same_rows() -> None:
+    pytest.importorskip("triton")
+    few = launches.Experts(64)
+    forward, backward = launches.experts_step("fft", few)
+    assert forward.names.count("route_tiles_kernel") == 1
+    assert "route_tiles_kernel" not in backward.names
+    assert forward.names.count("routed_mix_kernel") == backward.names.count("routed_outer_kernel") == 2
+    single, _ = launches.experts_step("direct", launches.EXPERTS[1])
+    assert [name for name in single.names if "route" in name or "grouped" in name] == [
+        "_grouped_mm",
+        "route_tiles_kernel",
+        "grouped_hankel_kernel",
+        "_grouped_mm",
+        "grouped_hankel_kernel",
+    ]
 
 
 def test_the_base_product_comes_last_and_adds_the_adapters_in_its_epilogue() -> None:

@@ -12,9 +12,10 @@ import torch
 from bench import launches as counted
 from c3a_triton.benchmark.cases import LayerCase
 from c3a_triton.errors import BackendError
-from c3a_triton.operator import bounds, cost_model, dispatch
+from c3a_triton.operator import bounds, cost_model, dispatch, routes
 from c3a_triton.operator.bounds import CARDS, CEILINGS, Launch
 from c3a_triton.operator.cost_model import Sizes
+from c3a_triton.operator.launch import routed
 
 BF16 = torch.bfloat16
 META = torch.device("meta")
@@ -109,6 +110,59 @@ def test_decode_is_counted_as_it_is_run(n_tokens):
     (launch,) = cost_model.launches("decode", Sizes(n_tokens, 4096, 4096, 128, BF16))
     assert found.names == ["decode_kernel"]
     assert launch.hbm_bytes == found.n_bytes
+
+
+@pytest.mark.parametrize("rows", [64, 2048])
+@pytest.mark.parametrize(("backend", "backward"), [*itertools.product(("direct", "fft"), (False, True))])
+def test_rows_of_a_stack_are_counted_as_they_are_run(backend, backward, rows):
+    pytest.importorskip("triton")
+    stack, n, m, b = 16, 1024, 512, 64
+    of = routes.uniform(stack, rows // stack, META)
+    x, dy = (torch.empty(rows, width, dtype=BF16, device=META) for width in (n, m))
+    w = torch.empty(stack, m // b, n // b, b, device=META)
+    routing = {"scale": 1.0, "tiles": of.tiles}
+    with counted._counted() as found:
+        if not backward:
+            (routed.routed_direct if backend == "direct" else routed.routed_product)(x, w, of.offsets, **routing)
+        elif backend == "fft":
+            routed.routed_backward(dy, x, w, of.offsets, **routing)
+        else:
+            routed.routed_direct(dy, w, of.offsets, transpose=True, **routing)
+            routed.routed_weight_grad(dy, x, b, of.offsets, **routing)
+    sizes = Sizes(rows // stack, n, m, b, BF16)
+    launches = cost_model.routed_launches(backend, sizes, stack, rows, backward=backward, ceilings=NOTHING_KEPT)
+    names = [name for name in found.names if name != "route_tiles_kernel"]
+    assert len(launches) == len(names)
+    assert sum(launch.hbm_bytes for launch in launches) == pytest.approx(found.n_bytes, rel=0.06)
+
+
+@pytest.mark.parametrize("backward", DIRECTIONS)
+def test_more_rows_of_a_stack_take_longer_and_few_take_the_direct_way(backward):
+    of_one, stack = Sizes(0, 2048, 1536, 128, BF16), 128
+    for backend in cost_model.ROUTED:
+        times = [
+            bounds.seconds(
+                cost_model.routed_launches(
+                    backend, of_one._replace(n_tokens=routes.share(stack, rows)), stack, rows, backward=backward
+                ),
+                CEILINGS,
+            )
+            for rows in (1, 8, 64, 512, 4096, 32768)
+        ]
+        assert times == sorted(times)
+    chosen = [dispatch.cheapest_routed(of_one._replace(n_tokens=rows), stack, backward=backward) for rows in (8, 65536)]
+    assert chosen == ["direct", "fft"]
+
+
+def test_a_stack_of_one_is_one_w():
+    sizes = Sizes(4096, 2048, 1024, 64, BF16)
+    forward = cost_model.launches("fft", sizes)
+    assert cost_model.routed_launches("fft", sizes, 1, 4096) == forward
+
+
+def test_what_is_unknown_over_a_stack_is_refused():
+    with pytest.raises(BackendError, match="no backend 'expand' over a stack: 'direct', 'fft'"):
+        cost_model.routed_launches("expand", Sizes(8, 2048, 1536, 128, BF16), 128, 64)
 
 
 def fft_launches(sizes, backward, q):

@@ -14,12 +14,14 @@ from oracle import assert_close
 from safetensors.torch import load_file
 from tiny_models import IDS, deepseek_v3, gpt_oss, llama4, logits, mixtral, qwen3_moe
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import c3a_triton
-from c3a_triton import AdapterStateError, BackendError, C3AConfig, ShapeError
+from c3a_triton import AdapterStateError, BackendError, C3AConfig, ConfigError, ShapeError
 from c3a_triton.adapters.experts import C3AExperts, C3AStacked
 from c3a_triton.operator import bounds, cost_model
 from c3a_triton.operator.cost_model import Sizes
@@ -542,6 +544,29 @@ def test_offloaded_experts_are_computed_and_merged() -> None:
         torch.testing.assert_close(logits(model), base)
 
 
+def test_sharded_by_fsdp2(tmp_path: Path) -> None:
+    model = adapted(qwen3_moe()).train()
+    expected = copy.deepcopy(model)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        fully_shard(model.model.layers[0], mesh=mesh)
+        found, true = model(input_ids=IDS).logits, expected(input_ids=IDS).logits
+        torch.testing.assert_close(found, true)
+        found.square().sum().backward()
+        true.square().sum().backward()
+        for name, kernel in kernels_of(expected).items():
+            torch.testing.assert_close(kernels_of(model)[name].grad.full_tensor(), kernel.grad)
+        with pytest.raises(AdapterStateError, match="gate_up_proj: nothing can be merged .* DTensor"):
+            model.c3a.merge_adapter()
+        late = qwen3_moe()
+        fully_shard(late.model.layers[0], mesh=mesh)
+        with pytest.raises(ConfigError, match="gate_up_proj is sharded already"):
+            adapted(late)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
 def test_quantized_experts_are_computed_by_their_own_class(implementation: str) -> None:
     torchao = pytest.importorskip("torchao.quantization")
@@ -584,11 +609,8 @@ def test_nothing_is_said_of_experts_that_compute(name: str) -> None:
 
 def test_experts_that_a_model_passes_by_are_told_of() -> None:
     model = adapted(qwen3_moe())
-    experts = model.model.layers[0].mlp.experts
-    experts.base_layer.forward = lambda hidden, index, weights: hidden  # as a kernel of the hub does
-    experts.forward = lambda *args: experts.base_layer.forward(*args)
-    block = model.model.layers[0].mlp
-    block.forward = lambda hidden: experts(hidden, None, None)
+    # As kernels of the hub do, which are other implementations of the forward.
+    model.model.layers[0].mlp.experts.base_layer.forward = lambda hidden, index, weights: hidden
     with pytest.warns(UserWarning, match="never called by a forward of .*experts"):
         model(input_ids=IDS)
 

@@ -402,6 +402,7 @@ def test_tasks_are_a_call_and_a_lookup_and_new_lookups_come_first(tmp_path: Path
 def test_every_candidate_can_be_recorded_without_a_device() -> None:
     """And is launched with its own tile: that which its name says."""
     sizes = {"decode_kernel": ("BLOCK_T", "BLOCK_O", "BLOCK_K"), "mix_kernel": ("BLOCK_T", "BLOCK_C", "BLOCK_K")}
+    sizes["routed_mix_kernel"] = sizes["mix_kernel"]
     launched: list[str] = []
 
     def note(kernel: Any, **arguments: Any) -> None:
@@ -417,8 +418,8 @@ def test_every_candidate_can_be_recorded_without_a_device() -> None:
                 call()
                 assert name.endswith(f"| {launched[0]}")
                 found += launched
-    # Two of each look-up: decode, forward and backward, of which the latter have the same tiles.
-    assert (len(found), len(set(found))) == (6, 4)
+    # Two of each look-up: decode; forward and backward, of a layer and of experts, which have the same tiles.
+    assert (len(found), len(set(found))) == (10, 4)
 
 
 def test_candidates_begin_with_the_committed_tile_and_differ() -> None:

@@ -9,8 +9,8 @@ import torch
 from ..errors import BackendError
 from .bounds import CEILINGS, WRITTEN, Ceilings, Launch, seconds, streamed
 from .launch.fft_bases import spectrum_itemsize, taken_apart
-from .launch.plans import PROGRAMS
-from .launch.tiles import SMALL_T, grouped_tile, padded_block
+from .launch.plans import PROGRAMS, split
+from .launch.tiles import SMALL_T, grouped_tile, hankel_tile, padded_block
 
 __all__ = [
     "CEILINGS",
@@ -165,8 +165,14 @@ def _routed_direct(sizes: Sizes, stack: int, rows: int, at: Ceilings) -> list[La
     share, n, m, b, dtype, _ = sizes
     i, w, hit = dtype.itemsize, 4 * n * m / b, min(stack, rows)
     if share <= SMALL_T:
-        read = rows * ceil(b / 64) * (w + ceil(m / b / 16) * i * n)
-        return [Launch(hit * w + i * rows * (n + m), read + WRITTEN * i * rows * m)]
+        # Programs of 16 row blocks and 64 positions each read their rows of w and a token, as in `_direct`.
+        read, written = rows * ceil(b / 64) * (w + ceil(m / b / 16) * i * n), i * rows * m
+        few = hankel_tile(i, b)
+        programs = rows * ceil(m / b / few.block_t) * ceil(b / few.block_o)
+        n_splits = split(n, few.block_i, programs, least=2)[1]
+        sums = n_splits * 4 * rows * m if n_splits > 1 else written
+        product = Launch(hit * w + i * rows * n + sums, read + WRITTEN * sums)
+        return [product, streamed(sums, written)] if n_splits > 1 else [product]
     tile = grouped_tile(i)
     tiles = _tiles(rows, hit, tile.block_t)
     # Each tile of outputs reads its rows again, and each tile of rows gathers a whole ΔW.

@@ -97,6 +97,10 @@ def backward(
     return out, _weights_from(sums, b, runs, scale, w.dtype)
 
 
+# The groups of a chunk: place among those that have rows, first and last row of the chunk's.
+_Pieces = list[tuple[int, int, int]]
+
+
 class _Runs(NamedTuple):
     """Groups that have rows, in their order: their rows lie behind each other."""
 
@@ -118,8 +122,8 @@ class _Runs(NamedTuple):
         rows[self.bounds[-1] :] = 0
         return rows
 
-    def chunks(self, n_rows: int) -> Iterator[tuple[slice, list[tuple[int, int, int]]]]:
-        """Up to `n_rows` rows at a time, with the place of each of their groups and its rows among them."""
+    def chunks(self, n_rows: int) -> Iterator[tuple[slice, _Pieces]]:
+        """Up to `n_rows` rows at a time, and their groups."""
         for start in range(self.bounds[0], self.bounds[-1], n_rows):
             stop = min(start + n_rows, self.bounds[-1])
             pieces = [
@@ -128,9 +132,6 @@ class _Runs(NamedTuple):
                 if first < stop and start < last
             ]
             yield slice(start, stop), pieces
-
-
-_Pieces = list[tuple[int, int, int]]
 
 
 def _weight_spectra(w: Tensor, runs: _Runs, dtype: torch.dtype, scale: float, transpose: bool) -> Tensor:

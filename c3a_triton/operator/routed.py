@@ -131,7 +131,7 @@ def _by_ops(
     backend: str,
 ) -> Tensor:
     """What `_forward` computes, in differentiable operations."""
-    rows = x[routes.source] if gather else x
+    rows = x.index_select(0, routes.source) if gather else x
     scale = 1.0 / x.shape[-1]
     y = registered_ops.routed(rows, list(kernels), routes.offsets, scale, False, routes.partial, backend)
     if weight is not None:
@@ -141,7 +141,7 @@ def _by_ops(
 
 def _of_rows(bias: Tensor, routes: Routes) -> Tensor:
     """bias_g for every row, `(n_rows, out_features)`; 0 for those without a group."""
-    rows = bias[routes.groups]
+    rows = bias.index_select(0, routes.groups)
     return rows.masked_fill(~routes.valid()[:, None], 0) if routes.partial else rows
 
 
@@ -156,7 +156,7 @@ def _forward(
     backend: str,
 ) -> Tensor:
     """The base first, and the adapters added in place: their kernels add in float32 what is rounded once."""
-    rows = x[routes.source] if gather else x
+    rows = x.index_select(0, routes.source) if gather else x
     y = None if weight is None else _grouped_base(rows, weight, routes.offsets, transposed, routes.partial)
     if bias is not None:
         y = _of_rows(bias, routes) if y is None else y.add_(_of_rows(bias, routes))
@@ -218,7 +218,7 @@ class _Routed(torch.autograd.Function):
         x, weight, order, source, inverse, groups, offsets, *kernels = ctx.saved_tensors
         routes = Routes(order, source, inverse, groups, offsets, *ctx.routes)
         needs_x, needs_w = ctx.needs_input_grad[0], ctx.needs_input_grad[7:]
-        rows = x[source] if ctx.gather and x is not None else x
+        rows = x.index_select(0, source) if ctx.gather and x is not None else x
         # With create_graph=True the gradients are themselves recorded: the differentiable ops compute them.
         backward = _backward_by_ops if torch.is_grad_enabled() else _backward
         scale = 1.0 / ctx.n_features
@@ -227,7 +227,7 @@ class _Routed(torch.autograd.Function):
         )
         if dx is not None and ctx.gather:
             # A token's rows lie side by side again: their sum is the same from run to run, as no scattered one is.
-            dx = dx[inverse].view(-1, routes.top_k, dx.shape[1]).sum(1)
+            dx = dx.index_select(0, inverse).view(-1, routes.top_k, dx.shape[1]).sum(1)
         return dx, None, None, None, None, None, None, *dws
 
 
