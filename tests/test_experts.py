@@ -14,11 +14,17 @@ from oracle import assert_close
 from safetensors.torch import load_file
 from tiny_models import IDS, deepseek_v3, gpt_oss, llama4, logits, mixtral, qwen3_moe
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import c3a_triton
-from c3a_triton import AdapterStateError, BackendError, C3AConfig, ShapeError
+from c3a_triton import AdapterStateError, BackendError, C3AConfig, ConfigError, ShapeError
 from c3a_triton.adapters.experts import C3AExperts, C3AStacked
+from c3a_triton.operator import bounds, cost_model
+from c3a_triton.operator.cost_model import Sizes
 
 pytest.importorskip("transformers.integrations.moe", reason="transformers 4: experts are layers")
 
@@ -439,6 +445,53 @@ def test_any_number_of_tokens_and_experts_without_any(
         assert [bool(one.any()) for one in grad] == [expert in reached for expert in range(4)]
 
 
+class _Allocated(TorchDispatchMode):
+    """The bytes of the largest tensor that an operation has made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in given:
+                self.largest = max(self.largest, x.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("build", [qwen3_moe, gpt_oss, llama4])
+def test_nothing_of_the_size_of_all_experts_is_made_or_kept(build: Callable[..., Any]) -> None:
+    plain = build()
+    experts = next(module for module in plain.modules() if type(module).__name__.endswith("Experts"))
+    wide = copy.copy(experts)
+    sizes = {name: (16, *(8 * width for width in p.shape[1:])) for name, p in experts.named_parameters()}
+    wide._parameters = {name: nn.Parameter(torch.randn(size) / 8) for name, size in sizes.items()}
+    wide.num_experts = 16
+    wide.hidden_size = 8 * 24
+    holder = nn.Module()
+    holder.experts = wide.requires_grad_(False)
+    model = adapted(holder, block_size=16)
+    n_tokens = 16 if build is llama4 else 4
+    x = torch.randn(n_tokens, 8 * 24, requires_grad=True)
+    routing = () if build is llama4 else (torch.randint(0, 16, (n_tokens, 2)), torch.rand(n_tokens, 2))
+    kept: list[Tensor] = []
+    with (
+        _Allocated() as memory,
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor),
+    ):
+        model.experts(x, *routing).square().sum().backward()
+    dense_bytes = 4 * wide.down_proj.numel()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    assert all(w.grad is not None for w in kernels_of(model).values())
+    assert 0 < memory.largest < dense_bytes / 2
+    # The weights themselves are kept by reference.
+    assert max(
+        tensor.untyped_storage().nbytes() for tensor in kept if tensor.untyped_storage().data_ptr() not in own
+    ) < (dense_bytes / 8)
+
+
 def test_experts_of_other_processes() -> None:
     wrapper, true = experts_of()
     base = wrapper.base_layer
@@ -491,6 +544,29 @@ def test_offloaded_experts_are_computed_and_merged() -> None:
         torch.testing.assert_close(logits(model), base)
 
 
+def test_sharded_by_fsdp2(tmp_path: Path) -> None:
+    model = adapted(qwen3_moe()).train()
+    expected = copy.deepcopy(model)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        fully_shard(model.model.layers[0], mesh=mesh)
+        found, true = model(input_ids=IDS).logits, expected(input_ids=IDS).logits
+        torch.testing.assert_close(found, true)
+        found.square().sum().backward()
+        true.square().sum().backward()
+        for name, kernel in kernels_of(expected).items():
+            torch.testing.assert_close(kernels_of(model)[name].grad.full_tensor(), kernel.grad)
+        with pytest.raises(AdapterStateError, match="gate_up_proj: nothing can be merged .* DTensor"):
+            model.c3a.merge_adapter()
+        late = qwen3_moe()
+        fully_shard(late.model.layers[0], mesh=mesh)
+        with pytest.raises(ConfigError, match="gate_up_proj is sharded already"):
+            adapted(late)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
 def test_quantized_experts_are_computed_by_their_own_class(implementation: str) -> None:
     torchao = pytest.importorskip("torchao.quantization")
@@ -533,11 +609,8 @@ def test_nothing_is_said_of_experts_that_compute(name: str) -> None:
 
 def test_experts_that_a_model_passes_by_are_told_of() -> None:
     model = adapted(qwen3_moe())
-    experts = model.model.layers[0].mlp.experts
-    experts.base_layer.forward = lambda hidden, index, weights: hidden  # as a kernel of the hub does
-    experts.forward = lambda *args: experts.base_layer.forward(*args)
-    block = model.model.layers[0].mlp
-    block.forward = lambda hidden: experts(hidden, None, None)
+    # As kernels of the hub do, which are other implementations of the forward.
+    model.model.layers[0].mlp.experts.base_layer.forward = lambda hidden, index, weights: hidden
     with pytest.warns(UserWarning, match="never called by a forward of .*experts"):
         model(input_ids=IDS)
 
@@ -551,7 +624,15 @@ def test_summary_explain_and_counts() -> None:
     assert trainable == sum(w.numel() for w in kernels_of(model).values()) == 4 * (32 * 24 + 24 * 16) // 4
     groups = c3a_triton.param_groups(model, lr=1e-3)
     assert sum(p.numel() for group in groups for p in group["params"]) == trainable
-    assert "4 ×" in c3a_triton.explain(model)
+    lines = c3a_triton.explain(model, tokens=[1, 4096], device="cuda").splitlines()
+    assert [line.split()[:5] for line in lines[2:6]] == [
+        ["1", width, f"4×{out}", "4", tokens] for width, out in (("24", 32), ("16", 24)) for tokens in ("1", "4096")
+    ]
+    sizes = Sizes(2 * 4096 // 4, 24, 32, 4, torch.float32)
+    fft = bounds.seconds(cost_model.routed_launches("fft", sizes, 4, 2 * 4096), bounds.CEILINGS)
+    assert f"{fft * 1e6:.1f}" in lines[3].split()
+    assert lines[3].split()[5] in cost_model.ROUTED
+    assert "Stacked experts" in lines[-2]
 
 
 def test_backends_that_write_dense_weights_are_refused_by_name() -> None:

@@ -226,6 +226,7 @@ def test_experts_that_share_their_memory() -> None:
     assert message.startswith(f"{DOWN} has its memory in common with model.layers.1.mlp.experts.down_proj")
     second.down_proj = nn.Parameter(first.down_proj.detach()[:])
     assert "has its memory in common" in refusal(model, "down_proj")
+    assert "has its memory in common" in refusal(model, target_parameters="all-experts")
     assert names(model, target_parameters=["gate_up_proj"])
 
 

@@ -62,8 +62,16 @@ class C3AStacked(Part):
             return base_product(base, self.parameter, x, routes, self.transposed)
         try:
             if is_plain:
-                how = {"gather": gather, "transposed": self.transposed, "backend": self.backend}
-                return c3a_routed(x, weight, self.bias, kernels, routes, **how)
+                return c3a_routed(
+                    x,
+                    weight,
+                    self.bias,
+                    kernels,
+                    routes,
+                    gather=gather,
+                    transposed=self.transposed,
+                    backend=self.backend,
+                )
             y = base_product(base, self.parameter, x, routes, self.transposed)
             return y + c3a_routed(x, None, None, kernels, routes, backend=self.backend).to(y.dtype)
         except (ShapeError, BackendError) as error:

@@ -1,16 +1,20 @@
 """Why a layer is computed as it is: the backend that `"auto"` chooses, and the measured or predicted time of each."""
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from c3a_triton._public import public
+from c3a_triton.bases.experts import rows_per_token
 from c3a_triton.errors import ConfigError
 from c3a_triton.files.block_sizes import check_block_size
 from c3a_triton.operator import dispatch
-from c3a_triton.operator.cost_model import Sizes, added_seconds, base_seconds
+from c3a_triton.operator.bounds import seconds
+from c3a_triton.operator.cost_model import ROUTED, Sizes, added_seconds, base_seconds, routed_launches
 from c3a_triton.operator.launch import specs
+from c3a_triton.operator.routes import share
 
 from .layer import C3ALinear
 from .manager import AdapterManager
@@ -27,6 +31,21 @@ _NOTES = (
     "autotune. 'auto' decides\nfor the next power of two of tokens, for the forward and for the gradients ('grad'); "
     "it never takes fold, which rounds."
 )
+_STACKED_NOTE = (
+    "\nStacked experts (E×out): what the adapter of all E adds, where each token goes to as many experts as the model "
+    "says,\nspread evenly over them."
+)
+
+
+class _Case(NamedTuple):
+    """What layers have in common that a row of the table is for."""
+
+    in_features: int
+    out_features: int
+    block_size: int
+    backend: str = ""
+    stack: int = 0  # of experts, 0 for a linear layer
+    rows_per_token: int = 1
 
 
 @public
@@ -65,7 +84,7 @@ def explain(
     if not counts or not all(isinstance(count, int) and count > 0 for count in counts):
         raise ConfigError(f"tokens must be one positive number or several, got {tokens!r}")
     if layers is None:
-        cases = {(*shape, ""): 1 for shape in _checked(layer_or_shapes)}
+        cases = {_Case(*shape): 1 for shape in _checked(layer_or_shapes)}
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or torch.bfloat16
     else:
@@ -74,7 +93,9 @@ def explain(
         cases = {}
         for layer in layers:
             for b in sorted({layer.block_size[name] for name in layer.active_adapters if name in layer.block_size}):
-                case = (layer.in_features, layer.out_features, b, layer.backend)
+                case = _Case(layer.in_features, layer.out_features, b, layer.backend)
+                if stack := layer._geometry.stack:
+                    case = case._replace(stack=stack, rows_per_token=rows_per_token(layer.base_layer))
                 cases[case] = cases.get(case, 0) + 1
         weight = layers[0].weight
         device = device or weight.device
@@ -109,26 +130,46 @@ def _checked(shapes: object) -> list[Shape]:
     return checked
 
 
-def _table(
-    cases: dict[tuple[int, int, int, str], int], tokens: Sequence[int], device: torch.device, dtype: torch.dtype
-) -> str:
+def _table(cases: dict[_Case, int], tokens: Sequence[int], device: torch.device, dtype: torch.dtype) -> str:
     names = (*dispatch.TRITON_BACKENDS, "torch", "fold")
     header = ("layers", "in", "out", "b", "tokens", "auto", "grad", "base", *names, "set")
     rows: list[tuple[str, ...]] = [header]
-    for (in_features, out_features, b, backend), count in cases.items():
+    for case, count in cases.items():
         for n_tokens in tokens:
-            sizes = Sizes(n_tokens, in_features, out_features, b, dtype, device)
-            chosen = [_chosen(sizes, backward=backward) for backward in (False, True)]
-            measured = {} if _is_absent(device) else dispatch.measured_times(sizes)
-            base, at = measured.get(dispatch.BASE), dispatch.ceilings_of(device)
-            cells = [_cell(base, base_seconds(sizes, ceilings=at))]
-            for name in names:
-                added = None if base is None or name not in measured else max(measured[name] - base, 0.0)
-                cells.append(_cell(added, added_seconds(name, sizes, ceilings=at)))
-            where = (str(count), str(in_features), str(out_features), str(b), str(n_tokens))
-            rows.append((*where, *chosen, *cells, "" if backend == "auto" else backend))
+            sizes = Sizes(n_tokens, case.in_features, case.out_features, case.block_size, dtype, device)
+            out = f"{case.stack}×{case.out_features}" if case.stack else str(case.out_features)
+            where = (str(count), str(case.in_features), out, str(case.block_size), str(n_tokens))
+            told = _stacked_cells(case, sizes, names) if case.stack else _cells(sizes, names)
+            rows.append((*where, *told, "" if case.backend == "auto" else case.backend))
     numbers = set(range(len(header))) - {header.index(name) for name in ("auto", "grad", "set")}
-    return f"{device}, {dtype}\n{format_table(rows, numbers)}\n{_NOTES}"
+    note = _STACKED_NOTE if any(case.stack for case in cases) else ""
+    return f"{device}, {dtype}\n{format_table(rows, numbers)}\n{_NOTES}{note}"
+
+
+def _cells(sizes: Sizes, names: Sequence[str]) -> list[str]:
+    """What a row says of a linear layer: the two choices, the base's time and each backend's."""
+    chosen = [_chosen(sizes, backward=backward) for backward in (False, True)]
+    measured = {} if _is_absent(sizes.device) else dispatch.measured_times(sizes)
+    base, at = measured.get(dispatch.BASE), dispatch.ceilings_of(sizes.device)
+    cells = [_cell(base, base_seconds(sizes, ceilings=at))]
+    for name in names:
+        added = None if base is None or name not in measured else max(measured[name] - base, 0.0)
+        cells.append(_cell(added, added_seconds(name, sizes, ceilings=at)))
+    return [*chosen, *cells]
+
+
+def _stacked_cells(case: _Case, sizes: Sizes, names: Sequence[str]) -> list[str]:
+    """As `_cells`, of stacked experts; of the base's product there is no model, and some backends cannot compute it."""
+    n_rows = sizes.n_tokens * case.rows_per_token
+    sizes, of_one = sizes._replace(n_tokens=n_rows), sizes._replace(n_tokens=share(case.stack, n_rows))
+    at = dispatch.ceilings_of(sizes.device)
+    times = {
+        name: seconds(routed_launches(name, of_one, case.stack, n_rows, ceilings=at), at)
+        for name in names
+        if name in ROUTED
+    }
+    chosen = [_chosen(sizes, backward=backward, stack=case.stack) for backward in (False, True)]
+    return [*chosen, "", *(_cell(None, times[name]) if name in times else "" for name in names)]
 
 
 def _cell(measured: float | None, predicted: float) -> str:
@@ -139,7 +180,9 @@ def _is_absent(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.cuda.is_available()
 
 
-def _chosen(sizes: Sizes, *, backward: bool) -> str:
-    if _is_absent(sizes.device):
-        return dispatch.cheapest(sizes, backward=backward)
-    return dispatch.choose("auto", sizes, backward=backward)
+def _chosen(sizes: Sizes, *, backward: bool, stack: int = 0) -> str:
+    if not _is_absent(sizes.device):
+        return dispatch.choose("auto", sizes, backward=backward, stack=stack)
+    if stack:
+        return dispatch.cheapest_routed(sizes, stack, backward=backward)
+    return dispatch.cheapest(sizes, backward=backward)

@@ -17,7 +17,7 @@ from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
 from .parameter_targets import parameter_places, parameter_problem
 from .parts import Part
-from .stacking import stacked_file
+from .stacking import stacked_file, with_parameters_for_layers
 from .targets import Target, geometry_of, sharding_problem
 
 __all__ = ["check_file_values", "chosen_by_file", "find_file_targets", "same_tensors", "with_names_of"]
@@ -26,13 +26,17 @@ __all__ = ["check_file_values", "chosen_by_file", "find_file_targets", "same_ten
 def with_names_of(model: nn.Module, file: AdapterFile) -> AdapterFile:
     """An adapter file whose tensors have the names of this model, where another release of transformers gave others.
 
-    Names that the model has stay as they are, and so do those that mean nothing to transformers either. Experts that
-    were layers of their own become what this model has in their place.
+    Names that the model has stay as they are, and so do those that mean nothing to transformers either. Experts and
+    routers that were layers of their own become what this model has in their place.
 
     Raises:
         CheckpointError: layers of the file are experts, which this transformers keeps in stacked tensors, and they do
             not fit into these, or it is not known how.
     """
+    return with_parameters_for_layers(model, _renamed(model, file))
+
+
+def _renamed(model: nn.Module, file: AdapterFile) -> AdapterFile:
     known = {unwrapped_name(name) for name in (*base_module_names(model), *parameter_places(model))}
     if file.block_sizes.keys() <= known or not _is_of_transformers(model):
         return file

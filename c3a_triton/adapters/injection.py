@@ -78,8 +78,7 @@ def new_layer(
         )
         layer.quantization_config = torchao_config_of(model)
         layer._register_state_dict_hook(pretrained.warn_outer_save)
-        parent = model.get_submodule(target.name.rpartition(".")[0])
-        if isinstance(parent, nn.TransformerEncoderLayer):
+        if isinstance(model.get_submodule(target.name.rpartition(".")[0]), nn.TransformerEncoderLayer):
             # torch's fused encoder layer reads the weights and calls no layer; any hook makes it step aside.
             layer.register_forward_pre_hook(_do_nothing)
     elif adapter_name in layer.c3a_kernel:
@@ -114,7 +113,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def put(model: nn.Module, target: Target, layer: C3ALinear) -> None:
-    """Put what `new_layer` gave into the model, if it is not there yet."""
+    """Put what `new_layer` gave into the model, if it is not there yet; of a parameter, into what holds its module."""
     if layer is target.module:
         return
     if not target.parameter:

@@ -110,10 +110,11 @@ def find_parameter_targets(
         raise ConfigError(_nothing_found(config, places, matching))
     reasons = {name: parameter_problem(name, places, config, adapted_modules) for name in found}
     unfit = {name: reason for name, reason in reasons.items() if reason is not None}
-    if unfit and not (every and len(unfit) < len(found)):
-        raise ConfigError(
-            f"{next(iter(unfit.values()))}. Leave it out of target_parameters, or name it in exclude_modules"
-        )
+    # "all-experts" leaves out what nobody could adapt (quantized weights), but not what should have been told apart.
+    tied = [name for name in unfit if _shared_with(name, places)]
+    if unfit and (tied or not every or len(unfit) == len(found)):
+        reason = unfit[next(iter(tied or unfit))]
+        raise ConfigError(f"{reason}. Leave it out of target_parameters, or name it in exclude_modules")
     if unfit:
         why = "; ".join(dict.fromkeys(unfit.values()))
         warnings.warn(f"left out of target_parameters='all-experts': {some(unfit)}, because {why}", stacklevel=3)

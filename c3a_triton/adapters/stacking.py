@@ -1,23 +1,49 @@
-"""Adapters of experts that were layers of their own, as adapters of the tensors in which a model stacks its experts."""
+"""Adapters of layers, as adapters of the parameters that a model has in their place: of experts, and of routers."""
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from c3a_triton.bases.linear_like import geometry
 from c3a_triton.bases.model_names import Place, unwrapped_name
 from c3a_triton.errors import CheckpointError
 from c3a_triton.files.checkpoint import KERNEL_SUFFIX, AdapterFile
 from c3a_triton.files.config import C3AConfig
-from c3a_triton.files.patterns import block_size_rule
+from c3a_triton.files.patterns import block_size_rule, target_rule, unmatched_keys
 
 from .base_model import base_name
+from .parameter_targets import parameter_places
 
-__all__ = ["stacked_file"]
+__all__ = ["stacked_file", "with_parameters_for_layers"]
+
+
+def with_parameters_for_layers(model: nn.Module, file: AdapterFile) -> AdapterFile:
+    """An adapter file whose kernels of layers are those of the weights, where the model has no layer in such a place.
+
+    So it is with routers: linear layers in transformers 4, and in 5 modules that have the same weight and do more.
+
+    Args:
+        model: the model.
+        file: the adapter file.
+    """
+    places = parameter_places(model)
+    names = {}
+    for name in file.block_sizes:
+        place = places.get(f"{name}.weight")
+        if place is not None and geometry(place.module) is None and place.sizes is not None and not place.sizes.stack:
+            names[name] = f"{name}.weight"
+    if not names:
+        return file
+    kernels = {name + KERNEL_SUFFIX: new + KERNEL_SUFFIX for name, new in names.items()}
+    tensors = {kernels.get(key, key): tensor for key, tensor in file.tensors.items()}
+    sizes = {names.get(name, name): size for name, size in file.block_sizes.items()}
+    config = _config(file.config, sizes, list(names.values()), places)
+    return replace(file, tensors=tensors, block_sizes=sizes, config=config)
 
 
 def stacked_file(model: nn.Module, file: AdapterFile, places: Callable[[str], Place | None]) -> AdapterFile:
@@ -25,7 +51,7 @@ def stacked_file(model: nn.Module, file: AdapterFile, places: Callable[[str], Pl
 
     Exact: ΔW of an expert's rows is the same matrix, and so is its scale, 1 / in_features. Where gate and up share the
     rows of a stack, their kernels are concatenated, [2·m, n, b]; the experts' are stacked, [n_experts, m, n, b]. What
-    the file has no kernel for gets zeros, which change nothing. Configured targets and block sizes follow.
+    the configuration leaves out gets zeros, which change nothing. Configured targets and block sizes follow.
 
     Args:
         model: the model.
@@ -33,8 +59,8 @@ def stacked_file(model: nn.Module, file: AdapterFile, places: Callable[[str], Pl
         places: where a tensor of an expert lies in the model (`expert_places`).
 
     Raises:
-        CheckpointError: kernels that become one have other shapes, two are for one place, or there is none in the model
-            for an expert.
+        CheckpointError: kernels that become one have other shapes, two are for one place, or the file has other experts
+            than the model.
     """
     parameters = {base_name(unwrapped_name(name)): parameter for name, parameter in model.named_parameters()}
     layers: dict[str, dict[Place, str]] = {}  # name of a stack → which of its parts was which layer
@@ -52,13 +78,13 @@ def stacked_file(model: nn.Module, file: AdapterFile, places: Callable[[str], Pl
     experts = {name for of_stack in layers.values() for name in of_stack.values()}
     tensors = {key: tensor for key, tensor in file.tensors.items() if key.removesuffix(KERNEL_SUFFIX) not in experts}
     sizes = {name: size for name, size in file.block_sizes.items() if name not in experts}
-    remaining = list(sizes)
     for stacked, of_stack in layers.items():
         kernels = {place: file.tensors[name + KERNEL_SUFFIX] for place, name in of_stack.items()}
         _check(file, stacked, of_stack, kernels, len(parameters[stacked]))
+        _check_complete(file, stacked, of_stack, len(parameters[stacked]))
         tensors[stacked + KERNEL_SUFFIX] = _stack(kernels, len(parameters[stacked]))
         sizes[stacked] = file.block_sizes[next(iter(of_stack.values()))]
-    config = _config(file.config, remaining, {stacked: sizes[stacked] for stacked in layers})
+    config = _config(file.config, sizes, list(layers), parameters)
     return replace(file, tensors=tensors, block_sizes=sizes, config=config)
 
 
@@ -78,6 +104,23 @@ def _check(
             )
 
 
+def _check_complete(file: AdapterFile, stacked: str, layers: Mapping[Place, str], n_experts: int) -> None:
+    """Refuse a file that has no kernel for an expert, where its configuration does not leave that one out."""
+    config = file.config
+    if config.target_modules is None:
+        return
+    is_target = target_rule(replace(config, target_modules=".*") if config.target_modules == "all-linear" else config)
+    for part, (place, name) in {place.part: (place, name) for place, name in layers.items()}.items():
+        before, _, after = name.rpartition(f".{place.expert}.")
+        for expert in range(n_experts):
+            other = f"{before}.{expert}.{after}"
+            if Place(stacked, expert, part, place.n_parts) not in layers and is_target(other):
+                raise _misfit(
+                    file,
+                    f"its configuration targets {other}, for which it has no kernel: {stacked} has {n_experts} experts",
+                )
+
+
 def _stack(kernels: Mapping[Place, Tensor], n_experts: int) -> Tensor:
     place, kernel = next(iter(kernels.items()))
     dtype = functools.reduce(torch.promote_types, (kernel.dtype for kernel in kernels.values()))
@@ -87,21 +130,33 @@ def _stack(kernels: Mapping[Place, Tensor], n_experts: int) -> Tensor:
     return stack.flatten(1, 2)
 
 
-def _config(config: C3AConfig, remaining: list[str], stacks: Mapping[str, int]) -> C3AConfig:
-    """The configuration of the same adapter, whose experts are these stacks now, with these block sizes."""
+def _config(config: C3AConfig, sizes: Mapping[str, int], new: list[str], parameters: Collection[str]) -> C3AConfig:
+    """The configuration of an adapter that has these parameters now in the place of layers.
+
+    Args:
+        config: of the file.
+        sizes: name → block size of what the adapter has now.
+        new: those of the names that are new.
+        parameters: the names of all parameters of the model.
+    """
+    layers = [name for name in sizes if name not in parameters]
     modules: Any = config.target_modules
-    if not remaining:
+    if not layers:
         modules = []
     elif isinstance(modules, list):
-        modules = [entry for entry in modules if any(f".{name}".endswith(f".{entry}") for name in remaining)]
-    block_size_of = block_size_rule(config)
-    new = {re.escape(name): size for name, size in stacks.items() if block_size_of(name)[0] not in (size, "auto")}
+        modules = [entry for entry in modules if any(f".{name}".endswith(f".{entry}") for name in layers)]
     named = config.target_parameters
+    if not isinstance(named, list):
+        named = [name for name in sizes if name in parameters and name not in new]
+    block_size_of = block_size_rule(config)
+    idle = unmatched_keys(config, sizes)
+    pattern = {key: size for key, size in config.block_size_pattern.items() if key not in idle}
+    own = {re.escape(name): sizes[name] for name in new if block_size_of(name)[0] not in (sizes[name], "auto")}
     return replace(
         config,
         target_modules=modules,
-        target_parameters=named if isinstance(named, str) else [*(named or ()), *stacks],
-        block_size_pattern=new | config.block_size_pattern,
+        target_parameters=[*named, *new],
+        block_size_pattern=own | pattern,
     )
 
 
