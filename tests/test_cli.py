@@ -371,8 +371,12 @@ def test_inspect_an_adapter_of_stacked_experts(run, experts):
     assert groups["q_proj"]["stack"] == 0
     _, out, _ = run("inspect", experts / "adapter")
     assert re.search(r"experts\.gate_up_proj +2 +24 +4 × 32 +4 +block_size +1,536\n", out)
-    code, out, _ = run("inspect", experts / "model", "--target-parameters", "up_proj")
-    assert (code, out) == (1, "")
+    code, out, err = run("inspect", experts / "adapter", "--target-parameters", "up_proj")
+    assert (code, out) == (2, "")
+    assert "is an adapter, whose layers are fixed" in err
+    assert "target_parameters=['up_proj'] matches no" in failed(
+        run, "inspect", experts / "model", "--target-parameters", "up_proj"
+    )
 
 
 def test_merge_stacked_experts(run, experts, tmp_path):

@@ -20,7 +20,7 @@ from c3a_triton import C3AConfig, CheckpointError
 from c3a_triton.adapters.file_targets import with_names_of
 from c3a_triton.adapters.stacking import stacked_file
 from c3a_triton.bases.model_names import Place, expert_places, transposing_of
-from c3a_triton.files.checkpoint import AdapterFile, write_adapter
+from c3a_triton.files.checkpoint import WEIGHTS_NAME, AdapterFile, write_adapter
 from c3a_triton.files.patterns import block_size_rule
 
 
@@ -86,7 +86,8 @@ def loaded_by_transformers(model: Any, weights: dict[str, Tensor], folder: Path)
 def test_each_expert_s_update_is_where_transformers_puts_its_weight(tmp_path, name, without):
     model = MODELS[name]()
     weights = experts_of(model)
-    file = file_for({layer: w for layer, w in weights.items() if not layer.endswith(without or "none")})
+    adapted = {layer: weight for layer, weight in weights.items() if not layer.endswith(without or "none")}
+    file = file_for(adapted, exclude_modules=list(without) or None)
     assert (len(file.block_sizes) < len(weights)) == bool(without)
     stacked = stacked_file(model, file, expert_places(model))
     updates = {layer: torch.zeros_like(weight) for layer, weight in weights.items()}
@@ -105,7 +106,8 @@ def test_each_expert_s_update_is_where_transformers_puts_its_weight(tmp_path, na
     assert {parameter: size_of(parameter)[0] for parameter in parameters} == stacked.block_sizes
 
 
-def test_other_layers_of_the_file_stay_and_the_adapter_loads_swaps_and_saves(tmp_path):
+@pytest.mark.parametrize("writer", ["ours", "PEFT"])
+def test_other_layers_of_the_file_stay_and_the_adapter_loads_swaps_and_saves(tmp_path, writer):
     model = deepseek_v3()
     # What is no expert but has an expert's name, and what has another.
     others = {
@@ -118,6 +120,8 @@ def test_other_layers_of_the_file_stay_and_the_adapter_loads_swaps_and_saves(tmp
     file = file_for(experts_of(model) | others, block_size_pattern={"down_proj|o_proj": 4}, **fields)
     assert file.block_sizes.keys() > others.keys()
     old = saved(file, tmp_path / "old")
+    if writer == "PEFT":  # without notes beside the tensors
+        save_file(load_file(old / WEIGHTS_NAME), old / WEIGHTS_NAME, metadata={"format": "pt"})
     adapted = c3a_triton.load_adapter(model, old)
     names = {name for name, _ in adapted.c3a.layers()}
     assert names == {*others, "model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"}
@@ -178,7 +182,7 @@ def test_a_router_that_was_a_layer_becomes_its_weight(tmp_path, name):
             {"block_size": 4, "block_size_pattern": {"gate_proj|up_proj": 8}},
             [],
             2,
-            {r"model\.layers\.0\.mlp\.experts\.gate_up_proj": 8, "gate_proj|up_proj": 8},
+            {r"model\.layers\.0\.mlp\.experts\.gate_up_proj": 8},
         ),
     ],
 )
@@ -244,6 +248,17 @@ def test_what_does_not_fit_is_refused_before_anything_changes(tmp_path, change, 
     assert {name: id(module) for name, module in model.named_modules()} == before
 
 
+@pytest.mark.parametrize("targets", [list(SIZE_OF), r".*experts\.\d+\..*", "all-linear"])
+def test_a_file_of_fewer_experts_is_refused(targets):
+    file = file_for(experts_of(qwen3_moe()), target_modules=targets)
+    model = qwen3_moe(num_experts=6)
+    with pytest.raises(CheckpointError, match=rf"targets {EXPERTS}\.4\.\w+, for which it has no kernel: .* 6 experts"):
+        with_names_of(model, file)
+    allowed = dataclasses.replace(file.config, exclude_modules=r".*experts\.[45]\..*")
+    stacked = with_names_of(model, dataclasses.replace(file, config=allowed))
+    assert all(kernel.shape[0] == 6 and not kernel[4:].any() for kernel in stacked.tensors.values())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -285,6 +300,18 @@ def test_a_stack_for_a_layer_and_a_layer_for_a_stack_are_refused(tmp_path):
         write_adapter(folder, file.config, tensors, block_sizes=sizes, module_names=[], parameters=[name])
         with pytest.raises(CheckpointError, match=message):
             c3a_triton.load_adapter(model, folder)
+
+
+def test_what_is_more_than_stacked_is_refused():
+    """Ernie's checkpoints have experts for text and for pictures in one list."""
+    with torch.device("meta"):
+        model = transformers.Ernie4_5_VLMoeForConditionalGeneration(transformers.Ernie4_5_VLMoeConfig())
+    name = "model.layers.1.mlp.experts.0.gate_proj"
+    assert expert_places(model)(f"{name}.weight") is None
+    with pytest.raises(
+        CheckpointError, match=rf"adapts {name}, an expert .* does not say which part of it that layer is"
+    ):
+        with_names_of(model, file_for({name: torch.empty(16, 24)}))
 
 
 def test_places_are_those_of_tensors_that_are_merely_stacked():

@@ -14,7 +14,7 @@ from c3a_triton.bases.model_names import Place, unwrapped_name
 from c3a_triton.errors import CheckpointError
 from c3a_triton.files.checkpoint import KERNEL_SUFFIX, AdapterFile
 from c3a_triton.files.config import C3AConfig
-from c3a_triton.files.patterns import block_size_rule
+from c3a_triton.files.patterns import block_size_rule, target_rule, unmatched_keys
 
 from .base_model import base_name
 from .parameter_targets import parameter_places
@@ -51,7 +51,7 @@ def stacked_file(model: nn.Module, file: AdapterFile, places: Callable[[str], Pl
 
     Exact: ΔW of an expert's rows is the same matrix, and so is its scale, 1 / in_features. Where gate and up share the
     rows of a stack, their kernels are concatenated, [2·m, n, b]; the experts' are stacked, [n_experts, m, n, b]. What
-    the file has no kernel for gets zeros, which change nothing. Configured targets and block sizes follow.
+    the configuration leaves out gets zeros, which change nothing. Configured targets and block sizes follow.
 
     Args:
         model: the model.
@@ -59,8 +59,8 @@ def stacked_file(model: nn.Module, file: AdapterFile, places: Callable[[str], Pl
         places: where a tensor of an expert lies in the model (`expert_places`).
 
     Raises:
-        CheckpointError: kernels that become one have other shapes, two are for one place, or there is none in the model
-            for an expert.
+        CheckpointError: kernels that become one have other shapes, two are for one place, or the file has other experts
+            than the model.
     """
     parameters = {base_name(unwrapped_name(name)): parameter for name, parameter in model.named_parameters()}
     layers: dict[str, dict[Place, str]] = {}  # name of a stack → which of its parts was which layer
@@ -81,6 +81,7 @@ def stacked_file(model: nn.Module, file: AdapterFile, places: Callable[[str], Pl
     for stacked, of_stack in layers.items():
         kernels = {place: file.tensors[name + KERNEL_SUFFIX] for place, name in of_stack.items()}
         _check(file, stacked, of_stack, kernels, len(parameters[stacked]))
+        _check_complete(file, stacked, of_stack, len(parameters[stacked]))
         tensors[stacked + KERNEL_SUFFIX] = _stack(kernels, len(parameters[stacked]))
         sizes[stacked] = file.block_sizes[next(iter(of_stack.values()))]
     config = _config(file.config, sizes, list(layers), parameters)
@@ -101,6 +102,23 @@ def _check(
                 f"{list(kernel.shape)}, block size last, and become one tensor in this model ({stacked}): a circulant "
                 "block of one size is none of another. Merge the adapter under transformers 4 (c3a-triton merge)",
             )
+
+
+def _check_complete(file: AdapterFile, stacked: str, layers: Mapping[Place, str], n_experts: int) -> None:
+    """Refuse a file that has no kernel for an expert, where its configuration does not leave that one out."""
+    config = file.config
+    if config.target_modules is None:
+        return
+    is_target = target_rule(replace(config, target_modules=".*") if config.target_modules == "all-linear" else config)
+    for part, (place, name) in {place.part: (place, name) for place, name in layers.items()}.items():
+        before, _, after = name.rpartition(f".{place.expert}.")
+        for expert in range(n_experts):
+            other = f"{before}.{expert}.{after}"
+            if Place(stacked, expert, part, place.n_parts) not in layers and is_target(other):
+                raise _misfit(
+                    file,
+                    f"its configuration targets {other}, for which it has no kernel: {stacked} has {n_experts} experts",
+                )
 
 
 def _stack(kernels: Mapping[Place, Tensor], n_experts: int) -> Tensor:
@@ -131,12 +149,14 @@ def _config(config: C3AConfig, sizes: Mapping[str, int], new: list[str], paramet
     if not isinstance(named, list):
         named = [name for name in sizes if name in parameters and name not in new]
     block_size_of = block_size_rule(config)
+    idle = unmatched_keys(config, sizes)
+    pattern = {key: size for key, size in config.block_size_pattern.items() if key not in idle}
     own = {re.escape(name): sizes[name] for name in new if block_size_of(name)[0] not in (sizes[name], "auto")}
     return replace(
         config,
         target_modules=modules,
         target_parameters=[*named, *new],
-        block_size_pattern=own | config.block_size_pattern,
+        block_size_pattern=own | pattern,
     )
 
 
