@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from c3a_triton.bases.linear_like import geometry
+from c3a_triton.bases.linear_like import geometry, is_linear
 from c3a_triton.bases.model_names import Place, unwrapped_name
 from c3a_triton.errors import CheckpointError
 from c3a_triton.files.checkpoint import KERNEL_SUFFIX, AdapterFile
@@ -35,7 +35,9 @@ def with_parameters_for_layers(model: nn.Module, file: AdapterFile) -> AdapterFi
     names = {}
     for name in file.block_sizes:
         place = places.get(f"{name}.weight")
-        if place is not None and geometry(place.module) is None and place.sizes is not None and not place.sizes.stack:
+        if place is None or is_linear(place.module) or geometry(place.module) is not None:
+            continue
+        if place.sizes is not None and not place.sizes.stack:
             names[name] = f"{name}.weight"
     if not names:
         return file
