@@ -4,12 +4,11 @@ Nothing here is recorded by autograd.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import arguments, backends, dense, dispatch, spectra
+from . import arguments, backends, dense, dispatch
 from .cost_model import Sizes
 from .launch import decode, fft
 
@@ -69,7 +68,7 @@ def _product_of_rows(
     y = None
     for w, members in summed:
         chosen = backends.BY_NAME[choose(backend, rows, w)]
-        shared = _shared(source, kernels[members[0]]) if chosen.shares_spectra else {}
+        shared = {"source": (source, kernels[members[0]])} if chosen.shares_spectra and source is not None else {}
         y = chosen.product(rows, w, scale=scale, transpose=transpose, bias=bias if y is None else None, out=y, **shared)
     if weight is not None:
         matrix = weight if transpose else weight.t()
@@ -110,7 +109,7 @@ def linear_backward(
     dws: list[Tensor | None] = [None] * len(kernels)
     for w, members in arguments.summed(kernels):
         chosen = backends.BY_NAME[choose(backend, rows, w, backward=True)]
-        shared = _shared(x, kernels[members[0]]) if chosen.shares_spectra else {}
+        shared = {"source": (x, kernels[members[0]])} if chosen.shares_spectra and x is not None else {}
         wanted = [i for i in members if needs_w[i]]
         if needs_x and wanted and chosen.backward is not None:
             dx, dw = chosen.backward(rows, x_rows, w, scale=scale, out=dx, **shared)
@@ -183,11 +182,6 @@ def base_grads(
     if needs_bias:
         dbias = rows.sum(0)
     return dweight, dbias
-
-
-def _shared(x: Tensor | None, w: Tensor) -> dict[str, Any]:
-    """The argument by which a backend that has spectra may share that of x with other calls."""
-    return {} if x is None else {"source": spectra.Source(x, w)}
 
 
 def choose(backend: str, rows: Tensor, w: Tensor, *, backward: bool = False) -> str:
