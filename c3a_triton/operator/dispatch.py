@@ -80,7 +80,8 @@ def choose(backend: str, sizes: Sizes, *, backward: bool = False) -> str:
         backend, said_by = os.environ["C3A_TRITON_BACKEND"], "C3A_TRITON_BACKEND="
     by_timing = not torch._C._get_deterministic_algorithms()
     device = sizes.device
-    if _tiles_by_timing.get(device) is not by_timing and device.type == "cuda":
+    # A CPU has no index, which is told in a fraction of the time that the type takes.
+    if _tiles_by_timing.get(device) is not by_timing and device.index is not None and device.type == "cuda":
         _install_tiles(device, by_timing)
     # Powers of two keep the cache small when the number of tokens varies from call to call.
     return _choose(backend, said_by, tuned.token_bits(sizes.n_tokens), sizes[1:], backward, by_timing)

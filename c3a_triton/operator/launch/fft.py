@@ -111,7 +111,7 @@ def fft_backward(
         source is not None,
     )
     dx = specs.new_or_given(shape, dy, out)
-    dw = torch.empty(dw_shape, dtype=torch.float32, device=dy.device)
+    dw = torch.empty(*dw_shape, dtype=torch.float32, device=dy.device)
     run(specs.with_contiguous_rows(dy), specs.with_contiguous_rows(x), w, dx, dw, scale, source)
     return dx, dw
 
@@ -156,8 +156,8 @@ def _multiply(
     source: spectra.Source | None,
 ) -> None:
     """Write a product, as planned."""
+    y = plan.y()  # as the other memory in one go: code that has just run is in the cache
     blocks, z = _first_spectra(plan, w, None, None, x, source)
-    y = plan.y()
     for chunk in plan.chunks:
         rows = chunk.rows
         if chunk.spectra:
@@ -184,10 +184,10 @@ def _correlate(
     x_is_spectrum: bool = False,
 ) -> None:
     """Write dw and, with w, dx, as planned."""
-    plan, g = of_dy.plan, of_dy.g()
-    blocks, z = _first_spectra(plan, w, dy, g, x, source, x_is_spectrum)
+    plan = of_dy.plan
     y = None if dx is None else plan.y()
-    sums = of_dy.sums()
+    g, sums = of_dy.g(), of_dy.sums()
+    blocks, z = _first_spectra(plan, w, dy, g, x, source, x_is_spectrum)
     for chunk in plan.chunks:
         rows = chunk.rows
         if chunk.spectra:
