@@ -138,7 +138,9 @@ def of_input(source: Source, what: Hashable) -> tuple[Tensor | None, Callable[[T
 
 
 def _keep(slot: _Slot, x: Tensor, state: Hashable, reader: int, spectrum: Tensor) -> None:
-    _slots[slot] = _Entry(weakref.ref(x, functools.partial(_empty, slot)), state, {reader}, spectrum)
+    # As the constructor does, in one frame less.
+    entry = tuple.__new__(_Entry, (weakref.ref(x, functools.partial(_empty, slot)), state, {reader}, spectrum))
+    _slots[slot] = entry
 
 
 def kept_input(x: Tensor, what: Hashable) -> Tensor | None:

@@ -80,7 +80,7 @@ def direct_backward(
     dx = specs.new_or_given(shape, dy, out)
     dy = specs.with_contiguous_rows(dy)
     multiply(dy, w.contiguous(), None, dx, scale)
-    dw = torch.empty(*dw_shape, dtype=torch.float32, device=dy.device)
+    dw = w.new_empty(*dw_shape)
     correlate(dy, specs.with_contiguous_rows(x), dw, scale)
     return dx, dw
 

@@ -111,7 +111,7 @@ def fft_backward(
         source is not None,
     )
     dx = specs.new_or_given(shape, dy, out)
-    dw = torch.empty(*dw_shape, dtype=torch.float32, device=dy.device)
+    dw = w.new_empty(*dw_shape)
     run(specs.with_contiguous_rows(dy), specs.with_contiguous_rows(x), w, dx, dw, scale, source)
     return dx, dw
 
