@@ -30,42 +30,19 @@ def linear(
     With `source`, the x of eager code, its spectrum may be shared: compiled code, which calls the op, writes into the
     same tensors again without counting versions.
     """
-    y = _product_of_rows(rows_of(x), weight, bias, kernels, scale, transpose, backend, source)
-    return y if x.dim() == 2 else as_own(y, (*x.shape[:-1], y.shape[1]))
-
-
-def as_own(y: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Not a view for autograd: what a Function returns as a view cannot be modified in place by its user."""
-    return torch.ops.aten._unsafe_view.default(y, shape)
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """x [*, features] as [tokens, features]."""
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-
-
-def _product_of_rows(
-    rows: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    kernels: Sequence[Tensor],
-    scale: float,
-    transpose: bool,
-    backend: str,
-    source: Tensor | None,
-) -> Tensor:
-    """The adapters first, so that the base GEMM's epilogue adds their sum; for a few tokens both in one kernel."""
+    # The adapters first, so that the base GEMM's epilogue adds their sum; for a few tokens both in one kernel.
+    rows = rows_of(x)
     if backend == "fold":
         if weight is not None:
             weight, kernels = dense.folded_weight(weight, kernels, scale), ()
         else:
             backend = "auto"  # a term of a derivative without the weight: nothing to fold into
     summed = arguments.summed(kernels)
+    y = None
     if weight is not None and not transpose and len(summed) == 1 and decode.decodes(rows, weight):
         w = summed[0][0]
         if choose(backend, rows, w) == "direct":
-            return decode.decode_linear(rows, weight, w, bias, scale=scale)
-    y = None
+            y, weight, summed = decode.decode_linear(rows, weight, w, bias, scale=scale), None, []
     for w, members in summed:
         chosen = backends.BY_NAME[choose(backend, rows, w)]
         first = bias if y is None else None
@@ -82,7 +59,17 @@ def _product_of_rows(
         else:
             y = rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
     assert y is not None, "neither a weight nor a kernel"
-    return y
+    return y if x.dim() == 2 else as_own(y, (*x.shape[:-1], y.shape[1]))
+
+
+def as_own(y: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Not a view for autograd: what a Function returns as a view cannot be modified in place by its user."""
+    return torch.ops.aten._unsafe_view.default(y, shape)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x [*, features] as [tokens, features]."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 @arguments.without_autocast
