@@ -66,9 +66,7 @@ def _takes_a_tuple() -> bool:
     return _version() > (3, 6)
 
 
-def _prepared(
-    compiled: Any, grid: tuple[int, int, int], stream: int
-) -> tuple["functools.partial[None]", Any] | None:
+def _prepared(compiled: Any, grid: tuple[int, int, int], stream: int) -> tuple["functools.partial[None]", Any] | None:
     """The function in C of a kernel's arguments, and who owns what else it takes.
 
     None where a launch allocates or reports something, where the function is of another form than it is known to be,
