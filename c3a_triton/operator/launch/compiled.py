@@ -81,6 +81,7 @@ def _prepared(compiled: Any, grid: tuple[int, int, int], stream: int) -> tuple["
     if hasattr(run, "kernel_signature") is not _takes_a_tuple():
         return None
     first, hooks, scratch = (function, run.launch_cooperative_grid, run.launch_pdl), (None, None, None), (None, None)
+    last: tuple[Any, ...]
     if _takes_a_tuple():
         last = (metadata, *hooks, *scratch, run.arg_annotations, run.kernel_signature)
     else:
