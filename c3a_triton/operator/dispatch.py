@@ -11,7 +11,6 @@ import os
 import platform
 import threading
 import warnings
-from typing import Any
 
 import torch
 
@@ -80,18 +79,17 @@ def choose(backend: str, sizes: Sizes, *, backward: bool = False) -> str:
         backend, said_by = os.environ["C3A_TRITON_BACKEND"], "C3A_TRITON_BACKEND="
     by_timing = not torch._C._get_deterministic_algorithms()
     device = sizes.device
-    # A CPU has no index, which is told in a fraction of the time that the type takes.
-    if _tiles_by_timing.get(device) is not by_timing and device.index is not None and device.type == "cuda":
+    if _tiles_by_timing.get(device) is not by_timing and device.type == "cuda":
         _install_tiles(device, by_timing)
-    # Powers of two keep the cache small when the number of tokens varies from call to call.
-    return _choose(backend, said_by, tuned.token_bits(sizes.n_tokens), sizes[1:], backward, by_timing)
+    return _choose(backend, said_by, sizes, backward, by_timing)
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(
-    backend: str, said_by: str, token_bits: int, others: tuple[Any, ...], backward: bool, by_timing: bool
-) -> str:
-    sizes = Sizes(1 << token_bits, *others)
+def _choose(backend: str, said_by: str, sizes: Sizes, backward: bool, by_timing: bool) -> str:
+    # Decided for powers of two alone, as numbers of tokens vary from call to call.
+    rounded = sizes._replace(n_tokens=1 << tuned.token_bits(sizes.n_tokens))
+    if rounded != sizes:
+        return _choose(backend, said_by, rounded, backward, by_timing)
     device = sizes.device
     check_backend(backend, said_by)
     if backend == "fold":
