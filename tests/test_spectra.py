@@ -259,11 +259,11 @@ def test_compiled_code_and_captured_graphs_keep_nothing(device: torch.device, mo
     w = torch.randn(2, 3, B, device=device)
     torch.ops.c3a_triton.linear(x, None, None, [w], 1.0, False, "fft")
     assert not spectra._slots
-    on_gpu: Any = SimpleNamespace(is_inference=lambda: False, device=torch.device("cuda", 0))
+    on_gpu: Any = SimpleNamespace(is_inference=lambda: False, is_cuda=True, get_device=lambda: 0)
     # Not in builds for the CPU.
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7 + index, raising=False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert spectra._slot(on_gpu) == (on_gpu.device, 7)
+    assert spectra._slot(on_gpu) == (0, 7)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert spectra._slot(on_gpu) is None
 
@@ -363,7 +363,7 @@ def test_the_next_spectrum_takes_the_slot(device: torch.device) -> None:
         spectrum = weakref.ref(first.spectrum)
         del first
         # Before memory for another one is asked for: never two at a time.
-        found, keep = spectra.of_input(spectra.Source(other, kernel(q)), "none")
+        found, keep = spectra.of_input((other, kernel(q)), "none")
         assert found is None
         assert keep is not None
         assert not spectra._slots
@@ -385,8 +385,7 @@ def test_threads_that_share_a_slot() -> None:
         for step in range(400):
             x = tensors[(i + step // 8) % 4]
             for w in readers:
-                source = spectra.Source(x, w)
-                spectrum, keep = spectra.of_input(source, "sum")
+                spectrum, keep = spectra.of_input((x, w), "sum")
                 if spectrum is None:
                     spectrum = x * 2
                     keep(spectrum)

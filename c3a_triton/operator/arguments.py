@@ -75,7 +75,8 @@ def check_kernel(w: Tensor) -> None:
 def check(x: Tensor, weight: Tensor | None, bias: Tensor | None, kernels: Sequence[Tensor]) -> None:
     """Raise `ShapeError` for operands that do not fit together. The messages are built only on failure."""
     in_features = x.shape[-1] if x.dim() else 0
-    out_features = None if weight is None else weight.shape[0]
+    shape = None if weight is None else weight.shape
+    out_features = None if shape is None else shape[0]
     dtype, device = x.dtype, x.device
     if not x.is_floating_point() or not in_features:
         raise ShapeError(f"x is {x.dtype} of shape {tuple(x.shape)}: it must be floating, (*, in_features)")
@@ -95,14 +96,14 @@ def check(x: Tensor, weight: Tensor | None, bias: Tensor | None, kernels: Sequen
             raise ShapeError(f"x is on {x.device} and w on {w.device}: move one of them")
     if weight is None:
         return
-    if weight.dim() != 2 or weight.shape[1] != in_features:
+    if shape != (out_features, in_features):
         raise ShapeError(f"x has {in_features} features, but the weight has the shape {tuple(weight.shape)}")
     if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
         dtypes = f"x is {x.dtype}, weight {weight.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
         raise ShapeError(f"{dtypes}: they must be the same, as for torch.nn.functional.linear")
     if weight.device != device or (bias is not None and bias.device != device):
         raise ShapeError(f"x is on {x.device} and the weight on {weight.device}: move one of them")
-    if bias is not None and bias.shape != weight.shape[:1]:
+    if bias is not None and bias.shape != (out_features,):
         raise ShapeError(f"the bias has the shape {tuple(bias.shape)}: it must be ({weight.shape[0]},)")
 
 

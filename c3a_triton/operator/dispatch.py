@@ -11,7 +11,6 @@ import os
 import platform
 import threading
 import warnings
-from typing import Any
 
 import torch
 
@@ -85,15 +84,15 @@ def choose(backend: str, sizes: Sizes, *, backward: bool = False, stack: int = 0
     device = sizes.device
     if _tiles_by_timing.get(device) is not by_timing and device.type == "cuda":
         _install_tiles(device, by_timing)
-    # Powers of two keep the cache small when the number of tokens varies from call to call.
-    return _choose(backend, said_by, tuned.token_bits(sizes.n_tokens), sizes[1:], backward, by_timing, stack)
+    return _choose(backend, said_by, sizes, backward, by_timing, stack)
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(
-    backend: str, said_by: str, token_bits: int, others: tuple[Any, ...], backward: bool, by_timing: bool, stack: int
-) -> str:
-    sizes = Sizes(1 << token_bits, *others)
+def _choose(backend: str, said_by: str, sizes: Sizes, backward: bool, by_timing: bool, stack: int) -> str:
+    # Decided for powers of two alone, as numbers of tokens vary from call to call.
+    rounded = sizes._replace(n_tokens=1 << tuned.token_bits(sizes.n_tokens))
+    if rounded != sizes:
+        return _choose(backend, said_by, rounded, backward, by_timing, stack)
     device = sizes.device
     check_backend(backend, said_by)
     if stack and backend not in ("auto", *backends.ROUTED):

@@ -44,13 +44,9 @@ __all__ = [
 ]
 
 
-class Source(NamedTuple):
-    """Where the rows of a product come from."""
-
-    x: Tensor
-    """The tensor that the caller has: what is a view of it, or a cast, is another object in every call."""
-    w: Tensor
-    """The kernel on whose behalf it is read."""
+Source = tuple[Tensor, Tensor]
+"""Where the rows of a product come from: x, the tensor that the caller has, because what is a view of it, or a cast, is
+another object in every call; and the kernel on whose behalf it is read."""
 
 
 class _Entry(NamedTuple):
@@ -60,7 +56,8 @@ class _Entry(NamedTuple):
     spectrum: Tensor
 
 
-_Slot = tuple[torch.device, int]
+_Slot = tuple[int, int]  # of a GPU and a stream
+_ON_CPU = -1, 0
 _slots: dict[_Slot, _Entry] = {}
 # Of each slot, the last backward pass that is going to empty it.
 _emptied_by: dict[_Slot, int] = {}
@@ -126,19 +123,24 @@ def of_input(source: Source, what: Hashable) -> tuple[Tensor | None, Callable[[T
     slot = _slot(x)
     if slot is None:
         return None, None
-    _empty_after_backward(slot)
+    task = torch._C._current_graph_task_id()
+    if task != -1 and _emptied_by.get(slot) != task:
+        _empty_after_backward(slot, task)
     state, reader = (what, id(x), _state(x)), id(w)
     entry = _slots.get(slot)
-    if entry is not None and entry.state == state and reader not in entry.readers:
-        entry.readers.add(reader)
-        return entry.spectrum, None
-    del entry
-    _empty(slot)  # before memory for the next spectrum is asked for
+    if entry is not None:
+        if entry.state == state and reader not in entry.readers:
+            entry.readers.add(reader)
+            return entry.spectrum, None
+        del entry
+        _slots.pop(slot, None)  # before memory for the next spectrum is asked for
     return None, functools.partial(_keep, slot, x, state, reader)
 
 
 def _keep(slot: _Slot, x: Tensor, state: Hashable, reader: int, spectrum: Tensor) -> None:
-    _slots[slot] = _Entry(weakref.ref(x, lambda _: _empty(slot)), state, {reader}, spectrum)
+    # As the constructor does, in one frame less.
+    entry = tuple.__new__(_Entry, (weakref.ref(x, functools.partial(_empty, slot)), state, {reader}, spectrum))
+    _slots[slot] = entry
 
 
 def kept_input(x: Tensor, what: Hashable) -> Tensor | None:
@@ -200,16 +202,16 @@ def _slot(tensor: Tensor) -> _Slot | None:
     """Where something made of `tensor` may be kept; None where it may not."""
     if tensor.is_inference() or torch.compiler.is_compiling():
         return None
-    device = tensor.device
-    if device.type != "cuda":
-        return device, 0
+    if not tensor.is_cuda:
+        return _ON_CPU
     if torch.cuda.is_current_stream_capturing():
         return None
     # As `torch.cuda.current_stream(device).cuda_stream`, without making an object of it.
-    return device, torch._C._cuda_getCurrentRawStream(device.index)
+    index = tensor.get_device()
+    return index, torch._C._cuda_getCurrentRawStream(index)
 
 
-def _empty(slot: _Slot) -> None:
+def _empty(slot: _Slot, dead: "weakref.ref[Tensor] | None" = None) -> None:
     _slots.pop(slot, None)
 
 
@@ -218,9 +220,7 @@ def _state(tensor: Tensor) -> tuple[Hashable, ...]:
     return tensor._version, tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
-def _empty_after_backward(slot: _Slot) -> None:
-    """Within a backward pass, have it empty the slot when it is done. One that fails does not."""
-    task = torch._C._current_graph_task_id()
-    if task != -1 and _emptied_by.get(slot) != task:
-        _emptied_by[slot] = task
-        Variable._execution_engine.queue_callback(lambda: _empty(slot))
+def _empty_after_backward(slot: _Slot, task: int) -> None:
+    """Have the present backward pass empty the slot when it is done. One that fails does not."""
+    _emptied_by[slot] = task
+    Variable._execution_engine.queue_callback(functools.partial(_empty, slot))

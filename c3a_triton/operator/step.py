@@ -4,12 +4,11 @@ Nothing here is recorded by autograd.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import arguments, backends, dense, dispatch, spectra
+from . import arguments, backends, dense, dispatch
 from .cost_model import Sizes
 from .launch import decode, fft
 
@@ -31,7 +30,35 @@ def linear(
     With `source`, the x of eager code, its spectrum may be shared: compiled code, which calls the op, writes into the
     same tensors again without counting versions.
     """
-    y = _product_of_rows(rows_of(x), weight, bias, kernels, scale, transpose, backend, source)
+    # The adapters first, so that the base GEMM's epilogue adds their sum; for a few tokens both in one kernel.
+    rows = rows_of(x)
+    if backend == "fold":
+        if weight is not None:
+            weight, kernels = dense.folded_weight(weight, kernels, scale), ()
+        else:
+            backend = "auto"  # a term of a derivative without the weight: nothing to fold into
+    summed = arguments.summed(kernels)
+    y = None
+    if weight is not None and not transpose and len(summed) == 1 and decode.decodes(rows, weight):
+        w = summed[0][0]
+        if choose(backend, rows, w) == "direct":
+            y, weight, summed = decode.decode_linear(rows, weight, w, bias, scale=scale), None, []
+    for w, members in summed:
+        chosen = backends.BY_NAME[choose(backend, rows, w)]
+        first = bias if y is None else None
+        # Spelled out twice, here and below: keywords that are passed on as a dict take a microsecond.
+        if chosen.shares_spectra and source is not None:
+            shared = source, kernels[members[0]]
+            y = chosen.product(rows, w, scale=scale, transpose=transpose, bias=first, out=y, source=shared)
+        else:
+            y = chosen.product(rows, w, scale=scale, transpose=transpose, bias=first, out=y)
+    if weight is not None:
+        matrix = weight if transpose else weight.t()
+        if y is not None:
+            y.addmm_(rows, matrix)
+        else:
+            y = rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
+    assert y is not None, "neither a weight nor a kernel"
     return y if x.dim() == 2 else as_own(y, (*x.shape[:-1], y.shape[1]))
 
 
@@ -43,42 +70,6 @@ def as_own(y: Tensor, shape: tuple[int, ...]) -> Tensor:
 def rows_of(x: Tensor) -> Tensor:
     """x [*, features] as [tokens, features]."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-
-
-def _product_of_rows(
-    rows: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    kernels: Sequence[Tensor],
-    scale: float,
-    transpose: bool,
-    backend: str,
-    source: Tensor | None,
-) -> Tensor:
-    """The adapters first, so that the base GEMM's epilogue adds their sum; for a few tokens both in one kernel."""
-    if backend == "fold":
-        if weight is not None:
-            weight, kernels = dense.folded_weight(weight, kernels, scale), ()
-        else:
-            backend = "auto"  # a term of a derivative without the weight: nothing to fold into
-    summed = arguments.summed(kernels)
-    if weight is not None and not transpose and len(summed) == 1 and decode.decodes(rows, weight):
-        w = summed[0][0]
-        if choose(backend, rows, w) == "direct":
-            return decode.decode_linear(rows, weight, w, bias, scale=scale)
-    y = None
-    for w, members in summed:
-        chosen = backends.BY_NAME[choose(backend, rows, w)]
-        shared = _shared(source, kernels[members[0]]) if chosen.shares_spectra else {}
-        y = chosen.product(rows, w, scale=scale, transpose=transpose, bias=bias if y is None else None, out=y, **shared)
-    if weight is not None:
-        matrix = weight if transpose else weight.t()
-        if y is not None:
-            y.addmm_(rows, matrix)
-        else:
-            y = rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
-    assert y is not None, "neither a weight nor a kernel"
-    return y
 
 
 @arguments.without_autocast
@@ -110,15 +101,19 @@ def linear_backward(
     dws: list[Tensor | None] = [None] * len(kernels)
     for w, members in arguments.summed(kernels):
         chosen = backends.BY_NAME[choose(backend, rows, w, backward=True)]
-        shared = _shared(x, kernels[members[0]]) if chosen.shares_spectra else {}
+        shared = x, kernels[members[0]]
         wanted = [i for i in members if needs_w[i]]
         if needs_x and wanted and chosen.backward is not None:
-            dx, dw = chosen.backward(rows, x_rows, w, scale=scale, out=dx, **shared)
+            if chosen.shares_spectra:
+                dx, dw = chosen.backward(rows, x_rows, w, scale=scale, out=dx, source=shared)
+            else:
+                dx, dw = chosen.backward(rows, x_rows, w, scale=scale, out=dx)
         else:
             if needs_x:
                 dx = chosen.product(rows, w, scale=scale, transpose=True, bias=None, out=dx)
             if wanted:
-                dw = chosen.weight_grad(rows, x_rows, w.shape[2], scale=scale, dtype=w.dtype, **shared)
+                more = {"source": shared} if chosen.shares_spectra else {}
+                dw = chosen.weight_grad(rows, x_rows, w.shape[2], scale=scale, dtype=w.dtype, **more)
         for i in wanted:
             dws[i] = dw if dw.dtype == kernels[i].dtype else dw.to(kernels[i].dtype)
     if needs_x:
@@ -183,11 +178,6 @@ def base_grads(
     if needs_bias:
         dbias = rows.sum(0)
     return dweight, dbias
-
-
-def _shared(x: Tensor | None, w: Tensor) -> dict[str, Any]:
-    """The argument by which a backend that has spectra may share that of x with other calls."""
-    return {} if x is None else {"source": spectra.Source(x, w)}
 
 
 def choose(backend: str, rows: Tensor, w: Tensor, *, backward: bool = False) -> str:

@@ -28,8 +28,9 @@ def bind(grid, call, hooks, kept, {constants}):
     def launch(*, {passed}, **more):
         active = driver.active
         device = active.get_current_device()
+        stream = active.get_current_stream(device)
         {addresses}
-        key = (device, {key})
+        key = (device, stream, {key})
         known = kept.get(key)
         watched = (
             more
@@ -42,11 +43,11 @@ def bind(grid, call, hooks, kept, {constants}):
         )
         if known is None or watched:
             compiled = call({keywords}, **more)
-            if not watched and (known := prepared(compiled)):
+            if not watched and (known := prepared(compiled, grid, stream)):
                 kept[key] = known
             return
-        launch_in_c, first, _ = known
-        launch_in_c(*grid, active.get_current_stream(device), *first, {arguments})
+        launch_in_c, _ = known
+        launch_in_c({arguments})
     return launch
 """
 
@@ -65,8 +66,8 @@ def _takes_a_tuple() -> bool:
     return _version() > (3, 6)
 
 
-def _prepared(compiled: Any) -> tuple[Callable[..., None], tuple[Any, ...], Any] | None:
-    """The function in C, what it takes between the stream and the kernel's arguments, and who owns that.
+def _prepared(compiled: Any, grid: tuple[int, int, int], stream: int) -> tuple["functools.partial[None]", Any] | None:
+    """The function in C of a kernel's arguments, and who owns what else it takes.
 
     None where a launch allocates or reports something, where the function is of another form than it is known to be,
     and where the kernel was found but not launched.
@@ -80,9 +81,12 @@ def _prepared(compiled: Any) -> tuple[Callable[..., None], tuple[Any, ...], Any]
     if hasattr(run, "kernel_signature") is not _takes_a_tuple():
         return None
     first, hooks, scratch = (function, run.launch_cooperative_grid, run.launch_pdl), (None, None, None), (None, None)
+    last: tuple[Any, ...]
     if _takes_a_tuple():
-        return run.launch, (*first, metadata, *hooks, *scratch, run.arg_annotations, run.kernel_signature), compiled
-    return run.launch, (*first, *scratch, metadata, *hooks), compiled
+        last = (metadata, *hooks, *scratch, run.arg_annotations, run.kernel_signature)
+    else:
+        last = (*scratch, metadata, *hooks)
+    return functools.partial(run.launch, *grid, stream, *first, *last), compiled
 
 
 def launch(kernel: Any, call: "functools.partial[Any]", grid: tuple[int, int, int]) -> Callable[..., None]:
@@ -125,6 +129,6 @@ def _told_apart(name: str, is_constexpr: bool) -> str:
     if is_constexpr:
         return f"{name}.__class__, {name}"
     if name.endswith("_ptr"):
-        return f"{name} is None or ({name}.dtype, {name}_at % 16)"
+        return f"{name} is None or {name}.dtype, {name}_at and {name}_at % 16"
     # 1 is a constant, multiples of 16 are known to be that, integers have 32 or 64 bits; floats have nothing.
     return f"({name} % 16 + 2 if 2 <= {name} < 2**31 else {name}) if {name}.__class__ is int else {name}.__class__"

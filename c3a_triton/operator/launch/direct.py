@@ -77,10 +77,9 @@ def direct_backward(
         None if out is None else specs.spec(out),
         specs.precision(dy.dtype),
     )
-    dx = specs.new_or_given(shape, dy, out)
+    dx, dw = specs.new_or_given(shape, dy, out), w.new_empty(*dw_shape)
     dy = specs.with_contiguous_rows(dy)
     multiply(dy, w.contiguous(), None, dx, scale)
-    dw = torch.empty(*dw_shape, dtype=torch.float32, device=dy.device)
     correlate(dy, specs.with_contiguous_rows(x), dw, scale)
     return dx, dw
 

@@ -121,7 +121,7 @@ def fft_backward(
         source is not None,
     )
     dx = specs.new_or_given(shape, dy, out)
-    dw = torch.empty(dw_shape, dtype=torch.float32, device=dy.device)
+    dw = w.new_empty(*dw_shape)
     run(specs.with_contiguous_rows(dy), specs.with_contiguous_rows(x), w, dx, dw, scale, source)
     return dx, dw
 
@@ -167,8 +167,8 @@ def multiply(
     **routing: Any,
 ) -> None:
     """Write a product, as planned; `routing` is what the products of spectra take besides (`routed_plans.py`)."""
+    y = plan.y()  # as the other memory in one go: code that has just run is in the cache
     blocks, z = _first_spectra(plan, w, None, None, x, source)
-    y = plan.y()
     for chunk in plan.chunks:
         rows = chunk.rows
         if chunk.spectra:
@@ -196,10 +196,10 @@ def correlate(
     **routing: Any,
 ) -> None:
     """Write dw and, with w, dx, as planned; `routing` as in `multiply`."""
-    plan, g = of_dy.plan, of_dy.g()
-    blocks, z = _first_spectra(plan, w, dy, g, x, source, x_is_spectrum)
+    plan = of_dy.plan
     y = None if dx is None else plan.y()
-    sums = of_dy.sums()
+    g, sums = of_dy.g(), of_dy.sums()
+    blocks, z = _first_spectra(plan, w, dy, g, x, source, x_is_spectrum)
     for chunk in plan.chunks:
         rows = chunk.rows
         if chunk.spectra:

@@ -132,7 +132,7 @@ def precision(dtype: torch.dtype, of_others: str = "tf32x3") -> str:
 def new_or_given(shape: tuple[int, int], x: Tensor, out: Tensor | None) -> Tensor:
     """`out`, if its rows are contiguous, or a new tensor of x's dtype."""
     if out is None:
-        return torch.empty(*shape, dtype=x.dtype, device=x.device)
+        return x.new_empty(*shape)
     if out.stride(1) != 1 and shape[1] > 1:
         raise ShapeError(f"out has strides {out.stride()}: its rows must be contiguous")
     return out
