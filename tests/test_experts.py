@@ -2,10 +2,12 @@
 
 import copy
 import pickle
+import sys
 import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -507,6 +509,38 @@ def test_experts_of_other_processes() -> None:
     assert not x.grad[0].any()
     assert x.grad[1:].any(dim=1).all() or elsewhere[1:].all(dim=1).any()
     assert torch.equal(weights.grad == 0, elsewhere)
+
+
+def test_a_forward_that_was_put_around_the_experts_before_stays_there() -> None:
+    """As expert parallelism does, which sends tokens to other processes in its own."""
+    model = qwen3_moe()
+    experts = model.model.layers[0].mlp.experts
+    inner, calls = experts.forward, []
+    experts.forward = lambda *args: (calls.append(args), inner(*args))[1]
+    expected = adapted(qwen3_moe())
+    adapted(model)
+    with torch.no_grad():
+        for name, kernel in kernels_of(model).items():
+            kernel.copy_(kernels_of(expected)[name])
+    assert torch.equal(logits(model), logits(expected))
+    assert len(calls) == 1
+    model.c3a.unload()
+    assert torch.equal(logits(model), logits(qwen3_moe()))
+
+
+def test_zero3_gathers_the_kernels_of_all_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of DeepSpeed, here of a stand-in: kernels are emptied as ZeRO-3 leaves them."""
+    model = adapted(qwen3_moe())
+    expected, holder, registered = logits(model), model.model.layers[0].mlp.experts, []
+    zero = SimpleNamespace(register_external_parameter=lambda module, parameter: registered.append(module))
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=zero))
+    for kernel in kernels_of(model).values():
+        values = kernel.data
+        kernel.ds_id, kernel.all_gather = 0, lambda kernel=kernel, values=values: setattr(kernel, "data", values)
+        kernel.data = torch.empty(0)
+    for _ in range(2):
+        torch.testing.assert_close(logits(model), expected)
+    assert registered == [holder, holder]
 
 
 def test_hooks_of_accelerate_stay_around_the_experts() -> None:

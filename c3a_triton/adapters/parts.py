@@ -69,7 +69,7 @@ class Part(C3ALinear):
         return kind != "active" or bool(self._applied_names())
 
     def _kernels_of_call(self, kind: str, device: torch.device, shape: Iterable[int]) -> tuple[Tensor, ...]:
-        """The kernels that a call computes with, on a device.
+        """The kernels that a call computes with, on a device, in a dtype to compute in.
 
         Args:
             kind: what the call computes, of `Scope.kind`.

@@ -31,7 +31,6 @@ __all__ = [
     "parameter_geometry",
     "problem",
     "rows_per_token",
-    "stacked",
     "stacked_names",
     "undispatch",
 ]
@@ -192,15 +191,6 @@ def stacked_names(module: nn.Module) -> list[str]:
         return []
     n_dims = 2 if kind in _READ_FROM_OUTSIDE else 3
     return [name for name, p in module._parameters.items() if p is not None and len(whole_shape(p)) == n_dims]
-
-
-def stacked(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Full parameter name → (module, name there) of a model's stacked expert weights, in the model's order."""
-    found: dict[str, tuple[nn.Module, str]] = {}
-    for name, module in model.named_modules():
-        place = name.removesuffix(".base_layer")
-        found |= {f"{place}.{own}".removeprefix("."): (module, own) for own in stacked_names(module)}
-    return found
 
 
 # Our turn
