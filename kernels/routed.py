@@ -70,18 +70,17 @@ def route_tiles_kernel(
 @triton.jit(do_not_specialize=COUNTS)
 def routed_mix_kernel(
     z_ptr,  # [SLOTS, n_rows, 2·col_blocks]
-    blocks_ptr,  # for each slot and group [2·row_blocks, 2·col_blocks]
+    blocks_ptr,  # [SLOTS, stack · 2·row_blocks, 2·col_blocks]; transposed [SLOTS, 2·row_blocks, stack · 2·col_blocks]
     y_ptr,  # [SLOTS, n_rows, 2·row_blocks]
     table_ptr,  # as in route_tiles_kernel
     n_tiles,
     stride_z_f,
     stride_y_f,
-    stride_b_f,
-    stride_b_group,
-    stride_b_row,
     row_blocks: tl.constexpr,  # of Q, of one group
     col_blocks: tl.constexpr,
+    stack: tl.constexpr,
     SLOTS: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
     POLICY: tl.constexpr,  # as in fft.py's mix_kernel
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
@@ -111,10 +110,14 @@ def routed_mix_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     # Rows and columns past the end repeat the last one: read without a mask, never stored.
     offs_t = tl.minimum(tl.arange(0, BLOCK_T), count - 1)
-    offs_c = tl.minimum(start_c + tl.arange(0, BLOCK_C), COLS - 1)
+    offs_c = tl.minimum(tl.arange(0, BLOCK_C), COLS - 1 - start_c)
     z_ptrs = z_ptr + slot * stride_z_f + start_t.to(tl.int64) * INNER + ((offs_t * INNER)[:, None] + offs_k[None, :])
-    block_ptrs = blocks_ptr + slot * stride_b_f + tl.maximum(group, 0).to(tl.int64) * stride_b_group
-    block_ptrs += offs_c.to(tl.int64)[:, None] * stride_b_row + offs_k[None, :]
+    # Transposed, the matrices of a slot lie side by side, otherwise one below the other.
+    STRIDE_C: tl.constexpr = stack * INNER if TRANSPOSE else INNER
+    STRIDE_G: tl.constexpr = INNER if TRANSPOSE else COLS * INNER
+    blocks_ptr += slot * (stack * COLS * INNER) + tl.maximum(group, 0).to(tl.int64) * STRIDE_G
+    blocks_ptr += start_c.to(tl.int64) * STRIDE_C
+    block_ptrs = blocks_ptr + ((offs_c * STRIDE_C)[:, None] + offs_k[None, :])
 
     acc = tl.zeros([BLOCK_T, BLOCK_C], dtype=tl.float32)
     for k in range(0, INNER, BLOCK_K):

@@ -10,7 +10,7 @@ from ..errors import BackendError
 from .bounds import CEILINGS, WRITTEN, Ceilings, Launch, seconds, streamed
 from .launch.fft_bases import spectrum_itemsize, taken_apart
 from .launch.plans import PROGRAMS, split
-from .launch.tiles import SMALL_T, grouped_tile, hankel_tile, padded_block
+from .launch.tiles import ROUTED_ROWS, SMALL_T, grouped_tile, hankel_tile, padded_block
 
 __all__ = [
     "CEILINGS",
@@ -303,7 +303,7 @@ def _spectral(
     n_w = max(1, stack)
     w, blocks = n_w * 4 * n * m / b, n_w * real * q / 2 * rows * cols
     hit = max(1, min(n_w, int(t)))  # that have tokens
-    most = min(_TILE, max(16, 1 << (ceil(t / hit) - 1).bit_length()))
+    most = min(ROUTED_ROWS if stack else _TILE, max(16, 1 << (ceil(t / hit) - 1).bit_length()))
     t_tiles = _tiles(t, hit, most)
 
     def together(*parts: Launch) -> Launch:

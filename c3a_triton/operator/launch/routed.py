@@ -22,8 +22,8 @@ from .tiles import SMALL_T, grouped_tile
 
 __all__ = ["routed_backward", "routed_direct", "routed_product", "routed_weight_grad"]
 
-# Blocks of a stack that are transformed: kernels count them in 32 bits, a tile past the last one included.
-_MOST_BLOCKS = 2**31 - 2**8
+# Blocks of a stack that are transformed: kernels count them in 32 bits, and a tile of 256 rows of them, two reals wide.
+_MOST_BLOCKS, _MOST_ROWS = 2**31 - 2**8, 2**22
 
 
 def routed_product(
@@ -184,10 +184,11 @@ def _one(w: Spec, offsets: Spec) -> Spec:
             f"w {tuple(shape)} on {device} with offsets {tuple(offsets.shape)} {offsets.dtype} on {offsets.device}: "
             "the kernels take [groups, m, n, b], none of them 0, and as many int32 offsets and one more, on one device"
         )
-    n_blocks = shape[0] * shape[1] * shape[2] * taken_apart(shape[3])[0] ** 2
-    if n_blocks > _MOST_BLOCKS:
+    apart = taken_apart(shape[3])[0]
+    rows = shape[0] * shape[1] * apart
+    if rows > _MOST_ROWS or rows * shape[2] * apart > _MOST_BLOCKS:
         raise ShapeError(
-            f"w {tuple(shape)} has {n_blocks} blocks, more than the {_MOST_BLOCKS} that kernels count: take a larger "
-            "block size, or fewer groups at a time"
+            f"w {tuple(shape)} has more blocks than kernels count ({_MOST_ROWS} rows of them, {_MOST_BLOCKS} in all): "
+            "take a larger block size, or fewer groups at a time"
         )
     return Spec(torch.Size(shape[1:]), dtype, device)

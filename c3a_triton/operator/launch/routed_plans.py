@@ -15,7 +15,7 @@ from ..routes import n_tiles, share
 from .fft_bases import Memory, Transform
 from .fft_plans import Outer, Products, policy
 from .plans import Launch, bound, cdiv, kernels, planned, split
-from .tiles import mix_tile, outer_tile
+from .tiles import ROUTED_ROWS, mix_tile, outer_tile
 
 __all__ = ["Tiles", "products", "route_tiles"]
 
@@ -47,10 +47,8 @@ def _mix(
 ) -> Launch:
     """y = z · blocksᵀ with the blocks of each row's group, slot by slot: of `cols` blocks of b to `out` of them."""
     cols, out = 2 * cols * of.apart, 2 * out * of.apart  # reals of a slot
-    tile = mix_tile(of.card, of.scratch.itemsize, each, out, cols)
+    tile = mix_tile(of.card, of.scratch.itemsize, min(each, ROUTED_ROWS), out, cols)
     count = rows.stop - rows.start
-    # Transposed matrices of a slot lie side by side, others one below the other.
-    stride_b_group, stride_b_row = (cols, stack * cols) if transpose else (out * cols, cols)
     launch = bound(
         # One program per tile of rows and columns, and per slot; rows may have no group.
         kernels().routed.routed_mix_kernel,
@@ -58,12 +56,11 @@ def _mix(
         tile,
         stride_z_f=z.stride,
         stride_y_f=y.stride,
-        stride_b_f=stack * out * cols,
-        stride_b_group=stride_b_group,
-        stride_b_row=stride_b_row,
         row_blocks=out // 2,
         col_blocks=cols // 2,
+        stack=stack,
         SLOTS=of.slots,
+        TRANSPOSE=transpose,
         POLICY=policy(read_again),
         PRECISION=of.precision,
         BLOCK_T=tile.block_t,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 
 __all__ = [
     "GENERATIONS",
+    "ROUTED_ROWS",
     "SHARED_MEMORY",
     "SMALL_T",
     "Lookup",
@@ -39,6 +40,9 @@ __all__ = [
 
 # Up to so many tokens, `direct_product` takes the Hankel kernel, and a whole layer is one kernel (`decode_linear`).
 SMALL_T = 16
+# Rows of a tile of `routed_mix_kernel` at most: the last tile of a group is half empty on average. With 128 of them and
+# few columns, the compiler spills some registers on sm_80 for the sake of more programs at a time.
+ROUTED_ROWS = 64
 
 
 @dataclass(frozen=True)
