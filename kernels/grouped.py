@@ -28,9 +28,12 @@ def pointer_to_w(address):
 def found_w(w_ptr, said, n_groups, stride_w_group):
     """(where a row's w lies, whether it has one) by what is said of it: its index in the stack, or its address."""
     if w_ptr is None:
-        return pointer_to_w(said), said != 0
-    has_w = (said >= 0) & (said < n_groups)
-    return w_ptr + tl.where(has_w, said, 0).to(tl.int64) * stride_w_group, has_w
+        has_w = said != 0
+        first_w = pointer_to_w(said)
+    else:
+        has_w = (said >= 0) & (said < n_groups)
+        first_w = w_ptr + tl.where(has_w, said, 0).to(tl.int64) * stride_w_group
+    return first_w, has_w
 
 
 @triton.jit
