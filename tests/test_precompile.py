@@ -121,8 +121,8 @@ def test_keys_do_not_depend_on_the_order_of_launches(tmp_path: Path) -> None:
     """Those of kernels that call the same functions, whichever of them is looked up first."""
     keys = """
 import json, os
-from c3a_triton.kernels import decode, direct, expand, fft, grouped, indexing, weight_grad
-kernels = [value for module in (decode, direct, expand, fft, grouped, indexing, weight_grad)
+from c3a_triton.kernels import decode, direct, expand, fft, grouped, indexing, routed, weight_grad
+kernels = [value for module in (decode, direct, expand, fft, grouped, indexing, routed, weight_grad)
            for name, value in sorted(vars(module).items()) if name.endswith("_kernel")]
 child = os.fork()  # keys are kept, so that each order is a process's
 found = {kernel.__name__: kernel.cache_key for kernel in kernels[:: 1 if child else -1]}
