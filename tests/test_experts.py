@@ -143,6 +143,20 @@ def test_with_no_adapter_in_force_the_models_own_implementation_computes(impleme
     assert plain.model.layers[0].mlp.experts.config is plain.config
 
 
+def test_the_name_of_our_implementation_is_not_for_models_to_choose() -> None:
+    model, plain = adapted(qwen3_moe("eager")), qwen3_moe()
+    with model.c3a.disable_adapter():
+        expected = logits(model)
+        model.set_experts_implementation("c3a_triton")
+        with pytest.raises(ConfigError, match="'c3a_triton' is what adapted experts name by themselves"):
+            logits(model)
+        model.set_experts_implementation("eager")
+        assert torch.equal(logits(model), expected)
+    plain.set_experts_implementation("c3a_triton")
+    with pytest.raises(ConfigError, match="no way in which Qwen3MoeExperts computes"):
+        logits(plain)
+
+
 def test_several_adapters_of_different_block_sizes_add_up_and_are_switched() -> None:
     plain = qwen3_moe()
     model = adapted(adapted(copy.deepcopy(plain)), block_size=8, name="other")

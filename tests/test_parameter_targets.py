@@ -171,6 +171,7 @@ def test_what_matches_nothing() -> None:
     assert "matches no parameter that is left by exclude_modules=['experts']" in refusal(
         model, "down_proj", exclude_modules=["experts"]
     )
+    assert f"'mlp.experts' is a module: name parameters of it, {UP}, {DOWN}." in refusal(model, "mlp.experts")
     assert "the model has no stacked expert weights" in refusal(llama(), target_parameters="all-experts")
     with pytest.warns(UserWarning, match=r"target_parameters: 'up_proj' select no parameter\. Did you mean"):
         assert names(model, target_parameters=["down_proj", "up_proj"]) == [DOWN]
@@ -194,6 +195,13 @@ def test_what_cannot_be_adapted_by_itself() -> None:
     assert "does not read it in a forward of its own" in refusal(
         Model(nn.ParameterList([torch.randn(4, 4)])), "experts.0"
     )
+    assert "of this GptOssExperts only gate_up_proj and down_proj can be adapted" in refusal(
+        gpt_oss(), "gate_up_proj_bias"
+    )
+    taken = Model()
+    taken.experts.base_layer = nn.Parameter(torch.randn(4, 4))
+    for parameter in ("table", "base_layer"):
+        assert "this Experts has a base_layer of its own" in refusal(taken, f"experts.{parameter}")
     replaced = Model()
     replaced.experts.forward = replaced.experts.forward
     assert "forward of this Experts has been replaced" in refusal(replaced, "wide")
@@ -213,8 +221,9 @@ def test_values_that_are_not_floating() -> None:
     experts = parametrized.model.layers[0].mlp.experts
     nn.utils.parametrize.register_parametrization(experts, "down_proj", nn.Identity())
     assert re.search(rf"{re.escape(DOWN)}: .*computes it from other tensors", refusal(parametrized, "down_proj"))
-    # All that can be adapted is, and what cannot is named.
-    with pytest.warns(UserWarning, match=rf"left out of target_parameters='all-experts': {re.escape(DOWN)}, because"):
+    # All that can be adapted is, and what cannot is named, once.
+    told = rf"left out of target_parameters='all-experts': {re.escape(DOWN)}, because \w+ computes it from"
+    with pytest.warns(UserWarning, match=told):
         assert names(parametrized, target_parameters="all-experts") == [UP]
 
 
@@ -228,6 +237,25 @@ def test_experts_that_share_their_memory() -> None:
     assert "has its memory in common" in refusal(model, "down_proj")
     assert "has its memory in common" in refusal(model, target_parameters="all-experts")
     assert names(model, target_parameters=["gate_up_proj"])
+
+
+def test_views_of_one_buffer_are_no_ties() -> None:
+    model = qwen3_moe()
+    expected = logits(model)
+    flat, start = torch.empty(sum(parameter.numel() for parameter in model.parameters())), 0
+    for parameter in model.parameters():
+        view = flat[start : start + parameter.numel()].view_as(parameter)
+        parameter.data, start = view.copy_(parameter.data), start + parameter.numel()
+    config = C3AConfig(
+        block_size=4, target_modules=["q_proj"], target_parameters="all-experts", init_weights="gaussian"
+    )
+    c3a_triton.apply(model, config)
+    adapted = logits(model)
+    assert not torch.allclose(adapted, expected)
+    model.c3a.merge_adapter()
+    torch.testing.assert_close(logits(model), adapted)
+    model.c3a.unmerge_adapter()
+    assert torch.equal(logits(model.c3a.unload()), expected)
 
 
 def test_what_is_trained_whole() -> None:

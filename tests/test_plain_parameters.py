@@ -10,9 +10,10 @@ from oracle import assert_close, dense
 from tiny_models import IDS, logits
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 import c3a_triton
-from c3a_triton import C3AConfig, C3AParameters, ShapeError
+from c3a_triton import C3AConfig, C3AParameters, ConfigError, ShapeError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*computed as W")
 
@@ -150,9 +151,88 @@ def test_rows_have_one_adapter(plain: Model, x: Tensor) -> None:
         model.mixed(x[:2])
 
 
-def test_compiled(plain: Model, x: Tensor) -> None:
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled(plain: Model, x: Tensor, backend: str) -> None:
     model = adapted(plain)
-    torch.testing.assert_close(torch.compile(model, backend="eager")(x), model(x))
+    expected = model(x)
+    torch.autograd.backward(expected.sum())
+    kernels = [layer.c3a_kernel["default"] for _, layer in model.c3a.layers()]
+    gradients = [kernel.grad.clone() for kernel in kernels]
+    model.zero_grad()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected)
+    compiled(x).sum().backward()
+    for kernel, gradient in zip(kernels, gradients, strict=True):
+        torch.testing.assert_close(kernel.grad, gradient)
+    assert model.mixed.calls == 3
+    with model.c3a.disable_adapter():
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_compiled_with_adapters_named_in_the_call(plain: Model, x: Tensor) -> None:
+    model = adapted(adapted(plain), name="other")
+    compiled = torch.compile(model, backend="eager")
+    for name in ("default", "other", "default"):
+        with model.c3a.using([name] * 5):
+            torch.testing.assert_close(compiled(x), model(x))
+
+
+class Recomputing(Mixed):
+    """It reads its parameters first in what a checkpoint computes again."""
+
+    def forward(self, x: Tensor, *, times: float = 1.0) -> Tensor:
+        return checkpoint(super().forward, x, times=times, use_reentrant=False)
+
+
+def test_read_first_in_a_checkpoint(plain: Model, x: Tensor) -> None:
+    again = copy.deepcopy(plain)
+    again.mixed.__class__ = Recomputing
+    models = adapted(plain), adapted(again)
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        model(x).square().sum().backward()
+    for (_, ours), (_, true) in zip(models[1].c3a.layers(), models[0].c3a.layers(), strict=True):
+        assert torch.equal(ours.c3a_kernel["default"].grad, true.c3a_kernel["default"].grad)
+
+
+class Half(Mixed):
+    """It reads its matrix, and its stack where it is told to."""
+
+    def forward(self, x: Tensor, *, times: float = 1.0) -> Tensor:
+        return super().forward(x) if times == 2.0 else x @ self.table.T
+
+
+def test_a_parameter_that_its_module_does_not_read_is_told_of(plain: Model, x: Tensor) -> None:
+    plain.mixed.__class__ = Half
+    model = adapted(plain)
+    with pytest.warns(UserWarning, match=r"never called by a forward of Model.*: mixed\.stack\. "):
+        expected = model(x)
+    before = model.mixed.base_layer.stack.clone()
+    with pytest.warns(UserWarning, match=r"left out of the merge: mixed\.stack\. "):
+        model.c3a.merge_adapter()
+    assert torch.equal(model.mixed.base_layer.stack, before)
+    torch.testing.assert_close(model(x), expected)
+    model.c3a.unmerge_adapter()
+    expected = model(x, times=2.0)  # and now it is read
+    model.c3a.merge_adapter()
+    torch.testing.assert_close(model(x, times=2.0), expected)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x, w: nn.functional.linear(x, w),
+        lambda x, w: x @ w,
+        lambda x, w: w @ x,
+        lambda x, w: torch.einsum("td,ed->te", x, w),
+        lambda x, w: x @ w[:2].T,
+        lambda x, w: x @ w.T,
+    ],
+)
+def test_a_parameter_that_another_module_reads_is_refused_then(plain: Model, x: Tensor, read: Any) -> None:
+    model = adapted(plain, "table")
+    with pytest.raises((ConfigError, AttributeError), match=r"mixed\.table is an adapted parameter, and what .* target_p"):
+        read(x, model.mixed.table)
 
 
 def test_hooks_of_accelerate(plain: Model, x: Tensor) -> None:

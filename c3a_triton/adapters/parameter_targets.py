@@ -116,8 +116,10 @@ def find_parameter_targets(
         reason = unfit[next(iter(tied or unfit))]
         raise ConfigError(f"{reason}. Leave it out of target_parameters, or name it in exclude_modules")
     if unfit:
-        why = "; ".join(dict.fromkeys(unfit.values()))
-        warnings.warn(f"left out of target_parameters='all-experts': {some(unfit)}, because {why}", stacklevel=3)
+        why = {reason.removeprefix(f"{name}: ").replace(name, "it", 1): None for name, reason in unfit.items()}
+        warnings.warn(
+            f"left out of target_parameters='all-experts': {some(unfit)}, because {'; '.join(why)}", stacklevel=3
+        )
     block_size_of = block_size_rule(config, matching)
     targets = [_target(name, place, config, *block_size_of(name)) for name, place in found.items() if name not in unfit]
     _warn_idle(config, found, places)
@@ -184,17 +186,21 @@ def _ends(entry: str) -> Any:
 
 def _shared_with(name: str, places: dict[str, Place]) -> list[str]:
     """The names of the other parameters in the same memory."""
-    own = _memory(places[name])
-    return [other for other, place in places.items() if other != name and own is not None and _memory(place) == own]
+    where, start, end = _memory(places[name])
+    memory = {other: _memory(place) for other, place in places.items() if other != name}
+    return [other for other, (own, first, last) in memory.items() if own == where and first < end and start < last]
 
 
-def _memory(place: Place) -> Any:
+def _memory(place: Place) -> tuple[Any, int, int]:
+    """What a parameter lies in, and from where to where: views of one large buffer are no ties."""
     parameter = place.module._parameters.get(place.parameter)
     if parameter is None:
-        return None
+        return None, 0, 0
     if parameter.is_meta or not parameter.numel() or type(parameter) not in (Tensor, nn.Parameter):
-        return id(parameter)
-    return parameter.device, parameter.untyped_storage().data_ptr()
+        return id(parameter), 0, 1
+    last = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
+    start = parameter.data_ptr()
+    return parameter.device, start, start + (last + 1) * parameter.element_size()
 
 
 def _nothing_found(config: C3AConfig, places: dict[str, Place], matching: Matching) -> str:
@@ -208,8 +214,14 @@ def _nothing_found(config: C3AConfig, places: dict[str, Place], matching: Matchi
             f" that is left by exclude_modules={config.exclude_modules!r}, modules_to_save={config.modules_to_save!r} "
             f"and layers_to_transform={config.layers_to_transform!r}"
         )
-    hints = [near_names(entry, places) for entry in wanted[:5]] if wanted is not None else []
+    hints = [_hint(entry, places) for entry in wanted[:5]] if wanted is not None else []
     return message + "." + "".join(dict.fromkeys(hints))
+
+
+def _hint(entry: str, places: Collection[str]) -> str:
+    """A sentence on what an entry that selects no parameter may have meant, or nothing."""
+    inside = [name for name in places if f".{name.rpartition('.')[0]}".endswith(f".{entry}")]
+    return f" {shown(entry)} is a module: name parameters of it, {some(inside)}." if inside else near_names(entry, places)
 
 
 def _warn_idle(config: C3AConfig, found: Collection[str], places: Collection[str]) -> None:
@@ -217,7 +229,7 @@ def _warn_idle(config: C3AConfig, found: Collection[str], places: Collection[str
         return
     idle = [entry for entry in config.target_parameters if not any(f".{name}".endswith(f".{entry}") for name in found)]
     if idle:
-        hints = "".join(near_names(entry, places) for entry in idle[:5])
+        hints = "".join(_hint(entry, places) for entry in idle[:5])
         entries = ", ".join(map(shown, idle[:20]))
         warnings.warn(f"target_parameters: {entries} select no parameter.{hints}", stacklevel=4)
 

@@ -10,10 +10,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from c3a_triton.bases.experts import dispatch, is_stored_transposed, undispatch
 from c3a_triton.bases.linear_like import Geometry
 from c3a_triton.bases.sharded import gather_with
+from c3a_triton.errors import ConfigError
 from c3a_triton.operator.dense import add_circulant_, circulant_matrix
 
 from . import merging
@@ -134,10 +136,22 @@ class Part(C3ALinear):
         except AttributeError as error:
             if name.startswith("_") or not hasattr(Tensor, name):
                 raise
-            raise AttributeError(
-                f"{self._label} is an adapted parameter, and what reads its {name!r} here is not the forward of the "
-                "module that has it: it cannot be adapted by itself. Leave it out of target_parameters"
-            ) from error
+            raise AttributeError(self._misread(f"reads its {name!r}")) from error
+
+    def __getitem__(self, index: Any) -> Any:
+        raise ConfigError(self._misread("reads an element of it"))
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Who computes with a part takes it for the parameter. (Operators make something else of a `TypeError`.)"""
+        part = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Part))
+        raise ConfigError(part._misread(f"computes {torch.overrides.resolve_name(func)} with it"))
+
+    def _misread(self, what: str) -> str:
+        return (
+            f"{self._label} is an adapted parameter, and what {what} here is not the forward of the module that has "
+            "it: it cannot be adapted by itself. Leave it out of target_parameters"
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Part":
         nn.Module._apply(self, fn, recurse)  # the holder sees to what is merged

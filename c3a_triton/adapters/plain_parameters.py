@@ -1,7 +1,9 @@
 """`C3AParameters`: a module whose parameters are adapted by themselves, and which computes with W + ΔW written out."""
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from c3a_triton._public import public
@@ -23,7 +25,11 @@ class C3AParameter(Part):
     has_backends = False
     rows_problem = "has no adapters of its own in a module that computes with one weight for all"
 
-    def forward(self) -> Tensor:  # type: ignore[override]
+    def forward(self, value: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """The parameter's value for this call, as its module reads it: `value`, or else what `value()` gives."""
+        return self.value() if value is None else value
+
+    def value(self) -> Tensor:
         """The parameter's value for this call, in its dtype, as many bytes as the parameter.
 
         Raises:
@@ -31,10 +37,43 @@ class C3AParameter(Part):
             AdapterStateError: names of rows, or the base alone, while adapters are merged.
         """
         kind = self._scope.kind() if self._scope.watched else "active"
+        if kind == "ask" or (kind == "rows" and torch.compiler.is_compiling()):
+            return self._uncompiled_value()
         weight = self.weight
         kernels = self._kernels_of_call(kind, weight.device, weight.shape)
-        deltas = (self._stacked(kernel, weight.dtype) for kernel in kernels)
+        deltas = (self._delta_weight(kernel, weight.dtype) for kernel in kernels)
         return sum(deltas, start=weight)
+
+    @uncompiled
+    def _uncompiled_value(self) -> Tensor:
+        return self.value()
+
+
+class _Parameters(dict[str, Any]):
+    """A module's parameters for one call. A part is called when its value is first read, which tells that it is.
+
+    Args:
+        parameters: the module's own.
+        values: name → value of those that have a part, made before: the forward may read it in a checkpoint.
+        parts: name → part.
+    """
+
+    def __init__(self, parameters: Mapping[str, Any], values: Mapping[str, Tensor], parts: Mapping[str, Any]) -> None:
+        super().__init__(parameters)
+        self.update(values)
+        self.unread = dict(parts)
+
+    def __getitem__(self, name: str) -> Any:
+        value = super().__getitem__(name)
+        if name in self.unread:
+            value = self[name] = self.unread.pop(name)(value)
+        return value
+
+    def values(self) -> Any:
+        return [self[name] for name in self]
+
+    def items(self) -> Any:
+        return [(name, self[name]) for name in self]
 
 
 @public
@@ -51,16 +90,20 @@ class C3AParameters(Holder):
         base_layer: the module.
     """
 
-    @uncompiled
     def compute(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's own forward."""
-        base = self.base_layer
-        values = {name: part() for name, part in self.parts_in_force().items()}
-        changed = {"_parameters": {**base._parameters, **values}, **values}
+        base, parts = self.base_layer, self.parts_in_force()
+        values = {name: part.value() for name, part in parts.items()}
+        if torch.compiler.is_compiling():
+            parameters = {**base._parameters, **values}
+        else:
+            parameters = _Parameters(base._parameters, values, parts)
         twin = base.__new__(type(base))
-        twin.__dict__.update(base.__dict__ | changed)
+        # A replica of `DataParallel` has its parameters as attributes, which come first.
+        own = {key: value for key, value in base.__dict__.items() if key not in values}
+        twin.__dict__.update(own | {"_parameters": parameters})
         y = base_forward(base)(twin, *args, **kwargs)
         for key, value in twin.__dict__.items():
-            if key not in changed and base.__dict__.get(key, twin) is not value:  # what the forward notes on its module
+            if key != "_parameters" and own.get(key, twin) is not value:  # what the forward notes on its module
                 base.__dict__[key] = value
         return y

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from c3a_triton.errors import BackendError
+from c3a_triton.errors import BackendError, ConfigError
 
 from .linear_like import Geometry, geometry
 from .probe import is_ordinary
@@ -150,10 +150,12 @@ def problem(module: nn.Module, name: str) -> str | None:
             f"its values in this {kind} are {parameter.dtype} ({type(parameter).__name__}), to which nothing can be "
             "added: load the model in 16 or 32 bits, for example with dequantize=True in its quantization_config"
         )
+    if hasattr(module, "base_layer"):
+        return f"this {kind} has a base_layer of its own, which is the name for what an adapted layer stands for: rename it"
     if inner := [child for child, part in module.named_modules() if child and geometry(part) is not None]:
         return f"this {kind} holds layers ({', '.join(inner[:3])}), which could not be adapted any more: adapt those"
     if found is not None and found.kind == "dispatched":
-        return None if is_known else f"this {kind} computes its experts without it, as far as we know"
+        return None if is_known else f"of this {kind} only {found.up} and {found.down} can be adapted"
     if isinstance(module, nn.RNNBase) or kind in _READ_FROM_OUTSIDE or type(module).forward is nn.Module.forward:
         return f"{kind} does not read it in a forward of its own, so that nothing can be put in its place"
     if "forward" in module.__dict__ and _forward_holder(module) == "forward" and not _is_own_forward(module):
@@ -223,7 +225,16 @@ class _AdaptedConfig:
 
 
 def _experts_forward(experts: Any, *args: Any, **kwargs: Any) -> Tensor:
+    if not isinstance(experts.config, _AdaptedConfig):
+        raise _chosen(type(experts))
     return experts.config.c3a_layer.compute(*args, **kwargs)
+
+
+def _chosen(kind: type) -> ConfigError:
+    return ConfigError(
+        f"experts_implementation={_IMPLEMENTATION!r} is what adapted experts name by themselves, and no way in which "
+        f'{kind.__name__} computes without adapters: call set_experts_implementation("grouped_mm"), or with "eager"'
+    )
 
 
 def _register() -> None:
@@ -267,6 +278,9 @@ def base_forward(module: Any) -> Callable[..., Tensor]:
     """What an adapted module computes by itself: the implementation that its own configuration names, or its class's.
 
     It takes the module first.
+
+    Raises:
+        ConfigError: the configuration names our implementation.
     """
     forward: Any = type(module).forward
     config = module.__dict__.get("config")
@@ -274,7 +288,10 @@ def base_forward(module: Any) -> Callable[..., Tensor]:
         return forward
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    return ALL_EXPERTS_FUNCTIONS.get_interface(config._config._experts_implementation, forward.__wrapped__)
+    implementation = config._config._experts_implementation
+    if implementation == _IMPLEMENTATION:
+        raise _chosen(type(module))
+    return ALL_EXPERTS_FUNCTIONS.get_interface(implementation, forward.__wrapped__)
 
 
 def foreign_product(module: nn.Module, name: str, x: Tensor, offsets: Tensor, transposed: bool) -> Tensor:
