@@ -211,6 +211,25 @@ def test_weighted_combination() -> None:
     assert_close(logits(model), Truth(plain, model, ("sum",)).logits(input_ids=IDS), torch.float32)
 
 
+def test_what_is_set_on_the_adapted_module_is_set_on_the_experts() -> None:
+    plain = qwen3_moe()
+    model = adapted(copy.deepcopy(plain))
+    experts = model.model.layers[0].mlp.experts
+    weight = nn.Parameter(torch.randn_like(experts.gate_up_proj.weight))
+    for module in (experts, plain.model.layers[0].mlp.experts):
+        module.act_fn = nn.Tanh()
+        module.gate_up_proj = nn.Parameter(weight.detach().clone())
+    assert_close(logits(model), Truth(plain, model).logits(input_ids=IDS), torch.float32)
+    expected, config = logits(model), copy.deepcopy(model.config)
+    config._experts_implementation = "eager"
+    for value in (config, experts.config):
+        experts.config = value
+        assert torch.equal(logits(model), expected)
+    with model.c3a.disable_adapter():
+        torch.testing.assert_close(logits(model), logits(plain))
+    assert model.c3a.unload().model.layers[0].mlp.experts.config is config
+
+
 # Merging
 
 

@@ -231,7 +231,9 @@ def test_a_parameter_that_its_module_does_not_read_is_told_of(plain: Model, x: T
 )
 def test_a_parameter_that_another_module_reads_is_refused_then(plain: Model, x: Tensor, read: Any) -> None:
     model = adapted(plain, "table")
-    with pytest.raises((ConfigError, AttributeError), match=r"mixed\.table is an adapted parameter, and what .* target_p"):
+    with pytest.raises(
+        (ConfigError, AttributeError), match=r"mixed\.table is an adapted parameter, and what .* target_p"
+    ):
         read(x, model.mixed.table)
 
 
@@ -245,6 +247,52 @@ def test_hooks_of_accelerate(plain: Model, x: Tensor) -> None:
     assert torch.equal(model(x), expected(x))
     model.c3a.merge_adapter()
     torch.testing.assert_close(model(x), expected(x))
+
+
+class OtherWays(Mixed):
+    def forward(self, x: Tensor, *, times: float = 1.0) -> Tensor:
+        return x @ self.get_parameter("table").T
+
+    def encode(self, x: Tensor) -> Tensor:
+        return 2 * self.forward(x)
+
+
+def test_other_ways_to_a_parameter(plain: Model, x: Tensor) -> None:
+    plain.mixed.__class__ = OtherWays
+    model = adapted(plain, "table")
+    layer = model.mixed.table
+    expected = x @ (layer.weight + dense(layer.c3a_kernel["default"]).float()).T
+    torch.testing.assert_close(model.mixed(x), expected)
+    torch.testing.assert_close(model.mixed.encode(x), 2 * expected)
+    with model.c3a.disable_adapter():
+        assert torch.equal(model.mixed.encode(x), 2 * x @ layer.weight.T)
+
+
+class GptOssExperts(nn.Module):
+    """As in transformers 4, where no attribute tells of the order of its dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down_proj = nn.Parameter(torch.randn(3, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("td,edo->to", x, self.down_proj)
+
+
+def test_stacks_that_are_stored_with_rows_and_columns_exchanged(x: Tensor) -> None:
+    torch.manual_seed(0)
+    model = adapted(nn.Sequential(GptOssExperts()), "down_proj")
+    layer = model[0].down_proj
+    deltas = torch.stack(
+        list(map(dense, layer.c3a_kernel["default"]))
+    ).float()  # [3, out, in], as transformers 5 has it
+    expected = torch.einsum("td,eod->to", x, layer.weight.mT + deltas)
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(layer.get_delta_weight("default"), deltas.mT)
+    model.c3a.merge_adapter()
+    torch.testing.assert_close(model(x), expected)
+    model.c3a.unmerge_adapter()
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_experts_of_a_class_that_is_not_known() -> None:

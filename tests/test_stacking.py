@@ -106,6 +106,21 @@ def test_each_expert_s_update_is_where_transformers_puts_its_weight(tmp_path, na
     assert {parameter: size_of(parameter)[0] for parameter in parameters} == stacked.block_sizes
 
 
+def test_experts_that_compute_nothing_have_no_layers():
+    model = qwen3_moe()
+    file = file_for(experts_of(model))
+    expected = stacked_file(model, file, expert_places(model))
+    experts = model.model.layers[0].mlp.experts
+    experts.gate_up_proj = torch.nn.Parameter(
+        torch.randn(6, *experts.gate_up_proj.shape[1:])
+    )  # as LongCat-Flash has it
+    found = stacked_file(model, file, expert_places(model))
+    for name, kernel in expected.tensors.items():
+        assert torch.equal(found.tensors[name][:4], kernel)
+        assert not found.tensors[name][4:].any()
+    assert len(found.tensors["model.layers.0.mlp.experts.gate_up_proj.c3a_kernel"]) == 6
+
+
 @pytest.mark.parametrize("writer", ["ours", "PEFT"])
 def test_other_layers_of_the_file_stay_and_the_adapter_loads_swaps_and_saves(tmp_path, writer):
     model = deepseek_v3()

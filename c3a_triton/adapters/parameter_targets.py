@@ -221,7 +221,9 @@ def _nothing_found(config: C3AConfig, places: dict[str, Place], matching: Matchi
 def _hint(entry: str, places: Collection[str]) -> str:
     """A sentence on what an entry that selects no parameter may have meant, or nothing."""
     inside = [name for name in places if f".{name.rpartition('.')[0]}".endswith(f".{entry}")]
-    return f" {shown(entry)} is a module: name parameters of it, {some(inside)}." if inside else near_names(entry, places)
+    return (
+        f" {shown(entry)} is a module: name parameters of it, {some(inside)}." if inside else near_names(entry, places)
+    )
 
 
 def _warn_idle(config: C3AConfig, found: Collection[str], places: Collection[str]) -> None:

@@ -163,7 +163,7 @@ class Holder(nn.Module):
     """What stands in the place of a module of which parameters are adapted.
 
     The module goes on computing with its own hooks and its own names; only in the innermost place of its forward there
-    is `compute`. What this one lacks as an attribute is the module's.
+    is `compute`. What this one lacks as an attribute is the module's, to read and to set.
 
     Args:
         base_layer: the module.
@@ -225,6 +225,16 @@ class Holder(nn.Module):
             if name == "base_layer" or name.startswith("_"):
                 raise
             return getattr(self.base_layer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        base = self.__dict__.get("_modules", {}).get("base_layer")
+        is_own = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
+        if is_own or not hasattr(base, name) or isinstance(value, Part):
+            super().__setattr__(name, value)
+            return
+        setattr(base, name, value)
+        if name == "config":
+            self.attach()  # which the former one did
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Holder":
         def move() -> Any:

@@ -1,6 +1,8 @@
 """`C3AParameters`: a module whose parameters are adapted by themselves, and which computes with W + ΔW written out."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -53,20 +55,19 @@ class _Parameters(dict[str, Any]):
     """A module's parameters for one call. A part is called when its value is first read, which tells that it is.
 
     Args:
-        parameters: the module's own.
-        values: name → value of those that have a part, made before: the forward may read it in a checkpoint.
+        parameters: name → value. Those of parts were made before, as the forward may read them in a checkpoint.
         parts: name → part.
     """
 
-    def __init__(self, parameters: Mapping[str, Any], values: Mapping[str, Tensor], parts: Mapping[str, Any]) -> None:
+    def __init__(self, parameters: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
         super().__init__(parameters)
-        self.update(values)
-        self.unread = dict(parts)
+        self._unread = dict(parts)
 
     def __getitem__(self, name: str) -> Any:
         value = super().__getitem__(name)
-        if name in self.unread:
-            value = self[name] = self.unread.pop(name)(value)
+        if name in self._unread:
+            value = self[name] = self._unread.pop(name)(value)
+            value._is_param = True  # to `isinstance`, which get_parameter asks
         return value
 
     def values(self) -> Any:
@@ -92,18 +93,30 @@ class C3AParameters(Holder):
 
     def compute(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's own forward."""
+        return self._call(base_forward(self.base_layer), *args, **kwargs)
+
+    def _call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What a method of the module's class computes."""
         base, parts = self.base_layer, self.parts_in_force()
+        if not parts:
+            return method(base, *args, **kwargs)
         values = {name: part.value() for name, part in parts.items()}
-        if torch.compiler.is_compiling():
-            parameters = {**base._parameters, **values}
-        else:
-            parameters = _Parameters(base._parameters, values, parts)
+        parameters: dict[str, Any] = {**base._parameters, **values}
+        if not torch.compiler.is_compiling():
+            parameters = _Parameters(parameters, parts)
         twin = base.__new__(type(base))
         # A replica of `DataParallel` has its parameters as attributes, which come first.
         own = {key: value for key, value in base.__dict__.items() if key not in values}
         twin.__dict__.update(own | {"_parameters": parameters})
-        y = base_forward(base)(twin, *args, **kwargs)
+        y = method(twin, *args, **kwargs)
         for key, value in twin.__dict__.items():
             if key != "_parameters" and own.get(key, twin) is not value:  # what the forward notes on its module
                 base.__dict__[key] = value
         return y
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        # Who calls another method of the module gets what it computes with the adapters.
+        if isinstance(value, MethodType) and value.__self__ is self.base_layer and not name.startswith("_"):
+            return partial(self._call, value.__func__)
+        return value

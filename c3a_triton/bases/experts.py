@@ -39,6 +39,8 @@ __all__ = [
 _IMPLEMENTATION = "c3a_triton"
 # Classes whose parameters are read by what holds them, which then calls them with what it has read.
 _READ_FROM_OUTSIDE = ("DbrxExpertGLU",)
+# Classes that store [n_experts, in, out] in transformers 4, where no attribute says so.
+_TRANSPOSED = ("GptOssExperts", "Qwen3VLMoeTextExperts")
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ def _is_dispatched(cls: Any) -> bool:
 def is_stored_transposed(module: nn.Module, name: str) -> bool:
     """Whether a parameter is [n_experts, in, out]."""
     found = layout(module)
+    if found is None and type(module).__name__ in _TRANSPOSED and not hasattr(module, "is_transposed"):
+        return name in ("gate_up_proj", "down_proj")
     return found is not None and found.transposed and name in (found.up, found.down)
 
 
@@ -116,12 +120,12 @@ def parameter_geometry(module: nn.Module, name: str) -> Geometry | None:
     if parameter is None or len(whole_shape(parameter)) not in (2, 3):
         return None
     *stack, out_features, in_features = whole_shape(parameter)
+    if is_stored_transposed(module, name):
+        out_features, in_features = in_features, out_features
     found = layout(module)
     if found is None or name not in (found.up, found.down):
         widths = in_features, out_features
         return Geometry("parameter", *widths, widths, stack=stack[0] if stack else 0)
-    if found.transposed:
-        out_features, in_features = in_features, out_features
     if name == found.up and found.gated and found.concatenated:
         halves = in_features, out_features // 2
         return Geometry("experts", in_features, out_features, halves, " (in, and gate and up each)", stack[0])
@@ -248,7 +252,8 @@ def dispatch(module: Any, layer: Any) -> None:
     found = layout(module)
     if found is not None and found.kind == "dispatched":
         _register()
-        module.config = _AdaptedConfig(module.config, layer)
+        config = module.config
+        module.config = _AdaptedConfig(config._config if isinstance(config, _AdaptedConfig) else config, layer)
     else:
         setattr(module, _forward_holder(module), layer.compute)
 
