@@ -25,7 +25,10 @@ GUARD = 1 << 16
 _FILLING = 0xFF
 _PACKAGE = "c3a_triton"
 # What allocates in the package, and what copies there: kernels read copies, too.
-_ALLOCATORS: tuple[tuple[Any, str], ...] = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"))
+_ALLOCATORS: tuple[tuple[Any, str], ...] = (
+    *((torch, name) for name in ("empty", "empty_like", "empty_strided")),
+    (torch.Tensor, "new_empty"),
+)
 _COPIERS: tuple[tuple[Any, str], ...] = tuple((torch.Tensor, name) for name in ("contiguous", "clone", "to"))
 
 
