@@ -138,7 +138,8 @@ def test_a_workspace_nobody_has_written_shows_where_it_is_copied_to(device: torc
 
 
 def test_only_what_the_package_allocates_is_guarded(device: torch.device) -> None:
-    functions = [torch.empty, torch.empty_like, torch.Tensor.contiguous, torch.Tensor.clone, torch.Tensor.to]
+    methods = [getattr(torch.Tensor, name) for name in ("new_empty", "contiguous", "clone", "to")]
+    functions = [torch.empty, torch.empty_like, *methods]
     memory = guards.Memory()
     x, w = torch.randn(12, 3, device=device).t(), torch.randn(2, 3, 4, device=device)
     with guards.guarded(memory):
@@ -146,7 +147,7 @@ def test_only_what_the_package_allocates_is_guarded(device: torch.device) -> Non
         assert memory._buffers == []
         y = direct.direct_product(x, w, scale=1.0)
     assert [buffer.what.partition(":")[0] for buffer in memory._buffers] == [
-        "what new_or_given has from empty",
+        "what new_or_given has from new_empty",
         "what with_contiguous_rows has from contiguous",
     ]
     assert y.untyped_storage().nbytes() > 2 * guards.GUARD
