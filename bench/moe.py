@@ -1,8 +1,10 @@
-"""C3A on stacked experts against PEFT's LoRA of them, on a CPU: `python -m bench.moe [--json FILE]`.
+"""C3A on stacked experts against PEFT's LoRA of them: `python -m bench.moe [--json FILE]`.
 
 A small Qwen3-MoE with random weights: a training step, and what a forward keeps for its backward, of the frozen model,
-of PEFT's LoRA (`target_parameters`) and of C3A in several block sizes, over the same weights. CPU time of one thread,
-steps alternating, medians.
+of PEFT's LoRA (`target_parameters`) and of C3A in several block sizes, over the same weights, in turn, medians. On a CPU
+in float32, the time of one thread; with `--device cuda` in bfloat16, wall time. A layer of Qwen3-30B-A3B is
+
+    --layers 1 --hidden 2048 --inter 768 --experts 128 --top-k 8 --tokens 8192 --block-sizes 128
 """
 
 import argparse
@@ -25,8 +27,8 @@ __all__ = ["main", "summary"]
 PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
-def random_model(n_layers: int, hidden: int, inter: int, n_experts: int, top_k: int) -> Any:
-    """A frozen Qwen3-MoE in float32; little of it but experts."""
+def random_model(device: torch.device, n_layers: int, hidden: int, inter: int, n_experts: int, top_k: int) -> Any:
+    """A frozen Qwen3-MoE; little of it but experts."""
     transformers = importlib.import_module("transformers")
     config = transformers.Qwen3MoeConfig(
         vocab_size=256,
@@ -39,7 +41,8 @@ def random_model(n_layers: int, hidden: int, inter: int, n_experts: int, top_k: 
         num_experts=n_experts,
         num_experts_per_tok=top_k,
     )
-    return models.random_model(transformers.Qwen3MoeForCausalLM, config, torch.device("cpu"), torch.float32)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    return models.random_model(transformers.Qwen3MoeForCausalLM, config, device, dtype)
 
 
 def adapted(method: str, base: Any, rank: int) -> Any:
@@ -63,7 +66,11 @@ def adapted(method: str, base: Any, rank: int) -> Any:
 def measure(adapted_models: dict[str, Any], ids: Tensor, seconds: float) -> list[dict[str, Any]]:
     """A row per method."""
     steps = {method: models.training_step(model, ids) for method, model in adapted_models.items()}
-    times = timing.alternate(steps, seconds=seconds)
+    if ids.device.type == "cpu":
+        times = timing.alternate(steps, seconds=seconds)
+    else:
+        calls: Any = {method: (lambda: None, lambda _, step=step: step()) for method, step in steps.items()}
+        times = timing.in_turn(calls, ids.device, seconds=seconds, warm_up=3)
     return [
         {
             "method": method,
@@ -94,8 +101,11 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print and, with `--json`, write; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m bench.moe", description=(__doc__ or "").strip())
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.moe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
+    parser.add_argument("--device", type=torch.device, default="cpu", help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=60.0, help="time in all (default: %(default)s)")
     parser.add_argument("--block-sizes", type=int, nargs="+", default=[16, 64], metavar="B", help="default: 16 64")
     for name, default, what in (
@@ -114,14 +124,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bench.moe compares with PEFT: install it with `pip install peft`. {missing}", file=sys.stderr)
         return 1
     torch.set_num_threads(1)
-    base = random_model(args.layers, args.hidden, args.inter, args.experts, args.top_k)
+    base = random_model(args.device, args.layers, args.hidden, args.inter, args.experts, args.top_k)
     methods = ["base", "peft_lora", *(f"ours, b={b}" for b in args.block_sizes)]
-    ids = torch.randint(base.config.vocab_size, (1, args.tokens))
+    ids = torch.randint(base.config.vocab_size, (1, args.tokens), device=args.device)
     rows = measure({method: adapted(method, base, args.rank) for method in methods}, ids, args.seconds)
     print(summary(rows))
     if args.json is not None:
-        settings = {name: value for name, value in vars(args).items() if name != "json"}
-        report.write_json(args.json, {"environment": report.environment(torch.device("cpu")), **settings, "rows": rows})
+        settings = {name: value for name, value in vars(args).items() if name not in ("json", "device")}
+        report.write_json(args.json, {"environment": report.environment(args.device), **settings, "rows": rows})
         print(f"\nwritten: {args.json}")
     return 0
 
