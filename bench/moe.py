@@ -1,8 +1,8 @@
 """C3A on stacked experts against PEFT's LoRA of them: `python -m bench.moe [--json FILE]`.
 
 A small Qwen3-MoE with random weights: a training step, and what a forward keeps for its backward, of the frozen model,
-of PEFT's LoRA (`target_parameters`) and of C3A in several block sizes, over the same weights, in turn, medians. On a CPU
-in float32, the time of one thread; with `--device cuda` in bfloat16, wall time. A layer of Qwen3-30B-A3B is
+of PEFT's LoRA (`target_parameters`) and of C3A in several block sizes, over the same weights, in turn, medians. On a
+CPU in float32, the time of one thread; with `--device cuda` in bfloat16, wall time. A layer of Qwen3-30B-A3B is
 
     --layers 1 --hidden 2048 --inter 768 --experts 128 --top-k 8 --tokens 8192 --block-sizes 128
 """
