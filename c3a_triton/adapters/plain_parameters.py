@@ -27,7 +27,7 @@ class C3AParameter(Part):
     has_backends = False
     rows_problem = "has no adapters of its own in a module that computes with one weight for all"
 
-    def forward(self, value: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, value: Tensor | None = None) -> Tensor:
         """The parameter's value for this call, as its module reads it: `value`, or else what `value()` gives."""
         return self.value() if value is None else value
 

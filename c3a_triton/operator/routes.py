@@ -72,7 +72,7 @@ def make(index: Tensor, n_groups: int, *, partial: bool = False) -> Routes:
     bounds = torch.arange(n_groups + 1, dtype=ids.dtype, device=ids.device)
     return Routes(
         order=order,
-        source=order // top_k,
+        source=order // max(top_k, 1),
         inverse=torch.empty_like(order).scatter_(0, order, pairs),
         groups=ids.long().clamp(0, n_groups - 1),
         offsets=torch.searchsorted(ids, bounds, out_int32=True),
