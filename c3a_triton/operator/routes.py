@@ -62,17 +62,17 @@ def make(index: Tensor, n_groups: int, *, partial: bool = False) -> Routes:
             group. Without it there is no such index, which nothing checks.
 
     Raises:
-        ShapeError: `index` is not two-dimensional, or not of integers.
+        ShapeError: `index` is not two-dimensional, chooses nothing, or is not of integers.
     """
-    if index.dim() != 2 or index.is_floating_point() or index.is_complex():
-        raise ShapeError(f"index is {index.dtype} of shape {tuple(index.shape)}: give integers, (n_tokens, top_k)")
+    if index.dim() != 2 or not index.shape[1] or index.is_floating_point() or index.is_complex():
+        raise ShapeError(f"index is {index.dtype} of shape {tuple(index.shape)}: give integers, (n_tokens, top_k > 0)")
     top_k = index.shape[1]
     ids, order = torch.sort(index.reshape(-1), stable=True)
     pairs = torch.arange(order.shape[0], device=order.device)
     bounds = torch.arange(n_groups + 1, dtype=ids.dtype, device=ids.device)
     return Routes(
         order=order,
-        source=order // max(top_k, 1),
+        source=order // top_k,
         inverse=torch.empty_like(order).scatter_(0, order, pairs),
         groups=ids.long().clamp(0, n_groups - 1),
         offsets=torch.searchsorted(ids, bounds, out_int32=True),
