@@ -314,6 +314,14 @@ def test_peft_refuses_an_adapter_of_which_it_would_leave_out_the_experts(tmp_pat
     assert again.c3a.adapters["default"].target_modules == ["q_proj"]
 
 
+def test_peft_s_own_adapters_of_the_same_module_are_refused() -> None:
+    peft = pytest.importorskip("peft")
+    model = adapted(qwen3_moe())
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.gate_up_proj"])
+    with pytest.raises(AdapterStateError, match=r"gate_up_proj, .*down_proj: adapted parameters.*\(ParamWrapper\)"):
+        peft.get_peft_model(model, config)
+
+
 def test_other_verbs_of_transformers_see_a_plain_model() -> None:
     model = adapted(qwen3_moe(tie_word_embeddings=True), modules_to_save=["lm_head"])
     with torch.no_grad():
