@@ -26,6 +26,7 @@ __all__ = [
     "MODULES_TO_SAVE_FORM",
     "C3AConfig",
     "read_config_file",
+    "with_owners",
 ]
 
 CONFIG_NAME = "adapter_config.json"
