@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import stat
 import time
@@ -224,6 +225,26 @@ def test_parameters_are_written_by_name(tmp_path, fields):
     assert {name for name in names if target_rule(said)(name)} == sizes.keys()
     rewrite(tmp_path, {})
     assert read_adapter(tmp_path).config == said
+
+
+@pytest.mark.parametrize("targets", [["fc"], ".*fc"])
+def test_modules_of_parameters_are_targets_to_peft_alone(tmp_path, targets):
+    config = C3AConfig(block_size=8, target_modules=targets, target_parameters=["up", "h.scale"])
+    tensors, sizes = kernels_for(Small(), config)
+    parameters = {"h.experts.up": 8, "h.scale": 8}
+    tensors |= {f"{name}.c3a_kernel": torch.randn(2, 1, 8) for name in parameters}
+    names = [*module_names(Small()), "h", "h.experts"]
+    write_adapter(tmp_path, config, tensors, block_sizes=sizes | parameters, module_names=names, parameters=parameters)
+    written = json.loads((tmp_path / CONFIG_NAME).read_text())["target_modules"]
+    # As PEFT reads it.
+    found = {n for n in names if (re.fullmatch(written, n) if isinstance(written, str) else n.endswith(tuple(written)))}
+    assert {"h", "h.experts"} <= found
+    assert C3AConfig.from_pretrained(tmp_path).target_modules == targets
+    assert read_adapter(tmp_path).config == config
+    values = json.loads((tmp_path / CONFIG_NAME).read_text()) | {"base_model_name_or_path": "elsewhere"}
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(values))
+    with pytest.warns(UserWarning, match="in base_model_name_or_path: it holds"):
+        assert read_adapter(tmp_path).config.target_modules == targets
 
 
 def test_a_parameter_s_kernel_of_another_shape_is_refused(tmp_path):

@@ -6,6 +6,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -222,9 +223,10 @@ def test_what_is_set_on_the_adapted_module_is_set_on_the_experts() -> None:
     assert_close(logits(model), Truth(plain, model).logits(input_ids=IDS), torch.float32)
     expected, config = logits(model), copy.deepcopy(model.config)
     config._experts_implementation = "eager"
-    for value in (config, experts.config):
-        experts.config = value
-        assert torch.equal(logits(model), expected)
+    experts.config = config
+    assert torch.equal(logits(model), expected)
+    experts.config = experts.config
+    assert torch.equal(logits(model), expected)
     with model.c3a.disable_adapter():
         torch.testing.assert_close(logits(model), logits(plain))
     assert model.c3a.unload().model.layers[0].mlp.experts.config is config
@@ -289,6 +291,35 @@ def test_the_models_own_save_pretrained_keeps_the_names_and_is_no_plain_model(tm
         assert torch.equal(stored[name], tensor), name
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         type(model).from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("save", ["adapter", "model"])
+def test_peft_refuses_an_adapter_of_which_it_would_leave_out_the_experts(tmp_path: Path, save: str) -> None:
+    peft = pytest.importorskip("peft")
+    qwen3_moe().save_pretrained(tmp_path / "base")
+    plain = type(qwen3_moe()).from_pretrained(tmp_path / "base")
+    config = C3AConfig(
+        block_size=4, target_modules=["q_proj"], target_parameters="all-experts", init_weights="gaussian"
+    )
+    model = c3a_triton.apply(copy.deepcopy(plain), config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (model.c3a.save_pretrained if save == "adapter" else model.save_pretrained)(tmp_path / "saved")
+        load = partial(peft.PeftModel.from_pretrained, copy.deepcopy(plain))
+        load = load if save == "adapter" else type(plain).from_pretrained
+        with pytest.raises((TypeError, ValueError), match=r"(?s)Target module Qwen3MoeExperts.* is not supported"):
+            load(tmp_path / "saved")
+        again = c3a_triton.load_adapter(copy.deepcopy(plain), tmp_path / "saved")
+    assert torch.equal(logits(again), logits(model))
+    assert again.c3a.adapters["default"].target_modules == ["q_proj"]
+
+
+def test_peft_s_own_adapters_of_the_same_module_are_refused() -> None:
+    peft = pytest.importorskip("peft")
+    model = adapted(qwen3_moe())
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.gate_up_proj"])
+    with pytest.raises(AdapterStateError, match=r"gate_up_proj, .*down_proj: adapted parameters.*\(ParamWrapper\)"):
+        peft.get_peft_model(model, config)
 
 
 def test_other_verbs_of_transformers_see_a_plain_model() -> None:
@@ -525,6 +556,27 @@ def test_nothing_of_the_size_of_all_experts_is_made_or_kept(build: Callable[...,
     assert max(
         tensor.untyped_storage().nbytes() for tensor in kept if tensor.untyped_storage().data_ptr() not in own
     ) < (dense_bytes / 8)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_tokens_without_an_expert_and_without_choices(implementation: str) -> None:
+    model = adapted(qwen3_moe(implementation))
+    experts = model.model.layers[0].mlp.experts
+    x, shares, index = torch.randn(6, 24), torch.rand(6, 2), torch.randint(0, 4, (6, 2))
+    index[2, 1], index[4] = 4, 4  # the eager forward passes over this one
+    for tensor in (x, shares):
+        tensor.requires_grad_()
+    ours = experts(x, index, shares)
+    merged = copy.deepcopy(model).c3a.merge_and_unload()
+    merged.set_experts_implementation("eager")
+    true = merged.model.layers[0].mlp.experts(x, index, shares)
+    torch.testing.assert_close(ours, true)
+    assert not ours[4].any()
+    gradients = [torch.autograd.grad(y.sum(), [x, shares]) for y in (ours, true)]
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    with pytest.raises(ShapeError, match=r"index is torch.int64 of shape \(6, 0\)"):
+        experts(x, index[:, :0], shares[:, :0])
 
 
 def test_experts_of_other_processes() -> None:

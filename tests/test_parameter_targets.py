@@ -281,6 +281,15 @@ def test_stacked_experts_that_nothing_reaches_are_told_of(targets: Any) -> None:
     assert len([warning for warning in caught if "stacked expert" in str(warning.message)]) == 1
 
 
+def test_and_once() -> None:
+    config = C3AConfig(block_size=4, target_modules=["q_proj"])
+    with pytest.warns(UserWarning, match="stacked expert weights are not adapted"):
+        model = c3a_triton.apply(mixtral(), config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.c3a.add_adapter("two", config)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -137,6 +137,16 @@ def test_copies_and_pickles(plain: Model, x: Tensor) -> None:
         assert torch.equal(model(x), expected)
 
 
+def test_explain_names_what_has_no_backend(plain: Model) -> None:
+    model = adapted(plain)
+    with pytest.raises(ConfigError, match=r"no adapted layer .*without a backend to choose: mixed\.table, mixed"):
+        c3a_triton.explain(model.mixed)
+    with pytest.warns(UserWarning, match="computed as W"):
+        model.c3a.add_adapter("all", C3AConfig(block_size=2, target_modules=["first"], target_parameters=["table"]))
+    model.c3a.set_adapter("all")
+    assert "without a backend to choose: mixed.table, mixed.stack." in c3a_triton.explain(model, 8)
+
+
 def test_rows_have_one_adapter(plain: Model, x: Tensor) -> None:
     model = adapted(adapted(plain), name="other")
     model.c3a.set_adapter("other")
@@ -232,7 +242,7 @@ def test_a_parameter_that_its_module_does_not_read_is_told_of(plain: Model, x: T
 def test_a_parameter_that_another_module_reads_is_refused_then(plain: Model, x: Tensor, read: Any) -> None:
     model = adapted(plain, "table")
     with pytest.raises(
-        (ConfigError, AttributeError), match=r"mixed\.table is an adapted parameter, and what .* target_p"
+        (ConfigError, AttributeError), match=r"mixed\.table is an adapted parameter, and what .*target_p"
     ):
         read(x, model.mixed.table)
 
@@ -283,9 +293,7 @@ def test_stacks_that_are_stored_with_rows_and_columns_exchanged(x: Tensor) -> No
     torch.manual_seed(0)
     model = adapted(nn.Sequential(GptOssExperts()), "down_proj")
     layer = model[0].down_proj
-    deltas = torch.stack(
-        list(map(dense, layer.c3a_kernel["default"]))
-    ).float()  # [3, out, in], as transformers 5 has it
+    deltas = torch.stack(list(map(dense, layer.c3a_kernel["default"]))).float()  # [3, out, in]
     expected = torch.einsum("td,eod->to", x, layer.weight.mT + deltas)
     torch.testing.assert_close(model(x), expected)
     torch.testing.assert_close(layer.get_delta_weight("default"), deltas.mT)

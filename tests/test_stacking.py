@@ -111,9 +111,7 @@ def test_experts_that_compute_nothing_have_no_layers():
     file = file_for(experts_of(model))
     expected = stacked_file(model, file, expert_places(model))
     experts = model.model.layers[0].mlp.experts
-    experts.gate_up_proj = torch.nn.Parameter(
-        torch.randn(6, *experts.gate_up_proj.shape[1:])
-    )  # as LongCat-Flash has it
+    experts.gate_up_proj = torch.nn.Parameter(torch.randn(6, *experts.gate_up_proj.shape[1:]))  # LongCat-Flash
     found = stacked_file(model, file, expert_places(model))
     for name, kernel in expected.tensors.items():
         assert torch.equal(found.tensors[name][:4], kernel)

@@ -124,7 +124,11 @@ class C3AExperts(Holder):
     ) -> Tensor:
         """What transformers' implementations compute: [n_tokens, hidden], and of each token's experts [n_tokens, k]."""
         experts: Any = self.base_layer
-        places = routing.make(top_k_index, self._layout.n_experts, partial=experts._is_expert_parallel)
+        n_experts, partial = self._layout.n_experts, experts._is_expert_parallel
+        if not partial:  # a choice that was dropped (the index is n_experts) counts nothing, whoever computes it
+            top_k_weights = top_k_weights.masked_fill(top_k_index >= n_experts, 0.0)
+            top_k_index = top_k_index.clamp(max=n_experts - 1)
+        places = routing.make(top_k_index, n_experts, partial=partial)
         y = self._project(parts, self._layout.up, hidden_states, places, gather=True)
         y = experts._apply_gate(y) if self._layout.gated else experts.act_fn(y)
         y = self._project(parts, self._layout.down, y, places)

@@ -10,6 +10,7 @@ from c3a_triton._public import public
 from c3a_triton.bases.experts import rows_per_token
 from c3a_triton.errors import ConfigError
 from c3a_triton.files.block_sizes import check_block_size
+from c3a_triton.files.values import some
 from c3a_triton.operator import dispatch
 from c3a_triton.operator.bounds import seconds
 from c3a_triton.operator.cost_model import ROUTED, Sizes, added_seconds, base_seconds, routed_launches
@@ -79,7 +80,10 @@ def explain(
     Example:
         >>> print(c3a_triton.explain((4096, 14336, 256), tokens=[1, 8192], device="cuda"))
     """
-    layers = _layers(layer_or_shapes)
+    found = _layers(layer_or_shapes)
+    layers = found and [layer for layer in found if layer.has_backends]
+    others = [layer.layer_name for layer in found or () if not layer.has_backends]
+    without = f"without a backend to choose: {some(others)}" if others else ""
     counts = [tokens] if isinstance(tokens, int) else list(tokens)
     if not counts or not all(isinstance(count, int) and count > 0 for count in counts):
         raise ConfigError(f"tokens must be one positive number or several, got {tokens!r}")
@@ -89,7 +93,7 @@ def explain(
         dtype = dtype or torch.bfloat16
     else:
         if not layers:
-            raise ConfigError("no adapted layer to explain")
+            raise ConfigError(f"no adapted layer to explain{without and f' ({without})'}")
         cases = {}
         for layer in layers:
             for b in sorted({layer.block_size[name] for name in layer.active_adapters if name in layer.block_size}):
@@ -102,15 +106,15 @@ def explain(
         dtype = dtype or (weight.dtype if weight.dtype.is_floating_point else torch.bfloat16)
     if dtype not in _DTYPES:
         raise ConfigError(f"the cost model knows {', '.join(map(str, _DTYPES))}, not {dtype}")
-    return _table(cases, counts, torch.device(device), dtype)
+    return _table(cases, counts, torch.device(device), dtype) + (without and f"\nOther adapted layers, {without}.")
 
 
 def _layers(subject: object) -> list[C3ALinear] | None:
     """The adapted layers of a layer, manager or model; None for anything else."""
     if isinstance(subject, AdapterManager):
-        return [layer for _, layer in subject.layers() if layer.has_backends]
+        return [layer for _, layer in subject.layers()]
     if isinstance(subject, nn.Module):
-        return [module for module in subject.modules() if isinstance(module, C3ALinear) and module.has_backends]
+        return [module for module in subject.modules() if isinstance(module, C3ALinear)]
     return None
 
 

@@ -272,13 +272,13 @@ def stacked_hint(places: dict[str, Place], wants: Any) -> str:
 
 
 def warn_untouched_experts(places: dict[str, Place], config: C3AConfig, matching: Matching) -> None:
-    """Say that most of a model may lie in stacked experts, where a configuration adapts and excludes none of them."""
+    """Say that most of a model may lie in stacked experts, where its first adapter adapts and excludes none of them."""
     if config.target_parameters is not None:
         return
     names = [name for name, place in places.items() if place.parameter in stacked_names(place.module)]
     is_left = parameter_rule(replace(config, target_parameters="all-experts"), matching)
     left = [name for name in names if is_left(name)]
-    if not left or any(isinstance(places[name].around, Holder) for name in names):
+    if not left or any(place.around is not None for place in places.values()):  # by an earlier adapter, which said so
         return
     counts = {name: _n_elements(place) for name, place in places.items()}
     warnings.warn(

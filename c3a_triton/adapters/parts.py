@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from c3a_triton.bases.experts import dispatch, is_stored_transposed, undispatch
-from c3a_triton.bases.linear_like import Geometry
+from c3a_triton.bases.linear_like import Geometry, is_of_peft
 from c3a_triton.bases.sharded import gather_with
-from c3a_triton.errors import ConfigError
+from c3a_triton.errors import AdapterStateError, ConfigError
 from c3a_triton.operator.dense import add_circulant_, circulant_matrix
 
 from . import merging
@@ -228,6 +228,12 @@ class Holder(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         base = self.__dict__.get("_modules", {}).get("base_layer")
+        if base is not None and name == "base_layer" and is_of_peft(value):
+            raise AdapterStateError(
+                f"{', '.join(part._label for part in self.parts().values())}: adapted parameters, and no layer of PEFT "
+                f"({type(value).__name__}) can take the place of the module that has them. Merge one of the two first, "
+                "by model.c3a.merge_and_unload() or PEFT's"
+            )
         is_own = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
         if is_own or not hasattr(base, name) or isinstance(value, Part):
             super().__setattr__(name, value)

@@ -6,7 +6,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from c3a_triton._public import public
 from c3a_triton.bases.experts import base_forward
@@ -27,7 +27,7 @@ class C3AParameter(Part):
     has_backends = False
     rows_problem = "has no adapters of its own in a module that computes with one weight for all"
 
-    def forward(self, value: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, value: Tensor | None = None) -> Tensor:
         """The parameter's value for this call, as its module reads it: `value`, or else what `value()` gives."""
         return self.value() if value is None else value
 
@@ -67,7 +67,8 @@ class _Parameters(dict[str, Any]):
         value = super().__getitem__(name)
         if name in self._unread:
             value = self[name] = self._unread.pop(name)(value)
-            value._is_param = True  # to `isinstance`, which get_parameter asks
+            if not isinstance(value, nn.Parameter):
+                value._is_param = True  # to `isinstance`, which get_parameter asks
         return value
 
     def values(self) -> Any:

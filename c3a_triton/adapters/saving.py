@@ -102,19 +102,12 @@ class AdapterTensors:
 
     def warn_unreadable(self) -> None:
         """Warn, at the caller's caller, where PEFT cannot read the adapter."""
-        layers = dict(self.layers())
-        own = [name for name, layer in layers.items() if not isinstance(layer.get_base_layer(), nn.Linear)]
-        parts = [name for name in own if layers[name].is_part]
+        own = [name for name, layer in self.layers() if not isinstance(layer.get_base_layer(), nn.Linear)]
         if own:
-            drops = (
-                f". PEFT loads the rest and drops {len(parts)} parameters"
-                if len(parts) == len(own) < len(layers)
-                else ""
-            )
             warnings.warn(
                 "PEFT adapts linear layers alone (nn.Linear) by C3A: it cannot load this adapter, which has "
                 f"{len(own)} others ({', '.join(own[:3])}{', …' if len(own) > 3 else ''}); "
-                f"c3a_triton.load_adapter does{drops}",
+                "c3a_triton.load_adapter does",
                 stacklevel=3,
             )
 

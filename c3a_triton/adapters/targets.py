@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from c3a_triton.bases.linear_like import Geometry, geometry, is_linear, unfit_for_adapters
+from c3a_triton.bases.linear_like import Geometry, geometry, is_linear, is_of_peft, unfit_for_adapters
 from c3a_triton.errors import ConfigError
 from c3a_triton.files.block_sizes import check_block_size, suggest_block_size
 from c3a_triton.files.config import DEFAULT_TARGET_MODULES, C3AConfig
@@ -64,7 +64,7 @@ def _matches(
     model: nn.Module, config: C3AConfig, modules: list[tuple[str, nn.Module]], matching: Matching
 ) -> list[tuple[str, nn.Module]]:
     for name, module in modules:
-        if any(cls.__module__.startswith("peft.tuners.") for cls in type(module).__mro__):
+        if is_of_peft(module):
             raise ConfigError(
                 f"{name} is a layer of PEFT ({type(module).__name__}): adapt the plain model, which PEFT's unload() or "
                 "merge_and_unload() returns"

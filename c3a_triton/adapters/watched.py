@@ -160,7 +160,7 @@ class Watch:
             f"never called by a forward of {type(self.model).__name__}, though what holds them ran: {{}}. The model "
             "reads their weights, has them elsewhere as well (a list, a fused or tied layer) or does not use them. "
             f"What adapters add there is neither computed nor trained, and {self._merging}. Leave these layers out of "
-            "target_modules, target_parameters and modules_to_save. Where only other inputs need them, nothing is wrong",
+            "target_modules, target_parameters or modules_to_save. Where only other inputs need them, nothing is wrong",
             stacklevel=3,
         )
 

@@ -155,7 +155,7 @@ def problem(module: nn.Module, name: str) -> str | None:
             "added: load the model in 16 or 32 bits, for example with dequantize=True in its quantization_config"
         )
     if hasattr(module, "base_layer"):
-        return f"this {kind} has a base_layer of its own, which is the name for what an adapted layer stands for: rename it"
+        return f"this {kind} has a base_layer of its own, as what is adapted calls what it stands for: rename it"
     if inner := [child for child, part in module.named_modules() if child and geometry(part) is not None]:
         return f"this {kind} holds layers ({', '.join(inner[:3])}), which could not be adapted any more: adapt those"
     if found is not None and found.kind == "dispatched":
@@ -293,10 +293,17 @@ def base_forward(module: Any) -> Callable[..., Tensor]:
         return forward
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    implementation = config._config._experts_implementation
-    if implementation == _IMPLEMENTATION:
+    name = _own_implementation(module)
+    if name == _IMPLEMENTATION:
         raise _chosen(type(module))
-    return ALL_EXPERTS_FUNCTIONS.get_interface(implementation, forward.__wrapped__)
+    return ALL_EXPERTS_FUNCTIONS.get_interface(name, forward.__wrapped__)
+
+
+def _own_implementation(module: nn.Module) -> Any:
+    """The implementation that a module's own configuration names, `"eager"` where it names none."""
+    config: Any = module.__dict__.get("config")
+    config = config._config if isinstance(config, _AdaptedConfig) else config
+    return getattr(config, "_experts_implementation", "eager")
 
 
 def foreign_product(module: nn.Module, name: str, x: Tensor, offsets: Tensor, transposed: bool) -> Tensor:
@@ -317,17 +324,15 @@ def foreign_product(module: nn.Module, name: str, x: Tensor, offsets: Tensor, tr
     """
     from transformers.integrations.moe import _grouped_linear
 
-    weight, config = getattr(module, name), module.__dict__.get("config")
-    config = config._config if isinstance(config, _AdaptedConfig) else config
-    implementation = getattr(config, "_experts_implementation", "eager")
+    weight, own = getattr(module, name), _own_implementation(module)
     try:
-        if implementation == "eager":
+        if own == "eager":
             return _product_of_each(x, weight, offsets.tolist(), transposed)
         return _grouped_linear(x, weight, offsets, is_transposed=transposed)
     except (NotImplementedError, RuntimeError) as error:
         raise BackendError(
             f"{name} of {type(module).__name__} is a {type(weight).__name__}, which does not compute as "
-            f'experts_implementation={implementation!r} does ({error}): choose another one, such as "eager", or load '
+            f'experts_implementation={own!r} does ({error}): choose another one, such as "eager", or load '
             "the model in another format"
         ) from error
 

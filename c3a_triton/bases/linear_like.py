@@ -21,6 +21,7 @@ __all__ = [
     "computes_its_weight",
     "geometry",
     "is_linear",
+    "is_of_peft",
     "is_plain",
     "is_transposed",
     "linear_widths",
@@ -91,6 +92,11 @@ class Geometry:
         """The shape of w."""
         blocks = -(-self.out_features // block_size), self.in_features // block_size
         return *([self.stack] if self.stack else ()), *blocks, block_size
+
+
+def is_of_peft(module: nn.Module) -> bool:
+    """Whether a module is one that PEFT puts in a layer's place."""
+    return any(cls.__module__.startswith("peft.tuners.") for cls in type(module).__mro__)
 
 
 def geometry(module: nn.Module) -> Geometry | None:

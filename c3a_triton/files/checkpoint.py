@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from c3a_triton.errors import CheckpointError
 
 from .atomic import abandoned, flush_to_disk, replace_file, temporary_path, write_temporary
-from .config import CONFIG_NAME, MAX_CONFIG_BYTES, C3AConfig, read_config_file
+from .config import CONFIG_NAME, MAX_CONFIG_BYTES, C3AConfig, read_config_file, with_owners
 from .peft_rules import peft_safe_pattern, peft_safe_targets
 from .values import some
 
@@ -92,7 +92,8 @@ def write_adapter(
 
     `adapter_config.json` names targets and block sizes so that PEFT arrives at exactly these layers and sizes. It keeps
     the user's patterns where PEFT understands them so, and has full module names where it does not. Parameters that are
-    adapted themselves, of which PEFT's C3A knows nothing, are named in full in `target_parameters`.
+    adapted themselves, of which PEFT's C3A knows nothing, are named in full in `target_parameters`; the modules that
+    have them are among the targets, so that PEFT refuses an adapter of which it would drop a part.
 
     Args:
         directory: the folder.
@@ -113,7 +114,10 @@ def write_adapter(
     """
     directory = Path(directory)
     _check_kernels(tensors, block_sizes, parameters)
-    content = peft_config(config, block_sizes, module_names, parameters).to_json()
+    said = peft_config(config, block_sizes, module_names, parameters)
+    if said.target_modules:
+        said = replace(said, target_modules=with_owners(said.target_modules, parameters))
+    content = said.to_json()
     metadata = {
         "format": "pt",
         FORMAT_KEY: FORMAT_VERSION,
@@ -346,7 +350,7 @@ def _config_of_user(config: C3AConfig, content: bytes, metadata: Mapping[str, st
         raise CheckpointError(f"{path}: the notes of c3a_triton in it are larger than any adapter's configuration")
     try:
         user_config = C3AConfig.from_dict(json.loads(metadata[USER_CONFIG_KEY]))
-        saved_config = C3AConfig.from_dict(json.loads(metadata[SAVED_CONFIG_KEY]))
+        saved_config = C3AConfig.from_file_values(json.loads(metadata[SAVED_CONFIG_KEY]), path)
         config_hash, _ = metadata[CONFIG_HASH_KEY], metadata[DIGEST_KEY]
     except (KeyError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: the notes of c3a_triton in it are damaged: {error!r}") from error

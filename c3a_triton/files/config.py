@@ -2,8 +2,9 @@
 
 import json
 import os
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,6 +26,7 @@ __all__ = [
     "MODULES_TO_SAVE_FORM",
     "C3AConfig",
     "read_config_file",
+    "with_owners",
 ]
 
 CONFIG_NAME = "adapter_config.json"
@@ -332,9 +334,28 @@ class C3AConfig:
         if "peft_type" not in values:
             raise ConfigError(f"{path} has no peft_type: it is not the configuration of an adapter")
         try:
-            return cls.from_dict(values)
+            config = cls.from_dict(values)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
+        return replace(config, target_modules=_without_owners(config.target_modules, config.target_parameters))
+
+
+def with_owners(targets: list[str] | str, parameters: Iterable[str]) -> list[str] | str:
+    """`target_modules` and the modules that have these parameters. PEFT refuses those; otherwise it would drop them."""
+    owners = _owners(parameters)
+    return "|".join([targets, *map(re.escape, owners)]) if isinstance(targets, str) else [*targets, *owners]
+
+
+def _without_owners(targets: Any, parameters: Any) -> Any:
+    """What `with_owners` was given."""
+    owners = _owners(parameters) if isinstance(parameters, list) else []
+    if isinstance(targets, str):
+        return targets.removesuffix("".join(f"|{re.escape(owner)}" for owner in owners))
+    return targets and [entry for entry in targets if entry not in owners]
+
+
+def _owners(parameters: Iterable[str]) -> list[str]:
+    return sorted({name.rpartition(".")[0] for name in parameters})
 
 
 def read_config_file(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], bytes]:

@@ -62,10 +62,10 @@ def make(index: Tensor, n_groups: int, *, partial: bool = False) -> Routes:
             group. Without it there is no such index, which nothing checks.
 
     Raises:
-        ShapeError: `index` is not two-dimensional, or not of integers.
+        ShapeError: `index` is not two-dimensional, chooses nothing, or is not of integers.
     """
-    if index.dim() != 2 or index.is_floating_point() or index.is_complex():
-        raise ShapeError(f"index is {index.dtype} of shape {tuple(index.shape)}: give integers, (n_tokens, top_k)")
+    if index.dim() != 2 or not index.shape[1] or index.is_floating_point() or index.is_complex():
+        raise ShapeError(f"index is {index.dtype} of shape {tuple(index.shape)}: give integers, (n_tokens, top_k > 0)")
     top_k = index.shape[1]
     ids, order = torch.sort(index.reshape(-1), stable=True)
     pairs = torch.arange(order.shape[0], device=order.device)
