@@ -19,7 +19,6 @@ What a call launches depends on sizes and dtypes alone (`fft_plans.py`), and a r
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -164,16 +163,15 @@ def multiply(
     out: Tensor,
     scale: float,
     source: spectra.Source | None,
-    **routing: Any,
 ) -> None:
-    """Write a product, as planned; `routing` is what the products of spectra take besides (`routed_plans.py`)."""
+    """Write a product, as planned."""
     y = plan.y()  # as the other memory in one go: code that has just run is in the cache
     blocks, z = _first_spectra(plan, w, None, None, x, source)
     for chunk in plan.chunks:
         rows = chunk.rows
         if chunk.spectra:
             _launch_spectra(chunk.spectra, None, None, None, None, x[rows], z)
-        chunk.mix(z_ptr=z[:, chunk.start :] if chunk.start else z, blocks_ptr=blocks, y_ptr=y, **routing)
+        chunk.mix(z_ptr=z[:, chunk.start :] if chunk.start else z, blocks_ptr=blocks, y_ptr=y)
         chunk.results(
             y_ptr=y,
             bias_ptr=bias,
@@ -193,9 +191,8 @@ def correlate(
     scale: float,
     source: spectra.Source | None,
     x_is_spectrum: bool = False,
-    **routing: Any,
 ) -> None:
-    """Write dw and, with w, dx, as planned; `routing` as in `multiply`."""
+    """Write dw and, with w, dx, as planned."""
     plan = of_dy.plan
     y = None if dx is None else plan.y()
     g, sums = of_dy.g(), of_dy.sums()
@@ -204,14 +201,13 @@ def correlate(
         rows = chunk.rows
         if chunk.spectra:
             _launch_spectra(chunk.spectra, None, None, dy[rows], g, None if plan.whole else x[rows], z)
-        chunk.mix(z_ptr=g, blocks_ptr=blocks, y_ptr=y, **routing)
+        chunk.mix(z_ptr=g, blocks_ptr=blocks, y_ptr=y)
         chunk.outer(
             g_ptr=g,
             z_ptr=z[:, chunk.start :] if chunk.start else z,
             sums_ptr=sums,
             blocks_ptr=blocks if of_dy.mixes else None,
             y_ptr=y if of_dy.mixes else None,
-            **routing,
         )
         chunk.results(
             y_ptr=y,
