@@ -38,6 +38,8 @@ __all__ = [
     "fft_weight_grad",
     "kept_spectrum",
     "multiply",
+    "planned_backward",
+    "planned_product",
 ]
 
 
@@ -59,18 +61,16 @@ def fft_product(
 
     With `source`, which says whose rows x has, its spectrum may be shared with other calls.
     """
-    shape, run = _product_plan(
+    run = planned_product(
         specs.spec(x),
         specs.spec(w),
         None if out is None else specs.spec(out),
         None if bias is None else specs.spec(bias),
         transpose,
-        specs.precision(x.dtype, OF_16BIT),
+        specs.precision(x.dtype),
         source is not None,
     )
-    out = specs.new_or_given(shape, x, out)
-    run(specs.with_contiguous_rows(x), w, None if bias is None else bias.contiguous(), out, scale, source)
-    return out
+    return run(x, w, bias, out, scale, source)
 
 
 def fft_weight_grad(
@@ -86,7 +86,7 @@ def fft_weight_grad(
 
     The same from run to run: tokens are summed in an order that depends on shapes only. `source` as in `fft_product`.
     """
-    precision = specs.precision(x.dtype, OF_16BIT)
+    precision = specs.precision(x.dtype)
     _, shape, run = _gradient_plan(specs.spec(dy), specs.spec(x), None, None, block_size, precision, source is not None)
     dw = torch.empty(shape, dtype=torch.float32, device=x.device)
     run(specs.with_contiguous_rows(dy), specs.with_contiguous_rows(x), None, None, dw, scale, source)
@@ -110,19 +110,15 @@ def fft_backward(
         ShapeError: sizes, dtypes or devices do not fit.
         BackendError: the kernels cannot run on x's device.
     """
-    shape, dw_shape, run = _gradient_plan(
+    run = planned_backward(
         specs.spec(dy),
         specs.spec(x),
         specs.spec(w),
         None if out is None else specs.spec(out),
-        w.shape[2],
-        specs.precision(x.dtype, OF_16BIT),
+        specs.precision(x.dtype),
         source is not None,
     )
-    dx = specs.new_or_given(shape, dy, out)
-    dw = w.new_empty(*dw_shape)
-    run(specs.with_contiguous_rows(dy), specs.with_contiguous_rows(x), w, dx, dw, scale, source)
-    return dx, dw
+    return run(dy, x, w, out, scale, source)
 
 
 def kept_spectrum(x: Tensor, block_size: int) -> Tensor | None:
@@ -146,7 +142,7 @@ def fft_backward_of_spectrum(
         specs.spec(w) if needs_x else None,
         None,
         b,
-        specs.precision(dy.dtype, OF_16BIT),
+        specs.precision(dy.dtype),
         True,
     )
     dx = torch.empty(shape, dtype=dy.dtype, device=dy.device) if needs_x else None
@@ -278,17 +274,45 @@ def _launch_spectra(
 
 
 @planned
-def _product_plan(
+def planned_product(
     x: Spec, w: Spec, out: Spec | None, bias: Spec | None, transpose: bool, precision: str, shares: bool
-) -> tuple[tuple[int, int], Callable[..., None]]:
-    """The shape of `fft_product`'s result, and what writes it."""
+) -> Callable[..., Tensor]:
+    """What computes `fft_product` of such operands."""
     shape = specs.product_shape(x, w, out, bias, transpose)
     (n_tokens, _), dtype, device = x
     if n_tokens == 0:
-        return shape, lambda *operands: None
+        return lambda x, w, bias, out, *rest: specs.new_or_given(shape, x, out)
     given = bias is not None, out is not None
-    plan = fft_plans.product_plan(device, dtype, n_tokens, w.shape, transpose, *given, precision, shares)
-    return shape, specs.on_device(device, functools.partial(multiply, plan))
+    plan = fft_plans.product_plan(
+        device, dtype, n_tokens, w.shape, transpose, *given, _precision(dtype, precision), shares
+    )
+    write = specs.on_device(device, functools.partial(multiply, plan))
+
+    def run(
+        x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor | None, scale: float, source: spectra.Source | None
+    ) -> Tensor:
+        out = specs.new_or_given(shape, x, out)
+        write(specs.with_contiguous_rows(x), w, None if bias is None else bias.contiguous(), out, scale, source)
+        return out
+
+    return run
+
+
+@planned
+def planned_backward(
+    dy: Spec, x: Spec, w: Spec, out: Spec | None, precision: str, shares: bool
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """What computes `fft_backward` of such operands."""
+    shape, dw_shape, write = _gradient_plan(dy, x, w, out, w.shape[2], precision, shares)
+
+    def run(
+        dy: Tensor, x: Tensor, w: Tensor, out: Tensor | None, scale: float, source: spectra.Source | None
+    ) -> tuple[Tensor, Tensor]:
+        dx, dw = specs.new_or_given(shape, dy, out), w.new_empty(*dw_shape)
+        write(specs.with_contiguous_rows(dy), specs.with_contiguous_rows(x), w, dx, dw, scale, source)
+        return dx, dw
+
+    return run
 
 
 @planned
@@ -302,5 +326,9 @@ def _gradient_plan(
     if n_tokens == 0 or 0 in shape:
         return dx_shape, shape, lambda dy, x, w, dx, dw, *rest: dw.zero_()
     given = w is not None, out is not None
-    plan = fft_plans.gradient_plan(device, dtype, n_tokens, shape, *given, precision, shares)
+    plan = fft_plans.gradient_plan(device, dtype, n_tokens, shape, *given, _precision(dtype, precision), shares)
     return dx_shape, shape, specs.on_device(device, functools.partial(correlate, plan))
+
+
+def _precision(dtype: torch.dtype, precision: str) -> str:
+    return precision if dtype == torch.float32 else OF_16BIT
