@@ -615,6 +615,28 @@ def test_auto_on_a_cpu_is_torch(monkeypatch):
         choose("auto", sizes)
 
 
+def test_a_repeated_call_follows_the_environment(device, monkeypatch):
+    monkeypatch.delenv("C3A_TRITON_BACKEND", raising=False)
+    x, dy, (w,) = operands(device, torch.float32, 3, 2, 2, 4)
+    for tensor in (x, w):
+        tensor.requires_grad_()
+
+    def grads():
+        return torch.autograd.grad(circulant_linear(x, w), (x, w), dy)
+
+    before = grads()
+    monkeypatch.setenv("C3A_TRITON_BACKEND", "fastest")
+    with pytest.raises(BackendError, match="C3A_TRITON_BACKEND='fastest'"):
+        grads()
+    monkeypatch.delenv("C3A_TRITON_BACKEND")
+    y = circulant_linear(x, w)
+    monkeypatch.setenv("C3A_TRITON_BACKEND", "fastest")
+    with pytest.raises(BackendError, match="C3A_TRITON_BACKEND='fastest'"):
+        torch.autograd.grad(y, (x, w), dy)
+    monkeypatch.delenv("C3A_TRITON_BACKEND")
+    assert all(map(torch.equal, before, grads()))
+
+
 def test_cost_model_prefers_one_launch_for_few_tokens_and_spectra_for_many():
     def best(n_tokens, in_features, out_features, b, names=("direct", "fft", "expand", "torch")):
         sizes = Sizes(n_tokens, in_features, out_features, b, torch.bfloat16)
