@@ -68,7 +68,8 @@ def linear(
         else:
             y = rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
     assert y is not None, "neither a weight nor a kernel"
-    return y if x.dim() == 2 else as_own(y, (*x.shape[:-1], y.shape[1]))
+    # In place, as a view would not be a tensor of its own for autograd, and `as_own` takes longer.
+    return y if x.dim() == 2 else y.contiguous().resize_(*x.shape[:-1], y.shape[1])
 
 
 def as_own(y: Tensor, shape: tuple[int, ...]) -> Tensor:
