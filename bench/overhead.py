@@ -22,8 +22,8 @@ from unittest import mock
 import torch
 
 from c3a_triton.benchmark import cases, layer, peers, timing
-from c3a_triton.operator import dense, dispatch
-from c3a_triton.operator.launch import specs
+from c3a_triton.operator import dense
+from c3a_triton.operator.launch import plans, specs
 
 from . import launch_hooks, plots, report, runs, uncomputed
 
@@ -87,11 +87,11 @@ def _as_on_a_gpu() -> Iterator[None]:
         mock.patch.object(dense, "written_by_triton", _expands),
     ):
         # What was decided for these sizes before and what is decided now are not the same.
-        dispatch._choose.cache_clear()
+        plans.clear_plans()
         try:
             yield
         finally:
-            dispatch._choose.cache_clear()
+            plans.clear_plans()
 
 
 def _no_reason(device: torch.device) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from bench import diagnosis, gpu, kernel_cases, native_tests, processes, report, runs
 from c3a_triton.benchmark import cases, layer, timing
 from c3a_triton.operator import backends
-from c3a_triton.operator.launch import direct, tiles
+from c3a_triton.operator.launch import direct, plans, tiles
 
 CPU = torch.device("cpu")
 TOLERANCE = 2e-5
@@ -198,8 +198,9 @@ def test_a_layer_is_computed_by_all_backends(tmp_path: Path, monkeypatch: pytest
         dx, dw = right.backward(*args, **kwargs)
         return dx, dw.roll(1, dims=0)
 
-    wrong = right._replace(backward=rolled)
+    wrong = right._replace(backward=rolled, planned_backward=None)
     monkeypatch.setitem(backends.BY_NAME, "direct", wrong)
+    plans.clear_plans()
     case = cases.LayerCase(20, 16, 24, 8, "bfloat16")
     found = _child(tmp_path, "--layer", json.dumps(vars(case)))
     assert {name: record["status"] for name, record in found.items()} == {

@@ -14,7 +14,7 @@ from c3a_triton import BackendError, ShapeError, c3a_linear, circulant_linear, c
 from c3a_triton.operator import backends, dense, fourier
 from c3a_triton.operator.cost_model import Sizes, predicted_seconds
 from c3a_triton.operator.dispatch import BACKENDS, choose
-from c3a_triton.operator.launch import decode
+from c3a_triton.operator.launch import decode, plans
 
 ALL = [name for name in BACKENDS if name not in ("auto", "fold")]
 FLOAT64 = ["reference", "torch"]
@@ -269,6 +269,7 @@ def test_only_wanted_gradients_are_computed(device, monkeypatch):
         monkeypatch.setattr(fourier, name, lambda *a, _f=function, _n=name, **k: calls.append(_n) or _f(*a, **k))
     spied = backends.Backend(fourier.product, fourier.weight_grad, fourier.backward)
     monkeypatch.setitem(backends.BY_NAME, "torch", spied)
+    plans.clear_plans()
     x, dy, (w,) = operands(device, torch.float32, 3, 2, 2, 4)
     circulant_linear(x, w.requires_grad_(), backend="torch").backward(dy)
     assert calls == ["product", "weight_grad"]
@@ -285,6 +286,7 @@ def test_equal_block_sizes_run_as_one_product(device, monkeypatch):
     backend = backends.BY_NAME["torch"]
     spied = backend._replace(product=lambda *a, **k: calls.append(a[1]) or backend.product(*a, **k))
     monkeypatch.setitem(backends.BY_NAME, "torch", spied)
+    plans.clear_plans()
     x, _, kernels = operands(device, torch.float32, 3, 2, 2, 4, kernels=3)
     c3a_linear(x, torch.zeros(8, 8, device=device), None, kernels, backend="torch")
     assert len(calls) == 1
@@ -611,6 +613,28 @@ def test_auto_on_a_cpu_is_torch(monkeypatch):
     monkeypatch.setenv("C3A_TRITON_BACKEND", "fastest")
     with pytest.raises(BackendError, match="C3A_TRITON_BACKEND='fastest'.*'direct'"):
         choose("auto", sizes)
+
+
+def test_a_repeated_call_follows_the_environment(device, monkeypatch):
+    monkeypatch.delenv("C3A_TRITON_BACKEND", raising=False)
+    x, dy, (w,) = operands(device, torch.float32, 3, 2, 2, 4)
+    for tensor in (x, w):
+        tensor.requires_grad_()
+
+    def grads():
+        return torch.autograd.grad(circulant_linear(x, w), (x, w), dy)
+
+    before = grads()
+    monkeypatch.setenv("C3A_TRITON_BACKEND", "fastest")
+    with pytest.raises(BackendError, match="C3A_TRITON_BACKEND='fastest'"):
+        grads()
+    monkeypatch.delenv("C3A_TRITON_BACKEND")
+    y = circulant_linear(x, w)
+    monkeypatch.setenv("C3A_TRITON_BACKEND", "fastest")
+    with pytest.raises(BackendError, match="C3A_TRITON_BACKEND='fastest'"):
+        torch.autograd.grad(y, (x, w), dy)
+    monkeypatch.delenv("C3A_TRITON_BACKEND")
+    assert all(map(torch.equal, before, grads()))
 
 
 def test_cost_model_prefers_one_launch_for_few_tokens_and_spectra_for_many():

@@ -11,6 +11,7 @@ from torch import Tensor
 from bench import launch_hooks
 from c3a_triton.operator import dispatch, routes
 from c3a_triton.operator.cost_model import Sizes
+from c3a_triton.operator.launch import plans
 from c3a_triton.operator.routed import c3a_routed
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
@@ -71,12 +72,12 @@ def test_auto_takes_triton_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the number of rows: w of each, or the spectra of all."""
     monkeypatch.setattr(dispatch, "_kernels_pay", lambda device: True)
     monkeypatch.setattr(dispatch, "why_not", lambda *args: None)
-    dispatch._choose.cache_clear()
+    plans.clear_plans()
     try:
         chosen = [
             dispatch.choose("auto", Sizes(rows, 2048, 1536, 128, BF16, torch.device("cpu")), stack=128)
             for rows in (8, 65536)
         ]
     finally:
-        dispatch._choose.cache_clear()
+        plans.clear_plans()
     assert chosen == ["direct", "fft"]

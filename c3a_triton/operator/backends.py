@@ -23,13 +23,31 @@ class Backend(NamedTuple):
     """Both gradients in one call, where they share work."""
     shares_spectra: bool = False
     by_triton: bool = True
+    planned_product: Callable[..., Callable[..., Tensor]] | None = None
+    """(x, w, out, bias, transpose, precision, shares) as specs → run(x, w, bias, out, scale, source), which `product`
+    runs too: for those who keep it."""
+    planned_backward: Callable[..., Callable[..., tuple[Tensor, Tensor]]] | None = None
+    """(dy, x, w, out, precision, shares) as specs → run(dy, x, w, out, scale, source)."""
 
 
 BY_NAME = {
     "reference": Backend(reference.product, reference.weight_grad, by_triton=False),
     "torch": Backend(fourier.product, fourier.weight_grad, fourier.backward, by_triton=False),
-    "direct": Backend(direct.direct_product, weight_grad.weight_grad, direct.direct_backward),
-    "fft": Backend(fft.fft_product, fft.fft_weight_grad, fft.fft_backward, shares_spectra=True),
+    "direct": Backend(
+        direct.direct_product,
+        weight_grad.weight_grad,
+        direct.direct_backward,
+        planned_product=direct.planned_product,
+        planned_backward=direct.planned_backward,
+    ),
+    "fft": Backend(
+        fft.fft_product,
+        fft.fft_weight_grad,
+        fft.fft_backward,
+        shares_spectra=True,
+        planned_product=fft.planned_product,
+        planned_backward=fft.planned_backward,
+    ),
     "expand": Backend(expand.expand_product, weight_grad.weight_grad),
 }
 

@@ -32,6 +32,7 @@ __all__ = [
     "choose",
     "measured_times",
     "refresh",
+    "situation",
     "tile_key",
     "tiles_of",
     "tuned_key",
@@ -77,17 +78,25 @@ def choose(backend: str, sizes: Sizes, *, backward: bool = False, stack: int = 0
     Raises:
         BackendError: the name is unknown, or that backend cannot run here, or not with a stack; the message says why.
     """
+    by_timing, by_user = situation(backend, sizes.device)
     said_by = "backend="
-    if backend == "auto" and "C3A_TRITON_BACKEND" in os.environ:
-        backend, said_by = os.environ["C3A_TRITON_BACKEND"], "C3A_TRITON_BACKEND="
-    by_timing = not torch._C._get_deterministic_algorithms()
-    device = sizes.device
-    if _tiles_by_timing.get(device) is not by_timing and device.type == "cuda":
-        _install_tiles(device, by_timing)
+    if by_user is not None:
+        backend, said_by = by_user, "C3A_TRITON_BACKEND="
     return _choose(backend, said_by, sizes, backward, by_timing, stack)
 
 
-@functools.lru_cache(maxsize=4096)
+def situation(backend: str, device: torch.device) -> tuple[bool, str | None]:
+    """What besides sizes a choice follows, for those who keep what was chosen: whether times count, and the user's say.
+
+    Kernels' tiles follow it as well, from here on.
+    """
+    by_timing = not torch._C._get_deterministic_algorithms()
+    if _tiles_by_timing.get(device) is not by_timing and device.type == "cuda":
+        _install_tiles(device, by_timing)
+    return by_timing, os.environ.get("C3A_TRITON_BACKEND") if backend == "auto" else None
+
+
+@plans.planned
 def _choose(backend: str, said_by: str, sizes: Sizes, backward: bool, by_timing: bool, stack: int) -> str:
     # Decided for powers of two alone, as numbers of tokens vary from call to call.
     rounded = sizes._replace(n_tokens=1 << tuned.token_bits(sizes.n_tokens))
@@ -180,8 +189,8 @@ def refresh() -> None:
     """Read the tuned table anew and forget the choices made by the old one; `autotune` does so when it has measured."""
     with _installing:
         _table.cache_clear()
-        _choose.cache_clear()
         _tiles_by_timing.clear()
+        plans.clear_plans()
 
 
 # For each device that was used: whether its tiles are those of the tuned table, or the committed ones.

@@ -3,14 +3,17 @@
 Nothing here is recorded by autograd.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from . import arguments, backends, dense, dispatch
 from .cost_model import Sizes
-from .launch import decode, fft
+from .launch import decode, fft, specs
+from .launch.plans import planned
+from .launch.specs import Spec
+from .spectra import Source
 
 __all__ = ["as_own", "base_grads", "choose", "linear", "linear_backward", "rows_of", "spectrum_of", "weight_grad"]
 
@@ -44,14 +47,20 @@ def linear(
         if choose(backend, rows, w) == "direct":
             y, weight, summed = decode.decode_linear(rows, weight, w, bias, scale=scale), None, []
     for w, members in summed:
-        chosen = backends.BY_NAME[choose(backend, rows, w)]
         first = bias if y is None else None
-        # Spelled out twice, here and below: keywords that are passed on as a dict take a microsecond.
-        if chosen.shares_spectra and source is not None:
-            shared = source, kernels[members[0]]
-            y = chosen.product(rows, w, scale=scale, transpose=transpose, bias=first, out=y, source=shared)
-        else:
-            y = chosen.product(rows, w, scale=scale, transpose=transpose, bias=first, out=y)
+        shared = None if source is None else (source, kernels[members[0]])
+        run = _planned_product(
+            backend,
+            dispatch.situation(backend, rows.device),
+            specs.spec(rows),
+            specs.spec(w),
+            None if y is None else specs.spec(y),
+            None if first is None else specs.spec(first),
+            transpose,
+            specs.precision(rows.dtype),
+            shared is not None,
+        )
+        y = run(rows, w, first, y, scale, shared)
     if weight is not None:
         matrix = weight if transpose else weight.t()
         if y is not None:
@@ -59,7 +68,8 @@ def linear(
         else:
             y = rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
     assert y is not None, "neither a weight nor a kernel"
-    return y if x.dim() == 2 else as_own(y, (*x.shape[:-1], y.shape[1]))
+    # In place, as a view would not be a tensor of its own for autograd, and `as_own` takes longer.
+    return y if x.dim() == 2 else y.contiguous().resize_(*x.shape[:-1], y.shape[1])
 
 
 def as_own(y: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -100,15 +110,22 @@ def linear_backward(
     dx = None
     dws: list[Tensor | None] = [None] * len(kernels)
     for w, members in arguments.summed(kernels):
-        chosen = backends.BY_NAME[choose(backend, rows, w, backward=True)]
-        shared = x, kernels[members[0]]
         wanted = [i for i in members if needs_w[i]]
-        if needs_x and wanted and chosen.backward is not None:
-            if chosen.shares_spectra:
-                dx, dw = chosen.backward(rows, x_rows, w, scale=scale, out=dx, source=shared)
-            else:
-                dx, dw = chosen.backward(rows, x_rows, w, scale=scale, out=dx)
+        shared = x, kernels[members[0]]
+        if needs_x and wanted:
+            assert x_rows is not None
+            run = _planned_backward(
+                backend,
+                dispatch.situation(backend, rows.device),
+                specs.spec(rows),
+                specs.spec(x_rows),
+                specs.spec(w),
+                None if dx is None else specs.spec(dx),
+                specs.precision(rows.dtype),
+            )
+            dx, dw = run(rows, x_rows, w, dx, scale, shared)
         else:
+            chosen = backends.BY_NAME[choose(backend, rows, w, backward=True)]
             if needs_x:
                 dx = chosen.product(rows, w, scale=scale, transpose=True, bias=None, out=dx)
             if wanted:
@@ -180,7 +197,54 @@ def base_grads(
     return dweight, dbias
 
 
-def choose(backend: str, rows: Tensor, w: Tensor, *, backward: bool = False) -> str:
+@planned
+def _planned_product(
+    backend: str,
+    situation: tuple[bool, str | None],
+    x: Spec,
+    w: Spec,
+    out: Spec | None,
+    bias: Spec | None,
+    transpose: bool,
+    precision: str,
+    shares: bool,
+) -> Callable[..., Tensor]:
+    """What computes the product of such operands in this situation."""
+    chosen = backends.BY_NAME[choose(backend, x, w)]
+    if chosen.planned_product is not None:
+        return chosen.planned_product(x, w, out, bias, transpose, precision, shares)
+    return lambda x, w, bias, out, scale, source: chosen.product(
+        x, w, scale=scale, transpose=transpose, bias=bias, out=out
+    )
+
+
+@planned
+def _planned_backward(
+    backend: str,
+    situation: tuple[bool, str | None],
+    dy: Spec,
+    x: Spec,
+    w: Spec,
+    out: Spec | None,
+    precision: str,
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """What computes both gradients of such operands in this situation, and may share the spectrum of x."""
+    chosen = backends.BY_NAME[choose(backend, dy, w, backward=True)]
+    if chosen.planned_backward is not None:
+        return chosen.planned_backward(dy, x, w, out, precision, True)
+
+    def run(
+        dy: Tensor, x: Tensor, w: Tensor, out: Tensor | None, scale: float, source: Source
+    ) -> tuple[Tensor, Tensor]:
+        if chosen.backward is not None:
+            return chosen.backward(dy, x, w, scale=scale, out=out)
+        dx = chosen.product(dy, w, scale=scale, transpose=True, bias=None, out=out)
+        return dx, chosen.weight_grad(dy, x, w.shape[2], scale=scale, dtype=w.dtype)
+
+    return run
+
+
+def choose(backend: str, rows: Tensor | Spec, w: Tensor | Spec, *, backward: bool = False) -> str:
     """The name of the backend that multiplies rows by ΔW, or computes the gradients of that."""
     out_blocks, in_blocks, b = w.shape
     dtype = torch.float64 if w.dtype == torch.float64 else rows.dtype

@@ -11,9 +11,9 @@ from .expand import Expansion, expansion
 from .plans import bound, cdiv, kernels, planned, round_up, split, summation
 from .specs import Spec
 from .tiles import SMALL_T, hankel_tile, inner_block, product_tile
-from .weight_grad import WeightGrad, weight_grad_plan
+from .weight_grad import weight_grad_plan
 
-__all__ = ["direct_backward", "direct_product"]
+__all__ = ["direct_backward", "direct_product", "planned_backward", "planned_product"]
 
 # run(x, w, bias, out, scale)
 _Product = Callable[[Tensor, Tensor, Tensor | None, Tensor, float], None]
@@ -46,7 +46,7 @@ def direct_product(
         ShapeError: sizes, dtypes or devices do not fit.
         BackendError: the kernels cannot run on x's device.
     """
-    shape, run = _product_plan(
+    run = planned_product(
         specs.spec(x),
         specs.spec(w),
         None if out is None else specs.spec(out),
@@ -54,11 +54,7 @@ def direct_product(
         transpose,
         specs.precision(x.dtype),
     )
-    out = specs.new_or_given(shape, x, out)
-    if bias is not None:
-        bias = bias.contiguous()
-    run(specs.with_contiguous_rows(x), w.contiguous(), bias, out, scale)
-    return out
+    return run(x, w, bias, out, scale)
 
 
 def direct_backward(
@@ -70,31 +66,55 @@ def direct_backward(
         ShapeError: sizes, dtypes or devices do not fit.
         BackendError: the kernels cannot run on x's device.
     """
-    shape, dw_shape, multiply, correlate = _backward_plan(
+    run = planned_backward(
         specs.spec(dy),
         specs.spec(x),
         specs.spec(w),
         None if out is None else specs.spec(out),
         specs.precision(dy.dtype),
     )
-    dx, dw = specs.new_or_given(shape, dy, out), w.new_empty(*dw_shape)
-    dy = specs.with_contiguous_rows(dy)
-    multiply(dy, w.contiguous(), None, dx, scale)
-    correlate(dy, specs.with_contiguous_rows(x), dw, scale)
-    return dx, dw
+    return run(dy, x, w, out, scale)
 
 
 @planned
-def _backward_plan(
-    dy: Spec, x: Spec, w: Spec, out: Spec | None, precision: str
-) -> tuple[tuple[int, int], tuple[int, int, int], _Product, WeightGrad]:
-    """The shapes of `direct_backward`'s dx and dw, and what writes them."""
+def planned_product(
+    x: Spec, w: Spec, out: Spec | None, bias: Spec | None, transpose: bool, precision: str, shares: bool = False
+) -> Callable[..., Tensor]:
+    """What computes `direct_product` of such operands; there is nothing to share."""
+    shape, write = _product_plan(x, w, out, bias, transpose, precision)
+
+    def run(
+        x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor | None, scale: float, source: object = None
+    ) -> Tensor:
+        out = specs.new_or_given(shape, x, out)
+        if bias is not None:
+            bias = bias.contiguous()
+        write(specs.with_contiguous_rows(x), w.contiguous(), bias, out, scale)
+        return out
+
+    return run
+
+
+@planned
+def planned_backward(
+    dy: Spec, x: Spec, w: Spec, out: Spec | None, precision: str, shares: bool = False
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """What computes `direct_backward` of such operands; there is nothing to share."""
     shape, multiply = _product_plan(dy, w, out, None, True, precision)
     dw_shape, correlate = weight_grad_plan(dy, x, w.shape[2], precision)
-    return shape, dw_shape, multiply, correlate
+
+    def run(
+        dy: Tensor, x: Tensor, w: Tensor, out: Tensor | None, scale: float, source: object = None
+    ) -> tuple[Tensor, Tensor]:
+        dx, dw = specs.new_or_given(shape, dy, out), w.new_empty(*dw_shape)
+        dy = specs.with_contiguous_rows(dy)
+        multiply(dy, w.contiguous(), None, dx, scale)
+        correlate(dy, specs.with_contiguous_rows(x), dw, scale)
+        return dx, dw
+
+    return run
 
 
-@planned
 def _product_plan(
     x: Spec, w: Spec, out: Spec | None, bias: Spec | None, transpose: bool, precision: str
 ) -> tuple[tuple[int, int], _Product]:

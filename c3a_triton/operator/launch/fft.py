@@ -19,7 +19,6 @@ What a call launches depends on sizes and dtypes alone (`fft_plans.py`), and a r
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +38,8 @@ __all__ = [
     "fft_weight_grad",
     "kept_spectrum",
     "multiply",
+    "planned_backward",
+    "planned_product",
 ]
 
 
@@ -60,18 +61,16 @@ def fft_product(
 
     With `source`, which says whose rows x has, its spectrum may be shared with other calls.
     """
-    shape, run = _product_plan(
+    run = planned_product(
         specs.spec(x),
         specs.spec(w),
         None if out is None else specs.spec(out),
         None if bias is None else specs.spec(bias),
         transpose,
-        specs.precision(x.dtype, OF_16BIT),
+        specs.precision(x.dtype),
         source is not None,
     )
-    out = specs.new_or_given(shape, x, out)
-    run(specs.with_contiguous_rows(x), w, None if bias is None else bias.contiguous(), out, scale, source)
-    return out
+    return run(x, w, bias, out, scale, source)
 
 
 def fft_weight_grad(
@@ -87,7 +86,7 @@ def fft_weight_grad(
 
     The same from run to run: tokens are summed in an order that depends on shapes only. `source` as in `fft_product`.
     """
-    precision = specs.precision(x.dtype, OF_16BIT)
+    precision = specs.precision(x.dtype)
     _, shape, run = _gradient_plan(specs.spec(dy), specs.spec(x), None, None, block_size, precision, source is not None)
     dw = torch.empty(shape, dtype=torch.float32, device=x.device)
     run(specs.with_contiguous_rows(dy), specs.with_contiguous_rows(x), None, None, dw, scale, source)
@@ -111,19 +110,15 @@ def fft_backward(
         ShapeError: sizes, dtypes or devices do not fit.
         BackendError: the kernels cannot run on x's device.
     """
-    shape, dw_shape, run = _gradient_plan(
+    run = planned_backward(
         specs.spec(dy),
         specs.spec(x),
         specs.spec(w),
         None if out is None else specs.spec(out),
-        w.shape[2],
-        specs.precision(x.dtype, OF_16BIT),
+        specs.precision(x.dtype),
         source is not None,
     )
-    dx = specs.new_or_given(shape, dy, out)
-    dw = w.new_empty(*dw_shape)
-    run(specs.with_contiguous_rows(dy), specs.with_contiguous_rows(x), w, dx, dw, scale, source)
-    return dx, dw
+    return run(dy, x, w, out, scale, source)
 
 
 def kept_spectrum(x: Tensor, block_size: int) -> Tensor | None:
@@ -147,7 +142,7 @@ def fft_backward_of_spectrum(
         specs.spec(w) if needs_x else None,
         None,
         b,
-        specs.precision(dy.dtype, OF_16BIT),
+        specs.precision(dy.dtype),
         True,
     )
     dx = torch.empty(shape, dtype=dy.dtype, device=dy.device) if needs_x else None
@@ -164,16 +159,15 @@ def multiply(
     out: Tensor,
     scale: float,
     source: spectra.Source | None,
-    **routing: Any,
 ) -> None:
-    """Write a product, as planned; `routing` is what the products of spectra take besides (`routed_plans.py`)."""
+    """Write a product, as planned."""
     y = plan.y()  # as the other memory in one go: code that has just run is in the cache
     blocks, z = _first_spectra(plan, w, None, None, x, source)
     for chunk in plan.chunks:
         rows = chunk.rows
         if chunk.spectra:
             _launch_spectra(chunk.spectra, None, None, None, None, x[rows], z)
-        chunk.mix(z_ptr=z[:, chunk.start :] if chunk.start else z, blocks_ptr=blocks, y_ptr=y, **routing)
+        chunk.mix(z_ptr=z[:, chunk.start :] if chunk.start else z, blocks_ptr=blocks, y_ptr=y)
         chunk.results(
             y_ptr=y,
             bias_ptr=bias,
@@ -193,9 +187,8 @@ def correlate(
     scale: float,
     source: spectra.Source | None,
     x_is_spectrum: bool = False,
-    **routing: Any,
 ) -> None:
-    """Write dw and, with w, dx, as planned; `routing` as in `multiply`."""
+    """Write dw and, with w, dx, as planned."""
     plan = of_dy.plan
     y = None if dx is None else plan.y()
     g, sums = of_dy.g(), of_dy.sums()
@@ -204,14 +197,13 @@ def correlate(
         rows = chunk.rows
         if chunk.spectra:
             _launch_spectra(chunk.spectra, None, None, dy[rows], g, None if plan.whole else x[rows], z)
-        chunk.mix(z_ptr=g, blocks_ptr=blocks, y_ptr=y, **routing)
+        chunk.mix(z_ptr=g, blocks_ptr=blocks, y_ptr=y)
         chunk.outer(
             g_ptr=g,
             z_ptr=z[:, chunk.start :] if chunk.start else z,
             sums_ptr=sums,
             blocks_ptr=blocks if of_dy.mixes else None,
             y_ptr=y if of_dy.mixes else None,
-            **routing,
         )
         chunk.results(
             y_ptr=y,
@@ -282,17 +274,45 @@ def _launch_spectra(
 
 
 @planned
-def _product_plan(
+def planned_product(
     x: Spec, w: Spec, out: Spec | None, bias: Spec | None, transpose: bool, precision: str, shares: bool
-) -> tuple[tuple[int, int], Callable[..., None]]:
-    """The shape of `fft_product`'s result, and what writes it."""
+) -> Callable[..., Tensor]:
+    """What computes `fft_product` of such operands."""
     shape = specs.product_shape(x, w, out, bias, transpose)
     (n_tokens, _), dtype, device = x
     if n_tokens == 0:
-        return shape, lambda *operands: None
+        return lambda x, w, bias, out, *rest: specs.new_or_given(shape, x, out)
     given = bias is not None, out is not None
-    plan = fft_plans.product_plan(device, dtype, n_tokens, w.shape, transpose, *given, precision, shares)
-    return shape, specs.on_device(device, functools.partial(multiply, plan))
+    plan = fft_plans.product_plan(
+        device, dtype, n_tokens, w.shape, transpose, *given, _precision(dtype, precision), shares
+    )
+    write = specs.on_device(device, functools.partial(multiply, plan))
+
+    def run(
+        x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor | None, scale: float, source: spectra.Source | None
+    ) -> Tensor:
+        out = specs.new_or_given(shape, x, out)
+        write(specs.with_contiguous_rows(x), w, None if bias is None else bias.contiguous(), out, scale, source)
+        return out
+
+    return run
+
+
+@planned
+def planned_backward(
+    dy: Spec, x: Spec, w: Spec, out: Spec | None, precision: str, shares: bool
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """What computes `fft_backward` of such operands."""
+    shape, dw_shape, write = _gradient_plan(dy, x, w, out, w.shape[2], precision, shares)
+
+    def run(
+        dy: Tensor, x: Tensor, w: Tensor, out: Tensor | None, scale: float, source: spectra.Source | None
+    ) -> tuple[Tensor, Tensor]:
+        dx, dw = specs.new_or_given(shape, dy, out), w.new_empty(*dw_shape)
+        write(specs.with_contiguous_rows(dy), specs.with_contiguous_rows(x), w, dx, dw, scale, source)
+        return dx, dw
+
+    return run
 
 
 @planned
@@ -306,5 +326,9 @@ def _gradient_plan(
     if n_tokens == 0 or 0 in shape:
         return dx_shape, shape, lambda dy, x, w, dx, dw, *rest: dw.zero_()
     given = w is not None, out is not None
-    plan = fft_plans.gradient_plan(device, dtype, n_tokens, shape, *given, precision, shares)
+    plan = fft_plans.gradient_plan(device, dtype, n_tokens, shape, *given, _precision(dtype, precision), shares)
     return dx_shape, shape, specs.on_device(device, functools.partial(correlate, plan))
+
+
+def _precision(dtype: torch.dtype, precision: str) -> str:
+    return precision if dtype == torch.float32 else OF_16BIT

@@ -7,6 +7,7 @@ By transforms of blocks as `fft.py` has them, with its chunks and launches but f
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from ...errors import ShapeError
 from ..routes import share
 from . import fft, fft_plans, grouped, routed_plans, specs
 from .fft_bases import taken_apart
+from .fft_plans import GradientPlan, Plan
 from .plans import planned
 from .routed_plans import Tiles, route_tiles
 from .specs import Spec
@@ -64,7 +66,7 @@ def routed_product(
         specs.precision(x.dtype, fft.OF_16BIT),
     )
     out = specs.new_or_given(shape, x, out)
-    run(specs.with_contiguous_rows(x), w, None, out, scale, None, tiles=tiles, offsets=offsets.contiguous())
+    run(tiles, offsets.contiguous(), specs.with_contiguous_rows(x), w, None, out, scale, None)
     return out
 
 
@@ -113,7 +115,7 @@ def routed_weight_grad(
     )
     dw = torch.empty(shape, dtype=torch.float32, device=x.device)
     rows = specs.with_contiguous_rows(dy), specs.with_contiguous_rows(x)
-    run(*rows, None, None, dw, scale, None, tiles=tiles, offsets=offsets.contiguous())
+    run(tiles, offsets.contiguous(), *rows, None, None, dw, scale, None)
     return dw if dtype == torch.float32 else dw.to(dtype)
 
 
@@ -136,7 +138,7 @@ def routed_backward(
     dx = specs.new_or_given(shape, dy, out)
     dw = torch.empty(dw_shape, dtype=torch.float32, device=dy.device)
     rows = specs.with_contiguous_rows(dy), specs.with_contiguous_rows(x)
-    run(*rows, w, dx, dw, scale, None, tiles=tiles, offsets=offsets.contiguous())
+    run(tiles, offsets.contiguous(), *rows, w, dx, dw, scale, None)
     return dx, dw
 
 
@@ -148,13 +150,13 @@ def _product_plan(
     shape = specs.product_shape(x, _one(w, offsets), out, None, transpose)
     (n_rows, _), dtype, device = x
     if n_rows == 0:
-        return shape, lambda *operands, **routing: None
+        return shape, lambda *operands: None
     stack, *of_one = w.shape
     products = routed_plans.products(stack, n_rows, transpose)
     plan = fft_plans.product_plan(
         device, dtype, n_rows, of_one, transpose, False, out is not None, precision, False, products
     )
-    return shape, specs.on_device(device, functools.partial(fft.multiply, plan))
+    return shape, specs.on_device(device, functools.partial(_multiply, plan))
 
 
 @planned
@@ -168,12 +170,28 @@ def _gradient_plan(
     _one(Spec(torch.Size((stack, *of_one)), torch.float32, x.device), offsets)
     (n_rows, _), dtype, device = x
     if n_rows == 0 or 0 in of_one:
-        return dx_shape, (stack, *of_one), lambda dy, x, w, dx, dw, *rest, **routing: dw.zero_()
+        return dx_shape, (stack, *of_one), lambda tiles, offsets, dy, x, w, dx, dw, *rest: dw.zero_()
     products = routed_plans.products(stack, n_rows, transpose=True)
     plan = fft_plans.gradient_plan(
         device, dtype, n_rows, of_one, w is not None, out is not None, precision, False, products
     )
-    return dx_shape, (stack, *of_one), specs.on_device(device, functools.partial(fft.correlate, plan))
+    return dx_shape, (stack, *of_one), specs.on_device(device, functools.partial(_correlate, plan))
+
+
+def _multiply(plan: Plan, tiles: Tiles, offsets: Tensor, *operands: Any) -> None:
+    fft.multiply(_routed(plan, tiles, offsets), *operands)
+
+
+def _correlate(of_dy: GradientPlan, tiles: Tiles, offsets: Tensor, *operands: Any) -> None:
+    fft.correlate(of_dy._replace(plan=_routed(of_dy.plan, tiles, offsets)), *operands)
+
+
+def _routed(plan: Plan, tiles: Tiles, offsets: Tensor) -> Plan:
+    """The plan for one call: its products of spectra have these routes, which other calls have none of."""
+    routes = {"tiles": tiles, "offsets": offsets}
+    bound = functools.partial
+    chunks = (c._replace(mix=bound(c.mix, **routes), outer=bound(c.outer, **routes)) for c in plan.chunks)
+    return plan._replace(chunks=tuple(chunks))
 
 
 def _one(w: Spec, offsets: Spec) -> Spec:
