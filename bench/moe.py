@@ -57,9 +57,7 @@ def adapted(method: str, base: Any, rank: int) -> Any:
         return peft.get_peft_model(
             model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=[], target_parameters=PARAMETERS)
         )
-    config = c3a_triton.C3AConfig(
-        block_size=int(method.rpartition("=")[2]), target_modules=[], target_parameters=PARAMETERS
-    )
+    config = c3a_triton.C3AConfig(block_size=int(method.rpartition("=")[2]), target_parameters=PARAMETERS)
     return c3a_triton.apply(model, config)
 
 

@@ -79,6 +79,7 @@ def test_default_targets_are_pefts():
         ("target_parameters", "", "a list of names"),
         ("target_parameters", [], "target_parameters is empty"),
         ("target_parameters", ["a", 3], "target_parameters must be a list of non-empty names, .* int and str"),
+        ("target_parameters", ["all-experts"], "stands alone, as a string"),
         ("target_parameters", 7, "target_parameters must be a list of non-empty names"),
         ("exclude_modules", "[a", r"'\[a' is not a valid"),
         ("exclude_modules", {"a": 1}, "list of non-empty names"),

@@ -17,6 +17,7 @@ from oracle import assert_close
 from safetensors.torch import load_file
 from tiny_models import IDS, deepseek_v3, gpt_oss, llama4, logits, mixtral, qwen3_moe
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.func import functional_call
@@ -429,6 +430,26 @@ def test_compiled_in_one_graph(build: Callable[[], Any]) -> None:
         strict=True,
     ):
         torch.testing.assert_close(ours, true)
+
+
+@torch.no_grad()
+def test_another_adapter_compiles_nothing_again(tmp_path: Path) -> None:
+    torch.compiler.reset()
+    model = adapted(adapted(qwen3_moe()), name="two")
+    counter = CompileCounter()
+    block = model.model.layers[0].mlp
+    compiled, x = torch.compile(block, backend=counter, fullgraph=True), torch.randn(2, 5, 24)
+    model.c3a.save_pretrained(tmp_path, "two")
+    found = []
+    for adapter in ("default", "two"):
+        model.c3a.set_adapter(adapter, inference_mode=True)
+        found.append(compiled(x)[0])
+        torch.testing.assert_close(found[-1], block(x)[0])
+    model.c3a.hotswap_adapter(tmp_path, "default")
+    model.c3a.set_adapter("default", inference_mode=True)
+    assert torch.equal(compiled(x)[0], found[1])
+    assert not torch.allclose(*found)
+    assert counter.frame_count == 1
 
 
 def test_copies_and_pickles_have_experts_of_their_own() -> None:

@@ -130,8 +130,10 @@ def test_auto_takes_the_size_that_layers_of_their_own_would_get() -> None:
 
 
 def test_modules_beside_them() -> None:
-    assert len(names(mixtral(), target_modules=None, target_parameters=["down_proj"])) == 3  # q_proj, v_proj: default
-    assert names(Model(), target_modules=None, target_parameters=["wide"]) == ["experts.wide"]  # no default
+    assert (
+        len(names(mixtral(), target_modules=None, target_parameters=["down_proj"])) == 1
+    )  # not q_proj, v_proj, the default
+    assert names(Model(), target_modules=None, target_parameters=["wide"]) == ["experts.wide"]
     found = names(qwen3_moe(), target_modules="all-linear", target_parameters="all-experts")
     assert found[-2:] == [UP, DOWN]
     assert len(found) == 6

@@ -68,7 +68,8 @@ class Part(C3ALinear):
         kind = self._scope.kind() if self._scope.watched else "active"
         if kind == "base":
             return self.merged  # which is refused
-        return kind != "active" or bool(self._applied_names())
+        # By the tuple, not by names: compiled code is not compiled again for another adapter.
+        return kind != "active" or self._kernels is None or len(self._kernels) > 0
 
     def _kernels_of_call(self, kind: str, device: torch.device, shape: Iterable[int]) -> tuple[Tensor, ...]:
         """The kernels that a call computes with, on a device, in a dtype to compute in.
@@ -88,9 +89,9 @@ class Part(C3ALinear):
             self._scope.layouts[self._label] = self.rows_problem
         if self._disable_adapters or kind in ("base", "probe"):
             return ()
-        names = self._applied_names() if kind == "active" else self._names_of_rows(shape)
         kernels = self._kernels if kind == "active" else None
         if kernels is None or any(w.device != device or w.dtype not in COMPUTED_DTYPES for w in kernels):
+            names = self._applied_names() if kind == "active" else self._names_of_rows(shape)
             kernels = tuple(self._kernel_on(name, device) for name in names)
         return kernels
 
@@ -207,13 +208,14 @@ class Holder(nn.Module):
 
     def parts_in_force(self) -> dict[str, Any]:
         """Parameter name → part of those that this call needs; all of them, or none."""
-        parts = self.parts()
-        for part in parts.values():
-            # All kernels, whichever this call applies: DeepSpeed expects each call to fetch the same parameters.
-            gather_with(self, part._stored_kernels())
+        parts, compiles = self.parts(), torch.compiler.is_compiling()
+        if not compiles:  # which would keep whose kernels they are
+            for part in parts.values():
+                # All kernels, whichever this call applies: DeepSpeed expects each call to fetch the same parameters.
+                gather_with(self, part._stored_kernels())
         if any(part.takes_part() for part in parts.values()):
             return parts
-        if not torch.compiler.is_compiling():
+        if not compiles:
             for part in parts.values():
                 part.was_reached = True
         return {}

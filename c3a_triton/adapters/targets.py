@@ -43,7 +43,7 @@ def find_targets(model: nn.Module, config: C3AConfig) -> list[Target]:
     modules = [(name, module) for name, module in base_modules(model) if name and not _is_part(module)]
     names, matching = [name for name, _ in modules], Matching()
     if config.target_modules is None and config.target_parameters is not None:
-        config = replace(config, target_modules=DEFAULT_TARGET_MODULES.get(_model_type(model) or "", []))
+        config = replace(config, target_modules=[])  # as with PEFT's LoRA
     places = parameter_places(model)
     found = _matches(model, config, modules, matching)
     if not found and config.target_modules:

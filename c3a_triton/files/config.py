@@ -98,7 +98,7 @@ class C3AConfig:
             picks one per layer by `suggest_block_size(..., rank=rank)`.
         target_modules: names (a module is adapted when its name is one of them or ends with "." and one of them), one
             regular expression that has to match the whole name, `"all-linear"`, or None for the model type's default.
-            Beside `target_parameters` it may be an empty list.
+            Beside `target_parameters` None and an empty list mean no module, as with PEFT's LoRA.
         block_size_pattern: regular expression → block size. A key decides for a module when it matches the whole name,
             or the whole of what follows some dot in it; the first such key wins; where none does, `block_size` holds.
         init_weights: `"xavier_uniform"` (also False), `"gaussian"`, `"kaiming_uniform"`, or True for zeros.
@@ -216,6 +216,10 @@ class C3AConfig:
             self.target_parameters = _name_list(self.target_parameters, "target_parameters")
             if not self.target_parameters:
                 raise ConfigError('target_parameters is empty: name parameters, or give "all-experts" or None')
+            if "all-experts" in self.target_parameters:
+                raise ConfigError(
+                    f'target_parameters={shown(self.target_parameters)}: "all-experts" stands alone, as a string'
+                )
 
     def _check_layers(self) -> None:
         if isinstance(self.target_modules, str):
