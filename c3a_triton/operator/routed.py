@@ -203,11 +203,7 @@ class _Routed(torch.autograd.Function):
     ) -> Tensor:
         ctx.gather, ctx.transposed, ctx.backend = gather, transposed, backend
         ctx.n_features = x.shape[1]
-        (
-            needs_x,
-            *_,
-        ) = ctx.needs_input_grad
-        needs_w = ctx.needs_input_grad[7:]
+        needs_x, needs_w = ctx.needs_input_grad[0], ctx.needs_input_grad[7:]
         tensors, ctx.routes = routes[:5], routes[5:]
         # x serves the kernels' gradients, the weight that of x. What is not needed is not kept.
         ctx.save_for_backward(x if any(needs_w) else None, weight if needs_x else None, *tensors, *kernels)
