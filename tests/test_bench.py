@@ -644,7 +644,7 @@ def test_launches_end_at_the_driver(backend: str, monkeypatch: pytest.MonkeyPatc
     ("method", "n_tokens", "forward", "backward"),
     [
         ("ours:direct", 32, 23, 22),
-        ("ours:fft", 32, 29, 29),
+        ("ours:fft", 32, 25, 23),
         ("ours:expand", 32, 23, 27),
         ("ours:fold", 32, 20, 34),
         ("ours:direct", 1, 25, 21),

@@ -33,9 +33,10 @@ IN, OUT, B = 12, 8, 4
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left() -> Iterator[None]:
-    """Every test begins with empty slots, and leaves none that no living tensor accounts for."""
+def _nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every test begins with empty slots, and leaves none that no living tensor accounts for. Any x is large enough."""
     spectra._slots.clear()
+    monkeypatch.setattr(spectra, "LEAST_SHARED", 0)
     yield
     gc.collect()
     assert not spectra._slots
@@ -94,6 +95,19 @@ def activation(device: torch.device, requires_grad: bool = False) -> Tensor:
 
 
 # x: when a spectrum is shared
+
+
+@pytest.mark.parametrize(("least", "shared"), [(0, True), (1, False)])
+def test_a_small_x_is_transformed_by_each_of_its_layers(
+    device: torch.device, launches: Analyses, monkeypatch: pytest.MonkeyPatch, least: int, shared: bool
+) -> None:
+    x = activation(device, requires_grad=True)
+    monkeypatch.setattr(spectra, "LEAST_SHARED", x.nbytes + least)
+    layers = qkv(device)
+    ys = [one(x) for one in layers]
+    assert launches.take() == (1 if shared else 3, 3)
+    torch.autograd.grad(sum(y.sum() for y in ys), [one.c3a_kernel["default"] for one in layers])
+    assert launches.take()[0] == (4 if shared else 6)
 
 
 def test_layers_that_read_the_same_x_share_its_spectrum(device: torch.device, launches: Analyses) -> None:

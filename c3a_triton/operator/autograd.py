@@ -39,7 +39,7 @@ class _C3ALinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.scale, ctx.backend = scale, backend
         needs_x, needs_weight, _, _, _, _, *needs_w = ctx.needs_input_grad
-        y = step.linear(x, weight, bias, kernels, scale, False, backend, source=x)
+        y = step.linear(x, weight, bias, kernels, scale, False, backend, source=x, keep=save_spectrum)
         # x serves the gradients of weight and kernels, weight that of x, kernels both. What is not needed is not kept.
         keep_x = needs_weight or any(needs_w)
         spectrum = step.spectrum_of(x, kernels, backend) if save_spectrum and keep_x and not needs_weight else None

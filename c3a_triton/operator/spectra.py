@@ -2,12 +2,13 @@
 
 Nothing here is needed for a right result: what is not found is computed. Two rules decide on what may be found.
 
-*x.* One slot per device and stream: a spectrum is written and read in the order of one queue. It serves the very tensor
-object that it was computed from, at the same version and in the same memory, and each w once. Versions do not tell of
-writes through `.data`, by other libraries' kernels or by a replayed graph; but a loop that refills its input in such a
-way comes back to a w that has read it, and there everything begins anew. What remains is such a write between two
-layers that read the same x: tensors that autograd has saved do not survive that either. x is held weakly. A slot is
-emptied by the next spectrum, by the death of x, and at the end of a backward pass that used it.
+*x.* Of `LEAST_SHARED` bytes or more, or where it is kept for a backward pass. One slot per device and stream: a
+spectrum is written and read in the order of one queue. It serves the very tensor object that it was computed from, at
+the same version and in the same memory, and each w once. Versions do not tell of writes through `.data`, by other
+libraries' kernels or by a replayed graph; but a loop that refills its input in such a way comes back to a w that has
+read it, and there everything begins anew. What remains is such a write between two layers that read the same x: tensors
+that autograd has saved do not survive that either. x is held weakly. A slot is emptied by the next spectrum, by the
+death of x, and at the end of a backward pass that used it.
 
 *w.* Versions and addresses do not tell whether it has changed: FSDP2 and `.data` writes leave both as they are. So what
 is derived from it is kept only for tensors declared frozen (`freeze`), until they want a gradient.
@@ -32,6 +33,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..errors import BackendError
 
 __all__ = [
+    "LEAST_SHARED",
     "Source",
     "captures",
     "drop",
@@ -47,6 +49,10 @@ __all__ = [
 Source = tuple[Tensor, Tensor]
 """Where the rows of a product come from: x, the tensor that the caller has, because what is a view of it, or a cast, is
 another object in every call; and the kernel on whose behalf it is read."""
+
+LEAST_SHARED = 1 << 20
+"""Bytes of an x whose spectrum is worth keeping for others: to read it again and write its spectrum takes a GPU half a
+microsecond then, where Python needs several to keep it and to find it."""
 
 
 class _Entry(NamedTuple):

@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import arguments, backends, dense, dispatch
+from . import arguments, backends, dense, dispatch, spectra
 from .cost_model import Sizes
 from .launch import decode, fft, specs
 from .launch.plans import planned
 from .launch.specs import Spec
-from .spectra import Source
 
 __all__ = ["as_own", "base_grads", "choose", "linear", "linear_backward", "rows_of", "spectrum_of", "weight_grad"]
 
@@ -27,11 +26,12 @@ def linear(
     transpose: bool,
     backend: str,
     source: Tensor | None = None,
+    keep: bool = False,
 ) -> Tensor:
     """Implementation of `c3a_triton::linear`, autocast being off.
 
     With `source`, the x of eager code, its spectrum may be shared: compiled code, which calls the op, writes into the
-    same tensors again without counting versions.
+    same tensors again without counting versions. With `keep` it is shared however small, for `spectrum_of`.
     """
     # The adapters first, so that the base GEMM's epilogue adds their sum; for a few tokens both in one kernel.
     rows = rows_of(x)
@@ -48,7 +48,8 @@ def linear(
             y, weight, summed = decode.decode_linear(rows, weight, w, bias, scale=scale), None, []
     for w, members in summed:
         first = bias if y is None else None
-        shared = None if source is None else (source, kernels[members[0]])
+        is_shared = source is not None and (keep or source.nbytes >= spectra.LEAST_SHARED)
+        shared = (source, kernels[members[0]]) if is_shared else None
         run = _planned_product(
             backend,
             dispatch.situation(backend, rows.device),
@@ -111,7 +112,7 @@ def linear_backward(
     dws: list[Tensor | None] = [None] * len(kernels)
     for w, members in arguments.summed(kernels):
         wanted = [i for i in members if needs_w[i]]
-        shared = x, kernels[members[0]]
+        shared = (x, kernels[members[0]]) if x is not None and x.nbytes >= spectra.LEAST_SHARED else None
         if needs_x and wanted:
             assert x_rows is not None
             run = _planned_backward(
@@ -122,6 +123,7 @@ def linear_backward(
                 specs.spec(w),
                 None if dx is None else specs.spec(dx),
                 specs.precision(rows.dtype),
+                shared is not None,
             )
             dx, dw = run(rows, x_rows, w, dx, scale, shared)
         else:
@@ -227,14 +229,15 @@ def _planned_backward(
     w: Spec,
     out: Spec | None,
     precision: str,
+    shares: bool,
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """What computes both gradients of such operands in this situation, and may share the spectrum of x."""
+    """What computes both gradients of such operands in this situation."""
     chosen = backends.BY_NAME[choose(backend, dy, w, backward=True)]
     if chosen.planned_backward is not None:
-        return chosen.planned_backward(dy, x, w, out, precision, True)
+        return chosen.planned_backward(dy, x, w, out, precision, shares)
 
     def run(
-        dy: Tensor, x: Tensor, w: Tensor, out: Tensor | None, scale: float, source: Source
+        dy: Tensor, x: Tensor, w: Tensor, out: Tensor | None, scale: float, source: spectra.Source | None
     ) -> tuple[Tensor, Tensor]:
         if chosen.backward is not None:
             return chosen.backward(dy, x, w, scale=scale, out=out)
