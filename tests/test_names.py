@@ -321,6 +321,9 @@ def test_one_graph_for_every_set_of_names_in_every_thread() -> None:
         disabled()
         active()
         torch.testing.assert_close(compiled(x), single["one"])
+    # Where threads ask at once whether a graph serves them, torch may say no although it does ("runtime guards failed
+    # even though they passed during recompilation-reason analysis"), and compiles it again.
+    with torch._dynamo.config.patch(recompile_limit=64):
         in_threads(20, lambda: rows("two", "__base__", "one"), lambda: rows(*NAMES), disabled, active)
 
 
