@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -708,7 +709,9 @@ def test_sharded_by_fsdp2(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
-def test_quantized_experts_are_computed_by_their_own_class(implementation: str) -> None:
+def test_quantized_experts_are_computed_by_their_own_class(
+    implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torchao = pytest.importorskip("torchao.quantization")
     names = [f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
     quantized = qwen3_moe(implementation).to(torch.bfloat16)
@@ -718,6 +721,10 @@ def test_quantized_experts_are_computed_by_their_own_class(implementation: str) 
     model = adapted(quantized)
     if implementation == "grouped_mm":  # nor does the model compute alone
         with pytest.raises(BackendError, match=r"gate_up_proj: .* Int8Tensor, .*choose another one, such as \"eager\""):
+            model(input_ids=IDS)
+        full = torch.OutOfMemoryError("no memory left")  # which another format would not mend
+        monkeypatch.setattr("transformers.integrations.moe._grouped_linear", mock.Mock(side_effect=full))
+        with pytest.raises(torch.OutOfMemoryError, match="no memory left"):
             model(input_ids=IDS)
         return
     plain = qwen3_moe().to(torch.bfloat16)

@@ -299,18 +299,27 @@ def test_one_graph_for_every_set_of_names_in_every_thread() -> None:
     single = alone(model, lambda: model(x))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
 
+    def called() -> Tensor:
+        try:
+            return compiled(x)
+        except RuntimeError as error:
+            # torch's own false alarm: while one thread asks a graph's guards, another may sort them.
+            if "runtime guards failed even though they passed" not in str(error):
+                raise
+            return called()
+
     def rows(*names: str) -> None:
         with model.c3a.using(names):
             expected = torch.stack([single[name][row] for row, name in enumerate(names)])
-            torch.testing.assert_close(compiled(x), expected)
+            torch.testing.assert_close(called(), expected)
 
     def disabled() -> None:
         with model.c3a.disable_adapter():
-            torch.testing.assert_close(compiled(x), single["__base__"])
+            torch.testing.assert_close(called(), single["__base__"])
 
     def active() -> None:
         with model.c3a.using(None):
-            torch.testing.assert_close(compiled(x), single["one"])
+            torch.testing.assert_close(called(), single["one"])
 
     torch.testing.assert_close(compiled(x), single["one"])
     rows(*NAMES)
@@ -321,9 +330,6 @@ def test_one_graph_for_every_set_of_names_in_every_thread() -> None:
         disabled()
         active()
         torch.testing.assert_close(compiled(x), single["one"])
-    # Where threads ask at once whether a graph serves them, torch may say no although it does ("runtime guards failed
-    # even though they passed during recompilation-reason analysis"), and compiles it again.
-    with torch._dynamo.config.patch(recompile_limit=64):
         in_threads(20, lambda: rows("two", "__base__", "one"), lambda: rows(*NAMES), disabled, active)
 
 

@@ -103,7 +103,6 @@ class Parameters(nn.Module):
         self.up, self.down, self.proj_up = (nn.Parameter(torch.zeros(2, 4, 4)) for _ in range(3))
 
 
-@pytest.mark.skipif(PEFT < (0, 18), reason="target_parameters is new there")
 @pytest.mark.parametrize(
     "targets",
     [["up"], ["mlp.up"], ["layers.0.mlp.up"], ["ayers.0.mlp.up"], ["mlp"], [".up"], ["0.mlp.down", "1.mlp.up"], [".*"]],

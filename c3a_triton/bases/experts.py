@@ -329,7 +329,9 @@ def foreign_product(module: nn.Module, name: str, x: Tensor, offsets: Tensor, tr
         if own == "eager":
             return _product_of_each(x, weight, offsets.tolist(), transposed)
         return _grouped_linear(x, weight, offsets, is_transposed=transposed)
-    except (NotImplementedError, RuntimeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # NotImplementedError too, which is one
         raise BackendError(
             f"{name} of {type(module).__name__} is a {type(weight).__name__}, which does not compute as "
             f'experts_implementation={own!r} does ({error}): choose another one, such as "eager", or load '

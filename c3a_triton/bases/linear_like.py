@@ -120,8 +120,7 @@ def is_plain(base: nn.Module, x: Tensor) -> bool:
     """
     if type(base) is not nn.Linear:
         return False
-    own = base.__dict__  # what a module has itself is found there without asking its class
-    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
         return False
     if (
         torch_module._global_forward_hooks
@@ -131,10 +130,10 @@ def is_plain(base: nn.Module, x: Tensor) -> bool:
     ):
         return False
     # accelerate replaces `forward` on the instance, as anyone may, and puts the method itself there when it is done.
-    forward = own.get("forward")
-    if "_hf_hook" in own or not (forward is None or getattr(forward, "__func__", None) is nn.Linear.forward):
+    forward = base.__dict__.get("forward")
+    if "_hf_hook" in base.__dict__ or not (forward is None or getattr(forward, "__func__", None) is nn.Linear.forward):
         return False
-    weight = own["_parameters"].get("weight")
+    weight = base._parameters.get("weight")
     return (type(weight) is Parameter or type(weight) is Tensor) and weight.device == x.device
 
 

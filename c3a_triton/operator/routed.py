@@ -72,9 +72,6 @@ def c3a_routed(
     if torch._C._get_tracing_state() is not None:
         raise BackendError("torch.jit.trace would keep the groups of the rows that it sees: use torch.compile")
     arguments.check_routed(x, weight, bias, kernels, routes, gather, transposed)
-    if arguments.autocasts(x):
-        with torch.autocast(x.device.type, enabled=False):
-            return _apply(x, weight, bias, kernels, routes, gather, transposed, backend)
     return _apply(x, weight, bias, kernels, routes, gather, transposed, backend)
 
 
@@ -100,6 +97,7 @@ def grouped_base(x: Tensor, weight: Tensor, offsets: Tensor, transposed: bool, p
     return _grouped_base(x, weight, offsets, transposed, partial)
 
 
+@arguments.without_autocast
 def _apply(
     x: Tensor,
     weight: Tensor | None,
