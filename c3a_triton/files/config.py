@@ -308,7 +308,8 @@ class C3AConfig:
 
         `from_pretrained` reads back an equal configuration. PEFT reads the file too; it warns about `exclude_modules`,
         `rank` and `target_parameters`, where they are set, and goes on without them. A saved adapter's file has none of
-        the first two, and the third only where the adapter has parameters of its own.
+        the first two, and the third only where the adapter has parameters of its own: such a file PEFT refuses
+        (`with_owners`).
 
         Raises:
             CheckpointError: the file cannot be written.
