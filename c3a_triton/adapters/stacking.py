@@ -129,7 +129,7 @@ def _check_complete(file: AdapterFile, stacked: str, layers: Mapping[Place, str]
 def _stack(kernels: Mapping[Place, Tensor], n_experts: int) -> Tensor:
     place, kernel = next(iter(kernels.items()))
     dtype = functools.reduce(torch.promote_types, (kernel.dtype for kernel in kernels.values()))
-    stack = torch.zeros(n_experts, place.n_parts, *kernel.shape, dtype=dtype)
+    stack = torch.zeros(n_experts, place.n_parts, *kernel.shape, dtype=dtype, device=kernel.device)
     for place, kernel in kernels.items():
         stack[place.expert, place.part] = kernel
     return stack.flatten(1, 2)
