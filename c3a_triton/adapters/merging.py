@@ -25,7 +25,7 @@ __all__ = [
     "check_unmerge",
     "merge",
     "move",
-    "unmerge_all",
+    "to_unmerge",
 ]
 
 KEEP_BASE = ("cpu", "device", None)
@@ -187,22 +187,19 @@ def bring_back(layer: Any, *, everyone: bool = False) -> None:
         state.mark = fingerprint(_read(left[-1])[1])
 
 
-def unmerge_all(layers: Iterable[Any]) -> bool:
-    """Unmerge whatever is merged in these layers, if all of it can be; whether there was anything.
+def to_unmerge(layers: Iterable[Any]) -> list[Any]:
+    """One of these layers for each weight that something is merged into, by which `bring_back` reaches all of it.
 
     Raises:
-        AdapterStateError: as `check_unmerge`; nothing has changed.
+        AdapterStateError: as `check_unmerge`, where any of them cannot be unmerged.
     """
-    # One of the layers that have a weight in common brings it back for all of them.
     merged: dict[Hashable, Any] = {}
     for layer in layers:
         if layer.merged:
             merged.setdefault((id(layer._merge_state), layer.weight_place() or id(layer)), layer)
     for layer in merged.values():
         check_unmerge(layer)
-    for layer in merged.values():
-        bring_back(layer, everyone=True)
-    return bool(merged)
+    return list(merged.values())
 
 
 def move(layer: Any, fn: Callable[[Tensor], Tensor], move_layer: Callable[[], Any]) -> None:
