@@ -72,7 +72,8 @@ def agree(meshes: Sequence["DeviceMesh"], what: str, value: Any, problem: Except
         raise problem
     for rank, (verb, _, other) in told.items():
         if other is not None:
-            raise AdapterStateError(f"{what}: process {rank}, which shares this model, fails in {verb} with {other}")
+            where = "" if verb == what else f" in {verb}"
+            raise AdapterStateError(f"{what}: process {rank}, which shares this model, fails{where} with {other}")
     if len({(verb, digest) for verb, digest, _ in told.values()}) < 2:
         return
     # All of them know it, so that each can ask the others for more.
