@@ -1,4 +1,4 @@
-"""What one of two processes that share a model does: verbs that go wrong in one of them, or differ, and what comes of it.
+"""What one of two processes that share a model does: verbs that fail in one of them, or differ, and what comes of it.
 
 Run by torchrun from `test_agreement.py`; the first process writes one JSON object, in which each case has a list with
 what every process found.
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import c3a_triton
@@ -132,7 +133,9 @@ def other_block_sizes(folder: Path) -> Any:
 @case
 def other_targets(folder: Path) -> Any:
     model = spread()
-    return tried(model, lambda: c3a_triton.apply(model, C3AConfig(block_size=4, target_modules=[by_rank("head", "tail")])))
+    return tried(
+        model, lambda: c3a_triton.apply(model, C3AConfig(block_size=4, target_modules=[by_rank("head", "tail")]))
+    )
 
 
 @case
@@ -347,7 +350,7 @@ def merged_for_good_and_for_a_while(folder: Path) -> Any:
 
 @case
 def all_goes_well(folder: Path) -> Any:
-    """A life in step, with the same calls on a whole model for comparison."""
+    """A life in step: the model is one of this library's no longer when it is over."""
     model = adapted("one", "two")
     manager = model.c3a
     manager.set_adapter(["one", "two"])
@@ -365,7 +368,11 @@ def all_goes_well(folder: Path) -> Any:
     same = [torch.empty_like(kernels[1]) for _ in range(dist.get_world_size())]
     dist.all_gather(same, kernels[1])
     merged = manager.merge_and_unload()
-    return disabled | {"kernels": torch.equal(*same), "left": hasattr(merged, "c3a"), "together": tried(merged, lambda: None)}
+    return disabled | {
+        "kernels": torch.equal(*same),
+        "left": hasattr(merged, "c3a"),
+        "together": tried(merged, lambda: None),
+    }
 
 
 # First values
@@ -479,6 +486,105 @@ def biases_outside_the_plan(folder: Path) -> Any:
     model = spread()
     c3a_triton.apply(model, C3AConfig(block_size=4, target_modules=["head"], bias="c3a_only"))
     return sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+# Models of transformers, spread as they are loaded
+
+QUERIES = C3AConfig(block_size=4, target_modules=["q_proj"], init_weights="gaussian")
+
+
+def llama(folder: Path, *, tied: bool = False) -> Any:
+    """A tiny Llama, of which each process loads its part: MLPs, embeddings and the output layer; attention is whole."""
+    import transformers
+    from tiny_models import llama as whole
+
+    if dist.get_rank() == 0:
+        whole(tied=tied).save_pretrained(folder / "base")
+    dist.barrier()
+    config = transformers.AutoConfig.from_pretrained(folder / "base")
+    mlp = {"up_proj": "colwise", "gate_proj": "colwise", "down_proj": "rowwise"}
+    config.base_model_tp_plan = {f"layers.*.mlp.{name}": style for name, style in mlp.items()}
+    distributed = transformers.DistributedConfig(tp_size=dist.get_world_size())
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "base", config=config, distributed_config=distributed
+    )
+
+
+@case
+def counted_in_a_llama(folder: Path) -> Any:
+    from tiny_models import llama as whole
+
+    model, alone = c3a_triton.apply(llama(folder), QUERIES), c3a_triton.apply(whole(), QUERIES)
+    counts = [list(each.c3a.get_nb_trainable_parameters()) for each in (model, alone)]
+    return {"counts": counts, "summary": model.c3a.summary() == alone.c3a.summary()}
+
+
+@case
+def a_llama_saved_by_all(folder: Path) -> Any:
+    """The model's own `save_pretrained`, which puts the base together: every process has to call."""
+    from tiny_models import llama as whole
+
+    model = c3a_triton.apply(llama(folder), QUERIES)
+    c3a_triton.apply(model, QUERIES, "second")
+    with writers() as written:
+        model.save_pretrained(folder / "model", is_main_process=dist.get_rank() == 0)
+    alone = c3a_triton.load_adapter(whole(), folder / "model")
+    c3a_triton.load_adapter(alone, folder / "model" / "second", "second")
+    return {
+        "written": written,
+        "equal": [equal(model.c3a.state_dict(name), alone.c3a.state_dict(name)) for name in ("default", "second")],
+        "weights": (folder / "model" / "model.safetensors").exists(),
+    }
+
+
+@case
+def a_llama_with_embeddings_in_the_file(folder: Path) -> Any:
+    """What the file takes along of the base is put together, and taken apart again: every process calls."""
+    from tiny_models import llama as whole
+
+    model = c3a_triton.apply(llama(folder), QUERIES)
+    embeddings = model.get_input_embeddings().weight
+    local(embeddings).mul_(2)
+    with writers() as written:
+        model.c3a.save_pretrained(folder / "adapter", save_embedding_layers=True)
+    alone = c3a_triton.load_adapter(whole(), folder / "adapter")
+    again = c3a_triton.load_adapter(llama(folder), folder / "adapter")
+    swapped = c3a_triton.apply(llama(folder), QUERIES)
+    swapped.c3a.hotswap_adapter(folder / "adapter")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        c3a_triton.load_adapter(swapped, folder / "adapter", "again")
+        local(swapped.get_input_embeddings().weight).zero_()
+        c3a_triton.load_adapter(swapped, folder / "adapter", "once more")
+    expected = local(embeddings)
+    return {
+        "written": written,
+        "whole": torch.equal(embeddings.full_tensor(), alone.get_input_embeddings().weight),
+        "parts": [torch.equal(local(each.get_input_embeddings().weight), expected) for each in (again, swapped)],
+        "kernels": equal(again.c3a.state_dict(), alone.c3a.state_dict()),
+        "warned": ["take the place of the model's" in str(warning.message) for warning in caught].count(True),
+    }
+
+
+@case
+def one_of_two_tied_layers(folder: Path) -> Any:
+    from tiny_models import llama as whole
+
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    head = parallelize_module(whole(tied=True), mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
+    both = llama(folder, tied=True)
+    return {
+        "one": said(lambda: c3a_triton.apply(head, QUERIES)),
+        "both": said(lambda: c3a_triton.apply(both, QUERIES)),
+        "still one": both.lm_head.weight is both.model.embed_tokens.weight,
+    }
+
+
+@case
+def heads_in_the_plan(folder: Path) -> Any:
+    model = llama(folder)
+    config = C3AConfig(block_size=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    return said(lambda: c3a_triton.apply(model, config))
 
 
 def main(folder: Path) -> None:

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from c3a_triton._public import public
 from c3a_triton.bases.agreement import broadcast, in_step, shared_over
 from c3a_triton.bases.quantized import hold_layout
-from c3a_triton.bases.sharded import gathered, is_sharded, put_values
+from c3a_triton.bases.sharded import gathered, is_sharded, own_part
 from c3a_triton.errors import (
     AdapterStateError,
     ConfigError,
@@ -229,8 +230,8 @@ class AdapterManager(Merging):
             present |= {name: p.detach() for name, p in embeddings.items() if base_name(name) in held}
             changed = same_tensors(present, file)
             shared |= {"adapter name": adapter_name, "tensors": file.tensors}
-        for old, new in changed:
-            put_values(old, new)
+        for old, new in starmap(own_part, changed):
+            old.copy_(new)
         self._embeddings[adapter_name] = held
 
     def _build(
@@ -262,8 +263,8 @@ class AdapterManager(Merging):
         if is_first:
             self.model.requires_grad_(False)
             hold_layout(self.model)  # a layer that is not adapted must pass gradients on to those below it, too
-        for parameter, value in new.replaced:
-            put_values(parameter.detach(), value)
+        for parameter, value in starmap(own_part, new.replaced):
+            parameter.detach().copy_(value)
         for target, layer, kernel in new.layers:
             layer._install(adapter_name, kernel, trainable=False)
             put(self.model, target, layer)
