@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from c3a_triton._public import public
+from c3a_triton.bases.partitioned import changed
 from c3a_triton.bases.quantized import hold_layout, release_layout
-from c3a_triton.bases.sharded import gathered, is_sharded
+from c3a_triton.bases.sharded import gathered, is_partitioned, is_sharded
 from c3a_triton.errors import (
     AdapterStateError,
     ConfigError,
@@ -206,16 +207,18 @@ class AdapterManager(Activation):
         if adapter_name in self._merged():
             raise AdapterStateError(f"adapter {adapter_name!r} is merged: unmerge it before its values are replaced")
         for name, layer in self._tensors(adapter_name).layers():
-            if layer.c3a_kernel[adapter_name].is_meta:
+            kernel = layer.c3a_kernel[adapter_name]
+            if kernel.is_meta:
                 raise AdapterStateError(f"{name} is offloaded: delete the adapter and load the other one in its place")
-            if is_sharded(layer.c3a_kernel[adapter_name]):
+            if is_sharded(kernel) and not is_partitioned(kernel):
                 raise AdapterStateError(f"{name} is sharded: load the adapter into the model before it is sharded")
         file = with_names_of(self.model, read_adapter(directory))
-        present = self.state_dict(adapter_name, save_embedding_layers=False)
+        present = self._tensors(adapter_name).held_by_model(save_embedding_layers=False)
         held = embeddings_in(file, self.model)
-        present |= {name: p.detach() for name, p in embedding_parameters(self.model).items() if base_name(name) in held}
+        present |= {name: p for name, p in embedding_parameters(self.model).items() if base_name(name) in held}
         for old, new in same_tensors(present, file):
-            old.copy_(new)
+            with changed([old], "hotswap_adapter"):
+                old.detach().copy_(new)
         self._embeddings[adapter_name] = held
 
     def _inject(
@@ -243,7 +246,8 @@ class AdapterManager(Activation):
             self.model.requires_grad_(False)
             hold_layout(self.model)  # a layer that is not adapted must pass gradients on to those below it, too
         for parameter, value in replaced:
-            parameter.detach().copy_(value)
+            with changed([parameter], "load_adapter"):
+                parameter.detach().copy_(value)
         for target, (layer, kernel) in zip(targets, layers, strict=True):
             layer._install(adapter_name, kernel, trainable=False)
             put(self.model, target, layer)
