@@ -27,7 +27,7 @@ __all__ = [
     "check_unmerge",
     "merge",
     "move",
-    "unmerge_all",
+    "to_unmerge",
 ]
 
 KEEP_BASE = ("cpu", "device", None)
@@ -72,7 +72,7 @@ def check(group: Group) -> None:
                 guarded[layer] = state
             elif not any(map(is_partitioned, weights)):
                 access.read()  # a quantized one may not be able to
-            shared.append((layer._label, names, layer.merged_adapters, layer in guarded))
+            shared[layer._label] = names, layer.merged_adapters, layer in guarded
     if not guarded:
         return
     with together(weights, "merging"), whole(weights):
@@ -223,22 +223,19 @@ def bring_back(layer: Any, *, everyone: bool = False) -> None:
         state.mark = mark
 
 
-def unmerge_all(layers: Iterable[Any]) -> bool:
-    """Unmerge whatever is merged in these layers, if all of it can be; whether there was anything.
+def to_unmerge(layers: Iterable[Any]) -> list[Any]:
+    """One of these layers for each weight that something is merged into, by which `bring_back` reaches all of it.
 
     Raises:
-        AdapterStateError: as `check_unmerge`; nothing has changed.
+        AdapterStateError: as `check_unmerge`, where any of them cannot be unmerged.
     """
-    # One of the layers that have a weight in common brings it back for all of them.
     merged: dict[Hashable, Any] = {}
     for layer in layers:
         if layer.merged:
             merged.setdefault((id(layer._merge_state), layer.weight_place() or id(layer)), layer)
     for layer in merged.values():
         check_unmerge(layer)
-    for layer in merged.values():
-        bring_back(layer, everyone=True)
-    return bool(merged)
+    return list(merged.values())
 
 
 def move(layer: Any, fn: Callable[[Tensor], Tensor], move_layer: Callable[[], Any]) -> None:

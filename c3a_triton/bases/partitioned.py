@@ -1,51 +1,31 @@
 """Parameters that DeepSpeed's ZeRO-3 keeps in parts, changed by all processes that have them, or by none."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor
 
-from .agreement import agree
+from .agreement import all_or_none
 from .sharded import is_partitioned, partitioned_over, zero
 
 __all__ = ["changed", "together"]
 
 
-@contextmanager
-def together(parameters: Iterable[Tensor], what: str) -> Iterator[list[Any]]:
-    """Where one of the processes that hold parts of these parameters fails within it, all of them do.
-
-    Every process has to enter. For other parameters nothing happens.
-
-    Args:
-        parameters: the parameters.
-        what: what is done, for messages.
-
-    Yields:
-        A list for what has to be the same in every process.
-
-    Raises:
-        AdapterStateError: another process fails, or does something else.
-    """
-    shared: list[Any] = []
-    problem = None
-    try:
-        yield shared
-    except Exception as error:
-        problem = error
-    agree(partitioned_over(parameters), what, shared, problem)
+def together(parameters: Iterable[Tensor], what: str) -> AbstractContextManager[dict[str, Any]]:
+    """`all_or_none` over the processes that hold parts of these parameters; for other parameters nothing happens."""
+    return all_or_none(partitioned_over(parameters), what)
 
 
 @contextmanager
 def changed(parameters: Iterable[Tensor], what: str) -> Iterator[None]:
-    """Within it parameters that ZeRO-3 keeps in parts are put together, and afterwards the parts are of what they became.
+    """Within it parameters that ZeRO-3 keeps in parts are put together; what they become there is parted again.
 
-    Every process has to enter and to make the same of them. What one fails in, all fail in, and the parameters stay as
+    Every process has to enter, and to make the same of them. What one fails in, all fail in, and the parameters stay as
     they were. Other parameters are changed as they are.
 
     Raises:
-        AdapterStateError: as `together`.
+        AdapterStateError: another process fails.
     """
     parts = [parameter for parameter in parameters if is_partitioned(parameter)]
     if not parts:

@@ -20,6 +20,7 @@ __all__ = [
     "is_partitioned",
     "is_sharded",
     "partitioned_over",
+    "put_values",
     "whole",
     "whole_shape",
     "zero",
@@ -84,6 +85,17 @@ def gathered(tensor: Tensor) -> Tensor:
         return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     with whole([tensor]):
         return tensor.detach().clone()
+
+
+def put_values(tensor: Tensor, values: Tensor) -> None:
+    """Replace a tensor's values by whole ones, of which this process may hold a part (a DTensor), in place."""
+    if hasattr(tensor, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+        own = distribute_tensor(values.to(tensor.device), mesh, placements, src_data_rank=None)
+        tensor, values = tensor.to_local(), own.to_local()  # type: ignore[attr-defined]
+    tensor.copy_(values)
 
 
 def gather_with(module: nn.Module, parameters: Iterable[Tensor]) -> None:

@@ -23,8 +23,8 @@ from c3a_triton.adapters.modules_to_save import CopiesByCall
 from c3a_triton.adapters.names import BASE_ROW, Scope
 from c3a_triton.adapters.row_names import RowNames
 from c3a_triton.adapters.watched import Watch
-from c3a_triton.bases.quantized import hold_layout, release_layout, torchao_config_of
 from c3a_triton.bases.partitioned import changed
+from c3a_triton.bases.quantized import hold_layout, release_layout, torchao_config_of
 from c3a_triton.bases.sharded import is_partitioned, is_sharded, whole_shape
 from c3a_triton.bases.weights import stored_tensor
 from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, ConfigError
