@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import starmap
 from typing import Any
 
 import torch
@@ -13,8 +12,9 @@ from torch import Tensor, nn
 
 from c3a_triton._public import public
 from c3a_triton.bases.agreement import broadcast, in_step, shared_over
+from c3a_triton.bases.partitioned import changed
 from c3a_triton.bases.quantized import hold_layout
-from c3a_triton.bases.sharded import gathered, is_sharded, own_part
+from c3a_triton.bases.sharded import gathered, is_partitioned, is_sharded, put_values
 from c3a_triton.errors import (
     AdapterStateError,
     ConfigError,
@@ -121,11 +121,11 @@ class AdapterManager(Merging):
             CheckpointError: the folder cannot be read, or does not fit the model; nothing has changed.
             ConfigError: a configuration that is not C3A's or cannot be used.
         """
-        with in_step(self.model, "load_adapter"):
+        with in_step(self.model, "load_adapter", parts=True):
             self._check_free(adapter_name)
             check_owner(self.model, self._scope)
         # Whoever saved the file has written it by now: in a model of several processes one of them did.
-        with in_step(self.model, "load_adapter") as shared:
+        with in_step(self.model, "load_adapter", parts=True) as shared:
             file = with_names_of(self.model, read_adapter(directory))
             config = replace(file.config, inference_mode=not is_trainable)
             targets = find_file_targets(self.model, file)
@@ -133,8 +133,10 @@ class AdapterManager(Merging):
             replaced = check_file_values(self.model, file, saved)
             if self._configs:
                 warn_embeddings(self.model, replaced, self._configs)
+            shared["tensors"] = file.tensors
+        with in_step(self.model, "load_adapter", parts=True) as shared:
             new = self._build(adapter_name, config, targets, saved, file.tensors, replaced)
-            shared |= new.shared() | {"tensors": file.tensors}
+            shared |= new.shared()
         self._put(new)
         self._embeddings[adapter_name] = embeddings_in(file, self.model)
 
@@ -168,7 +170,7 @@ class AdapterManager(Merging):
                 combination that needs PEFT where there is none.
             ShapeError: a layer in which the adapters' block sizes differ.
         """
-        with in_step(self.model, "add_weighted_adapter") as shared:
+        with in_step(self.model, "add_weighted_adapter", parts=True) as shared:
             self._check_free(adapter_name)
             names = self._known(adapters)
             combine = combination(combination_type, density, majority_sign_method)
@@ -182,16 +184,18 @@ class AdapterManager(Merging):
                         f"adapter {name!r} also trains biases or whole modules (bias, modules_to_save), of which no "
                         "weighted sum is taken: combine adapters without them"
                     )
+            shared |= {
+                "adapters": names,
+                "weights": list(map(float, weights)),
+                "combination": (combination_type, density, majority_sign_method),
+            }
+        with in_step(self.model, "add_weighted_adapter", parts=True) as shared:
             tensors, targets = combined(self.layers(), names, weights, combine, combination_type)
             block_sizes = {target.name: target.block_size for target in targets}
             parameters = [target.name for target in targets if target.parameter]
             config = peft_config(self._configs[names[0]], block_sizes, base_module_names(self.model), parameters)
             new = self._build(adapter_name, replace(config, inference_mode=False), targets, [], tensors)
-            shared |= new.shared() | {
-                "adapters": names,
-                "weights": list(map(float, weights)),
-                "combination": (combination_type, density, majority_sign_method),
-            }
+            shared |= new.shared()
         self._put(new)
 
     def hotswap_adapter(self, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
@@ -209,29 +213,31 @@ class AdapterManager(Merging):
             AdapterStateError: the adapter is merged, or a kernel is offloaded or sharded.
             CheckpointError: the folder cannot be read, or has other tensors than the adapter. Nothing has changed.
         """
-        with in_step(self.model, "hotswap_adapter"):
+        with in_step(self.model, "hotswap_adapter", parts=True):
             self._known(adapter_name)
             if adapter_name in self._merged():
                 raise AdapterStateError(
                     f"adapter {adapter_name!r} is merged: unmerge it before its values are replaced"
                 )
             for name, layer in self._tensors(adapter_name).layers():
-                if layer.c3a_kernel[adapter_name].is_meta:
+                kernel = layer.c3a_kernel[adapter_name]
+                if kernel.is_meta:
                     raise AdapterStateError(
                         f"{name} is offloaded: delete the adapter and load the other one in its place"
                     )
-                if is_sharded(layer.c3a_kernel[adapter_name]):
+                if is_sharded(kernel) and not is_partitioned(kernel):
                     raise AdapterStateError(f"{name} is sharded: load the adapter into the model before it is sharded")
-        with in_step(self.model, "hotswap_adapter") as shared:  # as in `load_adapter`
+        with in_step(self.model, "hotswap_adapter", parts=True) as shared:  # as in `load_adapter`
             file = with_names_of(self.model, read_adapter(directory))
-            present = self.state_dict(adapter_name, save_embedding_layers=False)
+            present = self._tensors(adapter_name).held_by_model(save_embedding_layers=False)
             held = embeddings_in(file, self.model)
             embeddings = embedding_parameters(self.model)
-            present |= {name: p.detach() for name, p in embeddings.items() if base_name(name) in held}
-            changed = same_tensors(present, file)
+            present |= {name: p for name, p in embeddings.items() if base_name(name) in held}
+            pairs = same_tensors(present, file)
             shared |= {"adapter name": adapter_name, "tensors": file.tensors}
-        for old, new in starmap(own_part, changed):
-            old.copy_(new)
+        for old, new in pairs:
+            with changed([old], "hotswap_adapter"):
+                put_values(old.detach(), new)
         self._embeddings[adapter_name] = held
 
     def _build(
@@ -263,8 +269,9 @@ class AdapterManager(Merging):
         if is_first:
             self.model.requires_grad_(False)
             hold_layout(self.model)  # a layer that is not adapted must pass gradients on to those below it, too
-        for parameter, value in starmap(own_part, new.replaced):
-            parameter.detach().copy_(value)
+        for parameter, value in new.replaced:
+            with changed([parameter], "load_adapter"):
+                put_values(parameter.detach(), value)
         for target, layer, kernel in new.layers:
             layer._install(adapter_name, kernel, trainable=False)
             put(self.model, target, layer)

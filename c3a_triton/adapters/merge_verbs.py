@@ -69,7 +69,7 @@ class Merging(Activation):
             AdapterNotFoundError: an unknown name.
             AdapterStateError: a layer that cannot be merged into, or with `safe_merge` a result that is not finite.
         """
-        with in_step(self.model, "merge_adapter") as shared:
+        with in_step(self.model, "merge_adapter", parts=True) as shared:
             if keep_base not in merging.KEEP_BASE:
                 raise ConfigError(f"keep_base must be one of {merging.KEEP_BASE}, got {keep_base!r}")
             names = self._active if adapter_names is None else self._known(adapter_names)
@@ -112,7 +112,7 @@ class Merging(Activation):
         Raises:
             AdapterStateError: a base weight was not kept, or was changed after merging; nothing has changed.
         """
-        with in_step(self.model, "unmerge_adapter"):
+        with in_step(self.model, "unmerge_adapter", parts=True):
             merged = self._to_unmerge()
         self._unmerge(merged)
         if not merged:
@@ -144,7 +144,7 @@ class Merging(Activation):
         Raises:
             AdapterNotFoundError, AdapterStateError: as `merge_adapter`.
         """
-        with in_step(self.model, "merge_and_unload") as shared:
+        with in_step(self.model, "merge_and_unload", parts=True) as shared:
             names = self._active if adapter_names is None else self._known(adapter_names)
             shared["adapters"] = list(names)
         swapped = {*names} ^ {*self._active}
@@ -154,7 +154,7 @@ class Merging(Activation):
                 f"those that are merged: call model.c3a.set_adapter({names}) first",
                 stacklevel=2,
             )
-        with in_step(self.model, "merge_and_unload"):
+        with in_step(self.model, "merge_and_unload", parts=True):
             untyings = self._plan_untying()
             groups = self._to_merge(names, safe_merge, merge_uncalled)
         self._merge(groups, None, progressbar)
@@ -174,7 +174,7 @@ class Merging(Activation):
         Raises:
             AdapterStateError: a merged layer cannot be unmerged.
         """
-        with in_step(self.model, "unload"):
+        with in_step(self.model, "unload", parts=True):
             merged = self._to_unmerge()
         self._unmerge(merged)
         self._remove(with_copies=False)

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from c3a_triton.errors import AdapterStateError
 
 from .parallel import meshes
+from .sharded import partitioned_over
 from .weights import fingerprint
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["agree", "broadcast", "in_step", "shared_over"]
+__all__ = ["agree", "all_or_none", "broadcast", "in_step", "shared_over"]
 
 
 def shared_over(model: nn.Module) -> list["DeviceMesh"]:
@@ -26,7 +27,7 @@ def shared_over(model: nn.Module) -> list["DeviceMesh"]:
 
 
 @contextmanager
-def in_step(model: nn.Module, verb: str) -> Iterator[dict[str, Any]]:
+def in_step(model: nn.Module, verb: str, *, parts: bool = False) -> Iterator[dict[str, Any]]:
     """Around what a verb checks before it changes a model: in each of the processes that share it, or in none.
 
     A model that no plan spreads is one process's alone, and nothing happens.
@@ -34,6 +35,7 @@ def in_step(model: nn.Module, verb: str) -> Iterator[dict[str, Any]]:
     Args:
         model: the model.
         verb: the verb's name, for messages.
+        parts: whether processes that hold ZeRO-3's parts of the model share it, too: the verb puts some together.
 
     Yields:
         A dict for what has to be the same in every process, as `agree` compares it.
@@ -41,12 +43,31 @@ def in_step(model: nn.Module, verb: str) -> Iterator[dict[str, Any]]:
     Raises:
         AdapterStateError: another process calls another verb, has other values, or an error of its own.
     """
+    over = [*shared_over(model), *(partitioned_over(model.parameters()) if parts else ())]
+    with all_or_none(over, verb) as shared:
+        yield shared
+
+
+@contextmanager
+def all_or_none(meshes: Sequence["DeviceMesh"], what: str) -> Iterator[dict[str, Any]]:
+    """Where something fails within it in one process of the meshes, it fails in all of them, which all enter.
+
+    Args:
+        meshes: as in `agree`.
+        what: as in `agree`.
+
+    Yields:
+        A dict for what has to be the same in every process.
+
+    Raises:
+        AdapterStateError: as `agree`.
+    """
     shared: dict[str, Any] = {}
     try:
         yield shared
     except Exception as problem:
-        agree(shared_over(model), verb, None, problem)
-    agree(shared_over(model), verb, shared)
+        agree(meshes, what, None, problem)
+    agree(meshes, what, shared)
 
 
 def agree(meshes: Sequence["DeviceMesh"], what: str, value: Any, problem: Exception | None = None) -> None:

@@ -24,8 +24,9 @@ from c3a_triton.adapters.names import BASE_ROW, Scope
 from c3a_triton.adapters.row_names import RowNames
 from c3a_triton.adapters.watched import Watch
 from c3a_triton.bases.agreement import shared_over
+from c3a_triton.bases.partitioned import changed
 from c3a_triton.bases.quantized import hold_layout, release_layout, torchao_config_of
-from c3a_triton.bases.sharded import is_sharded
+from c3a_triton.bases.sharded import is_partitioned, is_sharded, whole_shape
 from c3a_triton.bases.weights import stored_tensor
 from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, ConfigError
 from c3a_triton.operator.dispatch import check_backend
@@ -315,14 +316,14 @@ def _hotswap_adapter_from_state_dict(
         kernel = module.c3a_kernel[adapter_name]
         if adapter_name in module.merged_adapters:
             raise AdapterStateError(f"{name} is merged: call unmerge_adapter() before its values are replaced")
-        if kernel.is_meta or is_sharded(kernel):
+        if kernel.is_meta or (is_sharded(kernel) and not is_partitioned(kernel)):
             raise AdapterStateError(f"{name} is offloaded or sharded: load the adapter before the model is")
     problems = [f"it has no {name}" for name in layers if name not in state_dict]
     problems += [f"no kernel takes {name}" for name in state_dict if name not in layers]
     problems += [
         f"{name} has shape {list(state_dict[name].shape)}, in the model {list(shape)}"
         for name, module in layers.items()
-        if name in state_dict and state_dict[name].shape != (shape := module.c3a_kernel[adapter_name].shape)
+        if name in state_dict and state_dict[name].shape != (shape := whole_shape(module.c3a_kernel[adapter_name]))
     ]
     if problems:
         more = f" (and {len(problems) - 5} more like these)" if len(problems) > 5 else ""
@@ -332,7 +333,9 @@ def _hotswap_adapter_from_state_dict(
         )
     with torch.no_grad():
         for name, module in layers.items():
-            module.c3a_kernel[adapter_name].copy_(state_dict[name])
+            kernel = module.c3a_kernel[adapter_name]
+            with changed([kernel], "hotswap_adapter"):
+                kernel.copy_(state_dict[name])
 
 
 # What is replaced of PEFT
