@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from c3a_triton._public import public
 from c3a_triton.bases.quantized import hold_layout, release_layout
-from c3a_triton.bases.sharded import gathered, is_sharded
+from c3a_triton.bases.sharded import copy_whole, gathered, is_sharded
 from c3a_triton.errors import (
     AdapterStateError,
     ConfigError,
@@ -208,14 +208,14 @@ class AdapterManager(Activation):
         for name, layer in self._tensors(adapter_name).layers():
             if layer.c3a_kernel[adapter_name].is_meta:
                 raise AdapterStateError(f"{name} is offloaded: delete the adapter and load the other one in its place")
-            if is_sharded(layer.c3a_kernel[adapter_name]):
+            if is_sharded(layer.c3a_kernel[adapter_name]) and not layer.is_spread():
                 raise AdapterStateError(f"{name} is sharded: load the adapter into the model before it is sharded")
         file = with_names_of(self.model, read_adapter(directory))
-        present = self.state_dict(adapter_name, save_embedding_layers=False)
+        present = self._tensors(adapter_name).held_by_model(save_embedding_layers=False)
         held = embeddings_in(file, self.model)
         present |= {name: p.detach() for name, p in embedding_parameters(self.model).items() if base_name(name) in held}
         for old, new in same_tensors(present, file):
-            old.copy_(new)
+            copy_whole(old.detach(), new)
         self._embeddings[adapter_name] = held
 
     def _inject(

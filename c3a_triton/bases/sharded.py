@@ -10,7 +10,17 @@ from torch import Tensor, nn
 
 from c3a_triton.errors import ShapeError
 
-__all__ = ["check_gathered", "gather_with", "gathered", "is_partitioned", "is_sharded", "whole", "whole_shape"]
+__all__ = [
+    "check_gathered",
+    "copy_whole",
+    "gather_with",
+    "gathered",
+    "is_partitioned",
+    "is_sharded",
+    "local",
+    "whole",
+    "whole_shape",
+]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -63,6 +73,22 @@ def gathered(tensor: Tensor) -> Tensor:
         return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     with whole([tensor]):
         return tensor.detach().clone()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What of a DTensor this process has, with its gradient; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def copy_whole(tensor: Tensor, values: Tensor) -> None:
+    """Give a tensor these values, in place; of a DTensor each process takes its own part of the whole."""
+    if hasattr(tensor, "to_local"):
+        from torch.distributed.tensor import distribute_tensor
+
+        dtensor: Any = tensor
+        values = values.to(tensor.device, tensor.dtype)
+        values = distribute_tensor(values, dtensor.device_mesh, dtensor.placements, src_data_rank=None)
+    tensor.copy_(values)
 
 
 def gather_with(module: nn.Module, parameters: Iterable[Tensor]) -> None:

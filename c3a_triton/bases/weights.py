@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from c3a_triton.errors import AdapterStateError
 
-from .experts import is_stored_transposed, parameter_geometry
+from .experts import is_stored_transposed, parameter_geometry, spread
 from .linear_like import computes_its_weight, geometry, is_transposed
 from .probe import is_ordinary
 from .quantized import quantized_weight
+from .sharded import local
 
 __all__ = [
     "WeightAccess",
@@ -124,7 +125,7 @@ class _PlainWeight:
         self.in_place = not isinstance(base, nn.Conv2d)
 
     def _weight(self) -> Tensor:
-        return self._base._parameters[self._parameter or "weight"].detach()  # type: ignore[union-attr]
+        return local(self._base._parameters[self._parameter or "weight"].detach())  # type: ignore[union-attr]
 
     def place(self) -> Hashable | None:
         weight = self._weight()
@@ -191,6 +192,9 @@ def unmergeable(base: nn.Module, parameter: str = "") -> str | None:
     expected = None if sizes is None else sizes.matrix_shape
     if weight is None:
         return "its weight is not a parameter of its own"
+    if expected is not None and (held := spread(base, parameter)) is not None:
+        weight = local(weight.detach())
+        expected = tuple(size // cuts for size, cuts in zip(expected, held.cuts, strict=True))
     if not is_ordinary(weight):
         return f"its weight is a {type(weight).__name__} of {weight.dtype}, not an ordinary floating-point matrix"
     if not parameter and not computes_its_weight(base):
