@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 from c3a_triton._public import public
 from c3a_triton.bases.experts import Layout, base_forward, foreign_product, layout, spread
-from c3a_triton.bases.sharded import local
+from c3a_triton.bases.sharded import is_sharded, local
 from c3a_triton.errors import BackendError, ConfigError, ShapeError
 from c3a_triton.operator import routes as routing
 from c3a_triton.operator.routed import c3a_routed, grouped_base
 from c3a_triton.operator.routes import Routes
 
 from .names import uncompiled
-from .parts import Holder, Part
+from .parts import SPREAD_LATE, Holder, Part
 
 __all__ = ["C3AExperts", "C3AStacked"]
 
@@ -105,6 +105,9 @@ class C3AStacked(Part):
             y = base_product(base, self.parameter, x, routes, self.transposed)
             return y + c3a_routed(x, None, None, kernels, routes, backend=self.backend).to(y.dtype)
         except (ShapeError, BackendError) as error:
+            held = (weight.mT if self.transposed else weight).shape
+            if held != self._geometry.matrix_shape and not any(map(is_sharded, self._stored_kernels())):
+                raise ConfigError(f"{self._label}: {SPREAD_LATE}") from error
             raise type(error)(f"{self._label}: {error}") from None
 
     @uncompiled

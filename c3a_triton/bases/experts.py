@@ -210,6 +210,8 @@ def problem(module: nn.Module, name: str) -> str | None:
         return f"this {kind} holds layers ({', '.join(inner[:3])}), which could not be adapted any more: adapt those"
     if found is not None and found.kind == "dispatched":
         return None if is_known else f"of this {kind} only {found.up} and {found.down} can be adapted"
+    if parallel_mesh(module) is not None:
+        return f"a plan spreads this {kind} over processes, and no adapter can join in: leave the {kind} out of the plan"
     if isinstance(module, nn.RNNBase) or kind in _READ_FROM_OUTSIDE or type(module).forward is nn.Module.forward:
         return f"{kind} does not read it in a forward of its own, so that nothing can be put in its place"
     if "forward" in module.__dict__ and _forward_holder(module) == "forward" and not _is_own_forward(module):
