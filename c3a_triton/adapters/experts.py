@@ -35,6 +35,7 @@ class C3AStacked(Part):
     rows_problem = "is sorted by expert"
 
     def is_spread(self) -> bool:
+        """As `C3ALinear.is_spread`."""
         return spread(self.base_layer, self.parameter) is not None
 
     def _part_of(self, kernel: nn.Parameter) -> nn.Parameter:

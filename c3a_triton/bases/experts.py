@@ -122,6 +122,10 @@ class Spread:
     placement: Any
     cuts: tuple[int, ...]
 
+    def shape_here(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of one process' part of the weights [n_experts, out, in]."""
+        return tuple(size // (self.mesh.size() if cuts > 1 else 1) for size, cuts in zip(shape, self.cuts, strict=True))
+
     def part_of(self, kernel: nn.Parameter) -> nn.Parameter:
         """This process' part of a whole w, as a DTensor. The processes exchange nothing."""
         from torch.distributed.tensor import distribute_tensor
@@ -195,7 +199,9 @@ def problem(module: nn.Module, name: str) -> str | None:
     found = layout(module)
     is_known = found is not None and name in (found.up, found.down)
     if (held := spread(module, name)) is not None and (sizes := parameter_geometry(module, name)) is not None:
-        uneven = [f"{size} into {cuts}" for size, cuts in zip(sizes.matrix_shape, held.cuts, strict=True) if size % cuts]
+        uneven = [
+            f"{size} into {cuts}" for size, cuts in zip(sizes.matrix_shape, held.cuts, strict=True) if size % cuts
+        ]
         if uneven:
             return f"its plan cuts {uneven[0]} parts, which are not equal: load the model for fewer processes"
     readable = parameter.is_floating_point() and parameter.dtype.itemsize >= 2
@@ -211,7 +217,9 @@ def problem(module: nn.Module, name: str) -> str | None:
     if found is not None and found.kind == "dispatched":
         return None if is_known else f"of this {kind} only {found.up} and {found.down} can be adapted"
     if parallel_mesh(module) is not None:
-        return f"a plan spreads this {kind} over processes, and no adapter can join in: leave the {kind} out of the plan"
+        return (
+            f"a plan spreads this {kind} over processes, and no adapter can join in: leave the {kind} out of the plan"
+        )
     if isinstance(module, nn.RNNBase) or kind in _READ_FROM_OUTSIDE or type(module).forward is nn.Module.forward:
         return f"{kind} does not read it in a forward of its own, so that nothing can be put in its place"
     if "forward" in module.__dict__ and _forward_holder(module) == "forward" and not _is_own_forward(module):

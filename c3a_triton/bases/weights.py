@@ -194,7 +194,7 @@ def unmergeable(base: nn.Module, parameter: str = "") -> str | None:
         return "its weight is not a parameter of its own"
     if expected is not None and (held := spread(base, parameter)) is not None:
         weight = local(weight.detach())
-        expected = tuple(size // cuts for size, cuts in zip(expected, held.cuts, strict=True))
+        expected = held.shape_here(expected)
     if not is_ordinary(weight):
         return f"its weight is a {type(weight).__name__} of {weight.dtype}, not an ordinary floating-point matrix"
     if not parameter and not computes_its_weight(base):
