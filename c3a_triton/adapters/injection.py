@@ -128,7 +128,7 @@ def new_layer(
                 f"{target.name} is on the meta device, where values are lost: load the model before its adapter"
             )
         kernel.data.copy_(tensors[target.name + KERNEL_SUFFIX])
-    return layer, kernel
+    return layer, layer._part_of(kernel)
 
 
 def _do_nothing(module: nn.Module, args: Any) -> None:

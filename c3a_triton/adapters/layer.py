@@ -313,7 +313,7 @@ class C3ALinear(nn.Module):
             block_size = suggest_block_size(*self._geometry.divided, rank=rank)
         b: int = plain(block_size)
         check_block_size(b, *self._geometry.divided, self._label + self._geometry.what)
-        kernel = self._new_kernel(b, plain(init_weights))
+        kernel = self._part_of(self._new_kernel(b, plain(init_weights)))
         self._install(adapter_name, kernel, trainable=config is None or not config.inference_mode)
 
     def _new_kernel(self, block_size: int, init_weights: bool | str) -> nn.Parameter:
@@ -321,6 +321,14 @@ class C3ALinear(nn.Module):
         return new_kernel(
             self.get_base_layer(), self._geometry, block_size, init_weights, self._label, self.parameter or "weight"
         )
+
+    def is_spread(self) -> bool:
+        """Whether a plan spreads the layer's kernels over processes, each of which has those that it computes with."""
+        return False
+
+    def _part_of(self, kernel: nn.Parameter) -> nn.Parameter:
+        """What the layer keeps of a whole new kernel: all of it, where processes do not divide it among them."""
+        return kernel
 
     def _install(self, adapter_name: str, kernel: nn.Parameter, *, trainable: bool = True) -> None:
         kernel.requires_grad_(trainable and adapter_name in self._active_adapters and not self._disable_adapters)

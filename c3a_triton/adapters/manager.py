@@ -225,7 +225,7 @@ class AdapterManager(Merging):
                     raise AdapterStateError(
                         f"{name} is offloaded: delete the adapter and load the other one in its place"
                     )
-                if is_sharded(kernel) and not is_partitioned(kernel):
+                if is_sharded(kernel) and not (is_partitioned(kernel) or layer.is_spread()):
                     raise AdapterStateError(f"{name} is sharded: load the adapter into the model before it is sharded")
         with in_step(self.model, "hotswap_adapter", parts=True) as shared:  # as in `load_adapter`
             file = with_names_of(self.model, read_adapter(directory))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from c3a_triton.errors import AdapterStateError
 
 from .parallel import meshes
-from .sharded import partitioned_over
+from .sharded import local, partitioned_over
 from .weights import fingerprint
 
 if TYPE_CHECKING:
@@ -144,14 +144,13 @@ def broadcast(meshes: Sequence["DeviceMesh"], tensors: Iterable[Tensor]) -> None
     Of what a mesh itself divides (a DTensor), each process keeps its own part.
     """
     for tensor in tensors if meshes else ():
-        parted_over = getattr(tensor, "device_mesh", None)
-        local = (tensor if parted_over is None else tensor.to_local()).detach()  # type: ignore[attr-defined]
-        if local.is_meta:
+        parted_over, held = getattr(tensor, "device_mesh", None), local(tensor.detach())
+        if held.is_meta:
             continue
         for mesh in meshes:
             if mesh == parted_over:
                 continue
-            sent = local.to(mesh.device_type).contiguous()
+            sent = held.to(mesh.device_type).contiguous()
             for group in mesh.get_all_groups():
                 torch.distributed.broadcast(sent, group=group, group_src=0)
-            local.copy_(sent)
+            held.copy_(sent)

@@ -19,6 +19,7 @@ __all__ = [
     "gathered",
     "is_partitioned",
     "is_sharded",
+    "local",
     "own_part",
     "partitioned_over",
     "put_values",
@@ -103,6 +104,11 @@ def put_values(tensor: Tensor, values: Tensor) -> None:
     """Replace a tensor's values by whole ones, of which this process may hold a part (a DTensor), in place."""
     held, own = own_part(tensor, values)
     held.copy_(own)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What of a DTensor this process has, with its gradient; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def gather_with(module: nn.Module, parameters: Iterable[Tensor]) -> None:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from c3a_triton.errors import AdapterStateError
 
-from .experts import is_stored_transposed, parameter_geometry
+from .experts import is_stored_transposed, parameter_geometry, spread
 from .linear_like import computes_its_weight, geometry, is_transposed
 from .probe import is_ordinary
 from .quantized import quantized_weight
-from .sharded import is_partitioned, whole_shape
+from .sharded import is_partitioned, local, whole_shape
 
 __all__ = [
     "WeightAccess",
@@ -125,7 +125,7 @@ class _PlainWeight:
         self.in_place = not isinstance(base, nn.Conv2d)
 
     def _weight(self) -> Tensor:
-        return self._base._parameters[self._parameter or "weight"].detach()  # type: ignore[union-attr]
+        return local(self._base._parameters[self._parameter or "weight"].detach())  # type: ignore[union-attr]
 
     def place(self) -> Hashable | None:
         weight = self._weight()
@@ -225,6 +225,9 @@ def unmergeable(base: nn.Module, parameter: str = "") -> str | None:
         weight = nn.Parameter(weight.new_empty(whole_shape(weight), device="meta"), requires_grad=False)
     if weight is None:
         return "its weight is not a parameter of its own"
+    if expected is not None and (held := spread(base, parameter)) is not None:
+        weight = local(weight.detach())
+        expected = held.shape_here(expected)
     if not is_ordinary(weight):
         return f"its weight is a {type(weight).__name__} of {weight.dtype}, not an ordinary floating-point matrix"
     if not parameter and not computes_its_weight(base):
