@@ -14,8 +14,9 @@ from c3a_triton.errors import AdapterStateError
 
 from .experts import is_stored_transposed, parameter_geometry
 from .linear_like import computes_its_weight, geometry, is_transposed
+from .parallel import Part, part_of
 from .probe import is_ordinary
-from .quantized import quantized_weight
+from .quantized import QuantizedWeight, quantized_weight
 
 __all__ = [
     "WeightAccess",
@@ -124,7 +125,9 @@ class _PlainWeight:
         self.in_place = not isinstance(base, nn.Conv2d)
 
     def _weight(self) -> Tensor:
-        return self._base._parameters[self._parameter or "weight"].detach()  # type: ignore[union-attr]
+        weight = self._base._parameters[self._parameter or "weight"].detach()  # type: ignore[union-attr]
+        part = None if self._parameter else part_of(self._base)
+        return part.of_weight(weight) if isinstance(part, Part) else weight
 
     def place(self) -> Hashable | None:
         weight = self._weight()
@@ -186,9 +189,12 @@ def unmergeable(base: nn.Module, parameter: str = "") -> str | None:
         base: the base layer.
         parameter: the name of what is its weight, where a parameter is adapted by itself.
     """
-    weight = base._parameters.get(parameter or "weight")
+    weight: Tensor | None = base._parameters.get(parameter or "weight")
     sizes = parameter_geometry(base, parameter) if parameter else geometry(base)
-    expected = None if sizes is None else sizes.matrix_shape
+    expected: tuple[int, ...] | None = None if sizes is None else sizes.matrix_shape
+    part = None if parameter else part_of(base)
+    if isinstance(part, Part) and weight is not None:
+        weight, expected = part.of_weight(weight), part.shape
     if weight is None:
         return "its weight is not a parameter of its own"
     if not is_ordinary(weight):
@@ -220,7 +226,12 @@ def weight_access(owner: Any) -> WeightAccess:
         if hook is not None:  # while PEFT merges, it lends an offloaded layer its weight
             return _OffloadedWeight(base, hook.weights_map, owner.parameter)
         reason = "its weight is on the meta device and holds no values"
-    access = quantized_weight(owner)
+    if not owner.parameter and part_of(base) is not None:
+        access: QuantizedWeight | str = (
+            "of a layer that is spread over processes only an ordinary weight is merged into"
+        )
+    else:
+        access = quantized_weight(owner)
     if not isinstance(access, str):
         return access
     raise AdapterStateError(
