@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,9 +22,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+from transformers.utils import logging
 
-from c3a_triton import C3ALinear
+import c3a_triton
+from c3a_triton import C3AConfig, C3ALinear
 from c3a_triton.bases.parallel import leave
 
 ROWS, TOKENS, ROPE = 4, 8, 2
@@ -146,11 +151,8 @@ def linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:
 
 def close(layer: Any) -> bool:
     """Take the base layer out of an adapted one; whether nothing of the adapters is left in it."""
-    base = layer.base_layer
-    leave(base)
-    cells = getattr(base.__dict__.get("forward"), "__closure__", None) or ()
-    inside = [base.__dict__.get("forward"), *(cell.cell_contents for cell in cells)]
-    return not any(type(value).__module__.startswith("c3a_triton") for value in inside)
+    leave(layer.base_layer)
+    return not left_in(layer.base_layer)
 
 
 def one_layer(way: str, sizes: tuple[int, int], bs: tuple[int, int], *, adapted_first: bool) -> dict[str, Any]:
@@ -274,10 +276,163 @@ def attempt(function: Callable[[], Any]) -> Any:
         return traceback.format_exc()
 
 
+# Models of transformers
+
+VOCABULARY, STEPS = 66, 20
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "vocab_size": VOCABULARY,
+    "pad_token_id": 0,
+}
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=False, attention_bias=True)),
+    "llama, tied": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, tie_word_embeddings=False)),
+}
+# On two processes blocks of 8 fit the local widths of some layers, on four those of none.
+CONFIG = C3AConfig(
+    block_size=8,
+    block_size_pattern={"o_proj": 16, "v_proj": 32, "lm_head": 2},
+    target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"],
+    init_weights="gaussian",
+)
+IDS = torch.arange(36).view(3, 12) % VOCABULARY + 1
+
+
+def batches() -> Iterable[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(STEPS):
+        yield torch.randint(1, VOCABULARY, (3, 12), generator=generator)
+
+
+def train(model: Any, steps: int = STEPS) -> Tensor:
+    """The loss of each step."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-5)
+    losses = []
+    for ids, _ in zip(batches(), range(steps), strict=False):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def alone(folder: Path, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def spread(folder: Path, **options: Any) -> Any:
+    return alone(folder, distributed_config=DistributedConfig(tp_size=dist.get_world_size()), **options)
+
+
+def adapt(model: Any, config: C3AConfig = CONFIG, name: str = "default") -> Any:
+    torch.manual_seed(4)
+    c3a_triton.apply(model, config, name)
+    return model
+
+
+def apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest difference of tensors of the same names."""
+    assert found.keys() == expected.keys()
+    return worst(found[name].detach() - expected[name].detach() for name in expected)
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    """A model's parameters but for kernels, whole, under the names of the plain model."""
+    return {
+        name.replace(".base_layer.", "."): (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+        for name, p in model.named_parameters()
+        if "c3a_kernel" not in name
+    }
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return everywhere(
+        found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    )
+
+
+def collectives(model: Any) -> tuple[dict[str, int], dict[str, int]]:
+    loss, forward = counted(lambda: model(input_ids=IDS, labels=IDS).loss)
+    _, backward = counted(loss.backward)
+    model.zero_grad()
+    return forward, backward
+
+
+def whole_model(folder: Path) -> dict[str, Any]:
+    """Trained, merged and saved over processes as alone."""
+    one, many, frozen = adapt(alone(folder)), adapt(spread(folder)), spread(folder).requires_grad_(False)
+    start = {name: tensor.clone() for name, tensor in one.c3a.state_dict().items()}
+    for model in (many, frozen):
+        model.enable_input_require_grads()
+    found: dict[str, Any] = {"start": apart(many.c3a.state_dict(), start)}
+    forward, backward = collectives(many)
+    frozen_forward, frozen_backward = collectives(frozen)
+    n_kernels = len(list(many.c3a.layers()))
+    found["forward"] = [forward, frozen_forward]
+    found["backward"] = [backward, {**frozen_backward, "allreduce": frozen_backward["allreduce"] + n_kernels}]
+    many.disable_input_require_grads()
+    losses = train(many), train(one)
+    kernels = many.c3a.state_dict()
+    found["losses"] = worst([losses[0] - losses[1]])
+    found["kernels"] = apart(kernels, one.c3a.state_dict())
+    found["moved"] = min(float((kernels[name] - tensor).abs().max()) for name, tensor in start.items())
+    with torch.no_grad():
+        expected, plain = one(IDS).logits, frozen(IDS).logits
+        found["no grad"] = worst([many(IDS).logits - expected])
+        options = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
+        found["generated"] = everywhere(torch.equal(many.generate(IDS, **options), one.generate(IDS, **options)))
+        with many.c3a.disable_adapter():
+            found["disabled"] = everywhere(torch.equal(many(IDS).logits, plain))
+        for name, layer in one.c3a.layers():  # to the bit, for merged weights
+            layer.c3a_kernel["default"].copy_(kernels[f"{name}.c3a_kernel"])
+        before = weights(many)
+        many.c3a.merge_adapter(safe_merge=True)
+        one.c3a.merge_adapter()
+        found["merged"] = worst([many(IDS).logits - one(IDS).logits])
+        found["merged as whole"] = same(weights(many), weights(one))
+        found["changed"] = not same(weights(many), before)
+        many.c3a.unmerge_adapter()
+        found["unmerged"] = same(weights(many), before)
+        many.c3a.unload()
+        found["unloaded"] = everywhere(torch.equal(many(IDS).logits, plain)) and not inside(many)
+    return found
+
+
+def inside(model: nn.Module) -> list[str]:
+    """Names of modules in which anything of this library is left."""
+    return [name for name, module in model.named_modules() if left_in(module) or is_ours(module)]
+
+
+def is_ours(value: Any) -> bool:
+    return type(value).__module__.startswith("c3a_triton")
+
+
+def left_in(module: nn.Module) -> bool:
+    forward = module.__dict__.get("forward")
+    cells = getattr(forward, "__closure__", None) or ()
+    return any(map(is_ours, [forward, *(cell.cell_contents for cell in cells)]))
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore", UserWarning)
+    logging.disable_progress_bar()
     dist.init_process_group("gloo")
+    if dist.get_rank() == 0:
+        for name, make in MODELS.items():
+            torch.manual_seed(0)
+            make().save_pretrained(folder / name)
+    dist.barrier()
     results: dict[str, Any] = {"layers": layers()}
+    names = MODELS if dist.get_world_size() == 2 else ["qwen3"]
+    results["models"] = {name: attempt(partial(whole_model, folder / name)) for name in names}
     if dist.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(results))
     dist.destroy_process_group()
