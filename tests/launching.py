@@ -1,4 +1,4 @@
-"""Programs of several processes, started on CPUs. A file's cases share one launch: importing takes longer than they do."""
+"""Programs of several processes, on CPUs. The cases of a file share one launch: importing takes longer than they do."""
 
 import os
 import socket

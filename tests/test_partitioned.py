@@ -1,4 +1,4 @@
-"""Models that DeepSpeed's ZeRO-3 keeps in parts: merged, hot-swapped, switched, by all processes in step. CPUs and gloo.
+"""Models that ZeRO-3 keeps in parts: merged, hot-swapped, switched, by all processes in step. CPUs and gloo.
 
 DeepSpeed has no wheels. Where it is not installed a stand-in keeps the parameters in parts, by DeepSpeed's names.
 """
@@ -23,12 +23,17 @@ needs_deepspeed = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module", params=["stand-in", pytest.param("deepspeed", marks=needs_deepspeed)])
+DEEPSPEED = pytest.param("deepspeed", marks=needs_deepspeed)
+only_deepspeed = pytest.mark.parametrize("found", [DEEPSPEED], indirect=True)  # the stand-in trains nothing
+only_stand_in = pytest.mark.parametrize("found", ["stand-in"], indirect=True)  # which counts
+
+
+@pytest.fixture(scope="module", params=["stand-in", DEEPSPEED])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All cases of `partitioned_worker.py`, in one launch of two processes."""
     folder = tmp_path_factory.mktemp("parts")
     launch(*TORCHRUN, str(TESTS / "partitioned_worker.py"), str(folder), request.param, deepspeed=True)
-    return json.loads((folder / "results.json").read_text()) | {"by": request.param}
+    return json.loads((folder / "results.json").read_text())
 
 
 def of(found: dict[str, Any], case: str) -> dict[str, Any]:
@@ -47,9 +52,8 @@ def test_merging_gives_the_bits_that_one_process_gets_and_unmerging_the_former_o
     assert merged[f"{keep}: output"] <= BOUND
 
 
+@only_stand_in
 def test_one_layer_at_a_time_is_put_together(found: dict[str, Any]) -> None:
-    if found["by"] == "deepspeed":
-        pytest.skip("the stand-in counts")
     merged = of(found, "merged")
     for keep in ("cpu", "device"):
         # The largest weight, a convolution's, and its kernel.
@@ -73,10 +77,8 @@ def test_hot_swapping_and_resetting_reach_every_part(found: dict[str, Any]) -> N
     assert swapped["reset"] == 0.0
 
 
-@needs_deepspeed
+@only_deepspeed
 def test_the_copies_in_32_bits_that_deepspeed_trains_are_swapped_too(found: dict[str, Any]) -> None:
-    if found["by"] != "deepspeed":
-        pytest.skip("the stand-in trains nothing")
     assert of(found, "in 16 bits") == {"kept": True, "dtype": "torch.bfloat16"}
 
 
@@ -157,10 +159,8 @@ def test_adapters_of_rows_and_active_ones_compute_as_in_one_process(found: dict[
     assert switched["combined"]
 
 
-@needs_deepspeed
+@only_deepspeed
 def test_adapters_of_rows_and_active_ones_train_as_in_one_process(found: dict[str, Any]) -> None:
-    if found["by"] != "deepspeed":
-        pytest.skip("the stand-in trains nothing")
     trained = of(found, "trained")
     assert trained["loss"] <= BOUND
     assert trained["adapters"] <= BOUND
