@@ -139,6 +139,7 @@ def _manager_of(model: nn.Module, backend: str) -> AdapterManager:
 @contextmanager
 def _bound(model: Any, backend: str, verb: str) -> Iterator[AdapterManager]:
     """The manager of a model, or of the one in a wrapper, to which an adapter is added; then it is the model's."""
+    inner: Any
     if not isinstance(model, nn.Module):
         raise ConfigError(f"expected a torch module to adapt, got {type(model).__name__}")
     with in_step(model, verb):

@@ -117,6 +117,6 @@ def combined(
         used = [weight for name, weight in zip(names, weights, strict=True) if name in kernels]
         # After a cast of the model older kernels have another dtype than those added since: the widest computes.
         dtype = functools.reduce(torch.promote_types, (kernel.dtype for kernel in kernels.values()), torch.float32)
-        tensors[layer_name + KERNEL_SUFFIX] = combine([w.detach().to(dtype) for w in kernels.values()], used)
+        tensors[layer_name + KERNEL_SUFFIX] = combine([gathered(w).detach().to(dtype) for w in kernels.values()], used)
         targets.append(Target(layer_name, layer, layer._geometry, sizes[next(iter(sizes))], chosen_by, layer.parameter))
     return tensors, targets

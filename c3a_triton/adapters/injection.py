@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from c3a_triton.bases.linear_like import geometry
+from c3a_triton.bases.parallel import leave
 from c3a_triton.bases.quantized import torchao_config_of
 from c3a_triton.errors import AdapterStateError, CheckpointError
 from c3a_triton.files.checkpoint import KERNEL_SUFFIX
@@ -128,7 +129,7 @@ def new_layer(
                 f"{target.name} is on the meta device, where values are lost: load the model before its adapter"
             )
         kernel.data.copy_(tensors[target.name + KERNEL_SUFFIX])
-    return layer, kernel
+    return layer, layer._part_of(kernel)
 
 
 def _do_nothing(module: nn.Module, args: Any) -> None:
@@ -183,6 +184,7 @@ def put_plain(model: nn.Module, scope: Scope, *, with_copies: bool) -> list[tupl
             continue
         elif isinstance(module, C3ALinear):
             plain = module.base_layer
+            leave(module.get_base_layer())
         else:
             plain = module.active_module() if with_copies else module.original_module
         replace_module(model, name, plain)

@@ -37,6 +37,7 @@ from .merge_verbs import Merging
 from .ownership import check_owner
 from .parameters import check_adapter_name
 from .report import count_parameters, summary_table
+from .spread import check_spread
 from .targets import Target, find_modules_to_save, find_targets, with_task_heads
 
 __all__ = ["AdapterManager"]
@@ -224,7 +225,7 @@ class AdapterManager(Merging):
                     raise AdapterStateError(
                         f"{name} is offloaded: delete the adapter and load the other one in its place"
                     )
-                if is_sharded(kernel) and not is_partitioned(kernel):
+                if is_sharded(kernel) and not (is_partitioned(kernel) or layer.is_spread()):
                     raise AdapterStateError(f"{name} is sharded: load the adapter into the model before it is sharded")
         with in_step(self.model, "hotswap_adapter", parts=True) as shared:  # as in `load_adapter`
             file = with_names_of(self.model, read_adapter(directory))
@@ -255,6 +256,7 @@ class AdapterManager(Merging):
                 f"bias={config.bias!r}: adapter {biased[0]!r} trains biases already, and they can follow only one "
                 'adapter; use bias="none"'
             )
+        check_spread(self.model, config, [target.name for target in targets], saved)
         new = partial(new_layer, self.model, backend=self.backend, active=self._active)
         layers = [(target, *new(target, adapter_name, config.init_weights, tensors)) for target in targets]
         copies = [(name, module, *new_copy(name, module, tensors)) for name, module in saved]

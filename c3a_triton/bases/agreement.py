@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from c3a_triton.errors import AdapterStateError
 
 from .parallel import meshes
-from .sharded import partitioned_over
+from .sharded import local, partitioned_over
 from .weights import fingerprint
 
 if TYPE_CHECKING:
@@ -100,7 +100,8 @@ def agree(meshes: Sequence["DeviceMesh"], what: str, value: Any, problem: Except
         raise problem
     for rank, (verb, _, other) in told.items():
         if other is not None:
-            raise AdapterStateError(f"{what}: process {rank}, which shares this model, fails in {verb} with {other}")
+            where = "" if verb == what else f" in {verb}"
+            raise AdapterStateError(f"{what}: process {rank}, which shares this model, fails{where} with {other}")
     if len({(verb, digest) for verb, digest, _ in told.values()}) < 2:
         return
     # All of them know it, so that each can ask the others for more.
@@ -150,14 +151,13 @@ def broadcast(meshes: Sequence["DeviceMesh"], tensors: Iterable[Tensor]) -> None
     Of what a mesh itself divides (a DTensor), each process keeps its own part.
     """
     for tensor in tensors if meshes else ():
-        parted_over = getattr(tensor, "device_mesh", None)
-        local = (tensor if parted_over is None else tensor.to_local()).detach()  # type: ignore[attr-defined]
-        if local.is_meta:
+        parted_over, held = getattr(tensor, "device_mesh", None), local(tensor.detach())
+        if held.is_meta:
             continue
         for mesh in meshes:
             if mesh == parted_over:
                 continue
-            sent = local.to(mesh.device_type).contiguous()
+            sent = held.to(mesh.device_type).contiguous()
             for group in mesh.get_all_groups():
                 torch.distributed.broadcast(sent, group=group, group_src=0)
-            local.copy_(sent)
+            held.copy_(sent)

@@ -6,6 +6,7 @@ ours, so that whatever stands around the forward (accelerate's hooks, expert par
 Other modules get a forward of their own, in the innermost place as well.
 """
 
+import math
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,11 +19,13 @@ from torch import Tensor, nn
 from c3a_triton.errors import BackendError, ConfigError
 
 from .linear_like import Geometry, geometry
+from .parallel import parallel_mesh
 from .probe import is_ordinary
 from .sharded import whole_shape
 
 __all__ = [
     "Layout",
+    "Spread",
     "base_forward",
     "dispatch",
     "foreign_product",
@@ -31,6 +34,7 @@ __all__ = [
     "parameter_geometry",
     "problem",
     "rows_per_token",
+    "spread",
     "stacked_names",
     "undispatch",
 ]
@@ -103,6 +107,49 @@ def _is_dispatched(cls: Any) -> bool:
     return forward.__closure__[names.index("experts_interface")].cell_contents is ALL_EXPERTS_FUNCTIONS
 
 
+@dataclass(frozen=True)
+class Spread:
+    """How a plan spreads the stacked weight of experts over processes, and so their kernels: each has the same part.
+
+    Attributes:
+        mesh: the processes, in one dimension.
+        placement: which part of w [n_experts, out / b, in / b, b] each has, of DTensor's placements. It is that of the
+            weight, so that what a process computes is all that its kernels do, and no gradient of theirs is elsewhere.
+        cuts: into how many equal parts, each in one process, the experts, out and in are cut.
+    """
+
+    mesh: Any
+    placement: Any
+    cuts: tuple[int, ...]
+
+    def shape_here(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of one process' part of the weights [n_experts, out, in]."""
+        return tuple(size // (self.mesh.size() if cuts > 1 else 1) for size, cuts in zip(shape, self.cuts, strict=True))
+
+    def part_of(self, kernel: nn.Parameter) -> nn.Parameter:
+        """This process' part of a whole w, as a DTensor. The processes exchange nothing."""
+        from torch.distributed.tensor import distribute_tensor
+
+        part = distribute_tensor(kernel.detach(), self.mesh, [self.placement], src_data_rank=None)
+        return nn.Parameter(part, requires_grad=kernel.requires_grad)
+
+
+def spread(module: nn.Module, name: str) -> Spread | None:
+    """How a plan spreads a projection of experts that we know, or None for any other, and where FSDP2 does."""
+    found, weight, mesh = layout(module), module._parameters.get(name), parallel_mesh(module)
+    if found is None or name not in (found.up, found.down) or mesh is None or mesh.ndim > 1:
+        return None
+    if getattr(weight, "device_mesh", None) != mesh:
+        return None
+    (placement,) = weight.placements  # type: ignore[union-attr]
+    if getattr(placement, "dim", None) is None:
+        return None
+    dim, n_segments = placement.dim % 3, getattr(placement, "split_factor", None)
+    dim = (0, 2, 1)[dim] if found.transposed else dim
+    placement = type(placement)(dim) if n_segments is None else type(placement)(dim, split_factor=n_segments)
+    return Spread(mesh, placement, tuple(mesh.size() * (n_segments or 1) if axis == dim else 1 for axis in range(3)))
+
+
 def is_stored_transposed(module: nn.Module, name: str) -> bool:
     """Whether a parameter is [n_experts, in, out]."""
     found = layout(module)
@@ -126,10 +173,13 @@ def parameter_geometry(module: nn.Module, name: str) -> Geometry | None:
     if found is None or name not in (found.up, found.down):
         widths = in_features, out_features
         return Geometry("parameter", *widths, widths, stack=stack[0] if stack else 0)
-    if name == found.up and found.gated and found.concatenated:
-        halves = in_features, out_features // 2
-        return Geometry("experts", in_features, out_features, halves, " (in, and gate and up each)", stack[0])
-    return Geometry("experts", in_features, out_features, (in_features, out_features), "", stack[0])
+    has_halves = name == found.up and found.gated and found.concatenated
+    divided = in_features, out_features // (2 if has_halves else 1)
+    what = ["in, and gate and up each"] if has_halves else []
+    if (held := spread(module, name)) is not None and held.cuts[1:] != (1, 1):
+        divided = in_features // held.cuts[2], math.gcd(divided[1], out_features // held.cuts[1])
+        what.append("of the part that one process has")
+    return Geometry("experts", in_features, out_features, divided, f" ({', '.join(what)})" if what else "", stack[0])
 
 
 def problem(module: nn.Module, name: str) -> str | None:
@@ -148,6 +198,12 @@ def problem(module: nn.Module, name: str) -> str | None:
         )
     found = layout(module)
     is_known = found is not None and name in (found.up, found.down)
+    if (held := spread(module, name)) is not None and (sizes := parameter_geometry(module, name)) is not None:
+        uneven = [
+            f"{size} into {cuts}" for size, cuts in zip(sizes.matrix_shape, held.cuts, strict=True) if size % cuts
+        ]
+        if uneven:
+            return f"its plan cuts {uneven[0]} parts, which are not equal: load the model for fewer processes"
     readable = parameter.is_floating_point() and parameter.dtype.itemsize >= 2
     if not (readable and (is_known or is_ordinary(parameter))):
         return (
@@ -160,6 +216,10 @@ def problem(module: nn.Module, name: str) -> str | None:
         return f"this {kind} holds layers ({', '.join(inner[:3])}), which could not be adapted any more: adapt those"
     if found is not None and found.kind == "dispatched":
         return None if is_known else f"of this {kind} only {found.up} and {found.down} can be adapted"
+    if parallel_mesh(module) is not None:
+        return (
+            f"a plan spreads this {kind} over processes, and no adapter can join in: leave the {kind} out of the plan"
+        )
     if isinstance(module, nn.RNNBase) or kind in _READ_FROM_OUTSIDE or type(module).forward is nn.Module.forward:
         return f"{kind} does not read it in a forward of its own, so that nothing can be put in its place"
     if "forward" in module.__dict__ and _forward_holder(module) == "forward" and not _is_own_forward(module):

@@ -19,6 +19,8 @@ __all__ = [
     "gathered",
     "is_partitioned",
     "is_sharded",
+    "local",
+    "own_part",
     "partitioned_over",
     "put_values",
     "whole",
@@ -87,15 +89,26 @@ def gathered(tensor: Tensor) -> Tensor:
         return tensor.detach().clone()
 
 
+def own_part(tensor: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """What this process holds of a tensor, and of whole values for it; nothing is sent."""
+    held: Any = tensor
+    if not hasattr(held, "full_tensor"):
+        return tensor, values
+    from torch.distributed.tensor import distribute_tensor
+
+    own = distribute_tensor(values.to(held.device), held.device_mesh, held.placements, src_data_rank=None)
+    return held.to_local(), own.to_local()
+
+
 def put_values(tensor: Tensor, values: Tensor) -> None:
     """Replace a tensor's values by whole ones, of which this process may hold a part (a DTensor), in place."""
-    if hasattr(tensor, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
+    held, own = own_part(tensor, values)
+    held.copy_(own)
 
-        mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
-        own = distribute_tensor(values.to(tensor.device), mesh, placements, src_data_rank=None)
-        tensor, values = tensor.to_local(), own.to_local()  # type: ignore[attr-defined]
-    tensor.copy_(values)
+
+def local(tensor: Tensor) -> Tensor:
+    """What of a DTensor this process has, with its gradient; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def gather_with(module: nn.Module, parameters: Iterable[Tensor]) -> None:
