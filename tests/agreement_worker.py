@@ -22,14 +22,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import c3a_triton
 from c3a_triton import C3AConfig
 from c3a_triton.adapters import merging
 from c3a_triton.adapters.saving import AdapterTensors
-from c3a_triton.bases.agreement import in_step
+from c3a_triton.bases.agreement import broadcast, in_step
 
 WIDTH = 8
 # Layers in the plan, and one that is not.
@@ -413,6 +413,18 @@ def other_seeds(folder: Path) -> Any:
     both = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
     dist.all_gather(both, flat)
     return {"same": torch.equal(*both), "drawn": flat.std().item(), "count": len(tensors)}
+
+
+@case
+def parts_that_processes_divide(folder: Path) -> Any:
+    """What is divided over one mesh stays so, whatever other meshes of these processes there are."""
+    tp, ep = (dist.init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=(name,)) for name in ("tp", "ep"))
+    whole, value = torch.zeros(2, 3), float(dist.get_rank() + 1)
+    divided = distribute_tensor(whole, ep, [Shard(0)])
+    for tensor in (whole, local(divided)):
+        tensor.fill_(value)
+    broadcast([tp, ep], [divided, whole])
+    return {"divided": local(divided).tolist(), "whole": whole.tolist()}
 
 
 @case

@@ -137,6 +137,11 @@ def test_first_values_are_the_first_process_s(results: dict[str, Any]) -> None:
         assert found["drawn"] > 0.5
 
 
+def test_parts_that_processes_divide_stay_their_own(results: dict[str, Any]) -> None:
+    for value, found in zip((1.0, 2.0), results["parts_that_processes_divide"], strict=True):
+        assert found == {"divided": [[value] * 3], "whole": [[1.0] * 3] * 2}
+
+
 def test_processes_that_share_no_layer_need_not_agree(results: dict[str, Any]) -> None:
     assert results["a_plan_beside_data_parallel"] == ["no error"] * 2
 

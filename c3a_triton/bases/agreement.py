@@ -159,16 +159,21 @@ def _exchanged(meshes: Sequence["DeviceMesh"], own: Any) -> dict[int, Any]:
 def broadcast(meshes: Sequence["DeviceMesh"], tensors: Iterable[Tensor]) -> None:
     """Give tensors the values that they have in the first process of each mesh, in place.
 
-    Of what a mesh itself divides (a DTensor), each process keeps its own part.
+    Processes that divide a tensor among them (a DTensor) keep their parts of it.
     """
     for tensor in tensors if meshes else ():
-        parted_over, held = getattr(tensor, "device_mesh", None), local(tensor.detach())
+        held = local(tensor.detach())
         if held.is_meta:
             continue
+        dividing = _processes(tensor.device_mesh) if hasattr(tensor, "device_mesh") else set()
         for mesh in meshes:
-            if mesh == parted_over:
+            if len(dividing & _processes(mesh)) > 1:
                 continue
             sent = held.to(mesh.device_type).contiguous()
             for group in mesh.get_all_groups():
                 torch.distributed.broadcast(sent, group=group, group_src=0)
             held.copy_(sent)
+
+
+def _processes(mesh: "DeviceMesh") -> set[int]:
+    return set(mesh.mesh.flatten().tolist())
