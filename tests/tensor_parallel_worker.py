@@ -9,6 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from math import gcd
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from oracle import dense, weight_grad
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -84,8 +85,11 @@ def by_torch(style: Any) -> Callable[[nn.Module, Any], None]:
     return lambda base, mesh: parallelize_module(base, mesh, style())
 
 
-def by_transformers(name: str) -> Callable[[nn.Module, Any], None]:
+def by_transformers(name: str, *, local: bool = False) -> Callable[[nn.Module, Any], None]:
+    """By a style of transformers; `local`: as quantized layers are called, whose kernels know no DTensors."""
+
     def spread(base: Any, mesh: Any) -> None:
+        base._hf_quantized_needs_local_tp = local
         style: Any = ALL_PARALLEL_STYLES[name]
         for parameter in list(base._parameters):
             style.shard_param(base, parameter, mesh)
@@ -137,6 +141,8 @@ WAYS = {
     "rowwise_split_input": Way(by_transformers("rowwise_split_input"), weight=columns_of),
     "packed_colwise": Way(by_transformers("packed_colwise"), y="packed", weight=packed_rows_of),
     "sequence_parallel": Way(by_transformers("sequence_parallel"), x="tokens", y="tokens"),
+    "colwise, local": Way(by_transformers("colwise", local=True), y="features", weight=rows_of),
+    "rowwise, local": Way(by_transformers("rowwise", local=True), x="features", weight=columns_of),
     "replicate": Way(by_transformers("replicate"), n_sums=0),
     "mla_kv_a_proj": Way(by_transformers("mla_kv_a_proj"), n_sums=0),
     "replicated_with_grad_allreduce": Way(by_transformers("replicated_with_grad_allreduce"), x="tokens", y="tokens"),
@@ -203,6 +209,7 @@ def one_layer(way: str, sizes: tuple[int, int], bs: tuple[int, int], *, adapted_
         ),
         "collectives": forward == frozen_forward
         and {k: v for k, v in backward.items() if v} == {k: v for k, v in extra.items() if v},
+        "sums": how.n_sums * n_kernels,
         "counts": [forward, backward, frozen_forward, frozen_backward],
     }
     with torch.no_grad():
@@ -516,7 +523,26 @@ def compiled(mesh: Any) -> dict[str, Any]:
     torch._dynamo.reset()
     function = torch.compile(pair, backend="aot_eager", fullgraph=True)
     found["step"] = worst(a - b for a, b in zip(step(function), expected, strict=True))
+    with torch.no_grad():
+        found["alone"] = worst([function(x) - expected[0]])
     return found
+
+
+def copied(mesh: Any) -> dict[str, bool]:
+    """A copy of an adapted layer of torch's plan has forward and weights of its own."""
+    model: Any = parallelize_module(nn.ModuleDict({"part": nn.Linear(8, 8)}), mesh, {"part": RowwiseParallel()})
+    c3a_triton.apply(model, C3AConfig(block_size=4, target_modules=["part"], init_weights="gaussian"))
+    x = torch.randn(2, 8 // dist.get_world_size())
+    with torch.no_grad():
+        expected = model["part"](x)
+        copy = deepcopy(model["part"])
+        same = torch.equal(copy(x), expected)
+        copy.base_layer.weight.zero_()
+        return {
+            "same": everywhere(same),
+            "differs": everywhere(not torch.equal(copy(x), expected)),
+            "original": everywhere(torch.equal(model["part"](x), expected)),
+        }
 
 
 class Block(nn.Module):
@@ -528,8 +554,8 @@ class Block(nn.Module):
         return x + self.down(torch.tanh(self.up(x)))
 
 
-def two_dimensions(folder: Path) -> dict[str, Any]:
-    """FSDP2 over tensor parallelism, of a model that is adapted in between."""
+def two_dimensions() -> dict[str, Any]:
+    """FSDP2 over tensor parallelism, of a model that is adapted in between, against one process."""
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     config = C3AConfig(block_size=4, target_modules=["up", "down"], init_weights="gaussian")
     models = []
@@ -543,6 +569,8 @@ def two_dimensions(folder: Path) -> dict[str, Any]:
         torch.manual_seed(5)
         models.append(c3a_triton.apply(model, config))
     one, many = models
+    start = one.c3a.state_dict()
+    start = {name: tensor.clone() for name, tensor in start.items()}
     for block in many:
         fully_shard(block, mesh=mesh["data"])
     fully_shard(many, mesh=mesh["data"])
@@ -564,6 +592,7 @@ def two_dimensions(folder: Path) -> dict[str, Any]:
     return {
         "losses": worst(a - b for a, b in zip(losses[:STEPS], losses[STEPS:], strict=True)),
         "kernels": apart(many.c3a.state_dict(), one.c3a.state_dict()),
+        "moved": min(float((one.c3a.state_dict()[name] - tensor).abs().max()) for name, tensor in start.items()),
         "weight": str(layer.base_layer.weight.placements),
         "kernel": str(layer.c3a_kernel["default"].placements),
         "merge": message(many.c3a.merge_adapter),
@@ -595,6 +624,27 @@ def refused() -> dict[str, str]:
     def adapt_part(model: nn.Module) -> None:
         c3a_triton.apply(model, C3AConfig(block_size=4, target_modules=["part"]))
 
+    class Int8Linear(nn.Linear):
+        """Quantized, as far as merging is concerned."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    def merge_quantized() -> None:
+        layer = by_style(Int8Linear(8, 8), "colwise")
+        adapt_part(layer)
+        layer["part"].base_layer.weight.requires_grad_(False)
+        layer["part"].merge()
+
+    later = nn.ModuleDict({"part": nn.Linear(8, 8)})
+    adapt_part(later)
+    by_transformers("all_reduce")(later["part"].base_layer, mesh)
+
+    mixed = parallelize_module(nn.ModuleDict({"part": nn.Linear(8, 8)}), mesh, {"part": ColwiseParallel()})
+    adapt_part(mixed)
+    mixed["part"].base_layer._forward_pre_hooks.clear()
+    spread_tokens = DTensor.from_local(torch.randn(2, 8), mesh, [Shard(0)])
+
     def around(plan: dict[str, Any]) -> None:
         model = c3a_triton.apply(
             nn.ModuleDict({"part": nn.Linear(8, 8)}), C3AConfig(block_size=4, target_modules=["part"])
@@ -604,13 +654,14 @@ def refused() -> dict[str, str]:
 
     bare = nn.Linear(8, 8)
     bare.weight = nn.Parameter(distribute_tensor(bare.weight, mesh, [Shard(0)]))
-    partial_x = parallelize_module(nn.ModuleDict({"part": nn.Linear(8, 8)}), mesh, {"part": ColwiseParallel()})
-    adapt_part(partial_x)
     return {
         "embedding": message(lambda: adapt_part(by_style(nn.Embedding(8, 8), "embedding_rowwise"))),
         "all_reduce": message(lambda: adapt_part(by_style(nn.Linear(8, 8), "all_reduce"))),
         "packed_rowwise": message(lambda: adapt_part(by_style(nn.Linear(8, 8, bias=False), "packed_rowwise"))),
         "no plan": message(lambda: adapt_part(nn.ModuleDict({"part": bare}))),
+        "x in parts": message(lambda: mixed["part"](spread_tokens)),
+        "another plan later": message(lambda: later["part"](torch.randn(2, 8))),
+        "quantized": message(merge_quantized),
         "around": message(lambda: around({"part": "colwise"})),
     }
 
@@ -651,10 +702,11 @@ def main(folder: Path) -> None:
         "adapted before sharding": partial(adapted_before_sharding, llama),
         "bfloat16": partial(in_bfloat16, llama),
         "compiled": partial(compiled, mesh),
+        "copied": partial(copied, mesh),
         "refused": refused,
     }
     if dist.get_world_size() == 4:
-        further = {"two dimensions": partial(two_dimensions, llama)}
+        further = {"two dimensions": two_dimensions}
     results["further"] = {name: attempt(function) for name, function in further.items()}
     if dist.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(results))

@@ -230,9 +230,11 @@ def part_of(base: nn.Module) -> Part | str | None:
         return None
     sizes, style = geometry(base), _style(base)
     if sizes is None or sizes.kind != "linear" or is_transposed(base):
-        return f"is a {type(base).__name__} of a tensor-parallel plan, of which only linear layers can be adapted"
-    if mesh.ndim != 1 or style not in _STYLES:
-        return f"is spread over {mesh} by {style}, which is none of the ways that are known here"
+        return f"is a tensor-parallel {type(base).__name__}; of a plan only linear layers can be adapted"
+    if mesh.ndim != 1:
+        return f"is spread over a mesh of {mesh.ndim} dimensions, where tensor parallelism has one"
+    if style not in _STYLES:
+        return f"is spread by {style}, which is none of the styles that an adapter can join"
     weight: Any = base._parameters.get("weight")
     # Of a weight that FSDP2 shards once more the last one is the plan's.
     placement = getattr(weight, "placements", (None,))[-1]
