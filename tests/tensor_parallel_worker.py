@@ -9,6 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from math import gcd
@@ -19,12 +20,13 @@ import torch
 import torch.distributed as dist
 from oracle import dense, weight_grad
 from torch import Tensor, nn
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.distributed import DistributedConfig
-from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, apply_tensor_parallelism
 from transformers.utils import logging
 
 import c3a_triton
@@ -83,8 +85,11 @@ def by_torch(style: Any) -> Callable[[nn.Module, Any], None]:
     return lambda base, mesh: parallelize_module(base, mesh, style())
 
 
-def by_transformers(name: str) -> Callable[[nn.Module, Any], None]:
+def by_transformers(name: str, *, local: bool = False) -> Callable[[nn.Module, Any], None]:
+    """By a style of transformers; `local`: as quantized layers are called, whose kernels know no DTensors."""
+
     def spread(base: Any, mesh: Any) -> None:
+        base._hf_quantized_needs_local_tp = local
         style: Any = ALL_PARALLEL_STYLES[name]
         for parameter in list(base._parameters):
             style.shard_param(base, parameter, mesh)
@@ -136,6 +141,8 @@ WAYS = {
     "rowwise_split_input": Way(by_transformers("rowwise_split_input"), weight=columns_of),
     "packed_colwise": Way(by_transformers("packed_colwise"), y="packed", weight=packed_rows_of),
     "sequence_parallel": Way(by_transformers("sequence_parallel"), x="tokens", y="tokens"),
+    "colwise, local": Way(by_transformers("colwise", local=True), y="features", weight=rows_of),
+    "rowwise, local": Way(by_transformers("rowwise", local=True), x="features", weight=columns_of),
     "replicate": Way(by_transformers("replicate"), n_sums=0),
     "mla_kv_a_proj": Way(by_transformers("mla_kv_a_proj"), n_sums=0),
     "replicated_with_grad_allreduce": Way(by_transformers("replicated_with_grad_allreduce"), x="tokens", y="tokens"),
@@ -202,6 +209,7 @@ def one_layer(way: str, sizes: tuple[int, int], bs: tuple[int, int], *, adapted_
         ),
         "collectives": forward == frozen_forward
         and {k: v for k, v in backward.items() if v} == {k: v for k, v in extra.items() if v},
+        "sums": how.n_sums * n_kernels,
         "counts": [forward, backward, frozen_forward, frozen_backward],
     }
     with torch.no_grad():
@@ -405,6 +413,259 @@ def whole_model(folder: Path) -> dict[str, Any]:
     return found
 
 
+def checkpointing(folder: Path) -> dict[str, float]:
+    """Gradients that recomputing gives, against those without it."""
+    found = {}
+    for reentrant in (False, True):
+        model = adapt(spread(folder)).train()
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        one = adapt(alone(folder))
+        one(input_ids=IDS, labels=IDS).loss.backward()
+        grads = [{name: p.grad for name, p in m.named_parameters() if p.requires_grad} for m in (model, one)]
+        found[f"reentrant={reentrant}"] = apart(*grads)
+    return found
+
+
+OTHER = C3AConfig(block_size=4, target_modules=["q_proj", "up_proj", "down_proj"], init_weights="gaussian")
+
+
+def several_adapters(folder: Path) -> dict[str, Any]:
+    """Two of unlike blocks and targets: both at once, one for each row, exchanged, deleted, and saved."""
+    one, many = alone(folder), spread(folder)
+    for model in (one, many):
+        adapt(model)
+        adapt(model, OTHER, "other")
+    found: dict[str, Any] = {}
+    for name, settings in (("both", ["default", "other"]), ("other", "other")):
+        grads = []
+        for model in (one, many):
+            model.c3a.set_adapter(settings)
+            model.zero_grad()
+            model(input_ids=IDS, labels=IDS).loss.backward()
+            grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+        found[name] = apart(*grads)
+    rows = ["default", "__base__", "other"]
+    found["rows"] = worst([many(IDS, adapter_names=rows).logits - one(IDS, adapter_names=rows).logits])
+    with torch.no_grad():
+        found["rows, no grad"] = worst([many(IDS, adapter_names=rows).logits - one(IDS, adapter_names=rows).logits])
+        found["rows differ"] = float((many(IDS, adapter_names=rows).logits - many(IDS).logits).abs().max())
+        with many.c3a.using(rows[::-1]), one.c3a.using(rows[::-1]):
+            found["using"] = worst([many(IDS).logits - one(IDS).logits])
+        # A file of one process in the model of several, and back
+        saved = folder.parent / "saved"
+        if dist.get_rank() == 0:
+            for kernel in (layer.c3a_kernel["other"] for _, layer in one.c3a.layers() if "other" in layer.c3a_kernel):
+                kernel.mul_(-1)
+            one.c3a.save_pretrained(saved / "other", "other")
+        dist.barrier()
+        expected = c3a_triton.load_adapter(alone(folder), saved / "other")(IDS).logits
+        many.c3a.hotswap_adapter(saved / "other", "other")
+        found["hot swapped"] = worst([many(IDS).logits - expected])
+        loaded = c3a_triton.load_adapter(spread(folder), saved / "other")
+        found["loaded"] = worst([loaded(IDS).logits - expected])
+        many.c3a.freeze_for_inference()
+        found["frozen for inference"] = worst([many(IDS).logits - expected for _ in range(2)])
+        many.c3a.delete_adapter("other")
+        many.c3a.set_adapter("default")
+        found["after deletion"] = worst([many(IDS).logits - adapt(alone(folder))(IDS).logits])
+        many.c3a.merge_and_unload()
+        found["merged for good"] = worst([many(IDS).logits - adapt(alone(folder))(IDS).logits])
+        found["left"] = everywhere(not inside(many))
+    return found
+
+
+def adapted_before_sharding(folder: Path) -> float:
+    """transformers' plan over the base layers of a model that is adapted already."""
+    one, many = adapt(alone(folder)), adapt(alone(folder))
+    plan = {}
+    for name, module in many.named_modules():
+        if name.endswith("base_layer") and "lm_head" not in name:
+            style = "rowwise" if "o_proj" in name or "down_proj" in name else "colwise"
+            plan |= {f"{name}.{parameter}": style for parameter, _ in module.named_parameters()} | {name: style}
+    apply_tensor_parallelism(many, dist.init_device_mesh("cpu", (dist.get_world_size(),)), plan)
+    return worst([train(many, 3) - train(one, 3), *(many(IDS).logits - one(IDS).logits)])
+
+
+def in_bfloat16(folder: Path) -> dict[str, float]:
+    """Against one process in bfloat16, whose difference from float32 is the scale of rounding."""
+    grads, outputs = [], []
+    bfloat16 = {"dtype": torch.bfloat16}
+    many, one, exact = (adapt(model(folder, **bfloat16)) for model in (spread, alone, alone))
+    for model in (many, one, exact.float()):
+        output = model(input_ids=IDS, labels=IDS)
+        output.loss.backward()
+        outputs.append(output.logits.detach().float())
+        grads.append(torch.cat([p.grad.float().flatten() for p in model.parameters() if p.requires_grad]))
+    return {
+        what: worst([many - exact]) / worst([one - exact])
+        for what, (many, one, exact) in (("logits", outputs), ("gradients", grads))
+    }
+
+
+def compiled(mesh: Any) -> dict[str, Any]:
+    """A compiled pair of layers against the same in eager code."""
+    found: dict[str, Any] = {}
+    torch.manual_seed(0)
+    pair: Any = nn.Sequential(nn.Linear(24, 32), nn.Linear(32, 24)).requires_grad_(False)
+    parallelize_module(pair, mesh, {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    c3a_triton.apply(pair, C3AConfig(block_size=8, target_modules=["0", "1"], init_weights="gaussian"))
+    x = torch.randn(ROWS, 24)
+
+    def step(function: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        pair.zero_grad()
+        y = function(x.requires_grad_())
+        y.square().sum().backward()
+        return [y.detach(), *(p.grad for p in pair.parameters() if p.requires_grad)]
+
+    expected = step(pair)
+    torch._dynamo.reset()
+    function = torch.compile(pair, backend="aot_eager", fullgraph=True)
+    found["step"] = worst(a - b for a, b in zip(step(function), expected, strict=True))
+    with torch.no_grad():
+        found["alone"] = worst([function(x) - expected[0]])
+    return found
+
+
+def copied(mesh: Any) -> dict[str, bool]:
+    """A copy of an adapted layer of torch's plan has forward and weights of its own."""
+    model: Any = parallelize_module(nn.ModuleDict({"part": nn.Linear(8, 8)}), mesh, {"part": RowwiseParallel()})
+    c3a_triton.apply(model, C3AConfig(block_size=4, target_modules=["part"], init_weights="gaussian"))
+    x = torch.randn(2, 8 // dist.get_world_size())
+    with torch.no_grad():
+        expected = model["part"](x)
+        copy = deepcopy(model["part"])
+        same = torch.equal(copy(x), expected)
+        copy.base_layer.weight.zero_()
+        return {
+            "same": everywhere(same),
+            "differs": everywhere(not torch.equal(copy(x), expected)),
+            "original": everywhere(torch.equal(model["part"](x), expected)),
+        }
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 24), nn.Linear(24, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+def two_dimensions() -> dict[str, Any]:
+    """FSDP2 over tensor parallelism, of a model that is adapted in between, against one process."""
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    config = C3AConfig(block_size=4, target_modules=["up", "down"], init_weights="gaussian")
+    models = []
+    for plan in ({}, {"*.up": ColwiseParallel(), "*.down": RowwiseParallel()}):
+        torch.manual_seed(0)
+        model = (
+            parallelize_module(nn.Sequential(Block(), Block()), mesh["tensor"], plan)
+            if plan
+            else nn.Sequential(Block(), Block())
+        )
+        torch.manual_seed(5)
+        models.append(c3a_triton.apply(model, config))
+    one, many = models
+    start = one.c3a.state_dict()
+    start = {name: tensor.clone() for name, tensor in start.items()}
+    for block in many:
+        fully_shard(block, mesh=mesh["data"])
+    fully_shard(many, mesh=mesh["data"])
+    losses = []
+    for model, n_parts, part in ((one, 1, 0), (many, 2, mesh["data"].get_local_rank())):
+        generator = torch.Generator().manual_seed(1)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-5)
+        for _ in range(STEPS):
+            x, target = torch.randn(4, 12, generator=generator), torch.randn(4, 12, generator=generator)
+            loss = (model(x[part::n_parts]) - target[part::n_parts]).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            loss = loss.detach()
+            if n_parts > 1:
+                dist.all_reduce(loss, group=mesh["data"].get_group())
+            losses.append(loss / n_parts)
+    (_, layer), *_ = many.c3a.layers()
+    return {
+        "losses": worst(a - b for a, b in zip(losses[:STEPS], losses[STEPS:], strict=True)),
+        "kernels": apart(many.c3a.state_dict(), one.c3a.state_dict()),
+        "moved": min(float((one.c3a.state_dict()[name] - tensor).abs().max()) for name, tensor in start.items()),
+        "weight": str(layer.base_layer.weight.placements),
+        "kernel": str(layer.c3a_kernel["default"].placements),
+        "merge": message(many.c3a.merge_adapter),
+        "adapt": message(lambda: c3a_triton.apply(over_both(mesh), config)),
+    }
+
+
+def over_both(mesh: Any) -> nn.Module:
+    model = parallelize_module(nn.Sequential(Block()), mesh["tensor"], {"0.up": ColwiseParallel()})
+    return fully_shard(model, mesh=mesh["data"])
+
+
+def message(function: Callable[[], Any]) -> str:
+    try:
+        function()
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def refused() -> dict[str, str]:
+    """What is said of parts of a plan that no adapter can join."""
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def by_style(module: nn.Module, name: str) -> nn.Module:
+        by_transformers(name)(module, mesh)
+        return nn.ModuleDict({"part": module})
+
+    def adapt_part(model: nn.Module) -> None:
+        c3a_triton.apply(model, C3AConfig(block_size=4, target_modules=["part"]))
+
+    class Int8Linear(nn.Linear):
+        """Quantized, as far as merging is concerned."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    def merge_quantized() -> None:
+        layer = by_style(Int8Linear(8, 8), "colwise")
+        adapt_part(layer)
+        layer["part"].base_layer.weight.requires_grad_(False)
+        layer["part"].merge()
+
+    later = nn.ModuleDict({"part": nn.Linear(8, 8)})
+    adapt_part(later)
+    by_transformers("all_reduce")(later["part"].base_layer, mesh)
+
+    mixed = parallelize_module(nn.ModuleDict({"part": nn.Linear(8, 8)}), mesh, {"part": ColwiseParallel()})
+    adapt_part(mixed)
+    mixed["part"].base_layer._forward_pre_hooks.clear()
+    spread_tokens = DTensor.from_local(torch.randn(2, 8), mesh, [Shard(0)])
+
+    def around(plan: dict[str, Any]) -> None:
+        model = c3a_triton.apply(
+            nn.ModuleDict({"part": nn.Linear(8, 8)}), C3AConfig(block_size=4, target_modules=["part"])
+        )
+        apply_tensor_parallelism(model, mesh, plan)
+        model["part"](torch.randn(2, 8))
+
+    bare = nn.Linear(8, 8)
+    bare.weight = nn.Parameter(distribute_tensor(bare.weight, mesh, [Shard(0)]))
+    return {
+        "embedding": message(lambda: adapt_part(by_style(nn.Embedding(8, 8), "embedding_rowwise"))),
+        "all_reduce": message(lambda: adapt_part(by_style(nn.Linear(8, 8), "all_reduce"))),
+        "packed_rowwise": message(lambda: adapt_part(by_style(nn.Linear(8, 8, bias=False), "packed_rowwise"))),
+        "no plan": message(lambda: adapt_part(nn.ModuleDict({"part": bare}))),
+        "x in parts": message(lambda: mixed["part"](spread_tokens)),
+        "another plan later": message(lambda: later["part"](torch.randn(2, 8))),
+        "quantized": message(merge_quantized),
+        "around": message(lambda: around({"part": "colwise"})),
+    }
+
+
 def inside(model: nn.Module) -> list[str]:
     """Names of modules in which anything of this library is left."""
     return [name for name, module in model.named_modules() if left_in(module) or is_ours(module)]
@@ -433,6 +694,20 @@ def main(folder: Path) -> None:
     results: dict[str, Any] = {"layers": layers()}
     names = MODELS if dist.get_world_size() == 2 else ["qwen3"]
     results["models"] = {name: attempt(partial(whole_model, folder / name)) for name in names}
+    llama = folder / "llama"
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    further: dict[str, Callable[[], Any]] = {
+        "checkpointing": partial(checkpointing, llama),
+        "several adapters": partial(several_adapters, llama),
+        "adapted before sharding": partial(adapted_before_sharding, llama),
+        "bfloat16": partial(in_bfloat16, llama),
+        "compiled": partial(compiled, mesh),
+        "copied": partial(copied, mesh),
+        "refused": refused,
+    }
+    if dist.get_world_size() == 4:
+        further = {"two dimensions": two_dimensions}
+    results["further"] = {name: attempt(function) for name, function in further.items()}
     if dist.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(results))
     dist.destroy_process_group()
