@@ -40,7 +40,7 @@ class C3AStacked(Part):
 
     def _part_of(self, kernel: nn.Parameter) -> nn.Parameter:
         held = spread(self.base_layer, self.parameter)
-        return kernel if held is None else held.part_of(kernel)
+        return kernel if held is None else held.of_kernel(kernel)
 
     def _kernel_on(self, name: str, device: torch.device | None = None) -> Tensor:
         return self._here(super()._kernel_on(name, device))

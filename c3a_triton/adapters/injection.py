@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from c3a_triton.bases.linear_like import geometry
+from c3a_triton.bases.parallel import leave
 from c3a_triton.bases.quantized import torchao_config_of
 from c3a_triton.errors import AdapterStateError, CheckpointError
 from c3a_triton.files.checkpoint import KERNEL_SUFFIX
@@ -145,6 +146,7 @@ def put_plain(model: nn.Module, scope: Scope, *, with_copies: bool) -> list[tupl
             continue
         elif isinstance(module, C3ALinear):
             plain = module.base_layer
+            leave(module.get_base_layer())
         else:
             plain = module.active_module() if with_copies else module.original_module
         replace_module(model, name, plain)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from c3a_triton._public import public
 from c3a_triton.bases.linear_like import Geometry, geometry, is_plain, unfit_for_adapters
+from c3a_triton.bases.parallel import Part, part_of
 from c3a_triton.bases.quantized import hold_layout
 from c3a_triton.bases.sharded import check_gathered
 from c3a_triton.bases.weights import (
@@ -223,7 +224,9 @@ class C3ALinear(nn.Module):
 
     def _delta(self, x: Tensor, kernel: Tensor, backend: str) -> Tensor:
         """What one adapter adds for x, on x's device."""
-        return circulant_linear(x, kernel, backend=backend, save_spectrum=self.save_spectrum)
+        return circulant_linear(
+            x, kernel, scale=1.0 / self.in_features, backend=backend, save_spectrum=self.save_spectrum
+        )
 
     @property
     def _row_adapters(self) -> tuple[str, ...] | None:
@@ -373,7 +376,12 @@ class C3ALinear(nn.Module):
 
     def _add_delta_(self, weight: Tensor, names: Iterable[str]) -> None:
         """Add adapters' ΔW to a weight as the matrix [out_features, in_features], in place."""
-        add_circulant_(weight, [self._kernel_on(name, weight.device) for name in names])
+        kernels = [self._kernel_on(name, weight.device) for name in names]
+        part = part_of(self.get_base_layer())
+        if isinstance(part, Part):
+            part.add_(weight, kernels)
+        else:
+            add_circulant_(weight, kernels)
 
     def set_adapter(self, adapter_names: str | Iterable[str], inference_mode: bool = False) -> None:
         """Activate these adapters and no others; names that other layers have are fine.

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from c3a_triton.errors import AdapterStateError
 
-from .experts import is_stored_transposed, parameter_geometry, spread
+from .experts import Spread, is_stored_transposed, parameter_geometry, spread
 from .linear_like import computes_its_weight, geometry, is_transposed
+from .parallel import Part, part_of
 from .probe import is_ordinary
-from .quantized import quantized_weight
-from .sharded import local
+from .quantized import QuantizedWeight, quantized_weight
 
 __all__ = [
     "WeightAccess",
@@ -125,7 +125,9 @@ class _PlainWeight:
         self.in_place = not isinstance(base, nn.Conv2d)
 
     def _weight(self) -> Tensor:
-        return local(self._base._parameters[self._parameter or "weight"].detach())  # type: ignore[union-attr]
+        weight = self._base._parameters[self._parameter or "weight"].detach()  # type: ignore[union-attr]
+        part = spread(self._base, self._parameter) if self._parameter else part_of(self._base)
+        return part.of_weight(weight) if isinstance(part, (Part, Spread)) else weight
 
     def place(self) -> Hashable | None:
         weight = self._weight()
@@ -187,14 +189,14 @@ def unmergeable(base: nn.Module, parameter: str = "") -> str | None:
         base: the base layer.
         parameter: the name of what is its weight, where a parameter is adapted by itself.
     """
-    weight = base._parameters.get(parameter or "weight")
+    weight: Tensor | None = base._parameters.get(parameter or "weight")
     sizes = parameter_geometry(base, parameter) if parameter else geometry(base)
-    expected = None if sizes is None else sizes.matrix_shape
+    expected: tuple[int, ...] | None = None if sizes is None else sizes.matrix_shape
+    part = spread(base, parameter) if parameter else part_of(base)
+    if isinstance(part, (Part, Spread)) and weight is not None:
+        weight, expected = part.of_weight(weight), part.shape
     if weight is None:
         return "its weight is not a parameter of its own"
-    if expected is not None and (held := spread(base, parameter)) is not None:
-        weight = local(weight.detach())
-        expected = held.shape_here(expected)
     if not is_ordinary(weight):
         return f"its weight is a {type(weight).__name__} of {weight.dtype}, not an ordinary floating-point matrix"
     if not parameter and not computes_its_weight(base):
@@ -224,7 +226,12 @@ def weight_access(owner: Any) -> WeightAccess:
         if hook is not None:  # while PEFT merges, it lends an offloaded layer its weight
             return _OffloadedWeight(base, hook.weights_map, owner.parameter)
         reason = "its weight is on the meta device and holds no values"
-    access = quantized_weight(owner)
+    if not owner.parameter and part_of(base) is not None:
+        access: QuantizedWeight | str = (
+            "of a layer that is spread over processes only an ordinary weight is merged into"
+        )
+    else:
+        access = quantized_weight(owner)
     if not isinstance(access, str):
         return access
     raise AdapterStateError(
