@@ -104,7 +104,8 @@ def combined(
     """
     tensors, targets = {}, []
     for layer_name, layer in layers:
-        kernels = {name: stored_tensor(layer.c3a_kernel, name) for name in names if name in layer.c3a_kernel}
+        present = [name for name in names if name in layer.c3a_kernel]
+        kernels = {name: gathered(stored_tensor(layer.c3a_kernel, name)) for name in present}
         if not kernels:
             continue
         sizes = {name: kernel.shape[-1] for name, kernel in kernels.items()}

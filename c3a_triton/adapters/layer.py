@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from c3a_triton._public import public
 from c3a_triton.bases.linear_like import Geometry, geometry, is_plain, unfit_for_adapters
 from c3a_triton.bases.parallel import Part, part_of
+from c3a_triton.bases.partitioned import changed
 from c3a_triton.bases.quantized import hold_layout
 from c3a_triton.bases.sharded import check_gathered
 from c3a_triton.bases.weights import (
@@ -348,7 +349,9 @@ class C3ALinear(nn.Module):
         self._check_known(adapter_name)
         if adapter_name in self.merged_adapters:
             raise AdapterStateError(f"{self._label}: adapter {adapter_name!r} is merged; unmerge before resetting it")
-        initialise(self.c3a_kernel[adapter_name], init_weights, self._geometry, self._label)
+        kernel = self.c3a_kernel[adapter_name]
+        with changed([kernel], "reset_c3a_parameters"):
+            initialise(kernel, init_weights, self._geometry, self._label)
         self._refresh()
 
     def _check_known(self, adapter_name: str) -> None:

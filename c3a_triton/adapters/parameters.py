@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from c3a_triton.bases.linear_like import Geometry
-from c3a_triton.bases.sharded import copy_whole
+from c3a_triton.bases.sharded import put_values
 from c3a_triton.bases.weights import kernel_device, rounding_dtype
 from c3a_triton.errors import ConfigError
 
@@ -116,7 +116,7 @@ def initialise(kernel: Tensor, init_weights: bool | str, sizes: Geometry, layer:
         values = torch.empty(kernel.shape, dtype=kernel.dtype, device=kernel.device)
         initialise(values, init_weights, sizes, layer)
         with torch.no_grad():
-            copy_whole(kernel, values)
+            put_values(kernel, values)
     elif init_weights is True:
         nn.init.zeros_(kernel)
     elif init_weights == "gaussian":
