@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,8 @@ from c3a_triton.adapters import merging
 from c3a_triton.adapters.saving import AdapterTensors
 
 WIDTH = 8
-HEAD = C3AConfig(block_size=4, target_modules=["head"], init_weights="gaussian")
+# Layers in the plan, and one that is not.
+LAYERS = C3AConfig(block_size=4, target_modules=["up", "down", "head"], init_weights="gaussian")
 PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
 CASES: dict[str, Callable[[Path], Any]] = {}
 
@@ -59,7 +61,7 @@ def adapted(*names: str) -> Any:
     """A spread model with these adapters."""
     model = spread()
     for name in names or ("default",):
-        c3a_triton.apply(model, HEAD, name)
+        c3a_triton.apply(model, LAYERS, name)
     return model
 
 
@@ -121,7 +123,7 @@ def case(function: Callable[[Path], Any]) -> Callable[[Path], Any]:
 @case
 def adapters_of_other_names(folder: Path) -> Any:
     model = spread()
-    return tried(model, lambda: c3a_triton.apply(model, HEAD, by_rank("one", "two")))
+    return tried(model, lambda: c3a_triton.apply(model, LAYERS, by_rank("one", "two")))
 
 
 @case
@@ -161,19 +163,19 @@ def a_block_size_that_fits_one(folder: Path) -> Any:
 @case
 def a_backend_that_one_does_not_know(folder: Path) -> Any:
     model = spread()
-    return tried(model, lambda: c3a_triton.apply(model, HEAD, backend=by_rank("auto", "nonsense")))
+    return tried(model, lambda: c3a_triton.apply(model, LAYERS, backend=by_rank("auto", "nonsense")))
 
 
 @case
 def a_second_adapter_that_one_has(folder: Path) -> Any:
     model = adapted("one", "two")
-    return tried(model, lambda: c3a_triton.apply(model, HEAD, by_rank("three", "two")))
+    return tried(model, lambda: c3a_triton.apply(model, LAYERS, by_rank("three", "two")))
 
 
 def saved(folder: Path, seed: int = 0) -> Path:
     """An adapter's folder of this process alone."""
     folder = folder / f"rank{dist.get_rank()}"
-    model = c3a_triton.apply(plain(), HEAD)
+    model = c3a_triton.apply(plain(), LAYERS)
     torch.manual_seed(seed)
     nn.init.normal_(model.head.c3a_kernel["default"])
     model.c3a.save_pretrained(folder)
@@ -306,7 +308,7 @@ def merged_where_the_result_is_finite(folder: Path) -> Any:
 @contextmanager
 def poisoned(model: Any) -> Iterator[None]:
     """Within it the kernel of the last process alone gives nothing finite."""
-    kernel = model.head.c3a_kernel["default"].data
+    kernel = model.up.c3a_kernel["default"].data
     former = kernel.clone()
     kernel.fill_(by_rank(1.0, torch.inf))
     yield
@@ -335,7 +337,7 @@ def unmerged_where_the_weight_changed(folder: Path) -> Any:
     model = adapted()
     model.c3a.merge_adapter()
     if dist.get_rank():
-        model.head.base_layer.weight.data[0, 0] += 1
+        local(model.up.base_layer.weight)[0, 0] += 1
     before = state(model)
     texts = [said(model.c3a.unmerge_adapter), said(model.c3a.unload), said(lambda: model.c3a.set_adapter("default"))]
     texts.append(said(lambda: model.c3a.disable_adapter().__enter__()))
@@ -364,9 +366,9 @@ def all_goes_well(folder: Path) -> Any:
         model(torch.zeros(3, WIDTH))
     with manager.disable_adapter():
         disabled = tried(model, lambda: None)
-    kernels = [manager.state_dict(name)["head.c3a_kernel"].clone() for name in ("one", "sum")]
-    same = [torch.empty_like(kernels[1]) for _ in range(dist.get_world_size())]
-    dist.all_gather(same, kernels[1])
+    kernel = manager.state_dict("sum")["up.c3a_kernel"]
+    same = [torch.empty_like(kernel) for _ in range(dist.get_world_size())]
+    dist.all_gather(same, kernel)
     merged = manager.merge_and_unload()
     return disabled | {
         "kernels": torch.equal(*same),
@@ -384,8 +386,7 @@ def other_seeds(folder: Path) -> Any:
     model = spread()
     torch.manual_seed(1 + dist.get_rank())
     nn.init.normal_(model.tail.weight)
-    config = C3AConfig(block_size=4, target_modules=["head"], modules_to_save=["tail"], init_weights="gaussian")
-    c3a_triton.apply(model, config)
+    c3a_triton.apply(model, replace(LAYERS, modules_to_save=["tail"]))
     tensors = [local(tensor) for tensor in model.c3a.state_dict().values()]
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     both = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
@@ -398,7 +399,7 @@ def a_plan_beside_data_parallel(folder: Path) -> Any:
     """Processes that share no layer share no adapter either: what they do is DDP's to keep in step."""
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("dp", "tp"))
     model = parallelize_module(plain(), mesh["tp"], PLAN)
-    return said(lambda: c3a_triton.apply(model, HEAD, by_rank("one", "two")))
+    return said(lambda: c3a_triton.apply(model, LAYERS, by_rank("one", "two")))
 
 
 # Saving
@@ -490,31 +491,29 @@ def biases_outside_the_plan(folder: Path) -> Any:
 
 # Models of transformers, spread as they are loaded
 
-QUERIES = C3AConfig(block_size=4, target_modules=["q_proj"], init_weights="gaussian")
+QUERIES = C3AConfig(block_size=4, target_modules=["q_proj", "o_proj"], init_weights="gaussian")
+
+
+def whole_llama(*, tied: bool = False) -> Any:
+    from tiny_models import llama
+
+    return llama(tied=tied, num_key_value_heads=2)
 
 
 def llama(folder: Path, *, tied: bool = False) -> Any:
-    """A tiny Llama, of which each process loads its part: MLPs, embeddings and the output layer; attention is whole."""
+    """A tiny Llama, of which each process loads its part, by the plan of its class."""
     import transformers
-    from tiny_models import llama as whole
 
     if dist.get_rank() == 0:
-        whole(tied=tied).save_pretrained(folder / "base")
+        whole_llama(tied=tied).save_pretrained(folder / "base")
     dist.barrier()
-    config = transformers.AutoConfig.from_pretrained(folder / "base")
-    mlp = {"up_proj": "colwise", "gate_proj": "colwise", "down_proj": "rowwise"}
-    config.base_model_tp_plan = {f"layers.*.mlp.{name}": style for name, style in mlp.items()}
     distributed = transformers.DistributedConfig(tp_size=dist.get_world_size())
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        folder / "base", config=config, distributed_config=distributed
-    )
+    return transformers.AutoModelForCausalLM.from_pretrained(folder / "base", distributed_config=distributed)
 
 
 @case
 def counted_in_a_llama(folder: Path) -> Any:
-    from tiny_models import llama as whole
-
-    model, alone = c3a_triton.apply(llama(folder), QUERIES), c3a_triton.apply(whole(), QUERIES)
+    model, alone = c3a_triton.apply(llama(folder), QUERIES), c3a_triton.apply(whole_llama(), QUERIES)
     counts = [list(each.c3a.get_nb_trainable_parameters()) for each in (model, alone)]
     return {"counts": counts, "summary": model.c3a.summary() == alone.c3a.summary()}
 
@@ -522,13 +521,11 @@ def counted_in_a_llama(folder: Path) -> Any:
 @case
 def a_llama_saved_by_all(folder: Path) -> Any:
     """The model's own `save_pretrained`, which puts the base together: every process has to call."""
-    from tiny_models import llama as whole
-
     model = c3a_triton.apply(llama(folder), QUERIES)
     c3a_triton.apply(model, QUERIES, "second")
     with writers() as written:
         model.save_pretrained(folder / "model", is_main_process=dist.get_rank() == 0)
-    alone = c3a_triton.load_adapter(whole(), folder / "model")
+    alone = c3a_triton.load_adapter(whole_llama(), folder / "model")
     c3a_triton.load_adapter(alone, folder / "model" / "second", "second")
     return {
         "written": written,
@@ -540,14 +537,12 @@ def a_llama_saved_by_all(folder: Path) -> Any:
 @case
 def a_llama_with_embeddings_in_the_file(folder: Path) -> Any:
     """What the file takes along of the base is put together, and taken apart again: every process calls."""
-    from tiny_models import llama as whole
-
     model = c3a_triton.apply(llama(folder), QUERIES)
     embeddings = model.get_input_embeddings().weight
     local(embeddings).mul_(2)
     with writers() as written:
         model.c3a.save_pretrained(folder / "adapter", save_embedding_layers=True)
-    alone = c3a_triton.load_adapter(whole(), folder / "adapter")
+    alone = c3a_triton.load_adapter(whole_llama(), folder / "adapter")
     again = c3a_triton.load_adapter(llama(folder), folder / "adapter")
     swapped = c3a_triton.apply(llama(folder), QUERIES)
     swapped.c3a.hotswap_adapter(folder / "adapter")
@@ -568,15 +563,35 @@ def a_llama_with_embeddings_in_the_file(folder: Path) -> Any:
 
 @case
 def one_of_two_tied_layers(folder: Path) -> Any:
-    from tiny_models import llama as whole
-
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
-    head = parallelize_module(whole(tied=True), mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
+    head = parallelize_module(whole_llama(tied=True), mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
     both = llama(folder, tied=True)
     return {
         "one": said(lambda: c3a_triton.apply(head, QUERIES)),
         "both": said(lambda: c3a_triton.apply(both, QUERIES)),
         "still one": both.lm_head.weight is both.model.embed_tokens.weight,
+    }
+
+
+@case
+def a_tied_head_is_adapted(folder: Path) -> Any:
+    """The head computes with its adapter and the embedding without, until both have it merged, as in one process."""
+    from tiny_models import IDS
+
+    outputs = []
+    config = replace(QUERIES, target_modules=["q_proj", "lm_head"])
+    for model in (llama(folder, tied=True), whole_llama(tied=True)):
+        torch.manual_seed(0)
+        c3a_triton.apply(model, config)
+        steps = [lambda: None, model.c3a.merge_adapter, model.c3a.unmerge_adapter, model.c3a.merge_and_unload]
+        outputs.append([(step(), model(IDS).logits.detach())[1] for step in steps])
+        tied = model.lm_head.weight is model.model.embed_tokens.weight
+    spread, alone = outputs
+    return {
+        "errors": [float((one - other).abs().max()) for one, other in zip(spread, alone, strict=True)],
+        "moved": float((alone[1] - alone[0]).abs().max()),
+        "bits": torch.equal(spread[2], spread[0]),
+        "tied": tied,
     }
 
 
