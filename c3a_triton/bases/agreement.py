@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from c3a_triton.errors import AdapterStateError
 
 from .parallel import meshes
-from .sharded import local, partitioned_over
+from .sharded import is_sharded, partitioned_over
 from .weights import fingerprint
 
 if TYPE_CHECKING:
@@ -148,15 +148,13 @@ def _exchanged(meshes: Sequence["DeviceMesh"], own: Any) -> dict[int, Any]:
 def broadcast(meshes: Sequence["DeviceMesh"], tensors: Iterable[Tensor]) -> None:
     """Give tensors the values that they have in the first process of each mesh, in place.
 
-    Of what a mesh itself divides (a DTensor), each process keeps its own part.
+    Of a DTensor each process has a part of its own, which it keeps.
     """
     for tensor in tensors if meshes else ():
-        parted_over, held = getattr(tensor, "device_mesh", None), local(tensor.detach())
-        if held.is_meta:
+        held = tensor.detach()
+        if is_sharded(held) or held.is_meta:
             continue
         for mesh in meshes:
-            if mesh == parted_over:
-                continue
             sent = held.to(mesh.device_type).contiguous()
             for group in mesh.get_all_groups():
                 torch.distributed.broadcast(sent, group=group, group_src=0)

@@ -71,8 +71,10 @@ def parallel_mesh(module: nn.Module) -> DeviceMesh | None:
 
     FSDP2's meshes are none of a plan.
     """
-    found = (cell.cell_contents for function in _functions(module) for cell in _cells(function).values())
-    return next((value for value in found if isinstance(value, DeviceMesh)), None)
+    values = [cell.cell_contents for function in _functions(module) for cell in _cells(function).values()]
+    # One style has it in a function that its forward calls.
+    values += [cell.cell_contents for value in values for cell in _cells(value).values()]
+    return next((value for value in values if isinstance(value, DeviceMesh)), None)
 
 
 def meshes(model: nn.Module) -> list[DeviceMesh]:
@@ -273,10 +275,8 @@ def _style(base: nn.Module) -> str | None:
     style = _value(base, "self")
     if style is None:  # the one style whose forward does not use itself
         return base.__dict__["forward"].__qualname__.partition(".")[0]
-    names = [cls.__name__ for cls in type(style).__mro__ if cls.__name__ != "TensorParallelLayer"] or [
-        "TensorParallelLayer"
-    ]
-    return next((name for name in names if name in _STYLES), names[0])
+    nearest = (cls.__name__ for cls in type(style).__mro__[:-2])  # of all styles one base, beside `object`
+    return next((name for name in nearest if name in _STYLES), type(style).__name__)
 
 
 def _value(base: nn.Module, name: str) -> Any:
