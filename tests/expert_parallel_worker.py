@@ -309,10 +309,10 @@ def saved(folder: Path, **changes: Any) -> Path:
 
 CASES: dict[int, dict[str, Callable[[Path], dict[str, Any]]]] = {
     2: {
-        "qwen3, experts": by_plan("qwen3", by_trainer, ["q_proj"], **EP2, tp_plan=WHOLE),
+        "qwen3, experts": by_plan("qwen3", by_trainer, ["q_proj", "o_proj"], **EP2),
         "mixtral, experts": by_plan("mixtral", **EP2, ep_implementation="all_reduce"),
         "gpt-oss, experts": by_plan("gpt-oss", by_accelerate, **EP2),
-        "qwen3, parts of experts": by_plan("qwen3", by_accelerate, ["q_proj"], **TP2, tp_plan=WHOLE),
+        "qwen3, parts of experts": by_plan("qwen3", by_accelerate, ["q_proj", "o_proj"], **TP2),
         "deepseek, parts of experts": by_plan("deepseek", **TP2),
         "fsdp": with_fsdp(tp_size=1, fsdp_size=2, ep_size=2),
         "verbs, experts": verbs("gpt-oss", **EP2),

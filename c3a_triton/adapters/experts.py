@@ -40,7 +40,7 @@ class C3AStacked(Part):
 
     def _part_of(self, kernel: nn.Parameter) -> nn.Parameter:
         held = spread(self.base_layer, self.parameter)
-        return kernel if held is None else held.part_of(kernel)
+        return kernel if held is None else held.of_kernel(kernel)
 
     def _kernel_on(self, name: str, device: torch.device | None = None) -> Tensor:
         return self._here(super()._kernel_on(name, device))
@@ -58,9 +58,10 @@ class C3AStacked(Part):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of one adapter, as `C3ALinear.get_delta_weight`; of experts that a plan spreads a DTensor, as W is one."""
-        delta, weight = super().get_delta_weight(adapter), self.weight
+        delta = super().get_delta_weight(adapter)
         if not self.is_spread():
             return delta
+        weight: Any = self.weight
         return type(weight).from_local(delta, weight.device_mesh, weight.placements)
 
     def forward(self, x: Tensor, routes: Routes, *, gather: bool = False) -> Tensor:
@@ -148,11 +149,13 @@ class C3AExperts(Holder):
     @property
     def _is_expert_parallel(self) -> bool:
         """Transformers' note that experts may be elsewhere, which is the module's."""
-        return self.base_layer._is_expert_parallel
+        base: Any = self.base_layer
+        return base._is_expert_parallel
 
     @_is_expert_parallel.setter
     def _is_expert_parallel(self, value: bool) -> None:
-        self.base_layer._is_expert_parallel = value
+        base: Any = self.base_layer
+        base._is_expert_parallel = value
 
     def compute(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the experts' own forward."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from c3a_triton.errors import AdapterStateError
 
 from .parallel import meshes
-from .sharded import local, partitioned_over
+from .sharded import is_sharded, partitioned_over
 from .weights import fingerprint
 
 if TYPE_CHECKING:
@@ -159,21 +159,14 @@ def _exchanged(meshes: Sequence["DeviceMesh"], own: Any) -> dict[int, Any]:
 def broadcast(meshes: Sequence["DeviceMesh"], tensors: Iterable[Tensor]) -> None:
     """Give tensors the values that they have in the first process of each mesh, in place.
 
-    Processes that divide a tensor among them (a DTensor) keep their parts of it.
+    Of a sharded one each process has a part of its own, which it keeps.
     """
     for tensor in tensors if meshes else ():
-        held = local(tensor.detach())
-        if held.is_meta:
+        held = tensor.detach()
+        if is_sharded(tensor) or held.is_meta:
             continue
-        dividing = _processes(tensor.device_mesh) if hasattr(tensor, "device_mesh") else set()
         for mesh in meshes:
-            if len(dividing & _processes(mesh)) > 1:
-                continue
             sent = held.to(mesh.device_type).contiguous()
             for group in mesh.get_all_groups():
                 torch.distributed.broadcast(sent, group=group, group_src=0)
             held.copy_(sent)
-
-
-def _processes(mesh: "DeviceMesh") -> set[int]:
-    return set(mesh.mesh.flatten().tolist())

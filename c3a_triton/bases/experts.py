@@ -115,18 +115,20 @@ class Spread:
         mesh: the processes, in one dimension.
         placement: which part of w [n_experts, out / b, in / b, b] each has, of DTensor's placements. It is that of the
             weight, so that what a process computes is all that its kernels do, and no gradient of theirs is elsewhere.
-        cuts: into how many equal parts, each in one process, the experts, out and in are cut.
+        cuts: into how many parts n_experts, out and in are cut, each in one process.
+        shape: that of one process' part of W, [n_experts, out, in].
     """
 
     mesh: Any
     placement: Any
     cuts: tuple[int, ...]
+    shape: tuple[int, ...]
 
-    def shape_here(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of one process' part of the weights [n_experts, out, in]."""
-        return tuple(size // (self.mesh.size() if cuts > 1 else 1) for size, cuts in zip(shape, self.cuts, strict=True))
+    def of_weight(self, weight: Tensor) -> Tensor:
+        """This process' part of the weight, the very memory."""
+        return weight.to_local()  # type: ignore[attr-defined]
 
-    def part_of(self, kernel: nn.Parameter) -> nn.Parameter:
+    def of_kernel(self, kernel: nn.Parameter) -> nn.Parameter:
         """This process' part of a whole w, as a DTensor. The processes exchange nothing."""
         from torch.distributed.tensor import distribute_tensor
 
@@ -144,10 +146,13 @@ def spread(module: nn.Module, name: str) -> Spread | None:
     (placement,) = weight.placements  # type: ignore[union-attr]
     if getattr(placement, "dim", None) is None:
         return None
-    dim, n_segments = placement.dim % 3, getattr(placement, "split_factor", None)
-    dim = (0, 2, 1)[dim] if found.transposed else dim
+    axes = (0, 2, 1) if found.transposed else (0, 1, 2)
+    dim, n_segments = axes[placement.dim % 3], getattr(placement, "split_factor", None)
     placement = type(placement)(dim) if n_segments is None else type(placement)(dim, split_factor=n_segments)
-    return Spread(mesh, placement, tuple(mesh.size() * (n_segments or 1) if axis == dim else 1 for axis in range(3)))
+    n_parts = [mesh.size() if axis == dim else 1 for axis in range(3)]
+    cuts = [count * (n_segments or 1) if count > 1 else 1 for count in n_parts]
+    shape = [weight.shape[axis] // count for axis, count in zip(axes, n_parts, strict=True)]  # type: ignore[union-attr]
+    return Spread(mesh, placement, tuple(cuts), tuple(shape))
 
 
 def is_stored_transposed(module: nn.Module, name: str) -> bool:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from c3a_triton.errors import AdapterStateError
 
-from .experts import is_stored_transposed, parameter_geometry, spread
+from .experts import Spread, is_stored_transposed, parameter_geometry, spread
 from .linear_like import computes_its_weight, geometry, is_transposed
 from .parallel import Part, part_of
 from .probe import is_ordinary
 from .quantized import QuantizedWeight, quantized_weight
-from .sharded import is_partitioned, local, whole_shape
+from .sharded import is_partitioned, whole_shape
 
 __all__ = [
     "WeightAccess",
@@ -127,10 +127,8 @@ class _PlainWeight:
 
     def _weight(self) -> Tensor:
         weight = self._base._parameters[self._parameter or "weight"].detach()  # type: ignore[union-attr]
-        if self._parameter:
-            return local(weight)
-        part = part_of(self._base)
-        return part.of_weight(weight) if isinstance(part, Part) else weight
+        part = spread(self._base, self._parameter) if self._parameter else part_of(self._base)
+        return part.of_weight(weight) if isinstance(part, (Part, Spread)) else weight
 
     def place(self) -> Hashable | None:
         weight = self._weight()
@@ -228,14 +226,11 @@ def unmergeable(base: nn.Module, parameter: str = "") -> str | None:
     expected: tuple[int, ...] | None = None if sizes is None else sizes.matrix_shape
     if weight is not None and is_partitioned(weight) and not weight.numel():
         weight = nn.Parameter(weight.new_empty(whole_shape(weight), device="meta"), requires_grad=False)
-    part = None if parameter else part_of(base)
-    if isinstance(part, Part) and weight is not None:
+    part = spread(base, parameter) if parameter else part_of(base)
+    if isinstance(part, (Part, Spread)) and weight is not None:
         weight, expected = part.of_weight(weight), part.shape
     if weight is None:
         return "its weight is not a parameter of its own"
-    if expected is not None and (held := spread(base, parameter)) is not None:
-        weight = local(weight.detach())
-        expected = held.shape_here(expected)
     if not is_ordinary(weight):
         return f"its weight is a {type(weight).__name__} of {weight.dtype}, not an ordinary floating-point matrix"
     if not parameter and not computes_its_weight(base):
