@@ -9,16 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import qwen3_moe
+
+import c3a_triton
+from c3a_triton import C3AConfig
 
 for module in ("transformers.distributed.expert_parallel", "accelerate"):
     pytest.importorskip(module, reason=f"experts are spread by {module}")
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
     pytest.skip("torch without gloo", allow_module_level=True)
-
-from tiny_models import qwen3_moe
-
-import c3a_triton
-from c3a_triton import C3AConfig
 
 WORKER = Path(__file__).resolve().with_name("expert_parallel_worker.py")
 BOUND = 1e-5
