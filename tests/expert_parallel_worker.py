@@ -37,7 +37,7 @@ MODELS: dict[str, Any] = {
     "deepseek": deepseek_v3,
     "llama4": llama4,
 }
-MODELS["wide"] = partial(qwen3_moe, moe_intermediate_size=24)
+MODELS |= {name: partial(qwen3_moe, moe_intermediate_size=width) for name, width in (("wide", 24), ("odd", 17))}
 # Attention is left whole: layers of a plan are tested elsewhere.
 WHOLE = {f"model.layers.*.self_attn.{name}_proj": "replicate" for name in "qkvo"}
 
@@ -277,6 +277,18 @@ def collectives(folder: Path) -> dict[str, Any]:
     return counts
 
 
+def seeds(folder: Path) -> dict[str, Any]:
+    """An adapter of which each process draws other values."""
+    model = spread("qwen3", folder / "qwen3", **EP2)
+    torch.manual_seed(10 + dist.get_rank())
+    c3a_triton.apply(model, config(target_modules=["q_proj"]))
+    model.c3a.save_pretrained(folder / "seeds")
+    dist.barrier()
+    again = c3a_triton.load_adapter(MODELS["qwen3"](), folder / "seeds")
+    deviations = [float(kernel.std()) for kernel in again.c3a.state_dict().values()]
+    return {"logits": apart(logits(model), logits(again)), "deviation": min(deviations)}
+
+
 def refused(folder: Path) -> dict[str, str]:
     """What is said of models that cannot be adapted, or not so."""
     found = {"llama4": message(lambda: adapted(spread("llama4", folder / "llama4", **TP2)))}
@@ -294,6 +306,7 @@ def refused(folder: Path) -> dict[str, str]:
         )
         apply_expert_parallelism(late, meshes.get_mesh("ep"), meshes.get_mesh("tp"), plan)
         found[what] = message(lambda late=late: logits(late))
+    found["uneven"] = message(lambda: adapted(spread("odd", folder / "odd", **TP2), block_size=1))
     loaded = spread("qwen3", folder / "qwen3", fsdp_size=2, ep_size=2)
     found["fsdp first"] = message(lambda: adapted(loaded))
     return found
@@ -318,6 +331,7 @@ CASES: dict[int, dict[str, Callable[[Path], dict[str, Any]]]] = {
         "verbs, experts": verbs("gpt-oss", **EP2),
         "verbs, parts of experts": verbs("qwen3", **TP2),
         "collectives": collectives,
+        "seeds": seeds,
         "refused": refused,
     },
     4: {

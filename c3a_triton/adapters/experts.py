@@ -43,7 +43,8 @@ class C3AStacked(Part):
         return kernel if held is None else held.of_kernel(kernel)
 
     def _kernel_on(self, name: str, device: torch.device | None = None) -> Tensor:
-        return self._here(super()._kernel_on(name, device))
+        kernel = super()._kernel_on(name, device)
+        return self._here(kernel) if self.is_spread() else kernel  # FSDP2 shards others, and some of these once more
 
     def _here(self, kernel: Tensor) -> Tensor:
         """A kernel as this process computes with it: where a plan spreads the experts, its own part.

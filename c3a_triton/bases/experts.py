@@ -55,7 +55,7 @@ class Layout:
         kind: `"dispatched"`, by transformers' interface; or `"llama4"`, which gets equally many rows for each expert.
         up: the parameter of the first projection, `"gate_up_proj"` or `"up_proj"`.
         down: that of the second.
-        n_experts: how many experts there are.
+        n_experts: how many experts there are, in this process where a plan spreads them.
         transposed: whether the parameters are [n_experts, in, out], not [n_experts, out, in].
         gated: whether the first projection computes a gate besides.
         concatenated: whether the gate's rows come first, then the others; otherwise they alternate.
