@@ -15,7 +15,6 @@ different parts of dw, they are summed: one all-reduce in the backward pass.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise
 from math import lcm
 from types import CellType
@@ -37,7 +36,6 @@ Ranges = tuple[tuple[int, int], ...]
 Add = Callable[[Tensor, Tensor, "Part | None"], Tensor]
 """(x, y, part) → y with what adapters add, all of one process."""
 
-_KEYWORD = "c3a_join"
 # Which dimension of W a style of transformers splits between processes, 0 being that of rows; None: they have all of W.
 # No style: torch's plan, whose weights are DTensors.
 _STYLES = {
@@ -71,8 +69,10 @@ def parallel_mesh(module: nn.Module) -> DeviceMesh | None:
 
     FSDP2's meshes are none of a plan.
     """
-    found = (cell.cell_contents for function in _functions(module) for cell in _cells(function).values())
-    return next((value for value in found if isinstance(value, DeviceMesh)), None)
+    values = [cell.cell_contents for function in _functions(module) for cell in _cells(function).values()]
+    # One style has it in a function that its forward calls.
+    values += [cell.cell_contents for value in values for cell in _cells(value).values()]
+    return next((value for value in values if isinstance(value, DeviceMesh)), None)
 
 
 def meshes(model: nn.Module) -> list[DeviceMesh]:
@@ -230,9 +230,11 @@ def part_of(base: nn.Module) -> Part | str | None:
         return None
     sizes, style = geometry(base), _style(base)
     if sizes is None or sizes.kind != "linear" or is_transposed(base):
-        return f"is a {type(base).__name__} of a tensor-parallel plan, of which only linear layers can be adapted"
-    if mesh.ndim != 1 or style not in _STYLES:
-        return f"is spread over {mesh} by {style}, which is none of the ways that are known here"
+        return f"is a tensor-parallel {type(base).__name__}; of a plan only linear layers can be adapted"
+    if mesh.ndim != 1:
+        return f"is spread over a mesh of {mesh.ndim} dimensions, where tensor parallelism has one"
+    if style not in _STYLES:
+        return f"is spread by {style}, which is none of the styles that an adapter can join"
     weight: Any = base._parameters.get("weight")
     # Of a weight that FSDP2 shards once more the last one is the plan's.
     placement = getattr(weight, "placements", (None,))[-1]
@@ -273,10 +275,8 @@ def _style(base: nn.Module) -> str | None:
     style = _value(base, "self")
     if style is None:  # the one style whose forward does not use itself
         return base.__dict__["forward"].__qualname__.partition(".")[0]
-    names = [cls.__name__ for cls in type(style).__mro__ if cls.__name__ != "TensorParallelLayer"] or [
-        "TensorParallelLayer"
-    ]
-    return next((name for name in names if name in _STYLES), names[0])
+    nearest = (cls.__name__ for cls in type(style).__mro__[:-2])  # of all styles one base, beside `object`
+    return next((name for name in nearest if name in _STYLES), type(style).__name__)
 
 
 def _value(base: nn.Module, name: str) -> Any:
@@ -305,7 +305,7 @@ def beside(owner: Any, add: Add, x: Tensor, *args: Any, **kwargs: Any) -> Tensor
     """What a layer's base computes and what `add` adds to it: beside it, or where a plan has its place.
 
     Args:
-        owner: the layer, with `base_layer`, `get_base_layer()` and `_label`.
+        owner: the layer, with `base_layer`, `get_base_layer()`, `_label`, and `_part`, which is set here.
         add: what its adapters add.
         x, args, kwargs: of the call.
 
@@ -313,25 +313,38 @@ def beside(owner: Any, add: Add, x: Tensor, *args: Any, **kwargs: Any) -> Tensor
         AdapterStateError: a plan beside which no adapter can be computed.
     """
     base = owner.get_base_layer()
-    part = part_of(base)
-    if part is None:
+    is_changed = "forward" in base.__dict__ or base._forward_pre_hooks or base._forward_hooks
+    if not is_changed or not _entered(owner):
         return add(x, owner.base_layer(x, *args, **kwargs), None)
+    part, label = owner._part, owner._label
+
+    def join(inner_x: Tensor, y: Tensor) -> Tensor:
+        return part.join(label, add, inner_x, y)
+
+    return owner.base_layer(x, *args, **kwargs, c3a_join=join)
+
+
+def _entered(owner: Any) -> bool:
+    """Whether a plan spreads a layer; which then knows its part, and has a place for it in its base's own forward."""
+    base = owner.get_base_layer()
+    part = part_of(base)
     if isinstance(part, str):
         raise AdapterStateError(f"{owner._label} {part}. Leave it out of the plan, or do not adapt it")
-    _enter(base)
-    return owner.base_layer(x, *args, **kwargs, **{_KEYWORD: partial(part.join, owner._label, add)})
-
-
-def _enter(base: nn.Module) -> None:
-    """Give a layer's innermost forward a place for what adapters add, if it has none."""
+    owner.__dict__["_part"] = part
+    if part is None:
+        return False
     cell = _cells(base.__dict__.get("forward")).get("original_forward")
     forward = base.forward if cell is None else cell.cell_contents
-    if isinstance(forward, _Joining):
-        return
-    if cell is None:
-        base.forward = _Joining(forward)
-    else:
-        cell.cell_contents = _Joining(forward)
+    if not isinstance(forward, _Joining):
+        if cell is None:
+            base.forward = _Joining(forward)
+        else:
+            cell.cell_contents = _Joining(forward)
+    return True
+
+
+# What traces cannot look into closures. As torch.compiler.assume_constant_result, which would import the compiler now.
+_entered._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def leave(base: nn.Module) -> None:
