@@ -21,13 +21,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import Replicate
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import c3a_triton
 from c3a_triton import C3AConfig
 from c3a_triton.adapters import merging
 from c3a_triton.adapters.saving import AdapterTensors
+from c3a_triton.bases.agreement import broadcast, in_step
 
 WIDTH = 8
 # Layers in the plan, and one that is not.
@@ -370,11 +372,30 @@ def all_goes_well(folder: Path) -> Any:
     same = [torch.empty_like(kernel) for _ in range(dist.get_world_size())]
     dist.all_gather(same, kernel)
     merged = manager.merge_and_unload()
-    return disabled | {
-        "kernels": torch.equal(*same),
-        "left": hasattr(merged, "c3a"),
-        "together": tried(merged, lambda: None),
+    left = {type(module).__module__.partition(".")[0] for module in merged.modules()}
+    return {
+        "said": disabled["said"],
+        "unchanged": disabled["unchanged"] and "c3a_triton" not in left,
+        "together": disabled["together"] and torch.equal(*same) and tried(merged, lambda: None)["together"],
     }
+
+
+@case
+def a_step_within_a_step(folder: Path) -> Any:
+    """What fails within both, or in the outer one alone, is told once: the processes stay together."""
+    model, found = spread(), []
+
+    def fail(inside: bool) -> None:
+        with in_step(model, "outer"):
+            if dist.get_rank() and not inside:
+                raise ValueError("outside")
+            with in_step(model, "inner"):
+                if dist.get_rank() and inside:
+                    raise ValueError("inside")
+
+    for inside in (True, False):
+        found.append(tried(model, partial(fail, inside)))
+    return found
 
 
 # First values
@@ -392,6 +413,18 @@ def other_seeds(folder: Path) -> Any:
     both = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
     dist.all_gather(both, flat)
     return {"same": torch.equal(*both), "drawn": flat.std().item(), "count": len(tensors)}
+
+
+@case
+def parts_that_processes_divide(folder: Path) -> Any:
+    """What is divided over one mesh stays so, whatever other meshes of these processes there are."""
+    tp, ep = (dist.init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=(name,)) for name in ("tp", "ep"))
+    whole, value = torch.zeros(2, 3), float(dist.get_rank() + 1)
+    divided = distribute_tensor(whole, ep, [Shard(0)])
+    for tensor in (whole, local(divided)):
+        tensor.fill_(value)
+    broadcast([tp, ep], [divided, whole])
+    return {"divided": local(divided).tolist(), "whole": whole.tolist()}
 
 
 @case
@@ -444,6 +477,20 @@ def saved_by_the_first_alone(folder: Path) -> Any:
         if dist.get_rank() == 0:
             model.c3a.save_pretrained(folder / "first")
     return written
+
+
+@case
+def kernels_that_fsdp_divides(folder: Path) -> Any:
+    """The plan's mesh has one process here, FSDP2's has two: what they divide is put together by all."""
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("dp", "tp"))
+    torch.manual_seed(0)
+    model = c3a_triton.apply(parallelize_module(plain(), mesh["tp"], PLAN), LAYERS)
+    expected = {name: tensor.clone() for name, tensor in model.c3a.state_dict().items()}
+    fully_shard(model, mesh=mesh["dp"])
+    with writers() as written:
+        model.c3a.save_pretrained(folder / "divided")
+    alone = c3a_triton.load_adapter(plain(), folder / "divided")
+    return {"written": written, "equal": equal(expected, alone.c3a.state_dict())}
 
 
 # What cannot be had beside a plan

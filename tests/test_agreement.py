@@ -99,6 +99,17 @@ def test_what_fails_in_one_process_fails_in_all(results: dict[str, Any], case: s
         assert found["together"]
 
 
+def test_an_error_within_two_steps_is_told_once(results: dict[str, Any]) -> None:
+    first, second = results["a_step_within_a_step"]
+    expected = {"inner: ": "inside", "inner: process 1, which shares this model, fails in outer": "outside"}
+    for (start, text), by_first, by_second in zip(expected.items(), first, second, strict=True):
+        assert by_first["said"].startswith(f"AdapterStateError: {start}")
+        assert by_first["said"].endswith(f"ValueError: {text}")
+        assert by_second["said"] == f"ValueError: {text}"
+        assert by_first["together"]
+        assert by_second["together"]
+
+
 def test_a_weight_that_changed_in_one_process_is_unmerged_in_none(results: dict[str, Any]) -> None:
     verbs = ("unmerge_adapter", "unload", "set_adapter", "disable_adapter")
     first, second = results["unmerged_where_the_weight_changed"]
@@ -126,6 +137,11 @@ def test_first_values_are_the_first_process_s(results: dict[str, Any]) -> None:
         assert found["drawn"] > 0.5
 
 
+def test_parts_that_processes_divide_stay_their_own(results: dict[str, Any]) -> None:
+    for value, found in zip((1.0, 2.0), results["parts_that_processes_divide"], strict=True):
+        assert found == {"divided": [[value] * 3], "whole": [[1.0] * 3] * 2}
+
+
 def test_processes_that_share_no_layer_need_not_agree(results: dict[str, Any]) -> None:
     assert results["a_plan_beside_data_parallel"] == ["no error"] * 2
 
@@ -135,6 +151,9 @@ def test_one_process_writes_and_all_load_what_it_wrote(results: dict[str, Any]) 
     assert first["found"] == second["found"] == [[value, value] for value in range(5)]
     assert (len(first["written"]), second["written"]) == (5, [])
     assert results["saved_by_the_first_alone"] == [["first"], []]
+    first, second = results["kernels_that_fsdp_divides"]
+    assert first == {"written": ["divided"], "equal": True}
+    assert second == {"written": [], "equal": True}
 
 
 def test_what_lies_in_the_plan_is_not_trained_whole(results: dict[str, Any]) -> None:

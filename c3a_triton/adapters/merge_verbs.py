@@ -73,7 +73,8 @@ class Merging(Activation):
             if keep_base not in merging.KEEP_BASE:
                 raise ConfigError(f"keep_base must be one of {merging.KEEP_BASE}, got {keep_base!r}")
             names = self._active if adapter_names is None else self._known(adapter_names)
-            shared["adapters"] = list(names)
+            shared |= {"adapters": list(names), "safe_merge": bool(safe_merge), "keep_base": keep_base}
+        with in_step(self.model, "merge_adapter", parts=True):
             merged = self._merged()
             if merged and not any(layer.unmerged(names) for _, layer in self.layers()):
                 warnings.warn(f"{merged} are merged already, nothing to do", stacklevel=2)
@@ -146,7 +147,7 @@ class Merging(Activation):
         """
         with in_step(self.model, "merge_and_unload", parts=True) as shared:
             names = self._active if adapter_names is None else self._known(adapter_names)
-            shared["adapters"] = list(names)
+            shared |= {"adapters": list(names), "safe_merge": bool(safe_merge)}
         swapped = {*names} ^ {*self._active}
         if other := [name for name, module in self._saved_modules() if swapped & module.modules_to_save.keys()]:
             warnings.warn(

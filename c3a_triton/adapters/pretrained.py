@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from c3a_triton.bases.agreement import shared_over
+from c3a_triton.bases.agreement import in_step, shared_over
 from c3a_triton.bases.model_names import unwrapped_name
 from c3a_triton.bases.sharded import is_sharded
 from c3a_triton.errors import AdapterStateError
@@ -106,7 +106,8 @@ class SavePretrained:
         is_checkpoint = _CHECKPOINT_FOLDER.fullmatch(os.path.basename(os.path.abspath(save_directory))) is not None
         writes = bool(kwargs.get("is_main_process", args[0] if args else True))
         if state_dict is None and shared_over(self.model):
-            save_adapters(self.model, save_directory, is_main_process=writes)  # every process calls, to gather the base
+            with in_step(self.model, "save_pretrained"):  # every process calls, because the base is put together
+                save_adapters(self.model, save_directory, is_main_process=writes)
         # DeepSpeed's parts may not have been put together; then the dict is empty.
         elif writes and (state_dict or (state_dict is None and not any(map(is_sharded, self.model.parameters())))):
             save_adapters(self.model, save_directory, state_dict)

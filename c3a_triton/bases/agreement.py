@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["agree", "all_or_none", "broadcast", "in_step", "shared_over"]
 
+_TOLD = "_c3a_told"  # the meshes whose processes know of an error
+
 
 def shared_over(model: nn.Module) -> list["DeviceMesh"]:
     """The meshes over which a plan spreads a model, as `meshes`; none where the processes have parted already."""
@@ -63,11 +65,18 @@ def all_or_none(meshes: Sequence["DeviceMesh"], what: str) -> Iterator[dict[str,
         AdapterStateError: as `agree`.
     """
     shared: dict[str, Any] = {}
+    problem: Any = None
     try:
         yield shared
-    except Exception as problem:
-        agree(meshes, what, None, problem)
-    agree(meshes, what, shared)
+    except Exception as error:
+        problem = error
+    if getattr(problem, "is_known", False):  # by an agreement within this one: the others are on their way out, too
+        raise problem
+    try:
+        agree(meshes, what, None if problem else shared, problem)
+    except Exception as error:
+        error.is_known = bool(meshes)  # type: ignore[attr-defined]
+        raise
 
 
 def agree(meshes: Sequence["DeviceMesh"], what: str, value: Any, problem: Exception | None = None) -> None:
@@ -83,26 +92,35 @@ def agree(meshes: Sequence["DeviceMesh"], what: str, value: Any, problem: Except
         Exception: `problem`, where there is one.
         AdapterStateError: another process has a problem, or another verb or value; the message names it.
     """
-    if not meshes and problem is None:
-        return
+    # What an inner step has told to all of them needs no telling again, of which the other processes know nothing.
+    if meshes and not set(meshes) <= getattr(problem, _TOLD, set()):
+        problem = _verdict(meshes, what, value, problem)
+        if problem is not None:
+            problem.__dict__[_TOLD] = set(meshes)
+    if problem is not None:
+        raise problem
+
+
+def _verdict(meshes: Sequence["DeviceMesh"], what: str, value: Any, problem: Exception | None) -> Exception | None:
+    """Why this process cannot go on, as all of them know then, or None: they all go on."""
     text = None if problem is None else f"{type(problem).__name__}: {problem}"
-    parts = dict(_flat(value)) if meshes else {}
+    parts = dict(_flat(value))
     digest = hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()
     told = _exchanged(meshes, (what, digest, text))
     if problem is not None:
-        raise problem
+        return problem
     for rank, (verb, _, other) in told.items():
         if other is not None:
             where = "" if verb == what else f" in {verb}"
-            raise AdapterStateError(f"{what}: process {rank}, which shares this model, fails{where} with {other}")
+            return AdapterStateError(f"{what}: process {rank}, which shares this model, fails{where} with {other}")
     if len({(verb, digest) for verb, digest, _ in told.values()}) < 2:
-        return
-    # All of them know it, so that each can ask the others for more.
+        return None
+    # Each of them sees that, so that each can ask the others for more.
     everything = _exchanged(meshes, {"the verb": what} | parts)
     (first, own), *others = everything.items()
     rank, other = next((rank, other) for rank, other in others if other != own)
     key = next(key for key in [*own, *other] if own.get(key) != other.get(key))
-    raise AdapterStateError(
+    return AdapterStateError(
         f"{what}: the processes that share this model do not do the same: {key} is {own.get(key, 'missing')[:200]} in "
         f"process {first} and {other.get(key, 'missing')[:200]} in process {rank}. Nothing has changed. Each of them "
         "has to call the same verbs in the same order, with the same arguments and files"
@@ -141,11 +159,11 @@ def _exchanged(meshes: Sequence["DeviceMesh"], own: Any) -> dict[int, Any]:
 def broadcast(meshes: Sequence["DeviceMesh"], tensors: Iterable[Tensor]) -> None:
     """Give tensors the values that they have in the first process of each mesh, in place.
 
-    Of a DTensor each process has a part of its own, which it keeps.
+    Of a sharded one each process has a part of its own, which it keeps.
     """
     for tensor in tensors if meshes else ():
         held = tensor.detach()
-        if is_sharded(held) or held.is_meta:
+        if is_sharded(tensor) or held.is_meta:
             continue
         for mesh in meshes:
             sent = held.to(mesh.device_type).contiguous()
