@@ -1,7 +1,8 @@
 """Quantized base layers: the registry of linear-like classes, and how a quantized weight is merged into.
 
-No quantization is computed here. A registered class brings its own functions; for bitsandbytes, torchao and HQQ PEFT
-(0.20 or later) knows how a weight is dequantized and quantized again. Nothing is ever added to the storage itself.
+No quantization is computed here. A registered class brings its own functions, transformers' FP8 layers have theirs in
+`fp8.py`; for bitsandbytes, torchao and HQQ PEFT (0.20 or later) knows how a weight is dequantized and quantized again.
+Nothing is ever added to the storage itself.
 """
 
 import copy
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from c3a_triton._public import public
 from c3a_triton.errors import AdapterStateError, ConfigError
+
+from . import fp8
 
 __all__ = [
     "LinearLike",
@@ -153,7 +156,12 @@ def quantized_weight(owner: Any) -> QuantizedWeight | str:
             torchao configuration by which its weight is quantized again.
     """
     base = owner.get_base_layer()
-    if (known := registered(base)) is not None:
+    known = registered(base)
+    if known is None and fp8.is_fp8_linear(base):
+        if reason := fp8.unmergeable(base):
+            return reason
+        known = LinearLike(None, fp8.dequantize, fp8.requantize)
+    if known is not None:
         if known.dequantize is None or known.requantize is None:
             return "its class is registered (register_linear_like) without the functions dequantize and requantize"
         requantize = known.requantize
