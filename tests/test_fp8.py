@@ -172,6 +172,24 @@ def test_merging_costs_what_the_docs_say_and_unmerging_nothing(kind: str) -> Non
     torch.testing.assert_close(weight_of(layer.base_layer), weight_of(merged), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("size", "lost"), [(0.001, 1.02), (0.003, 1.0), (0.01, 0.91), (0.03, 0.67), (0.1, 0.26), (0.3, 0.09), (1.0, 0.04)]
+)
+def test_what_is_lost_of_an_update(size: float, lost: float, recwarn: pytest.WarningsRecorder) -> None:
+    """The docs' figures: a small update is mostly rounded away, which is said."""
+    base = fp8_linear(widths=(512, 512))
+    base.weight.data, base.weight_scale_inv.data = tiled(torch.randn(512, 512), (128, 128))
+    layer, weight = adapted(base), weight_of(base)
+    kernel = layer.c3a_kernel["default"]
+    with torch.no_grad():
+        kernel.mul_(size * weight.norm() / oracle.dense(kernel).norm())
+    delta = oracle.dense(kernel)
+    layer.merge()
+    error = weight_of(layer.base_layer) - weight - delta
+    assert float(error.norm() / delta.norm()) == pytest.approx(lost, abs=0.02)
+    assert any("lost in their rounding" in str(warning.message) for warning in recwarn) == (lost > 0.5)
+
+
 @pytest.mark.parametrize("powers_of_two", [False, True])
 def test_a_tile_to_which_nothing_is_added_stays_as_it_is(powers_of_two: bool) -> None:
     base = fp8_linear(powers_of_two=powers_of_two)

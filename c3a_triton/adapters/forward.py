@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from c3a_triton.bases.linear_like import is_plain
+from c3a_triton.bases.quantized import quantizes_activations
 from c3a_triton.bases.sharded import gather_with
 from c3a_triton.errors import AdapterStateError, BackendError, ShapeError
 from c3a_triton.operator.rows import c3a_linear_rows
@@ -108,7 +109,8 @@ def _check_base_output(layer: Any, x: Tensor, y: Tensor) -> None:
             "layer, of which each process computes a part, cannot be adapted: leave it out of the plan, or "
             "shard with FSDP2 (fully_shard), which puts weights together"
         )
-    if x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
+    passes = y.requires_grad and not quantizes_activations(layer.get_base_layer())
+    if x.requires_grad and not passes and torch.is_grad_enabled():
         # The adapter's part alone would pass one on, a wrong one.
         raise AdapterStateError(
             f"{layer._label}: this {type(layer.get_base_layer()).__name__} passes no gradient on to its input, "

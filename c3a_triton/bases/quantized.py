@@ -23,6 +23,7 @@ __all__ = [
     "QuantizedWeight",
     "hold_layout",
     "quantized_weight",
+    "quantizes_activations",
     "register_linear_like",
     "registered",
     "release_layout",
@@ -199,6 +200,14 @@ def torchao_config_of(model: nn.Module) -> Any | None:
     config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     get = getattr(config, "get_apply_tensor_subclass", None)
     return None if get is None else get()
+
+
+def quantizes_activations(base: nn.Module) -> bool:
+    """Whether a layer's weight is one of torchao's that quantizes x, too.
+
+    The output of its float8 product seems to have a gradient, and then the backward pass fails.
+    """
+    return getattr(getattr(base, "weight", None), "act_quant_kwargs", None) is not None
 
 
 def copy_of(base: nn.Module) -> nn.Module:
