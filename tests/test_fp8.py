@@ -5,6 +5,7 @@ same arithmetic in torch, activations quantized by token and block included.
 """
 
 import json
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from tiny_models import IDS, llama, logits
+from tiny_models import IDS, llama, logits, qwen3_moe
 from torch import Tensor, nn
 
 import c3a_triton
@@ -55,6 +56,25 @@ def weight_of(layer: Any, codes: Tensor | None = None, scales: Tensor | None = N
     i, j = torch.arange(codes.shape[-2])[:, None] // rows, torch.arange(codes.shape[-1]) // columns
     scales = scales.detach().double().reshape(-1, -(-codes.shape[-1] // columns))
     return codes.detach().double() * scales[i, j]
+
+
+def exact(
+    x: Tensor, codes: Tensor, scales: Tensor, block: Any, dtype: torch.dtype, activation_scale: Any = None
+) -> Tensor:
+    """The product with the dequantized weight, activations as they are."""
+    layer = SimpleNamespace(block_size=block, weight=codes, weight_scale_inv=scales)
+    return (x.double() @ weight_of(layer).T).to(dtype)
+
+
+def grouped(
+    x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor, tokens_per_expert: Tensor, block_size: Any
+) -> Tensor:
+    """`exact` for rows that are sorted by expert; rows of no expert stay as they happen to be."""
+    assert torch.equal(tokens_per_expert.cumsum(0), offsets)
+    y = torch.full((len(x), codes.shape[1]), torch.nan)
+    for i, (start, end) in enumerate(zip([0, *offsets.tolist()], offsets.tolist(), strict=False)):
+        y[start:end] = exact(x[start:end], codes[i], scales[i], block_size, x.dtype)
+    return y
 
 
 def matmul(
@@ -229,7 +249,9 @@ def test_what_cannot_be_merged_into_says_why() -> None:
 
 def test_a_grouped_layer_is_refused_by_name() -> None:
     model = nn.Sequential(finegrained.FP8GroupedLinear(64, 128, 2, (32, 32)), nn.Linear(16, 16))
-    with pytest.raises(c3a_triton.ConfigError, match="^0.*this FP8GroupedLinear cannot be adapted: its inputs are groups"):
+    with pytest.raises(
+        c3a_triton.ConfigError, match="^0.*this FP8GroupedLinear cannot be adapted: its inputs are groups"
+    ):
         c3a_triton.apply(model, C3AConfig(block_size=8, target_modules=["0"]))
     with pytest.warns(UserWarning, match="^0: left out of target_modules='all-linear'"):
         c3a_triton.apply(model, C3AConfig(block_size=8, target_modules="all-linear"))
@@ -241,9 +263,12 @@ def test_a_grouped_layer_is_refused_by_name() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(llama(hidden_size=128, intermediate_size=320), tmp_path_factory.mktemp("model"))
+
+
+def checkpoint(model: Any, path: Path, **quantization: Any) -> Path:
     """As FP8 checkpoints are: codes and `weight_scale_inv` of the layers, the rest in bfloat16."""
-    path = tmp_path_factory.mktemp("model")
-    llama(hidden_size=128, intermediate_size=320).bfloat16().save_pretrained(path)
+    model.bfloat16().save_pretrained(path)
     tensors: dict[str, Tensor] = {}
     for name, value in load_file(path / "model.safetensors").items():
         tensors[name] = value
@@ -255,15 +280,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "quant_method": "fp8",
         "weight_block_size": [128, 128],
         "activation_scheme": "dynamic",
+        **quantization,
     }
     (path / "config.json").write_text(json.dumps(config))
     return path
 
 
-def load(path: Path) -> Any:
+def load(path: Path, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path)
+    return AutoModelForCausalLM.from_pretrained(path, **options)
+
+
+def dequantized(path: Path) -> Any:
+    from transformers import FineGrainedFP8Config
+
+    model = load(path, quantization_config=FineGrainedFP8Config(dequantize=True), dtype=torch.float32)
+    return model.float()  # what is no FP8 layer has the checkpoint's dtype
 
 
 def test_a_model_from_the_checkpoint_to_the_merged_checkpoint(folder: Path, tmp_path: Path) -> None:
@@ -310,3 +343,96 @@ def test_a_model_that_peft_has_built(folder: Path, tmp_path: Path) -> None:
     merged = model.merge_and_unload(safe_merge=True)
     assert 0 < (logits(merged) - applied).norm() < 0.15 * applied.norm()
     assert type(merged.model.layers[0].mlp.down_proj) is finegrained.FP8Linear
+
+
+def test_saving_a_dequantized_model_writes_codes_without_a_word(tmp_path: Path) -> None:
+    """Why the docs name `save_original_format=False`: what transformers writes otherwise loads as another model."""
+    path = checkpoint(llama(hidden_size=128, intermediate_size=384), tmp_path / "model")
+    model = dequantized(path)
+    model.save_pretrained(tmp_path / "codes")
+    assert "quantization_config" not in json.loads((tmp_path / "codes" / "config.json").read_text())
+    assert (logits(load(tmp_path / "codes", dtype=torch.float32)) - logits(model)).norm() > 0.5 * logits(model).norm()
+    model.save_pretrained(tmp_path / "plain", save_original_format=False)
+    torch.testing.assert_close(logits(load(tmp_path / "plain", dtype=torch.float32)), logits(model), rtol=0, atol=0)
+
+
+# Experts
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = qwen3_moe(hidden_size=128, moe_intermediate_size=128, head_dim=32, num_hidden_layers=2)
+    return checkpoint(model, tmp_path_factory.mktemp("moe"), modules_to_not_convert=["mlp.gate", "lm_head"])
+
+
+def with_experts(model: Any, like: Any = None) -> Any:
+    """The model with an adapter on all its experts, of some other model's values."""
+    config = C3AConfig(block_size=B, target_modules=["q_proj"], target_parameters="all-experts")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        c3a_triton.apply(model, config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, layer in model.c3a.layers():
+            own = layer.c3a_kernel["default"]
+            own.copy_(
+                torch.randn(own.shape) * 30 if like is None else dict(like.c3a.layers())[name].c3a_kernel["default"]
+            )
+    return model
+
+
+@pytest.fixture
+def exact_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without quantized activations a model is, up to rounding, the dequantized one."""
+    kernels = finegrained.FineGrainedFP8(matmul=exact, batched_matmul=None, grouped_matmul=grouped)
+    monkeypatch.setattr(finegrained, "_FINEGRAINED_FP8", kernels)
+
+
+@pytest.mark.usefixtures("exact_kernels")
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_experts_compute_what_the_dequantized_ones_do(implementation: str, moe: Path) -> None:
+    model = with_experts(load(moe, dtype=torch.float32, experts_implementation=implementation))
+    plain = with_experts(dequantized(moe), model)
+    assert {type(part.base_layer).__name__ for name, part in model.c3a.layers() if "experts" in name} == {"FP8Experts"}
+    found = []
+    for one in (model, plain):
+        x = torch.randn(2, 7, 128, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        y = one(inputs_embeds=x).logits
+        kernels = [layer.c3a_kernel["default"] for _, layer in one.c3a.layers()]
+        found.append([y, *torch.autograd.grad(y.square().sum(), [x, *kernels])])
+    for ours, true in zip(*found, strict=True):
+        oracle.assert_close(ours, true.double(), torch.float32, bound=1e-4)
+    with model.c3a.disable_adapter(), plain.c3a.disable_adapter():
+        base = logits(model)
+        oracle.assert_close(base, logits(plain).double(), torch.float32, bound=1e-4)
+    assert (logits(model) - base).norm() > 0.1 * base.norm()
+
+
+def stack_of(model: Any, name: str) -> Tensor:
+    """W of one projection of experts in float64."""
+    experts = model.get_submodule(name.rpartition(".")[0]).base_layer
+    codes, scales = (getattr(experts, name.rpartition(".")[2] + ending) for ending in ("", "_scale_inv"))
+    return torch.stack([weight_of(experts, *pair) for pair in zip(codes, scales, strict=True)])
+
+
+@pytest.mark.usefixtures("exact_kernels")
+def test_experts_are_merged_into_and_saved(moe: Path, tmp_path: Path) -> None:
+    model = with_experts(load(moe, dtype=torch.float32, experts_implementation="grouped_mm"))
+    experts = model.model.layers[1].mlp.experts
+    before = bits(experts.base_layer)
+    wanted = {name: layer.get_delta_weight("default") for name, layer in model.c3a.layers() if "experts" in name}
+    truth = {name: stack_of(model, name) + delta for name, delta in wanted.items()}
+    applied = logits(model)
+    model.c3a.merge_adapter(safe_merge=True)
+    error = (logits(model) - applied).norm() / applied.norm()
+    assert 0.001 < error < 0.1
+    for name, weight in truth.items():
+        assert 0.02 < (stack_of(model, name) - weight).norm() / weight.norm() < LOSS
+    model.c3a.unmerge_adapter()
+    assert same(bits(experts.base_layer), before)
+    torch.testing.assert_close(logits(model), applied, rtol=0, atol=0)
+    merged = model.c3a.merge_and_unload()
+    assert type(merged.model.layers[1].mlp.experts).__name__ == "FP8Experts"
+    merged.save_pretrained(tmp_path)
+    again = load(tmp_path, dtype=torch.float32, experts_implementation="grouped_mm")
+    torch.testing.assert_close(logits(again), logits(merged), rtol=0, atol=0)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from c3a_triton._public import public
 from c3a_triton.bases.experts import Layout, base_forward, foreign_product, layout
+from c3a_triton.bases.probe import is_ordinary
 from c3a_triton.errors import BackendError, ConfigError, ShapeError
 from c3a_triton.operator import routes as routing
 from c3a_triton.operator.routed import c3a_routed, grouped_base
@@ -37,12 +38,13 @@ class C3AStacked(Part):
         """The projection of rows that are sorted by expert.
 
         Args:
-            x: [n_rows, in]; with `gather` the tokens, [n_tokens, in]. It is computed in W's dtype.
+            x: [n_rows, in]; with `gather` the tokens, [n_tokens, in]. It is computed in W's dtype, where that is FP8
+                in its own.
             routes: the experts of the rows.
             gather: row s is `x[routes.source[s]]`.
 
         Returns:
-            [n_rows, out] in W's dtype; rows without an expert are 0.
+            [n_rows, out] in that dtype; rows without an expert are 0.
 
         Raises:
             ShapeError: sizes, dtypes or devices that do not fit, or rows of the batch have different adapters.
@@ -54,8 +56,8 @@ class C3AStacked(Part):
             return self._uncompiled_forward(x, routes, gather=gather)
         base, weight = self.base_layer, self.weight
         kernels = self._kernels_of_call(kind, x.device, (routes.order.shape[0], x.shape[-1]))
-        is_plain = type(weight) in (Tensor, nn.Parameter)
-        x = x.to(weight.dtype)
+        is_plain = is_ordinary(weight)
+        x = _as_computed(x, weight)
         if gather and not (kernels and is_plain):
             x, gather = x[routes.source], False
         if not kernels:
@@ -174,10 +176,14 @@ def base_product(module: nn.Module, name: str, x: Tensor, routes: Routes, transp
     """
     weight, bias = getattr(module, name), getattr(module, f"{name}_bias", None)
     absent = ~routes.valid().unsqueeze(-1) if routes.partial else None
-    if type(weight) in (Tensor, nn.Parameter):
+    if is_ordinary(weight):
         y = grouped_base(x.to(weight.dtype), weight, routes.offsets, transposed, routes.partial)
     else:
         x = x if absent is None else x.masked_fill(absent, 0.0)  # whose gradient is theirs
         y = foreign_product(module, name, x, routes.offsets[1:], transposed)
     y = y if bias is None else y + bias[routes.groups]
     return y if absent is None else y.masked_fill(absent, 0.0)
+
+
+def _as_computed(x: Tensor, weight: Tensor) -> Tensor:
+    return x if weight.dtype.itemsize == 1 else x.to(weight.dtype)

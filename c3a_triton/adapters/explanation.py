@@ -103,7 +103,8 @@ def explain(
                 cases[case] = cases.get(case, 0) + 1
         weight = layers[0].weight
         device = device or weight.device
-        dtype = dtype or (weight.dtype if weight.dtype.is_floating_point else torch.bfloat16)
+        is_coded = not weight.dtype.is_floating_point or weight.dtype.itemsize == 1
+        dtype = dtype or (torch.bfloat16 if is_coded else weight.dtype)
     if dtype not in _DTYPES:
         raise ConfigError(f"the cost model knows {', '.join(map(str, _DTYPES))}, not {dtype}")
     return _table(cases, counts, torch.device(device), dtype) + (without and f"\nOther adapted layers, {without}.")

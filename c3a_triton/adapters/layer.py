@@ -350,6 +350,8 @@ class C3ALinear(nn.Module):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of one adapter, [out_features, in_features] (a convolution's: as its weight) in the base weight's dtype.
 
+        Where that is a dtype of codes (int8, float8), it is the kernel's.
+
         Raises:
             AdapterNotFoundError: this layer has no such adapter.
             ShapeError: ZeRO-3 keeps its kernel in parts.
@@ -357,7 +359,7 @@ class C3ALinear(nn.Module):
         self._check_known(adapter)
         dtype = self.weight.dtype
         kernel = self._kernel_on(adapter)
-        return self._delta_weight(kernel, dtype if dtype.is_floating_point else kernel.dtype)
+        return self._delta_weight(kernel, dtype if dtype.is_floating_point and dtype.itemsize > 1 else kernel.dtype)
 
     def _delta_weight(self, kernel: Tensor, dtype: torch.dtype) -> Tensor:
         """ΔW of one kernel, in the shape of the base layer's weight."""

@@ -6,6 +6,7 @@ ours, so that whatever stands around the forward (accelerate's hooks, expert par
 Other modules get a forward of their own, in the innermost place as well.
 """
 
+import inspect
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from c3a_triton.errors import BackendError, ConfigError
 
+from . import fp8
 from .linear_like import Geometry, geometry
 from .probe import is_ordinary
 from .sharded import whole_shape
@@ -71,7 +73,7 @@ def layout(module: nn.Module) -> Layout | None:
     found: Any = module
     if _has(module, "gate_up_proj", "down_proj") and _is_of_llama4(module):
         return Layout("llama4", "gate_up_proj", "down_proj", found.num_experts, True, True, True)
-    if not _is_dispatched(type(module)) or not hasattr(module, "has_gate"):
+    if not _is_dispatched(module) or not hasattr(module, "has_gate"):
         return None
     up = "gate_up_proj" if found.has_gate else "up_proj"
     if not _has(module, up, "down_proj"):
@@ -92,15 +94,21 @@ def _is_of_llama4(module: nn.Module) -> bool:
     )
 
 
-def _is_dispatched(cls: Any) -> bool:
-    """Whether a class's forward asks transformers' interface for experts; quantized ones have another interface."""
-    forward: Any = cls.forward
-    names = getattr(getattr(forward, "__code__", None), "co_freevars", ())
-    if "experts_interface" not in names or not hasattr(forward, "__wrapped__"):
+def _is_dispatched(module: nn.Module) -> bool:
+    """Whether a module's forward asks transformers' interface for experts, or that of FP8 experts."""
+    interface = _interface(type(module).forward)
+    if interface is None:
         return False
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    return forward.__closure__[names.index("experts_interface")].cell_contents is ALL_EXPERTS_FUNCTIONS
+    return interface is ALL_EXPERTS_FUNCTIONS or fp8.is_experts(module)
+
+
+def _interface(forward: Any) -> Any | None:
+    names = getattr(getattr(forward, "__code__", None), "co_freevars", ())
+    if "experts_interface" not in names or not hasattr(forward, "__wrapped__"):
+        return None
+    return forward.__closure__[names.index("experts_interface")].cell_contents
 
 
 def is_stored_transposed(module: nn.Module, name: str) -> bool:
@@ -148,7 +156,7 @@ def problem(module: nn.Module, name: str) -> str | None:
         )
     found = layout(module)
     is_known = found is not None and name in (found.up, found.down)
-    readable = parameter.is_floating_point() and parameter.dtype.itemsize >= 2
+    readable = parameter.is_floating_point() and (parameter.dtype.itemsize >= 2 or fp8.is_experts(module))
     if not (readable and (is_known or is_ordinary(parameter))):
         return (
             f"its values in this {kind} are {parameter.dtype} ({type(parameter).__name__}), to which nothing can be "
@@ -244,7 +252,8 @@ def _chosen(kind: type) -> ConfigError:
 def _register() -> None:
     from transformers.integrations.moe import ExpertsInterface
 
-    ExpertsInterface.register(_IMPLEMENTATION, _experts_forward)
+    for interface in (ExpertsInterface, *ExpertsInterface.__subclasses__()):
+        interface.register(_IMPLEMENTATION, _experts_forward)
 
 
 def dispatch(module: Any, layer: Any) -> None:
@@ -291,12 +300,11 @@ def base_forward(module: Any) -> Callable[..., Tensor]:
     config = module.__dict__.get("config")
     if not isinstance(config, _AdaptedConfig):
         return forward
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
     name = _own_implementation(module)
     if name == _IMPLEMENTATION:
         raise _chosen(type(module))
-    return ALL_EXPERTS_FUNCTIONS.get_interface(name, forward.__wrapped__)
+    interface: Any = _interface(forward)
+    return interface.get_interface(name, inspect.unwrap(forward))  # FP8 experts are wrapped once for each layer
 
 
 def _own_implementation(module: nn.Module) -> Any:
@@ -325,6 +333,8 @@ def foreign_product(module: nn.Module, name: str, x: Tensor, offsets: Tensor, tr
     from transformers.integrations.moe import _grouped_linear
 
     weight, own = getattr(module, name), _own_implementation(module)
+    if fp8.is_experts(module):
+        return fp8.stacked_product(module, name, x, offsets, own)
     try:
         if own == "eager":
             return _product_of_each(x, weight, offsets.tolist(), transposed)

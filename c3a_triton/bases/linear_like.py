@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.parameter import Parameter
 
-from .fp8 import is_grouped
+from . import fp8
 from .probe import behaviour
 from .quantized import registered
 
@@ -148,6 +148,6 @@ def computes_its_weight(base: nn.Module) -> bool:
 
 def unfit_for_adapters(base: nn.Module) -> str | None:
     """Why nothing can be computed beside a layer (a router, an embedding of positions), as a sentence, or None."""
-    reason = "its inputs are groups, of which it multiplies each by rows of its own" if is_grouped(base) else ""
+    reason = "its inputs are groups, of which it multiplies each by rows of its own" if fp8.is_grouped(base) else ""
     reason = reason or behaviour(base).reason
     return f"this {type(base).__name__} cannot be adapted: {reason}" if reason else None

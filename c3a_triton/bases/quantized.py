@@ -149,20 +149,15 @@ class QuantizedWeight:
         self._owner.base_layer = kept.train(self._owner.base_layer.training)
 
 
-def quantized_weight(owner: Any) -> QuantizedWeight | str:
+def quantized_weight(owner: Any) -> QuantizedWeight | fp8.TiledWeight | str:
     """How the quantized weight under an adapter layer is merged into, or the reason why it cannot be.
 
     Args:
-        owner: a layer with `base_layer` and `get_base_layer()`; its `quantization_config`, where it is set, is the
+        owner: a layer with `base_layer`, `get_base_layer()` and `parameter`, as `weight_access` gets it; its `quantization_config`, where it is set, is the
             torchao configuration by which its weight is quantized again.
     """
     base = owner.get_base_layer()
-    known = registered(base)
-    if known is None and fp8.is_fp8_linear(base):
-        if reason := fp8.unmergeable(base):
-            return reason
-        known = LinearLike(None, fp8.dequantize, fp8.requantize)
-    if known is not None:
+    if (known := registered(base)) is not None:
         if known.dequantize is None or known.requantize is None:
             return "its class is registered (register_linear_like) without the functions dequantize and requantize"
         requantize = known.requantize
@@ -171,6 +166,9 @@ def quantized_weight(owner: Any) -> QuantizedWeight | str:
             owner.base_layer = requantize(owner.get_base_layer(), weight)
 
         return QuantizedWeight(owner, known.dequantize, replace_base)
+    if fp8.is_linear(base) or fp8.is_experts(base):
+        name = owner.parameter or "weight"
+        return fp8.unmergeable(base, name) or fp8.TiledWeight(base, name)
     try:
         from peft.utils.quantization_utils import resolve_quantization_backend
     except ImportError:
