@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from c3a_triton._public import public
 from c3a_triton.errors import AdapterStateError, ConfigError
 
-from . import fp8
+from . import fp8, mxfp4
 
 __all__ = [
     "LinearLike",
@@ -220,9 +220,10 @@ def copy_of(base: nn.Module) -> nn.Module:
 
 
 def hold_layout(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking the 4-bit weights in a model, and undo it where it has.
+    """Keep quantized layers of a model in a state in which gradients pass, until `release_layout`.
 
-    On processors with AVX512-BF16 it repacks a weight in place in the first forward in eval mode whose input wants no
+    Experts in MXFP4 get a backward pass (`mxfp4.py`). bitsandbytes is kept from repacking 4-bit weights, and where it
+    has, that is undone. On processors with AVX512-BF16 it repacks a weight in place in the first forward in eval mode whose input wants no
     gradient. From then on no gradient passes the layer, silently, the bytes mean something else to whoever dequantizes
     them, and the scales of the blocks have lost digits. The price is its faster product in evaluation on such a CPU.
     """
@@ -231,10 +232,12 @@ def hold_layout(model: nn.Module) -> None:
         if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
             # bitsandbytes unpacks a weight in place when it saves it.
             module.state_dict()
+    mxfp4.pass_gradients(model)
 
 
 def release_layout(model: nn.Module) -> None:
-    """Let bitsandbytes repack again where the processor is one for it."""
+    """Let bitsandbytes repack again where the processor is one for it, and MXFP4 compute by itself."""
+    mxfp4.release_gradients(model)
     for module in _four_bit_layers(model):
         from bitsandbytes.functional import has_avx512bf16
 

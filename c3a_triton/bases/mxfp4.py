@@ -1,0 +1,110 @@
+"""gpt-oss' experts in MXFP4, which transformers computes by fused kernels that have no backward pass.
+
+Left alone, they cut the gradient of everything below them but what passes beside them, without a word. In an adapted
+model they pass it on: that of the dequantized experts, which are made for one layer at a time.
+"""
+
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["dequantized", "experts_forward", "is_mxfp4", "pass_gradients", "release_gradients"]
+
+_MODULE = "transformers.integrations.mxfp4"
+PROJECTIONS = ("gate_up_proj", "down_proj")
+
+
+def is_mxfp4(module: nn.Module) -> bool:
+    """Whether a module is transformers' `Mxfp4GptOssExperts`, told by its class's origin so that nothing is imported."""
+    return _is_of(module, "Mxfp4GptOssExperts")
+
+
+def _is_of(module: nn.Module, name: str) -> bool:
+    return any(cls.__name__ == name and cls.__module__ == _MODULE for cls in type(module).__mro__)
+
+
+def dequantized(experts: Any, name: str, dtype: torch.dtype) -> Tensor:
+    """The weight of one projection, [n_experts, in, out] in a dtype of 16 bits or more, in which it is exact."""
+    from transformers.integrations.mxfp4 import Mxfp4ReverseDeserialize, convert_moe_packed_tensors
+
+    packed = Mxfp4ReverseDeserialize(None).convert({}, model=experts, full_layer_name=f"{name}_blocks")
+    return convert_moe_packed_tensors(packed[f"{name}_blocks"], packed[f"{name}_scales"], dtype=dtype)
+
+
+def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The experts' own forward, and the gradient of hidden states and weights.
+
+    Args:
+        experts: the experts.
+        hidden_states: [n_tokens, hidden].
+        top_k_index: of each token's experts, [n_tokens, k].
+        top_k_weights: their shares, [n_tokens, k].
+
+    Returns:
+        [n_tokens, hidden].
+    """
+    return _Experts.apply(experts, hidden_states, top_k_index, top_k_weights)  # type: ignore[no-untyped-call]
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, experts: Any, x: Tensor, index: Tensor, shares: Tensor) -> Tensor:
+        ctx.experts = experts
+        ctx.save_for_backward(x, index, shares)
+        return type(experts).forward(experts, x, index, shares)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, index, shares = ctx.saved_tensors
+        inputs = [tensor.detach().requires_grad_() for tensor in (x, shares)]
+        with torch.enable_grad():
+            y = _plain(ctx.experts, x.dtype)(inputs[0], index, inputs[1])
+        dx, dshares = torch.autograd.grad(y, inputs, dy)
+        return None, dx, None, dshares
+
+
+def _plain(experts: Any, dtype: torch.dtype) -> Any:
+    """`GptOssExperts` with the same weights, dequantized."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+    config = types.SimpleNamespace(
+        num_local_experts=experts.num_experts,
+        intermediate_size=experts.intermediate_size,
+        hidden_size=experts.hidden_size,
+        swiglu_alpha=experts.alpha,
+        swiglu_limit=experts.limit,
+        _experts_implementation="grouped_mm",
+    )
+    with torch.device("meta"):
+        plain: Any = GptOssExperts(config)
+    for name in PROJECTIONS:
+        for parameter, value in (
+            (name, dequantized(experts, name, dtype)),
+            (f"{name}_bias", getattr(experts, f"{name}_bias").to(dtype)),
+        ):
+            setattr(plain, parameter, nn.Parameter(value, requires_grad=False))
+    return plain
+
+
+def pass_gradients(model: nn.Module) -> None:
+    """Let what holds such experts in a model ask its router and them, where a gradient is wanted, until released."""
+    for mlp in model.modules():
+        if _is_of(mlp, "Mxfp4GptOssMLP") and "forward" not in mlp.__dict__:
+            mlp.forward = types.MethodType(_mlp_forward, mlp)
+
+
+def release_gradients(model: nn.Module) -> None:
+    """Undo `pass_gradients`."""
+    for mlp in model.modules():
+        if getattr(mlp.__dict__.get("forward"), "__func__", None) is _mlp_forward:
+            del mlp.forward
+
+
+def _mlp_forward(mlp: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    if not (torch.is_grad_enabled() and hidden_states.requires_grad):
+        return type(mlp).forward(mlp, hidden_states)
+    x = hidden_states.reshape(-1, hidden_states.shape[-1])
+    logits, shares, index = mlp.router(x)
+    return experts_forward(mlp.experts, x, index, shares).view_as(hidden_states), logits
