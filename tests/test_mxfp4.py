@@ -3,7 +3,9 @@
 Only the Triton kernels of the hub are not: their place is taken, where transformers keeps them, by what they compute.
 """
 
+import copy
 import json
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +17,7 @@ from tiny_models import IDS, gpt_oss, logits
 from torch import Tensor
 
 import c3a_triton
-from c3a_triton import C3AConfig, ConfigError
+from c3a_triton import AdapterStateError, C3AConfig, ConfigError
 
 integration = pytest.importorskip("transformers.integrations.mxfp4")
 if not hasattr(integration, "Mxfp4ReverseDeserialize"):
@@ -41,7 +43,8 @@ class Strided:
 
 
 def wrap(data: Tensor, dtype: Any = None) -> Any:
-    return SimpleNamespace(storage=SimpleNamespace(data=data, layout=Strided(data.shape)), dtype=dtype)
+    storage = SimpleNamespace(data=data, layout=Strided(data.shape))
+    return SimpleNamespace(storage=storage, dtype=dtype, device=data.device)
 
 
 def values_of(weight: Any, scales: Any) -> Tensor:
@@ -157,9 +160,8 @@ def dequantized(path: Path) -> Any:
 
 
 def adapted(model: Any, like: Any = None, **options: Any) -> Any:
+    """The model with an adapter of random values, or of those of another model."""
     config = C3AConfig(block_size=B, target_modules=["q_proj", "o_proj"], **options)
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         c3a_triton.apply(model, config)
@@ -196,4 +198,79 @@ def test_gradients_pass_experts_that_have_no_backward(folder: Path) -> None:
     assert all("forward" in mlp.__dict__ for mlp in mlps)
     unloaded = model.c3a.unload()
     assert not any("forward" in layer.mlp.__dict__ for layer in unloaded.model.layers)
-    assert ConfigError
+
+
+@pytest.mark.parametrize("targets", ["all-experts", ["gate_up_proj"], ["down_proj"]], ids=str)
+def test_adapted_experts_compute_what_the_dequantized_ones_do(targets: Any, folder: Path) -> None:
+    model = adapted(load(folder), target_parameters=targets)
+    plain = adapted(dequantized(folder), model, target_parameters=targets)
+    assert [name for name, _ in model.c3a.layers()] == [name for name, _ in plain.c3a.layers()]
+    found, true = output_and_gradients(model), output_and_gradients(plain)
+    for ours, truth in zip(found, true, strict=True):
+        oracle.assert_close(ours, truth.double(), torch.float32, bound=1e-4)
+    applied = logits(model)
+    oracle.assert_close(applied, logits(plain).double(), torch.float32, bound=1e-4)
+    with model.c3a.disable_adapter(), plain.c3a.disable_adapter():
+        base = logits(model)
+        oracle.assert_close(base, logits(plain).double(), torch.float32, bound=1e-4)
+    assert (applied - base).norm() > 0.1 * base.norm()
+    torch.testing.assert_close(logits(copy.deepcopy(model)), applied, rtol=0, atol=0)
+
+
+def test_with_no_adapter_in_force_the_fused_kernels_compute(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(load(folder), target_parameters="all-experts")
+    calls: list[Any] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(kwargs.get("fused_activation"))
+        return matmul_ogs(*args, **kwargs)
+
+    monkeypatch.setattr(HUB.matmul_ogs, "matmul_ogs", counted)
+    logits(model)
+    assert not calls
+    with model.c3a.disable_adapter():
+        logits(model)
+    assert [call is not None for call in calls] == [True, False] * 2
+
+
+def test_files_are_those_of_the_dequantized_model(folder: Path, tmp_path: Path) -> None:
+    model = adapted(load(folder), target_parameters="all-experts")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.c3a.save_pretrained(tmp_path)
+        plain = c3a_triton.load_adapter(dequantized(folder), tmp_path)
+        again = c3a_triton.load_adapter(load(folder), tmp_path)
+    oracle.assert_close(logits(plain), logits(model).double(), torch.float32, bound=1e-4)
+    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0)
+    assert "mlp.experts.gate_up_proj" in model.c3a.summary()
+    assert "4×128" in c3a_triton.explain(model, tokens=[64], device="cuda")
+    (layer,) = (layer for name, layer in model.c3a.layers() if name.endswith("layers.1.mlp.experts.down_proj"))
+    delta = layer.get_delta_weight("default")
+    assert (delta.dtype, delta.shape) == (torch.float32, (4, 64, 32))
+
+
+def test_merging_is_refused_with_the_remedy(folder: Path) -> None:
+    model = adapted(load(folder), target_parameters="all-experts")
+    with pytest.raises(AdapterStateError, match=r"gate_up_proj: nothing .*Mxfp4GptOssExperts.*dequantize=True"):
+        model.c3a.merge_adapter()
+    assert not any(layer.merged for _, layer in model.c3a.layers())
+    attention = adapted(load(folder))
+    applied = logits(attention)
+    merged = attention.c3a.merge_and_unload()  # which experts have no part in
+    oracle.assert_close(logits(merged), applied.double(), torch.float32, bound=1e-4)
+
+
+def test_what_cannot_be_adapted_is_refused_by_name(folder: Path) -> None:
+    def refused(model: Any, target: str, reason: str) -> None:
+        with pytest.raises(ConfigError, match=rf"layers\.0\.mlp\.experts\.{target}: .*{reason}"):
+            adapted(model, target_parameters=[target])
+
+    refused(load(folder), "gate_up_proj_bias", "only gate_up_proj and down_proj can be adapted")
+    spread = load(folder)
+    spread.model.layers[0].mlp.experts._is_hooked = True
+    refused(spread, "down_proj", r"spreads over processes.*Mxfp4Config\(dequantize=True\)")
+    unloaded = load(folder)
+    unloaded.model.layers[0].mlp.experts.gate_up_proj_precision_config = None
+    refused(unloaded, "gate_up_proj", "not loaded")
+    with pytest.warns(UserWarning, match=r"stacked expert weights are not adapted: 4 of them .* hold 49,152 of"):
+        c3a_triton.apply(load(folder), C3AConfig(block_size=B, target_modules=["q_proj"]))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from c3a_triton._public import public
 from c3a_triton.bases.linear_like import Geometry, geometry, is_plain, unfit_for_adapters
-from c3a_triton.bases.quantized import hold_layout
+from c3a_triton.bases.quantized import hold_layout, holds_values
 from c3a_triton.bases.sharded import check_gathered
 from c3a_triton.bases.weights import (
     first_tensor,
@@ -350,16 +350,15 @@ class C3ALinear(nn.Module):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of one adapter, [out_features, in_features] (a convolution's: as its weight) in the base weight's dtype.
 
-        Where that is a dtype of codes (int8, float8), it is the kernel's.
+        Where the weight is codes (int8, float8), it is the kernel's.
 
         Raises:
             AdapterNotFoundError: this layer has no such adapter.
             ShapeError: ZeRO-3 keeps its kernel in parts.
         """
         self._check_known(adapter)
-        dtype = self.weight.dtype
-        kernel = self._kernel_on(adapter)
-        return self._delta_weight(kernel, dtype if dtype.is_floating_point and dtype.itemsize > 1 else kernel.dtype)
+        weight, kernel = self.weight, self._kernel_on(adapter)
+        return self._delta_weight(kernel, weight.dtype if holds_values(weight) else kernel.dtype)
 
     def _delta_weight(self, kernel: Tensor, dtype: torch.dtype) -> Tensor:
         """ΔW of one kernel, in the shape of the base layer's weight."""

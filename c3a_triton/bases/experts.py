@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from c3a_triton.errors import BackendError, ConfigError
 
-from . import fp8
+from . import fp8, mxfp4
 from .linear_like import Geometry, geometry
 from .probe import is_ordinary
 from .sharded import whole_shape
@@ -31,6 +31,8 @@ __all__ = [
     "is_stored_transposed",
     "layout",
     "parameter_geometry",
+    "parameter_names",
+    "parameter_shape",
     "problem",
     "rows_per_token",
     "stacked_names",
@@ -50,7 +52,8 @@ class Layout:
     """Where experts that we know keep their two projections.
 
     Attributes:
-        kind: `"dispatched"`, by transformers' interface; or `"llama4"`, which gets equally many rows for each expert.
+        kind: `"dispatched"`, by transformers' interface; `"llama4"`, which gets equally many rows for each expert; or
+            `"mxfp4"`, whose weights are no parameters.
         up: the parameter of the first projection, `"gate_up_proj"` or `"up_proj"`.
         down: that of the second.
         n_experts: how many experts there are.
@@ -73,6 +76,8 @@ def layout(module: nn.Module) -> Layout | None:
     found: Any = module
     if _has(module, "gate_up_proj", "down_proj") and _is_of_llama4(module):
         return Layout("llama4", "gate_up_proj", "down_proj", found.num_experts, True, True, True)
+    if mxfp4.is_mxfp4(module):
+        return Layout("mxfp4", *mxfp4.PROJECTIONS, found.num_experts, True, True, False)
     if not _is_dispatched(module) or not hasattr(module, "has_gate"):
         return None
     up = "gate_up_proj" if found.has_gate else "up_proj"
@@ -119,15 +124,29 @@ def is_stored_transposed(module: nn.Module, name: str) -> bool:
     return found is not None and found.transposed and name in (found.up, found.down)
 
 
+def parameter_names(module: nn.Module) -> list[str]:
+    """The names of a module's own parameters, and of what only its kernels can read."""
+    packed = mxfp4.PROJECTIONS if mxfp4.is_mxfp4(module) else ()
+    return list(dict.fromkeys((*module._parameters, *getattr(module, "parametrizations", ()), *packed)))
+
+
+def parameter_shape(module: nn.Module, name: str) -> torch.Size:
+    """The shape of the values of a parameter, () where there is none."""
+    if mxfp4.is_mxfp4(module) and name in mxfp4.PROJECTIONS:
+        return mxfp4.shape_of(module, name)
+    parameter = module._parameters.get(name)
+    return torch.Size() if parameter is None else whole_shape(parameter)
+
+
 def parameter_geometry(module: nn.Module, name: str) -> Geometry | None:
     """The geometry of a parameter that is adapted by itself, or None where it has neither two nor three dimensions.
 
     Its kind is `"experts"` where we compute the experts' products, otherwise `"parameter"`.
     """
-    parameter = module._parameters.get(name)
-    if parameter is None or len(whole_shape(parameter)) not in (2, 3):
+    shape = parameter_shape(module, name)
+    if len(shape) not in (2, 3):
         return None
-    *stack, out_features, in_features = whole_shape(parameter)
+    *stack, out_features, in_features = shape
     if is_stored_transposed(module, name):
         out_features, in_features = in_features, out_features
     found = layout(module)
@@ -149,6 +168,8 @@ def problem(module: nn.Module, name: str) -> str | None:
     """
     kind = type(module).__name__
     parameter = module._parameters.get(name)
+    if mxfp4.is_mxfp4(module):
+        return mxfp4.problem(module, name)
     if parameter is None:
         return (
             f"{kind} computes it from other tensors (torch.nn.utils.parametrize, as bitsandbytes does with experts): "
@@ -296,6 +317,8 @@ def base_forward(module: Any) -> Callable[..., Tensor]:
     Raises:
         ConfigError: the configuration names our implementation.
     """
+    if mxfp4.is_mxfp4(module):
+        return mxfp4.experts_forward
     forward: Any = type(module).forward
     config = module.__dict__.get("config")
     if not isinstance(config, _AdaptedConfig):
@@ -335,6 +358,8 @@ def foreign_product(module: nn.Module, name: str, x: Tensor, offsets: Tensor, tr
     weight, own = getattr(module, name), _own_implementation(module)
     if fp8.is_experts(module):
         return fp8.stacked_product(module, name, x, offsets, own)
+    if mxfp4.is_mxfp4(module):
+        return mxfp4.stacked_product(module, name, x, offsets)
     try:
         if own == "eager":
             return _product_of_each(x, weight, offsets.tolist(), transposed)

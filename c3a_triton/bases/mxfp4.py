@@ -10,7 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["dequantized", "experts_forward", "is_mxfp4", "pass_gradients", "release_gradients"]
+__all__ = [
+    "PROJECTIONS",
+    "apply_gate",
+    "dequantized",
+    "experts_forward",
+    "is_mxfp4",
+    "pass_gradients",
+    "problem",
+    "release_gradients",
+    "shape_of",
+    "stacked_product",
+]
 
 _MODULE = "transformers.integrations.mxfp4"
 PROJECTIONS = ("gate_up_proj", "down_proj")
@@ -25,8 +36,27 @@ def _is_of(module: nn.Module, name: str) -> bool:
     return any(cls.__name__ == name and cls.__module__ == _MODULE for cls in type(module).__mro__)
 
 
+def shape_of(experts: Any, name: str) -> torch.Size:
+    """The shape of one projection's weight, [n_experts, in, out], as `GptOssExperts` has it."""
+    inner = experts.intermediate_size
+    widths = (experts.hidden_size, 2 * inner) if name == "gate_up_proj" else (inner, experts.hidden_size)
+    return torch.Size([experts.num_experts, *widths])
+
+
+def problem(experts: Any, name: str) -> str | None:
+    """Why the weight of one projection cannot be adapted, or None."""
+    remedy = "load the model with quantization_config=Mxfp4Config(dequantize=True)"
+    if name not in PROJECTIONS:
+        return f"of this {type(experts).__name__} only {' and '.join(PROJECTIONS)} can be adapted"
+    if getattr(experts, "_is_hooked", False):
+        return f"experts in MXFP4 that a plan spreads over processes cannot be adapted: {remedy}"
+    if getattr(experts, f"{name}_precision_config") is None:
+        return f"its codes are not loaded, so that nothing can compute with them: {remedy}"
+    return None
+
+
 def dequantized(experts: Any, name: str, dtype: torch.dtype) -> Tensor:
-    """The weight of one projection, [n_experts, in, out] in a dtype of 16 bits or more, in which it is exact."""
+    """The weight of one projection, [n_experts, in, out] in bfloat16 or a wider dtype, in which it is exact."""
     from transformers.integrations.mxfp4 import Mxfp4ReverseDeserialize, convert_moe_packed_tensors
 
     packed = Mxfp4ReverseDeserialize(None).convert({}, model=experts, full_layer_name=f"{name}_blocks")
@@ -63,6 +93,45 @@ class _Experts(torch.autograd.Function):
             y = _plain(ctx.experts, x.dtype)(inputs[0], index, inputs[1])
         dx, dshares = torch.autograd.grad(y, inputs, dy)
         return None, dx, None, dshares
+
+
+def apply_gate(experts: Any, y: Tensor) -> Tensor:
+    """What is between the two projections, [n_rows, 2 · inter] → [n_rows, inter]."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+    return GptOssExperts._apply_gate(experts, y)
+
+
+def stacked_product(experts: Any, name: str, x: Tensor, ends: Tensor) -> Tensor:
+    """One projection without its bias, by the dequantized weight, which is made for the call, and for its backward.
+
+    Args:
+        experts: the experts.
+        name: `"gate_up_proj"` or `"down_proj"`.
+        x: [n_rows, in], in the order of the experts.
+        ends: [n_experts], where each expert's rows end, int32.
+
+    Returns:
+        [n_rows, out].
+    """
+    return _Product.apply(experts, name, x, ends)  # type: ignore[no-untyped-call]
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, experts: Any, name: str, x: Tensor, ends: Tensor) -> Tensor:
+        from transformers.integrations.moe import _grouped_linear
+
+        ctx.weight_of = experts, name
+        ctx.save_for_backward(ends)
+        return _grouped_linear(x, dequantized(experts, name, x.dtype), ends, is_transposed=True)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        from transformers.integrations.moe import _grouped_linear
+
+        (ends,) = ctx.saved_tensors
+        return None, None, _grouped_linear(dy, dequantized(*ctx.weight_of, dy.dtype), ends), None
 
 
 def _plain(experts: Any, dtype: torch.dtype) -> Any:
@@ -103,8 +172,10 @@ def release_gradients(model: nn.Module) -> None:
 
 
 def _mlp_forward(mlp: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-    if not (torch.is_grad_enabled() and hidden_states.requires_grad):
+    is_adapted = not is_mxfp4(mlp.experts)
+    if not is_adapted and not (torch.is_grad_enabled() and hidden_states.requires_grad):
         return type(mlp).forward(mlp, hidden_states)
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
     logits, shares, index = mlp.router(x)
-    return experts_forward(mlp.experts, x, index, shares).view_as(hidden_states), logits
+    y = mlp.experts(x, index, shares) if is_adapted else experts_forward(mlp.experts, x, index, shares)
+    return y.view_as(hidden_states), logits

@@ -22,6 +22,7 @@ __all__ = [
     "LinearLike",
     "QuantizedWeight",
     "hold_layout",
+    "holds_values",
     "quantized_weight",
     "quantizes_activations",
     "register_linear_like",
@@ -169,6 +170,11 @@ def quantized_weight(owner: Any) -> QuantizedWeight | fp8.TiledWeight | str:
     if fp8.is_linear(base) or fp8.is_experts(base):
         name = owner.parameter or "weight"
         return fp8.unmergeable(base, name) or fp8.TiledWeight(base, name)
+    if mxfp4.is_mxfp4(base):
+        return (
+            "its codes of 4 bits would lose most of an update: merge into the model loaded with "
+            "quantization_config=Mxfp4Config(dequantize=True)"
+        )
     try:
         from peft.utils.quantization_utils import resolve_quantization_backend
     except ImportError:
@@ -206,6 +212,11 @@ def quantizes_activations(base: nn.Module) -> bool:
     The output of its float8 product seems to have a gradient, and then the backward pass fails.
     """
     return getattr(getattr(base, "weight", None), "act_quant_kwargs", None) is not None
+
+
+def holds_values(weight: Any) -> bool:
+    """Whether a weight has its values' dtype, and not one of codes (int8, float8, or what no tensor is, as MXFP4)."""
+    return isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
 
 
 def copy_of(base: nn.Module) -> nn.Module:
