@@ -436,3 +436,16 @@ def test_experts_are_merged_into_and_saved(moe: Path, tmp_path: Path) -> None:
     merged.save_pretrained(tmp_path)
     again = load(tmp_path, dtype=torch.float32, experts_implementation="grouped_mm")
     torch.testing.assert_close(logits(again), logits(merged), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("implementation", ["batched_mm", "deepgemm"])
+def test_experts_that_would_cut_the_gradient_are_refused(implementation: str, moe: Path) -> None:
+    model = load(moe, dtype=torch.float32, experts_implementation="grouped_mm")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        c3a_triton.apply(model, C3AConfig(block_size=B, target_modules=["q_proj"]))
+    model.set_experts_implementation(implementation)
+    with pytest.raises(AdapterStateError, match=rf"no backward pass with experts_implementation='{implementation}'"):
+        model(input_ids=IDS)
+    assert len(model.model.layers[0].mlp.experts._forward_pre_hooks) == 1
+    assert not model.c3a.unload().model.layers[0].mlp.experts._forward_pre_hooks

@@ -269,8 +269,26 @@ def test_what_cannot_be_adapted_is_refused_by_name(folder: Path) -> None:
     spread = load(folder)
     spread.model.layers[0].mlp.experts._is_hooked = True
     refused(spread, "down_proj", r"spreads over processes.*Mxfp4Config\(dequantize=True\)")
+    model = adapted(load(folder))
+    model.model.layers[1].mlp.experts._is_hooked = True
+    with pytest.raises(AdapterStateError, match=r"Mxfp4GptOssExperts has no backward pass here.*dequantize=True"):
+        model(input_ids=IDS)
     unloaded = load(folder)
     unloaded.model.layers[0].mlp.experts.gate_up_proj_precision_config = None
     refused(unloaded, "gate_up_proj", "not loaded")
     with pytest.warns(UserWarning, match=r"stacked expert weights are not adapted: 4 of them .* hold 49,152 of"):
         c3a_triton.apply(load(folder), C3AConfig(block_size=B, target_modules=["q_proj"]))
+
+
+def test_experts_of_transformers_4_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their forward takes what a router of the kernels makes, which passes no gradient on."""
+    model = load(folder)
+    monkeypatch.delattr(integration.Mxfp4GptOssExperts, "forward_routed")
+    with pytest.raises(ConfigError, match=r"experts\.down_proj: this release of transformers.*dequantize=True"):
+        adapted(model, target_parameters=["down_proj"])
+    adapted(model)
+    experts = model.model.layers[0].mlp.experts
+    with pytest.raises(AdapterStateError, match="has no backward pass here"):
+        experts(torch.randn(3, 32, requires_grad=True), None, None, None)
+    model.c3a.unload()
+    assert not experts._forward_pre_hooks

@@ -1,4 +1,4 @@
-"""transformers' fine-grained FP8: layers and experts whose weights are float8 codes, with a scale for each tile of them.
+"""transformers' fine-grained FP8: layers and experts whose weights are float8 codes, with a scale for each tile.
 
 W = codes · scale of the tile, and a scale is what the largest magnitude of its tile is divided by to be the largest
 code; or the next power of two ("ue8m0"), where the scales are such. Tiles at the lower and right edge may be smaller.
@@ -13,10 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["TiledWeight", "is_experts", "is_grouped", "is_linear", "stacked_product", "unmergeable"]
+from c3a_triton.errors import AdapterStateError
+
+__all__ = [
+    "TiledWeight",
+    "is_experts",
+    "is_grouped",
+    "is_linear",
+    "stacked_product",
+    "unmergeable",
+    "unwatch_gradients",
+    "watch_gradients",
+]
 
 _MODULE = "transformers.integrations.finegrained_fp8"
 _CODES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
+# Experts' implementations by whose kernels only the router's gradient passes.
+_NO_BACKWARD = ("batched_mm", "deepgemm")
 # torch 2.7 and later have it.
 _POWERS_OF_TWO = getattr(torch, "float8_e8m0fnu", None)
 
@@ -136,6 +149,30 @@ class TiledWeight:
 
 
 # Experts
+
+
+def watch_gradients(model: nn.Module) -> None:
+    """Refuse calls of a model's FP8 experts that would cut a gradient without a word, until `unwatch_gradients`."""
+    for module in model.modules():
+        if is_experts(module) and _check_backward not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_check_backward)
+
+
+def unwatch_gradients(model: nn.Module) -> None:
+    """Undo `watch_gradients`."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook is _check_backward:
+                del module._forward_pre_hooks[key]
+
+
+def _check_backward(experts: Any, args: Any) -> None:
+    implementation = experts.config._experts_implementation
+    if implementation in _NO_BACKWARD and torch.is_grad_enabled() and any(x.requires_grad for x in args[:1]):
+        raise AdapterStateError(
+            f"FP8 experts have no backward pass with experts_implementation={implementation!r}, and layers below them "
+            'would be trained on wrong gradients: call model.set_experts_implementation("grouped_mm")'
+        )
 
 
 def stacked_product(experts: Any, name: str, x: Tensor, ends: Tensor, implementation: Any) -> Tensor:

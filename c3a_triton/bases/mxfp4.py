@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from c3a_triton.errors import AdapterStateError
+
 __all__ = [
     "PROJECTIONS",
     "apply_gate",
@@ -25,15 +27,21 @@ __all__ = [
 
 _MODULE = "transformers.integrations.mxfp4"
 PROJECTIONS = ("gate_up_proj", "down_proj")
+_REMEDY = "load the model with quantization_config=Mxfp4Config(dequantize=True)"
 
 
 def is_mxfp4(module: nn.Module) -> bool:
-    """Whether a module is transformers' `Mxfp4GptOssExperts`, told by its class's origin so that nothing is imported."""
+    """Whether a module is transformers' `Mxfp4GptOssExperts`, told by its class's origin without importing it."""
     return _is_of(module, "Mxfp4GptOssExperts")
 
 
 def _is_of(module: nn.Module, name: str) -> bool:
     return any(cls.__name__ == name and cls.__module__ == _MODULE for cls in type(module).__mro__)
+
+
+def _is_old(experts: Any) -> bool:
+    """Whether it is one of transformers 4, whose forward takes the kernels' own form of routes."""
+    return not hasattr(experts, "forward_routed")
 
 
 def shape_of(experts: Any, name: str) -> torch.Size:
@@ -45,13 +53,14 @@ def shape_of(experts: Any, name: str) -> torch.Size:
 
 def problem(experts: Any, name: str) -> str | None:
     """Why the weight of one projection cannot be adapted, or None."""
-    remedy = "load the model with quantization_config=Mxfp4Config(dequantize=True)"
     if name not in PROJECTIONS:
         return f"of this {type(experts).__name__} only {' and '.join(PROJECTIONS)} can be adapted"
+    if _is_old(experts):
+        return f"this release of transformers computes experts in MXFP4 with what its router makes: {_REMEDY}"
     if getattr(experts, "_is_hooked", False):
-        return f"experts in MXFP4 that a plan spreads over processes cannot be adapted: {remedy}"
+        return f"experts in MXFP4 that a plan spreads over processes cannot be adapted: {_REMEDY}"
     if getattr(experts, f"{name}_precision_config") is None:
-        return f"its codes are not loaded, so that nothing can compute with them: {remedy}"
+        return f"its codes are not loaded, so that nothing can compute with them: {_REMEDY}"
     return None
 
 
@@ -60,7 +69,8 @@ def dequantized(experts: Any, name: str, dtype: torch.dtype) -> Tensor:
     from transformers.integrations.mxfp4 import Mxfp4ReverseDeserialize, convert_moe_packed_tensors
 
     packed = Mxfp4ReverseDeserialize(None).convert({}, model=experts, full_layer_name=f"{name}_blocks")
-    return convert_moe_packed_tensors(packed[f"{name}_blocks"], packed[f"{name}_scales"], dtype=dtype)
+    weight = convert_moe_packed_tensors(packed[f"{name}_blocks"], packed[f"{name}_scales"], dtype=dtype)
+    return weight.to(experts.gate_up_proj_bias.device)  # where memory ran out it is on the CPU
 
 
 def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -75,7 +85,7 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
     Returns:
         [n_tokens, hidden].
     """
-    return _Experts.apply(experts, hidden_states, top_k_index, top_k_weights)  # type: ignore[no-untyped-call]
+    return _Experts.apply(experts, hidden_states, top_k_index, top_k_weights)
 
 
 class _Experts(torch.autograd.Function):
@@ -114,7 +124,7 @@ def stacked_product(experts: Any, name: str, x: Tensor, ends: Tensor) -> Tensor:
     Returns:
         [n_rows, out].
     """
-    return _Product.apply(experts, name, x, ends)  # type: ignore[no-untyped-call]
+    return _Product.apply(experts, name, x, ends)
 
 
 class _Product(torch.autograd.Function):
@@ -131,7 +141,8 @@ class _Product(torch.autograd.Function):
         from transformers.integrations.moe import _grouped_linear
 
         (ends,) = ctx.saved_tensors
-        return None, None, _grouped_linear(dy, dequantized(*ctx.weight_of, dy.dtype), ends), None
+        experts, name = ctx.weight_of
+        return None, None, _grouped_linear(dy, dequantized(experts, name, dy.dtype), ends), None
 
 
 def _plain(experts: Any, dtype: torch.dtype) -> Any:
@@ -158,24 +169,46 @@ def _plain(experts: Any, dtype: torch.dtype) -> Any:
 
 
 def pass_gradients(model: nn.Module) -> None:
-    """Let what holds such experts in a model ask its router and them, where a gradient is wanted, until released."""
-    for mlp in model.modules():
-        if _is_of(mlp, "Mxfp4GptOssMLP") and "forward" not in mlp.__dict__:
-            mlp.forward = types.MethodType(_mlp_forward, mlp)
+    """Let what holds such experts in a model ask its router and them, where a gradient is wanted, until released.
+
+    Those of transformers 4, and those that a plan spreads over processes, refuse to compute where one is wanted.
+    """
+    for module in model.modules():
+        if _is_of(module, "Mxfp4GptOssMLP") and "forward" not in module.__dict__:
+            module.forward = types.MethodType(_mlp_forward, module)
+        elif is_mxfp4(module) and _is_old(module) and _refuse_gradient not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_refuse_gradient)
 
 
 def release_gradients(model: nn.Module) -> None:
     """Undo `pass_gradients`."""
-    for mlp in model.modules():
-        if getattr(mlp.__dict__.get("forward"), "__func__", None) is _mlp_forward:
-            del mlp.forward
+    for module in model.modules():
+        if getattr(module.__dict__.get("forward"), "__func__", None) is _mlp_forward:
+            del module.forward
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook is _refuse_gradient:
+                del module._forward_pre_hooks[key]
 
 
 def _mlp_forward(mlp: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     is_adapted = not is_mxfp4(mlp.experts)
-    if not is_adapted and not (torch.is_grad_enabled() and hidden_states.requires_grad):
+    if not is_adapted and not _wants_gradient(hidden_states):
         return type(mlp).forward(mlp, hidden_states)
+    if getattr(mlp.experts, "_is_hooked", False):
+        _refuse_gradient(mlp.experts, (hidden_states,))
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
     logits, shares, index = mlp.router(x)
     y = mlp.experts(x, index, shares) if is_adapted else experts_forward(mlp.experts, x, index, shares)
     return y.view_as(hidden_states), logits
+
+
+def _wants_gradient(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def _refuse_gradient(experts: nn.Module, args: Any) -> None:
+    if _wants_gradient(args[0]):
+        raise AdapterStateError(
+            f"this {type(experts).__name__} has no backward pass here, and layers below it would be trained on wrong "
+            f"gradients: {_REMEDY}"
+        )

@@ -154,8 +154,8 @@ def quantized_weight(owner: Any) -> QuantizedWeight | fp8.TiledWeight | str:
     """How the quantized weight under an adapter layer is merged into, or the reason why it cannot be.
 
     Args:
-        owner: a layer with `base_layer`, `get_base_layer()` and `parameter`, as `weight_access` gets it; its `quantization_config`, where it is set, is the
-            torchao configuration by which its weight is quantized again.
+        owner: what `weight_access` takes; its `quantization_config`, where it is set, is the torchao configuration by
+            which its weight is quantized again.
     """
     base = owner.get_base_layer()
     if (known := registered(base)) is not None:
@@ -233,10 +233,12 @@ def copy_of(base: nn.Module) -> nn.Module:
 def hold_layout(model: nn.Module) -> None:
     """Keep quantized layers of a model in a state in which gradients pass, until `release_layout`.
 
-    Experts in MXFP4 get a backward pass (`mxfp4.py`). bitsandbytes is kept from repacking 4-bit weights, and where it
-    has, that is undone. On processors with AVX512-BF16 it repacks a weight in place in the first forward in eval mode whose input wants no
-    gradient. From then on no gradient passes the layer, silently, the bytes mean something else to whoever dequantizes
-    them, and the scales of the blocks have lost digits. The price is its faster product in evaluation on such a CPU.
+    Experts in MXFP4 get a backward pass (`mxfp4.py`), and calls of FP8 ones that have none are refused (`fp8.py`).
+
+    bitsandbytes is kept from repacking 4-bit weights, and where it has, that is undone. On processors with AVX512-BF16
+    it repacks a weight in place in the first forward in eval mode whose input wants no gradient. From then on no
+    gradient passes the layer, silently, the bytes mean something else to whoever dequantizes them, and the scales of
+    the blocks have lost digits. The price is its faster product in evaluation on such a CPU.
     """
     for module in _four_bit_layers(model):
         module.support_avx512bf16_for_cpu = False
@@ -244,11 +246,13 @@ def hold_layout(model: nn.Module) -> None:
             # bitsandbytes unpacks a weight in place when it saves it.
             module.state_dict()
     mxfp4.pass_gradients(model)
+    fp8.watch_gradients(model)
 
 
 def release_layout(model: nn.Module) -> None:
     """Let bitsandbytes repack again where the processor is one for it, and MXFP4 compute by itself."""
     mxfp4.release_gradients(model)
+    fp8.unwatch_gradients(model)
     for module in _four_bit_layers(model):
         from bitsandbytes.functional import has_avx512bf16
 
