@@ -324,7 +324,9 @@ def test_a_model_from_the_checkpoint_to_the_merged_checkpoint(folder: Path, tmp_
     assert 0.005 < error < 0.15
     model.c3a.unmerge_adapter()
     torch.testing.assert_close(logits(model), applied, rtol=0, atol=0)
-    merged = model.c3a.merge_and_unload()
+    with warnings.catch_warnings(record=True) as told:
+        merged = model.c3a.merge_and_unload()
+    assert not any("save_original_format" in str(warning.message) for warning in told)
     assert not any(isinstance(module, C3ALinear) for module in merged.modules())
     merged.save_pretrained(tmp_path / "merged")
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["quantization_config"]["quant_method"] == "fp8"
@@ -348,7 +350,9 @@ def test_a_model_that_peft_has_built(folder: Path, tmp_path: Path) -> None:
 def test_saving_a_dequantized_model_writes_codes_without_a_word(tmp_path: Path) -> None:
     """Why the docs name `save_original_format=False`: what transformers writes otherwise loads as another model."""
     path = checkpoint(llama(hidden_size=128, intermediate_size=384), tmp_path / "model")
-    model = dequantized(path)
+    model = c3a_triton.apply(dequantized(path), C3AConfig(block_size=B, target_modules=["q_proj"]))
+    with pytest.warns(UserWarning, match=r"save_pretrained\(..., save_original_format=False\)"):
+        model = model.c3a.merge_and_unload()
     model.save_pretrained(tmp_path / "codes")
     assert "quantization_config" not in json.loads((tmp_path / "codes" / "config.json").read_text())
     assert (logits(load(tmp_path / "codes", dtype=torch.float32)) - logits(model)).norm() > 0.5 * logits(model).norm()

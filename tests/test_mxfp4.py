@@ -249,11 +249,19 @@ def test_files_are_those_of_the_dequantized_model(folder: Path, tmp_path: Path) 
     assert (delta.dtype, delta.shape) == (torch.float32, (4, 64, 32))
 
 
-def test_merging_is_refused_with_the_remedy(folder: Path) -> None:
+def test_merging_is_refused_with_the_remedy(folder: Path, tmp_path: Path) -> None:
     model = adapted(load(folder), target_parameters="all-experts")
     with pytest.raises(AdapterStateError, match=r"gate_up_proj: nothing .*Mxfp4GptOssExperts.*dequantize=True"):
         model.c3a.merge_adapter()
     assert not any(layer.merged for _, layer in model.c3a.layers())
+    plain = adapted(dequantized(folder), model, target_parameters="all-experts")
+    applied = logits(plain)
+    with pytest.warns(UserWarning, match=r"save_pretrained\(..., save_original_format=False\)"):
+        merged = plain.c3a.merge_and_unload()
+    merged.save_pretrained(tmp_path, save_original_format=False)
+    again = load(tmp_path)
+    assert type(again.model.layers[0].mlp.experts).__name__ == "GptOssExperts"
+    oracle.assert_close(logits(again), applied.double(), torch.float32, bound=1e-4)
     attention = adapted(load(folder))
     applied = logits(attention)
     merged = attention.c3a.merge_and_unload()  # which experts have no part in

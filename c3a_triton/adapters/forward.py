@@ -114,8 +114,8 @@ def _check_base_output(layer: Any, x: Tensor, y: Tensor) -> None:
         # The adapter's part alone would pass one on, a wrong one.
         raise AdapterStateError(
             f"{layer._label}: this {type(layer.get_base_layer()).__name__} passes no gradient on to its input, "
-            "as some quantized layers do not (torchao's with quantized activations): layers below it cannot be "
-            "trained. Load the base model in another format, or adapt no layer below this one"
+            "as some quantized layers do not (torchao's with quantized activations, transformers 4's FP8 layers): "
+            "layers below it cannot be trained. Load the base model in another format, or adapt no layer below this one"
         )
 
 
