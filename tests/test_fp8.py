@@ -453,3 +453,49 @@ def test_experts_that_would_cut_the_gradient_are_refused(implementation: str, mo
         model(input_ids=IDS)
     assert len(model.model.layers[0].mlp.experts._forward_pre_hooks) == 1
     assert not model.c3a.unload().model.layers[0].mlp.experts._forward_pre_hooks
+
+
+def test_experts_with_fixed_scales_of_activations(moe: Path) -> None:
+    """They compute one expert after another, each with its scales."""
+    model = load(moe, dtype=torch.float32, experts_implementation="eager")
+    for layer in model.model.layers:
+        layer.mlp.experts.activation_scheme = "static"
+        for name, most in (("gate_up_proj", 2.0), ("down_proj", 0.5)):
+            scales = nn.Parameter(torch.linspace(1, 2, 4) * most / MOST)
+            setattr(layer.mlp.experts, f"{name}_activation_scale", scales)
+    base = logits(model)
+    with_experts(model)
+    applied = logits(model)
+    with torch.no_grad():
+        for _, layer in model.c3a.layers():
+            layer.c3a_kernel["default"].zero_()
+    oracle.assert_close(logits(model), base.double(), torch.float32, bound=1e-4)
+    assert (applied - base).norm() > 0.1 * base.norm()
+
+
+@pytest.mark.usefixtures("exact_kernels")
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_rows_of_no_expert_count_nothing(implementation: str, moe: Path) -> None:
+    """As where a plan spreads the experts: what their kernels leave in such rows is nobody's."""
+    model = with_experts(load(moe, dtype=torch.float32, experts_implementation=implementation))
+    plain = with_experts(dequantized(moe), model)
+    index, shares = torch.tensor([[0, 4], [4, 4], [3, 1], [2, 4]]), torch.rand(4, 2)
+    found = []
+    for one in (model, plain):
+        experts = one.model.layers[0].mlp.experts
+        experts.base_layer._is_expert_parallel = True
+        x = torch.randn(4, 128, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        y = experts(x, index, shares)
+        found.append([y, *torch.autograd.grad(y.square().sum(), [x, experts.gate_up_proj.c3a_kernel["default"]])])
+    assert not found[0][0][1].any()
+    for ours, true in zip(*found, strict=True):
+        oracle.assert_close(ours, true.double(), torch.float32, bound=1e-4)
+
+
+def test_what_is_asked_of_an_adapted_layer_is_not_in_codes(moe: Path) -> None:
+    model = with_experts(load(moe))
+    for name, layer in model.c3a.layers():
+        delta, w = layer.get_delta_weight("default"), layer.c3a_kernel["default"]
+        expected = torch.stack([oracle.dense(one) for one in w]) if "experts" in name else oracle.dense(w)
+        oracle.assert_close(delta, expected, torch.float32)
+    assert "4×256" in c3a_triton.explain(model, tokens=[64], device="cuda")
