@@ -13,6 +13,7 @@ from .adapters.beside import watch_statistics
 from .adapters.manager import AdapterManager
 from .adapters.row_names import RowNames
 from .adapters.wrapping import check_rebuild, unwrapped, watch
+from .bases.agreement import in_step
 from .errors import AdapterStateError, ConfigError
 from .files.config import C3AConfig
 from .operator.dispatch import check_backend
@@ -64,7 +65,7 @@ def apply(
 
         peft.convert(model, backend=backend)
         return model
-    with _bound(model, backend) as manager:
+    with _bound(model, backend, "apply") as manager:
         manager.add_adapter(adapter_name, C3AConfig() if cfg is None else cfg)
     return model
 
@@ -96,7 +97,7 @@ def load_adapter(
         AdapterStateError: the adapter's name is taken.
         BackendError: an unknown backend.
     """
-    with _bound(model, backend) as manager:
+    with _bound(model, backend, "load_adapter") as manager:
         manager.load_adapter(directory, adapter_name, is_trainable=is_trainable)
     return model
 
@@ -112,8 +113,6 @@ def _has_layers_of_peft(model: Any) -> bool:
 
 def _manager_of(model: nn.Module, backend: str) -> AdapterManager:
     """The model's manager, or a new one that is not bound to it yet."""
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"expected a torch module to adapt, got {type(model).__name__}")
     if _is_of(model, "peft"):
         raise ConfigError(
             f"{type(model).__name__} is PEFT's wrapper: adapt the plain model, which its unload() or "
@@ -138,14 +137,18 @@ def _manager_of(model: nn.Module, backend: str) -> AdapterManager:
 
 
 @contextmanager
-def _bound(model: Any, backend: str) -> Iterator[AdapterManager]:
+def _bound(model: Any, backend: str, verb: str) -> Iterator[AdapterManager]:
     """The manager of a model, or of the one in a wrapper, to which an adapter is added; then it is the model's."""
-    inner, wrapper = unwrapped(model) if isinstance(model, nn.Module) else (model, None)
-    manager = _manager_of(inner, backend)
-    if wrapper is not None:
-        if getattr(wrapper, "c3a", manager) is not manager:
-            raise ConfigError(f"this {type(wrapper).__name__} has an attribute c3a that is not its model's manager")
-        check_rebuild(wrapper)
+    inner: Any
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"expected a torch module to adapt, got {type(model).__name__}")
+    with in_step(model, verb):
+        inner, wrapper = unwrapped(model)
+        manager = _manager_of(inner, backend)
+        if wrapper is not None:
+            if getattr(wrapper, "c3a", manager) is not manager:
+                raise ConfigError(f"this {type(wrapper).__name__} has an attribute c3a that is not its model's manager")
+            check_rebuild(wrapper)
     known, flags = set(manager.adapters), [(parameter, parameter.requires_grad) for parameter in inner.parameters()]
     yield manager
     if wrapper is not None:

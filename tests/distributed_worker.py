@@ -340,17 +340,15 @@ def zero3(way: str, folder: Path) -> dict[str, Any]:
         found = reloaded(folder)
     return differences((losses, expected), found, of_adapter(alone), start) | {
         "in parts": empty,
-        "refused": {} if way != "apply" else refused_in_parts(model, folder),
+        "refused": {} if way != "apply" else refused_in_parts(model),
     }
 
 
-def refused_in_parts(model: Any, folder: Path) -> dict[str, str]:
+def refused_in_parts(model: Any) -> dict[str, str]:
     (_, layer), *_ = model.c3a.layers()
     return {
         "delta": message(lambda: layer.get_delta_weight("default")),
         "function": message(lambda: c3a_triton.circulant_linear(torch.randn(2, WIDTH), layer.c3a_kernel["default"])),
-        "merge": message(model.c3a.merge_adapter),
-        "hot swap": message(lambda: model.c3a.hotswap_adapter(folder)),
     }
 
 

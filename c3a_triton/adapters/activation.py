@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from c3a_triton.bases.agreement import in_step
 from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, BackendError, ConfigError
 from c3a_triton.files.config import C3AConfig
 from c3a_triton.operator.dispatch import check_backend
@@ -83,9 +84,13 @@ class Activation:
         held = self._embeddings.get(adapter_name, ())
         return AdapterTensors(self.model, self._scope, adapter_name, self._configs[adapter_name], held)
 
-    def _unmerge_all(self) -> bool:
-        """Unmerge whatever is merged, if all of it can be; whether there was anything."""
-        return merging.unmerge_all(layer for _, layer in self.layers())
+    def _to_unmerge(self) -> list[C3ALinear]:
+        """Layers by which `_unmerge` reaches whatever is merged, if all of it can be unmerged."""
+        return merging.to_unmerge(layer for _, layer in self.layers())
+
+    def _unmerge(self, layers: list[C3ALinear]) -> None:
+        for layer in layers:
+            merging.bring_back(layer, everyone=True)
 
     def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
         """Activate an adapter, or several whose updates are summed. Active adapters are trainable, others frozen.
@@ -101,11 +106,15 @@ class Activation:
             AdapterStateError: two adapters with a copy of the same module (`modules_to_save`), or a merged layer that
                 cannot be unmerged; or a DDP that was given to `apply` and cannot be built again.
         """
-        names = self._known(adapter_name)
-        for _, module in self._saved_modules():
-            module.check_set_adapter(names)
-        self.wrappers.check()
-        if self._unmerge_all():
+        with in_step(self.model, "set_adapter") as shared:
+            names = self._known(adapter_name)
+            shared |= {"adapters": names, "inference_mode": inference_mode}
+            for _, module in self._saved_modules():
+                module.check_set_adapter(names)
+            self.wrappers.check()
+            merged = self._to_unmerge()
+        if merged:
+            self._unmerge(merged)
             warnings.warn("adapters were merged; they have been unmerged before another one was set", stacklevel=2)
         self._activate(names, inference_mode)
 
@@ -135,7 +144,9 @@ class Activation:
             warnings.warn(
                 f"the biases that {trained[0]!r} has trained stay as they are while adapters are disabled", stacklevel=3
             )
-        self._unmerge_all()
+        with in_step(self.model, "disable_adapter"):
+            merged = self._to_unmerge()
+        self._unmerge(merged)
         with self._scope.bound(disabled=True):
             yield
 
@@ -166,7 +177,9 @@ class Activation:
             AdapterNotFoundError: an unknown name.
             AdapterStateError: adapters are merged.
         """
-        with self._scope.bound(names=self.check_rows(adapter_names), is_open=adapter_names is not None):
+        with in_step(self.model, "using") as shared:
+            names = shared["adapter_names"] = self.check_rows(adapter_names)
+        with self._scope.bound(names=names, is_open=adapter_names is not None):
             yield
 
     def check_rows(self, adapter_names: Sequence[str] | None) -> tuple[str, ...] | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from c3a_triton.bases.model_names import unwrapped_name
+from c3a_triton.bases.sharded import own_part
 from c3a_triton.errors import ConfigError
 from c3a_triton.files.checkpoint import AdapterFile
 from c3a_triton.files.config import C3AConfig
@@ -128,11 +129,11 @@ def warn_embeddings(model: nn.Module, replaced: Iterable[tuple[nn.Parameter, Ten
     weights: dict[int, str] = {}
     for name, parameter in embedding_parameters(model).items():
         weights.setdefault(id(parameter), base_name(name))
-    changed = {
-        weights[id(parameter)]: None
-        for parameter, value in replaced
-        if id(parameter) in weights and not torch.equal(parameter.detach().cpu(), value.to(parameter.dtype))
-    }
+    changed: dict[str, None] = {}
+    for parameter, value in replaced:
+        own, new = own_part(parameter.detach(), value.to(parameter.dtype))
+        if id(parameter) in weights and not torch.equal(own.cpu(), new.cpu()):
+            changed[weights[id(parameter)]] = None
     if changed:
         warnings.warn(
             f"the file's {' and '.join(changed)} take the place of the model's, for {', '.join(map(repr, others))} too",

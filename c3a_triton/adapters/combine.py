@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from c3a_triton.bases.sharded import gathered
 from c3a_triton.bases.weights import stored_tensor
 from c3a_triton.errors import ConfigError, ShapeError
 from c3a_triton.files.checkpoint import KERNEL_SUFFIX
@@ -103,7 +104,8 @@ def combined(
     """
     tensors, targets = {}, []
     for layer_name, layer in layers:
-        kernels = {name: stored_tensor(layer.c3a_kernel, name) for name in names if name in layer.c3a_kernel}
+        present = [name for name in names if name in layer.c3a_kernel]
+        kernels = {name: gathered(stored_tensor(layer.c3a_kernel, name)) for name in present}
         if not kernels:
             continue
         sizes = {name: kernel.shape[-1] for name, kernel in kernels.items()}
@@ -115,6 +117,6 @@ def combined(
         used = [weight for name, weight in zip(names, weights, strict=True) if name in kernels]
         # After a cast of the model older kernels have another dtype than those added since: the widest computes.
         dtype = functools.reduce(torch.promote_types, (kernel.dtype for kernel in kernels.values()), torch.float32)
-        tensors[layer_name + KERNEL_SUFFIX] = combine([w.detach().to(dtype) for w in kernels.values()], used)
+        tensors[layer_name + KERNEL_SUFFIX] = combine([gathered(w).detach().to(dtype) for w in kernels.values()], used)
         targets.append(Target(layer_name, layer, layer._geometry, sizes[next(iter(sizes))], chosen_by, layer.parameter))
     return tensors, targets

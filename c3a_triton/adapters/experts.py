@@ -7,16 +7,17 @@ from torch import Tensor, nn
 
 from c3a_triton._public import public
 from c3a_triton.bases import mxfp4
-from c3a_triton.bases.experts import Layout, base_forward, foreign_product, layout
+from c3a_triton.bases.experts import Layout, base_forward, foreign_product, layout, spread
 from c3a_triton.bases.probe import is_ordinary
 from c3a_triton.bases.quantized import holds_values
+from c3a_triton.bases.sharded import is_sharded, local
 from c3a_triton.errors import BackendError, ConfigError, ShapeError
 from c3a_triton.operator import routes as routing
 from c3a_triton.operator.routed import c3a_routed, grouped_base
 from c3a_triton.operator.routes import Routes
 
 from .names import uncompiled
-from .parts import Holder, Part
+from .parts import SPREAD_LATE, Holder, Part
 
 __all__ = ["C3AExperts", "C3AStacked"]
 
@@ -35,6 +36,37 @@ class C3AStacked(Part):
 
     kind = "experts"
     rows_problem = "is sorted by expert"
+
+    def is_spread(self) -> bool:
+        """As `C3ALinear.is_spread`."""
+        return spread(self.base_layer, self.parameter) is not None
+
+    def _part_of(self, kernel: nn.Parameter) -> nn.Parameter:
+        held = spread(self.base_layer, self.parameter)
+        return kernel if held is None else held.of_kernel(kernel)
+
+    def _kernel_on(self, name: str, device: torch.device | None = None) -> Tensor:
+        kernel = super()._kernel_on(name, device)
+        return self._here(kernel) if self.is_spread() else kernel  # FSDP2 shards others, and some of these once more
+
+    def _here(self, kernel: Tensor) -> Tensor:
+        """A kernel as this process computes with it: where a plan spreads the experts, its own part.
+
+        The operator has the scale 1 / in_features of what it gets, and ΔW that of the whole.
+        """
+        if type(kernel) in (Tensor, nn.Parameter):
+            return kernel
+        part = local(kernel)
+        share = part.shape[-2] * part.shape[-1] / self.in_features
+        return part if share == 1 else part * share
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """ΔW of one adapter, as `C3ALinear.get_delta_weight`; of experts that a plan spreads a DTensor, as W is one."""
+        delta = super().get_delta_weight(adapter)
+        if not self.is_spread():
+            return delta
+        weight: Any = self.weight
+        return type(weight).from_local(delta, weight.device_mesh, weight.placements)
 
     def forward(self, x: Tensor, routes: Routes, *, gather: bool = False) -> Tensor:
         """The projection of rows that are sorted by expert.
@@ -58,6 +90,7 @@ class C3AStacked(Part):
             return self._uncompiled_forward(x, routes, gather=gather)
         base, weight = self.base_layer, self.weight
         kernels = self._kernels_of_call(kind, x.device, (routes.order.shape[0], x.shape[-1]))
+        kernels = tuple(map(self._here, kernels))
         is_plain = is_ordinary(weight)
         x = _as_computed(x, weight)
         if gather and not (kernels and is_plain):
@@ -79,6 +112,9 @@ class C3AStacked(Part):
             y = base_product(base, self.parameter, x, routes, self.transposed)
             return y + c3a_routed(x, None, None, kernels, routes, backend=self.backend).to(y.dtype)
         except (ShapeError, BackendError) as error:
+            held = (weight.mT if self.transposed else weight).shape
+            if held != self._geometry.matrix_shape and not any(map(is_sharded, self._stored_kernels())):
+                raise ConfigError(f"{self._label}: {SPREAD_LATE}") from error
             raise type(error)(f"{self._label}: {error}") from None
 
     @uncompiled
@@ -114,6 +150,17 @@ class C3AExperts(Holder):
             )
         super().__init__(base_layer)
         self._layout: Layout = found
+
+    @property
+    def _is_expert_parallel(self) -> bool:
+        """Transformers' note that experts may be elsewhere, which is the module's."""
+        base: Any = self.base_layer
+        return base._is_expert_parallel
+
+    @_is_expert_parallel.setter
+    def _is_expert_parallel(self, value: bool) -> None:
+        base: Any = self.base_layer
+        base._is_expert_parallel = value
 
     def compute(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the experts' own forward."""

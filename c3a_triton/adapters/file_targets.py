@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from c3a_triton.bases.linear_like import Geometry, unfit_for_adapters
 from c3a_triton.bases.model_names import expert_places, renaming_of, unwrapped_name
+from c3a_triton.bases.sharded import whole_shape
 from c3a_triton.errors import CheckpointError
 from c3a_triton.files.checkpoint import KERNEL_SUFFIX, AdapterFile
 from c3a_triton.files.expressions import Matching
@@ -202,12 +203,12 @@ def check_file_values(
     problems = []
     for name, module in saved:
         original = module.original_module if isinstance(module, ModulesToSave) else module
-        for key, tensor in original.state_dict().items():
+        for key, tensor in original.state_dict(keep_vars=True).items():
             value = left.pop(f"{name}.{key}", None)
             if value is None:
                 problems.append(f"it has no {name}.{key}, which modules_to_save promises")
-            elif value.shape != tensor.shape:
-                problems.append(f"{name}.{key} has shape {list(value.shape)}, in the model {list(tensor.shape)}")
+            elif value.shape != (shape := whole_shape(tensor)):
+                problems.append(f"{name}.{key} has shape {list(value.shape)}, in the model {list(shape)}")
     parameters = {base_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
     embeddings = embedding_weights(model)
     replaced: list[tuple[nn.Parameter, Tensor]] = []
@@ -218,9 +219,9 @@ def check_file_values(
         parameter = parameters.get(base_name(name))
         if parameter is None or not (name.endswith(".bias") or any(parameter is weight for weight in embeddings)):
             problems.append(f"nothing in the model takes {name}")
-        elif parameter.shape != value.shape:
-            problems.append(f"{name} has shape {list(value.shape)}, in the model {list(parameter.shape)}")
-            if not name.endswith(".bias") and value.shape[1:] == parameter.shape[1:]:
+        elif value.shape != (shape := whole_shape(parameter)):
+            problems.append(f"{name} has shape {list(value.shape)}, in the model {list(shape)}")
+            if not name.endswith(".bias") and value.shape[1:] == shape[1:]:
                 problems[-1] += f": call model.resize_token_embeddings({len(value)}) before the adapter is loaded"
         elif any(parameter is other and not value.equal(former) for other, former in replaced):
             problems.append(
@@ -247,9 +248,9 @@ def same_tensors(present: Mapping[str, Tensor], file: AdapterFile) -> list[tuple
     problems = [f"it has no {name}" for name in present if name not in values]
     problems += [f"nothing in the adapter takes {name}" for name in values if name not in present]
     problems += [
-        f"{name} has shape {list(values[name].shape)}, in the model {list(tensor.shape)}"
+        f"{name} has shape {list(values[name].shape)}, in the model {list(whole_shape(tensor))}"
         for name, tensor in present.items()
-        if name in values and values[name].shape != tensor.shape
+        if name in values and values[name].shape != whole_shape(tensor)
     ]
     _raise_problems(file, problems)
     return [(tensor, values[name]) for name, tensor in present.items()]

@@ -1,12 +1,14 @@
 """What a layer computes where its base layer computes by itself, or where each row of a batch has its own adapter."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from c3a_triton.bases.linear_like import is_plain
+from c3a_triton.bases.parallel import Part, beside
 from c3a_triton.bases.quantized import quantizes_activations
 from c3a_triton.bases.sharded import gather_with
 from c3a_triton.errors import AdapterStateError, BackendError, ShapeError
@@ -57,20 +59,30 @@ def general_forward(
         call = rows_of_call(layer._scope, layer._label, x, layer.c3a_kernel)
         y = _forward_rows(layer, *call, x, *args, **kwargs)
         return y[0] if is_vector else y
-    y = layer.base_layer(x, *args, **kwargs)
-    dtype = x.dtype if x.is_floating_point() else y.dtype
     if kind == "base":
-        return y.to(dtype)
+        y = layer.base_layer(x, *args, **kwargs)
+    else:
+        y = beside(layer, partial(_add_applied, layer), x, *args, **kwargs)
+    return y.to(x.dtype) if x.is_floating_point() else y
+
+
+def _add_applied(layer: Any, x: Tensor, y: Tensor, part: Part | None) -> Tensor:
+    """The base layer's output plus that of the adapters that are applied."""
     # With offloading or several devices the base layer's hook decides where it computes.
     x = x.to(y.device)
     kernels = layer._kernels
     if kernels is None or any(w.device != x.device or w.dtype not in COMPUTED_DTYPES for w in kernels):
         kernels = tuple(layer._kernel_on(name, x.device) for name in layer._applied_names())
     if kernels and torch._C._get_tracing_state() is None:
-        _check_base_output(layer, x, y)
+        _check_base_output(layer, x, y, part)
+
+    def compute(x: Tensor, kernels: list[Tensor]) -> Tensor:
+        return layer._delta(x, kernels[0], _backend_beside_base(layer))
+
     for kernel in _sums_by_block_size(kernels):
-        y = y + layer._delta(x, kernel, _backend_beside_base(layer)).to(y.dtype)
-    return y.to(dtype)
+        delta = compute(x, [kernel]) if part is None else part.product(x, [kernel], compute)
+        y = y + delta.to(y.dtype)
+    return y
 
 
 def check_base(layer: Any) -> None:
@@ -99,15 +111,16 @@ def check_rows(layer: Any) -> None:
         )
 
 
-def _check_base_output(layer: Any, x: Tensor, y: Tensor) -> None:
+def _check_base_output(layer: Any, x: Tensor, y: Tensor, part: Part | None) -> None:
     """Refuse a base layer whose output an adapter's part cannot be added to."""
-    fits = (x.shape[-1:], y.shape[-1:]) == ((layer.in_features,), (layer.out_features,))
-    if layer.kind == "linear" and not fits:
+    out_features, in_features = (layer.out_features, layer.in_features) if part is None else part.shape
+    if layer.kind == "linear" and (x.shape[-1:], y.shape[-1:]) != ((in_features,), (out_features,)):
         raise ShapeError(
             f"{layer._label}: x has the shape {tuple(x.shape)} and the base layer gives {tuple(y.shape)}, where "
-            f"in_features={layer.in_features} and out_features={layer.out_features}. A tensor-parallel base "
-            "layer, of which each process computes a part, cannot be adapted: leave it out of the plan, or "
-            "shard with FSDP2 (fully_shard), which puts weights together"
+            f"in_features={in_features} and out_features={out_features}"
+            + (" of this process" if part is not None else "")
+            + ". Of layers of which each process computes a part those can be adapted that are spread by a plan of "
+            "transformers, by torch's parallelize_module, or by FSDP2 (fully_shard)"
         )
     passes = y.requires_grad and not quantizes_activations(layer.get_base_layer())
     if x.requires_grad and not passes and torch.is_grad_enabled():
@@ -125,24 +138,40 @@ def _forward_rows(layer: Any, present: tuple[str, ...], rows: Tensor, x: Tensor,
     base: Any = layer.base_layer
     if present and layer.kind == "linear" and not args and not kwargs and is_plain(base, x):
         return _delta_rows(layer, x, base.weight, base.bias, present, rows).to(x.dtype)
-    y = base(x, *args, **kwargs)
-    dtype = x.dtype if x.is_floating_point() else y.dtype
     if present:
-        x = x.to(y.device)
-        _check_base_output(layer, x, y)
-        y = y + _delta_rows(layer, x, None, None, present, rows).to(y.dtype)
-    return y.to(dtype)
+        y = beside(layer, partial(_add_rows, layer, present, rows), x, *args, **kwargs)
+    else:
+        y = base(x, *args, **kwargs)
+    return y.to(x.dtype) if x.is_floating_point() else y
+
+
+def _add_rows(layer: Any, present: tuple[str, ...], rows: Tensor, x: Tensor, y: Tensor, part: Part | None) -> Tensor:
+    """The base layer's output plus, for each row, that of its adapter."""
+    x = x.to(y.device)
+    _check_base_output(layer, x, y, part)
+    return y + _delta_rows(layer, x, None, None, present, rows, part).to(y.dtype)
 
 
 def _delta_rows(
-    layer: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, names: tuple[str, ...], rows: Tensor
+    layer: Any,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    names: tuple[str, ...],
+    rows: Tensor,
+    part: Part | None = None,
 ) -> Tensor:
     """What the adapters add for x, each row by that of its index into `names` (−1 for none), and x Wᵀ + bias."""
     kernels = [layer._kernel_on(name, x.device) for name in names]
     if layer.kind != "linear":
         return _delta_by_adapter(layer, x, kernels, rows)
+    scale, backend = 1.0 / layer.in_features, _backend_beside_base(layer)
+
+    def compute(x: Tensor, kernels: list[Tensor]) -> Tensor:
+        return c3a_linear_rows(x, weight, bias, kernels, rows, scale=scale, backend=backend)
+
     try:
-        return c3a_linear_rows(x, weight, bias, kernels, rows, backend=_backend_beside_base(layer))
+        return compute(x, kernels) if part is None else part.product(x, kernels, compute)
     except ShapeError as error:
         raise ShapeError(f"{layer._label}: {error}") from None
 

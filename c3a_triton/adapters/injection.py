@@ -1,15 +1,19 @@
 """Adapted layers, and copies of modules that are trained whole: built for a model, put into it, taken out again."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
 
 from c3a_triton.bases.linear_like import geometry
+from c3a_triton.bases.parallel import leave
 from c3a_triton.bases.quantized import torchao_config_of
 from c3a_triton.errors import AdapterStateError, CheckpointError
 from c3a_triton.files.checkpoint import KERNEL_SUFFIX
+from c3a_triton.files.config import C3AConfig
 
 from . import pretrained
 from .conv import C3AConv2d
@@ -23,7 +27,42 @@ from .parts import Holder
 from .plain_parameters import C3AParameter, C3AParameters
 from .targets import Target
 
-__all__ = ["layer_class", "new_copy", "new_layer", "put", "put_plain", "replace_module", "without_adapters"]
+__all__ = ["Addition", "layer_class", "new_copy", "new_layer", "put", "put_plain", "replace_module", "without_adapters"]
+
+
+@dataclass(frozen=True)
+class Addition:
+    """All that an adapter needs, built and not in the model yet.
+
+    Attributes:
+        adapter_name: its name.
+        config: its configuration.
+        layers: (target, its layer, the kernel) of what is adapted, in the model's order.
+        copies: (name, module, what holds its copies, the copy) of the modules that are trained whole.
+        replaced: the base model's parameters that get other values, with these.
+    """
+
+    adapter_name: str
+    config: C3AConfig
+    layers: Sequence[tuple[Target, C3ALinear, nn.Parameter]]
+    copies: Sequence[tuple[str, nn.Module, ModulesToSave, nn.Module]]
+    replaced: Sequence[tuple[nn.Parameter, Tensor]] = ()
+
+    def shared(self) -> dict[str, Any]:
+        """What has to be the same in every process that shares the model; a base model may lie elsewhere in each."""
+        return {
+            "adapter name": self.adapter_name,
+            "configuration": self.config.to_dict() | {"base_model_name_or_path": None},
+            "targets": [(target.name, target.block_size) for target, _, _ in self.layers],
+            "modules_to_save": [name for name, *_ in self.copies],
+        }
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything that is new: kernels, and what the copies hold."""
+        yield from (kernel for _, _, kernel in self.layers)
+        for *_, module_copy in self.copies:
+            yield from chain(module_copy.parameters(), module_copy.buffers())
+
 
 _CLASSES: dict[str, type[C3ALinear]] = {
     "linear": C3ALinear,
@@ -90,7 +129,7 @@ def new_layer(
                 f"{target.name} is on the meta device, where values are lost: load the model before its adapter"
             )
         kernel.data.copy_(tensors[target.name + KERNEL_SUFFIX])
-    return layer, kernel
+    return layer, layer._part_of(kernel)
 
 
 def _do_nothing(module: nn.Module, args: Any) -> None:
@@ -145,6 +184,7 @@ def put_plain(model: nn.Module, scope: Scope, *, with_copies: bool) -> list[tupl
             continue
         elif isinstance(module, C3ALinear):
             plain = module.base_layer
+            leave(module.get_base_layer())
         else:
             plain = module.active_module() if with_copies else module.original_module
         replace_module(model, name, plain)

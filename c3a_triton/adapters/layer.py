@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from c3a_triton._public import public
 from c3a_triton.bases.linear_like import Geometry, geometry, is_plain, unfit_for_adapters
+from c3a_triton.bases.parallel import Part, part_of
+from c3a_triton.bases.partitioned import changed
 from c3a_triton.bases.quantized import hold_layout, holds_values
 from c3a_triton.bases.sharded import check_gathered
 from c3a_triton.bases.weights import (
@@ -223,7 +225,9 @@ class C3ALinear(nn.Module):
 
     def _delta(self, x: Tensor, kernel: Tensor, backend: str) -> Tensor:
         """What one adapter adds for x, on x's device."""
-        return circulant_linear(x, kernel, backend=backend, save_spectrum=self.save_spectrum)
+        return circulant_linear(
+            x, kernel, scale=1.0 / self.in_features, backend=backend, save_spectrum=self.save_spectrum
+        )
 
     @property
     def _row_adapters(self) -> tuple[str, ...] | None:
@@ -312,7 +316,7 @@ class C3ALinear(nn.Module):
             block_size = suggest_block_size(*self._geometry.divided, rank=rank)
         b: int = plain(block_size)
         check_block_size(b, *self._geometry.divided, self._label + self._geometry.what)
-        kernel = self._new_kernel(b, plain(init_weights))
+        kernel = self._part_of(self._new_kernel(b, plain(init_weights)))
         self._install(adapter_name, kernel, trainable=config is None or not config.inference_mode)
 
     def _new_kernel(self, block_size: int, init_weights: bool | str) -> nn.Parameter:
@@ -320,6 +324,14 @@ class C3ALinear(nn.Module):
         return new_kernel(
             self.get_base_layer(), self._geometry, block_size, init_weights, self._label, self.parameter or "weight"
         )
+
+    def is_spread(self) -> bool:
+        """Whether a plan spreads the layer's kernels over processes, each of which has those that it computes with."""
+        return False
+
+    def _part_of(self, kernel: nn.Parameter) -> nn.Parameter:
+        """What the layer keeps of a whole new kernel: all of it, where processes do not divide it among them."""
+        return kernel
 
     def _install(self, adapter_name: str, kernel: nn.Parameter, *, trainable: bool = True) -> None:
         kernel.requires_grad_(trainable and adapter_name in self._active_adapters and not self._disable_adapters)
@@ -337,7 +349,9 @@ class C3ALinear(nn.Module):
         self._check_known(adapter_name)
         if adapter_name in self.merged_adapters:
             raise AdapterStateError(f"{self._label}: adapter {adapter_name!r} is merged; unmerge before resetting it")
-        initialise(self.c3a_kernel[adapter_name], init_weights, self._geometry, self._label)
+        kernel = self.c3a_kernel[adapter_name]
+        with changed([kernel], "reset_c3a_parameters"):
+            initialise(kernel, init_weights, self._geometry, self._label)
         self._refresh()
 
     def _check_known(self, adapter_name: str) -> None:
@@ -366,7 +380,12 @@ class C3ALinear(nn.Module):
 
     def _add_delta_(self, weight: Tensor, names: Iterable[str]) -> None:
         """Add adapters' ΔW to a weight as the matrix [out_features, in_features], in place."""
-        add_circulant_(weight, [self._kernel_on(name, weight.device) for name in names])
+        kernels = [self._kernel_on(name, weight.device) for name in names]
+        part = part_of(self.get_base_layer())
+        if isinstance(part, Part):
+            part.add_(weight, kernels)
+        else:
+            add_circulant_(weight, kernels)
 
     def set_adapter(self, adapter_names: str | Iterable[str], inference_mode: bool = False) -> None:
         """Activate these adapters and no others; names that other layers have are fine.

@@ -32,7 +32,9 @@ def param_groups(
         head_weight_decay: weight decay of these, but of biases and norms, which get none.
 
     Returns:
-        Up to three groups, named `"c3a"`, `"heads"` and `"biases and norms"`, that hold every trainable parameter once.
+        Groups named `"c3a"`, `"heads"` and `"biases and norms"`, those that have parameters, which hold every trainable
+        parameter once. DTensors of one mesh have a group of the name to themselves: optimizers that compute a group at
+        once (`foreach`, `fused`) take no mixture, such as the kernels of expert-parallel experts and of other layers.
 
     Raises:
         ConfigError: the model has no C3A adapter, or a rate is negative.
@@ -76,4 +78,11 @@ def param_groups(
         {"name": "heads", "params": heads, "lr": head_lr, "weight_decay": head_weight_decay},
         {"name": "biases and norms", "params": biases, "lr": head_lr, "weight_decay": 0.0},
     ]
-    return [group for group in groups if group["params"]]
+    return [part for group in groups for part in _by_mesh(group)]
+
+
+def _by_mesh(group: dict[str, Any]) -> list[dict[str, Any]]:
+    parts: dict[Any, list[nn.Parameter]] = {}
+    for parameter in group["params"]:
+        parts.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return [group | {"params": parameters} for parameters in parts.values()]

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from c3a_triton.bases.linear_like import is_transposed
+from c3a_triton.bases.partitioned import changed, together
+from c3a_triton.bases.sharded import is_partitioned, whole
 from c3a_triton.bases.weights import WeightAccess, fingerprint, weight_access
 from c3a_triton.errors import AdapterStateError
 
@@ -25,7 +27,7 @@ __all__ = [
     "check_unmerge",
     "merge",
     "move",
-    "unmerge_all",
+    "to_unmerge",
 ]
 
 KEEP_BASE = ("cpu", "device", None)
@@ -42,27 +44,46 @@ def by_weight(work: Group) -> list[Group]:
     return list(groups.values())
 
 
+def _weights(group: Group) -> list[Tensor]:
+    """The parameter under these layers, for each of them."""
+    found = (layer.get_base_layer()._parameters.get(layer.parameter or "weight") for layer, _ in group)
+    return [weight for weight in found if weight is not None]
+
+
+def _kernels(group: Group) -> list[Tensor]:
+    return [layer.c3a_kernel[name] for layer, names in group for name in names]
+
+
 def check(group: Group) -> None:
     """Refuse a weight that cannot be merged into, or is not what it was after the last merge. It is read once.
 
     Raises:
         AdapterStateError: it cannot be merged into or was changed since, or adapters are disabled.
     """
-    mark: int | None = None
-    for layer, _ in group:
-        if layer.disable_adapters:
-            raise AdapterStateError(f"{layer._label}: adapters are disabled; enable them before merging")
-        access, weight = _read(layer)
-        state = layer._merge_state or find(access.place())
-        if state is None or state.kept is None:
-            continue
-        mark = fingerprint(weight) if mark is None else mark
-        if state.mark != mark:
-            raise AdapterStateError(
-                f"{layer._label}: the base weight was changed after {state.merged_adapters} were merged into it, so "
-                "that bringing back the original would undo that change. Load the base weight again, or keep the "
-                "merged one (merge_and_unload)"
-            )
+    weights = _weights(group)
+    guarded: dict[Any, MergeState] = {}
+    with together(weights, "merging") as shared:
+        for layer, names in group:
+            if layer.disable_adapters:
+                raise AdapterStateError(f"{layer._label}: adapters are disabled; enable them before merging")
+            access = _access(layer)
+            state = layer._merge_state or find(access.place())
+            if state is not None and state.kept is not None:
+                guarded[layer] = state
+            elif not any(map(is_partitioned, weights)):
+                access.read()  # a quantized one may not be able to
+            shared[layer._label] = names, layer.merged_adapters, layer in guarded
+    if not guarded:
+        return
+    with together(weights, "merging"), whole(weights):
+        mark = fingerprint(_read(next(iter(guarded)))[1])
+        for layer, state in guarded.items():
+            if state.mark != mark:
+                raise AdapterStateError(
+                    f"{layer._label}: the base weight was changed after {state.merged_adapters} were merged into it, "
+                    "so that bringing back the original would undo that change. Load the base weight again, or keep "
+                    "the merged one (merge_and_unload)"
+                )
 
 
 @torch.no_grad()
@@ -73,13 +94,15 @@ def check_finite(group: Group) -> None:
         AdapterStateError: it is not finite.
     """
     first, names = group[0]
-    total = _read(first)[1].clone()
-    for layer, its_names in group:
-        layer._add_delta_(total if _is_transposed(layer) == _is_transposed(first) else total.t(), its_names)
-    if not torch.isfinite(total).all():
-        raise AdapterStateError(
-            f"{first._label}: merging {names} gives a weight that is not finite; nothing was merged"
-        )
+    parameters = [*_weights(group), *_kernels(group)]
+    with together(parameters, "merging"), whole(parameters):
+        total = _read(first)[1].clone()
+        for layer, its_names in group:
+            layer._add_delta_(total if _is_transposed(layer) == _is_transposed(first) else total.t(), its_names)
+        if not torch.isfinite(total).all():
+            raise AdapterStateError(
+                f"{first._label}: merging {names} gives a weight that is not finite; nothing was merged"
+            )
 
 
 @torch.no_grad()
@@ -95,15 +118,17 @@ def add(group: Group, keep_base: str | None) -> None:
     Raises:
         AdapterStateError: the new weight cannot be put in the place of the former one.
     """
+    weights = _weights(group)
     states: list[MergeState] = []
     try:
         for layer, names in group:
-            access, weight = _read(layer)
-            state = layer._merge_state or find(access.place())
-            if state is None:
-                kept = None if keep_base is None else access.keep(keep_base)
-                state = MergeState(kept, keep_base, _is_transposed(layer))
-            _add_delta(layer, names, access, weight)
+            with changed(weights, "merging"), whole(_kernels([(layer, names)])):
+                access, weight = _read(layer)
+                state = layer._merge_state or find(access.place())
+                if state is None:
+                    kept = None if keep_base is None else access.keep(keep_base)
+                    state = MergeState(kept, keep_base, _is_transposed(layer))
+                _add_delta(layer, names, access, weight)
             layer._merge_state = state
             layer.merged_adapters.extend(names)
             enter(state, layer)
@@ -111,7 +136,8 @@ def add(group: Group, keep_base: str | None) -> None:
             states.append(state)
     finally:
         guarded = [state for state in states if state.kept is not None]  # of others nothing can be brought back
-        mark = fingerprint(access.read()) if guarded else None
+        with whole(weights if guarded else ()):
+            mark = fingerprint(access.read()) if guarded else None
         for state in guarded:
             state.mark = mark
 
@@ -135,9 +161,16 @@ def _is_transposed(layer: Any) -> bool:
 
 def _read(layer: Any) -> tuple[WeightAccess, Tensor]:
     """The weight under a layer, [out, in], and the way to change it."""
+    access = _access(layer)
     try:
-        access = weight_access(layer)
         return access, access.read()
+    except AdapterStateError as error:
+        raise AdapterStateError(f"{layer._label}: {error}") from None
+
+
+def _access(layer: Any) -> WeightAccess:
+    try:
+        return weight_access(layer)
     except AdapterStateError as error:
         raise AdapterStateError(f"{layer._label}: {error}") from None
 
@@ -173,36 +206,36 @@ def bring_back(layer: Any, *, everyone: bool = False) -> None:
     assert state is not None
     assert state.kept is not None
     others = state.others(layer)
+    left = [] if everyone else [other for other in others if other.merged]
+    kernels = _kernels([(other, other.merged_adapters) for other in left])
     # Another layer may have kept it, in the order of a `Conv1D`.
     same_order = isinstance(state.kept, nn.Module) or state.transposed == _is_transposed(layer)
-    weight_access(layer).restore(state.kept if same_order else state.kept.t())
+    with changed(_weights([(layer, [])]), "unmerging"), whole(kernels):
+        weight_access(layer).restore(state.kept if same_order else state.kept.t())
+        for other in left:
+            _add_delta(other, other.merged_adapters, *_read(other))
+        mark = fingerprint(_read(left[-1])[1]) if left else None
     for part in [layer, *others] if everyone else [layer]:
         part._merge_state = None
         part.merged_adapters.clear()
         part._refresh()
-    left = [other for other in others if other.merged]
-    for other in left:
-        _add_delta(other, other.merged_adapters, *_read(other))
     if left:
-        state.mark = fingerprint(_read(left[-1])[1])
+        state.mark = mark
 
 
-def unmerge_all(layers: Iterable[Any]) -> bool:
-    """Unmerge whatever is merged in these layers, if all of it can be; whether there was anything.
+def to_unmerge(layers: Iterable[Any]) -> list[Any]:
+    """One of these layers for each weight that something is merged into, by which `bring_back` reaches all of it.
 
     Raises:
-        AdapterStateError: as `check_unmerge`; nothing has changed.
+        AdapterStateError: as `check_unmerge`, where any of them cannot be unmerged.
     """
-    # One of the layers that have a weight in common brings it back for all of them.
     merged: dict[Hashable, Any] = {}
     for layer in layers:
         if layer.merged:
             merged.setdefault((id(layer._merge_state), layer.weight_place() or id(layer)), layer)
     for layer in merged.values():
         check_unmerge(layer)
-    for layer in merged.values():
-        bring_back(layer, everyone=True)
-    return bool(merged)
+    return list(merged.values())
 
 
 def move(layer: Any, fn: Callable[[Tensor], Tensor], move_layer: Callable[[], Any]) -> None:
@@ -214,8 +247,8 @@ def move(layer: Any, fn: Callable[[Tensor], Tensor], move_layer: Callable[[], An
         move_layer: does it to the layer's own.
     """
     state = layer._merge_state
-    if state is None or state.kept is None:
-        move_layer()
+    if state is None or state.kept is None or any(map(is_partitioned, _weights([(layer, [])]))):
+        move_layer()  # which leaves ZeRO-3's parts where they are
         return
     # A change made before the move must not be forgotten.
     changed = state.mark is None or fingerprint(weight_access(layer).read()) != state.mark

@@ -144,6 +144,11 @@ class ModulesToSave(CopiesByCall):
                 f"modules_to_save: {self.layer_name} is offloaded and cannot be trained; give it a device of its own "
                 "in the device map"
             )
+        if hasattr(self.original_module, "ds_id"):  # which the engine gives to every module beside its hooks
+            raise ConfigError(
+                f"modules_to_save: {self.layer_name} is in a DeepSpeed engine of ZeRO-3, which no later copy of it can "
+                "join: add or load the adapter before deepspeed.initialize"
+            )
         with whole(self.original_module.parameters()):
             return copy.deepcopy(self.original_module)
 

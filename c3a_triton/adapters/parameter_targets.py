@@ -8,7 +8,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from c3a_triton.bases.experts import parameter_geometry, parameter_names, parameter_shape, problem, stacked_names
+from c3a_triton.bases.experts import (
+    parameter_geometry,
+    parameter_names,
+    parameter_shape,
+    problem,
+    spread,
+    stacked_names,
+)
 from c3a_triton.bases.linear_like import Geometry, geometry
 from c3a_triton.bases.sharded import whole_shape
 from c3a_triton.errors import ConfigError
@@ -164,7 +171,9 @@ def parameter_problem(
     whole = [f"{owner}.{child}" for child, _ in place.module.named_modules() if child]
     if entry := next((entry for entry in config.modules_to_save or () if any(map(_ends(entry), whole))), None):
         return f"{name} belongs to {owner}, in which {entry!r} is trained as a whole (modules_to_save)"
-    if reason := sharding_problem(name, place.module, place.parameter):
+    if spread(place.module, place.parameter) is None and (
+        reason := sharding_problem(name, place.module, place.parameter)
+    ):
         return reason
     if place.parameter in place.module._parameters and place.sizes is None:
         parameter = place.module._parameters[place.parameter]

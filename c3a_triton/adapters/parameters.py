@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from c3a_triton.bases.linear_like import Geometry
+from c3a_triton.bases.sharded import put_values
 from c3a_triton.bases.weights import kernel_device, rounding_dtype
 from c3a_triton.errors import ConfigError
 
@@ -111,7 +112,12 @@ def initialise(kernel: Tensor, init_weights: bool | str, sizes: Geometry, layer:
     Raises:
         ConfigError: an unknown `init_weights`; the message names the layer.
     """
-    if init_weights is True:
+    if hasattr(kernel, "to_local"):  # each process draws the whole, of which it takes its part
+        values = torch.empty(kernel.shape, dtype=kernel.dtype, device=kernel.device)
+        initialise(values, init_weights, sizes, layer)
+        with torch.no_grad():
+            put_values(kernel, values)
+    elif init_weights is True:
         nn.init.zeros_(kernel)
     elif init_weights == "gaussian":
         nn.init.normal_(kernel)

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from c3a_triton.bases.experts import dispatch, is_stored_transposed, undispatch
 from c3a_triton.bases.linear_like import Geometry, is_of_peft
+from c3a_triton.bases.parallel import parallel_mesh
 from c3a_triton.bases.sharded import gather_with
 from c3a_triton.errors import AdapterStateError, ConfigError
 from c3a_triton.operator.dense import add_circulant_, circulant_matrix
@@ -22,7 +23,14 @@ from . import merging
 from .forward import COMPUTED_DTYPES, check_base, check_rows
 from .layer import C3ALinear
 
-__all__ = ["Holder", "Part"]
+__all__ = ["SPREAD_LATE", "Holder", "Part"]
+
+
+SPREAD_LATE = (
+    "a plan has spread the model over processes after it was adapted, where these parameters had other names, or "
+    "kernels that were not spread with them. Spread the model first (from_pretrained with a DistributedConfig), and "
+    "adapt it then"
+)
 
 
 class Part(C3ALinear):
@@ -209,6 +217,8 @@ class Holder(nn.Module):
     def parts_in_force(self) -> dict[str, Any]:
         """Parameter name → part of those that this call needs; all of them, or none."""
         parts, compiles = self.parts(), torch.compiler.is_compiling()
+        if "forward" in self.__dict__ and not compiles and parallel_mesh(self) is not None:
+            raise ConfigError(f"{', '.join(part._label for part in parts.values())}: {SPREAD_LATE}")
         if not compiles:  # which would keep whose kernels they are
             for part in parts.values():
                 # All kernels, whichever this call applies: DeepSpeed expects each call to fetch the same parameters.

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from c3a_triton.bases.agreement import in_step, shared_over
 from c3a_triton.bases.model_names import unwrapped_name
 from c3a_triton.bases.sharded import is_sharded
 from c3a_triton.errors import AdapterStateError
@@ -105,8 +106,11 @@ class SavePretrained:
         """As the model's own method."""
         is_checkpoint = _CHECKPOINT_FOLDER.fullmatch(os.path.basename(os.path.abspath(save_directory))) is not None
         writes = bool(kwargs.get("is_main_process", args[0] if args else True))
+        if state_dict is None and shared_over(self.model):
+            with in_step(self.model, "save_pretrained"):  # every process calls, because the base is put together
+                save_adapters(self.model, save_directory, is_main_process=writes)
         # DeepSpeed's parts may not have been put together; then the dict is empty.
-        if writes and (state_dict or (state_dict is None and not any(map(is_sharded, self.model.parameters())))):
+        elif writes and (state_dict or (state_dict is None and not any(map(is_sharded, self.model.parameters())))):
             save_adapters(self.model, save_directory, state_dict)
         if self.adapter_only and not is_checkpoint and not kwargs.get("push_to_hub"):
             return None
@@ -155,7 +159,13 @@ class SavePretrained:
         return set(map(unwrapped_name, names))
 
 
-def save_adapters(model: Any, directory: str | os.PathLike[str], state_dict: dict[str, Any] | None = None) -> None:
+def save_adapters(
+    model: Any,
+    directory: str | os.PathLike[str],
+    state_dict: dict[str, Any] | None = None,
+    *,
+    is_main_process: bool = True,
+) -> None:
     """Save all adapters of a model, as PEFT does: `"default"` in the folder itself, others in folders of their names.
 
     Args:
@@ -163,10 +173,11 @@ def save_adapters(model: Any, directory: str | os.PathLike[str], state_dict: dic
         directory: the folder.
         state_dict: the model's, where it was put together already. Without it every process has to call where
             parameters are sharded.
+        is_main_process: whether this process may write.
     """
     for name in model.c3a.adapters:
         folder = Path(directory) if name == "default" else Path(directory, name)
-        model.c3a.save_pretrained(folder, name, state_dict=state_dict)
+        model.c3a.save_pretrained(folder, name, state_dict=state_dict, is_main_process=is_main_process)
 
 
 def with_auto_mapping(model: nn.Module, config: C3AConfig) -> C3AConfig:

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from c3a_triton.bases.linear_like import Geometry
+from c3a_triton.bases.parallel import part_of
 from c3a_triton.bases.sharded import is_partitioned, is_sharded
 
 from .layer import C3ALinear
@@ -29,23 +30,28 @@ class Target:
     parameter: str = ""
 
 
-def sharding_problem(name: str, module: nn.Module, parameter: str = "weight") -> str | None:
+def sharding_problem(name: str, module: nn.Module, parameter: str = "") -> str | None:
     """What is wrong with adapting a layer of which this process holds a part, or None.
 
-    A kernel that is added afterwards would be neither sharded nor reduced. DeepSpeed's ZeRO-3 takes new parameters in
-    when it is initialised, so its weights are as good as whole.
+    A kernel that is added after FSDP2 would be neither sharded nor reduced. DeepSpeed's ZeRO-3 takes new parameters in
+    when it is initialised, so its weights are as good as whole. Linear layers of a tensor-parallel plan are adapted.
 
     Args:
         name: what is to be adapted.
         module: the layer, or the module that has the parameter.
-        parameter: the name of its weight.
+        parameter: the name of what is adapted by itself, or "".
     """
     base: Any = module.get_base_layer() if isinstance(module, C3ALinear) else module
-    weight: Any = base._parameters.get(parameter)
+    weight: Any = base._parameters.get(parameter or "weight")
+    part = None if parameter else part_of(base)
+    if isinstance(part, str):
+        return f"{name} {part}: leave it out of the plan, or do not adapt it"
     if weight is None or not is_sharded(weight) or is_partitioned(weight):
+        return None
+    if part is not None and weight.device_mesh == part.mesh:
         return None
     return (
         f"{name} is sharded already (its weight is a DTensor with {weight.placements}), so that an adapter "
-        "would not be reduced with the rest. For FSDP2 adapt the model first and call fully_shard afterwards. A "
-        "tensor-parallel layer cannot be adapted: leave it out of the plan, or shard with FSDP2"
+        "would not be reduced with the rest. For FSDP2, also over tensor parallelism, adapt the model first and call "
+        "fully_shard afterwards. Of a tensor-parallel plan linear layers can be adapted: leave all else out of it"
     )

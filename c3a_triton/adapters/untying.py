@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from c3a_triton.bases.sharded import gathered, is_partitioned
 from c3a_triton.errors import AdapterStateError
 
 __all__ = [
@@ -152,7 +153,7 @@ def untie(model: Any, untying: Untying) -> None:
     tensors = dict(tensors_by_name(model))
     for names in untying.own:
         tensor = tensors[names[0]]
-        own = tensor.detach().clone()
+        own = gathered(tensor) if is_partitioned(tensor) else tensor.detach().clone()
         if isinstance(tensor, nn.Parameter):
             own = nn.Parameter(own, requires_grad=tensor.requires_grad)
         for name in names:

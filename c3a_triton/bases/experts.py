@@ -7,6 +7,7 @@ Other modules get a forward of their own, in the innermost place as well.
 """
 
 import inspect
+import math
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,11 +21,13 @@ from c3a_triton.errors import BackendError, ConfigError
 
 from . import fp8, mxfp4
 from .linear_like import Geometry, geometry
+from .parallel import parallel_mesh
 from .probe import is_ordinary
 from .sharded import whole_shape
 
 __all__ = [
     "Layout",
+    "Spread",
     "base_forward",
     "dispatch",
     "foreign_product",
@@ -35,6 +38,7 @@ __all__ = [
     "parameter_shape",
     "problem",
     "rows_per_token",
+    "spread",
     "stacked_names",
     "undispatch",
 ]
@@ -56,7 +60,7 @@ class Layout:
             `"mxfp4"`, whose weights are no parameters.
         up: the parameter of the first projection, `"gate_up_proj"` or `"up_proj"`.
         down: that of the second.
-        n_experts: how many experts there are.
+        n_experts: how many experts there are, in this process where a plan spreads them.
         transposed: whether the parameters are [n_experts, in, out], not [n_experts, out, in].
         gated: whether the first projection computes a gate besides.
         concatenated: whether the gate's rows come first, then the others; otherwise they alternate.
@@ -116,6 +120,54 @@ def _interface(forward: Any) -> Any | None:
     return forward.__closure__[names.index("experts_interface")].cell_contents
 
 
+@dataclass(frozen=True)
+class Spread:
+    """How a plan spreads the stacked weight of experts over processes, and so their kernels: each has the same part.
+
+    Attributes:
+        mesh: the processes, in one dimension.
+        placement: which part of w [n_experts, out / b, in / b, b] each has, of DTensor's placements. It is that of the
+            weight, so that what a process computes is all that its kernels do, and no gradient of theirs is elsewhere.
+        cuts: into how many parts n_experts, out and in are cut, each in one process.
+        shape: that of one process' part of W, [n_experts, out, in].
+    """
+
+    mesh: Any
+    placement: Any
+    cuts: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def of_weight(self, weight: Tensor) -> Tensor:
+        """This process' part of the weight, the very memory."""
+        return weight.to_local()  # type: ignore[attr-defined]
+
+    def of_kernel(self, kernel: nn.Parameter) -> nn.Parameter:
+        """This process' part of a whole w, as a DTensor. The processes exchange nothing."""
+        from torch.distributed.tensor import distribute_tensor
+
+        part = distribute_tensor(kernel.detach(), self.mesh, [self.placement], src_data_rank=None)
+        return nn.Parameter(part, requires_grad=kernel.requires_grad)
+
+
+def spread(module: nn.Module, name: str) -> Spread | None:
+    """How a plan spreads a projection of experts that we know, or None for any other, and where FSDP2 does."""
+    found, weight, mesh = layout(module), module._parameters.get(name), parallel_mesh(module)
+    if found is None or name not in (found.up, found.down) or mesh is None or mesh.ndim > 1:
+        return None
+    if getattr(weight, "device_mesh", None) != mesh:
+        return None
+    (placement,) = weight.placements  # type: ignore[union-attr]
+    if getattr(placement, "dim", None) is None:
+        return None
+    axes = (0, 2, 1) if found.transposed else (0, 1, 2)
+    dim, n_segments = axes[placement.dim % 3], getattr(placement, "split_factor", None)
+    placement = type(placement)(dim) if n_segments is None else type(placement)(dim, split_factor=n_segments)
+    n_parts = [mesh.size() if axis == dim else 1 for axis in range(3)]
+    cuts = [count * (n_segments or 1) if count > 1 else 1 for count in n_parts]
+    shape = [weight.shape[axis] // count for axis, count in zip(axes, n_parts, strict=True)]  # type: ignore[union-attr]
+    return Spread(mesh, placement, tuple(cuts), tuple(shape))
+
+
 def is_stored_transposed(module: nn.Module, name: str) -> bool:
     """Whether a parameter is [n_experts, in, out]."""
     found = layout(module)
@@ -153,10 +205,13 @@ def parameter_geometry(module: nn.Module, name: str) -> Geometry | None:
     if found is None or name not in (found.up, found.down):
         widths = in_features, out_features
         return Geometry("parameter", *widths, widths, stack=stack[0] if stack else 0)
-    if name == found.up and found.gated and found.concatenated:
-        halves = in_features, out_features // 2
-        return Geometry("experts", in_features, out_features, halves, " (in, and gate and up each)", stack[0])
-    return Geometry("experts", in_features, out_features, (in_features, out_features), "", stack[0])
+    has_halves = name == found.up and found.gated and found.concatenated
+    divided = in_features, out_features // (2 if has_halves else 1)
+    what = ["in, and gate and up each"] if has_halves else []
+    if (held := spread(module, name)) is not None and held.cuts[1:] != (1, 1):
+        divided = in_features // held.cuts[2], math.gcd(divided[1], out_features // held.cuts[1])
+        what.append("of the part that one process has")
+    return Geometry("experts", in_features, out_features, divided, f" ({', '.join(what)})" if what else "", stack[0])
 
 
 def problem(module: nn.Module, name: str) -> str | None:
@@ -177,6 +232,12 @@ def problem(module: nn.Module, name: str) -> str | None:
         )
     found = layout(module)
     is_known = found is not None and name in (found.up, found.down)
+    if (held := spread(module, name)) is not None and (sizes := parameter_geometry(module, name)) is not None:
+        uneven = [
+            f"{size} into {cuts}" for size, cuts in zip(sizes.matrix_shape, held.cuts, strict=True) if size % cuts
+        ]
+        if uneven:
+            return f"its plan cuts {uneven[0]} parts, which are not equal: load the model for fewer processes"
     readable = parameter.is_floating_point() and (parameter.dtype.itemsize >= 2 or fp8.is_experts(module))
     if not (readable and (is_known or is_ordinary(parameter))):
         return (
@@ -189,6 +250,10 @@ def problem(module: nn.Module, name: str) -> str | None:
         return f"this {kind} holds layers ({', '.join(inner[:3])}), which could not be adapted any more: adapt those"
     if found is not None and found.kind == "dispatched":
         return None if is_known else f"of this {kind} only {found.up} and {found.down} can be adapted"
+    if parallel_mesh(module) is not None:
+        return (
+            f"a plan spreads this {kind} over processes, and no adapter can join in: leave the {kind} out of the plan"
+        )
     if isinstance(module, nn.RNNBase) or kind in _READ_FROM_OUTSIDE or type(module).forward is nn.Module.forward:
         return f"{kind} does not read it in a forward of its own, so that nothing can be put in its place"
     if "forward" in module.__dict__ and _forward_holder(module) == "forward" and not _is_own_forward(module):

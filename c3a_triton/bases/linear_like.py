@@ -16,6 +16,7 @@ from torch.nn.parameter import Parameter
 from . import fp8
 from .probe import behaviour
 from .quantized import registered
+from .sharded import whole_shape
 
 __all__ = [
     "Geometry",
@@ -43,8 +44,8 @@ def linear_widths(module: nn.Module) -> tuple[int, int] | None:
     if known is not None and known.widths is not None:
         return known.widths(module)
     if is_transposed(module):
-        weight = module.weight
-        return (weight.shape[0], weight.shape[1]) if isinstance(weight, Tensor) and weight.dim() == 2 else None
+        shape = whole_shape(module.weight) if isinstance(module.weight, Tensor) else ()
+        return (shape[0], shape[1]) if len(shape) == 2 else None
     for names in (("in_features", "out_features"), ("infeatures", "outfeatures")):
         widths = tuple(getattr(module, name, None) for name in names)
         if all(isinstance(width, int) and width > 0 for width in widths):

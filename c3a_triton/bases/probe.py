@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
+from .sharded import whole_shape
+
 __all__ = ["Behaviour", "behaviour", "is_ordinary"]
 
 _BASES = (nn.Linear, nn.Conv2d, nn.Embedding)
@@ -105,7 +107,7 @@ def _key(module: nn.Module, forward: Callable[..., Any]) -> tuple[Any, ...] | No
     parts = {name: _key(part, type(part).forward) for name, part in module._modules.items() if part is not None}
     if None in parts.values():
         return None
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    shapes = {name: whole_shape(tensor) for name, tensor in tensors.items()}
     return type(module), forward, *(tuple(sorted(found.items())) for found in (own, shapes, parts))
 
 
@@ -155,7 +157,7 @@ def _invented(
         if not tensor.is_floating_point():
             return torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor.detach().cpu().clone()
         if is_parameter or tensor.is_meta:
-            return torch.randn(tensor.shape, generator=generator, dtype=dtype)
+            return torch.randn(whole_shape(tensor), generator=generator, dtype=dtype)
         return tensor.detach().to("cpu", dtype, copy=True)
 
     return made
@@ -219,7 +221,11 @@ def _try_linear(module: Any, forward: Callable[..., Any]) -> Behaviour:
     what = "[..., out_features]"
     meta = {"weight": torch.empty(out_features, in_features, device="meta")}
     meta |= {"bias": torch.empty(out_features, device="meta")} if has_bias else {}
-    copied: Any = _copy_of(module, lambda name, tensor, _: meta.get(name, torch.empty_like(tensor, device="meta")))
+
+    def on_meta(name: str, tensor: Tensor, is_parameter: bool) -> Tensor:
+        return meta[name] if name in meta else tensor.new_empty(whole_shape(tensor), device="meta")
+
+    copied: Any = _copy_of(module, on_meta)
     x, y = _called(copied, forward, *_rows(in_features, torch.Generator(), device="meta", dtype=torch.float32))
     if x is not None and (misfit := _misfit(y, (*x.shape[:-1], out_features), what)):
         return misfit

@@ -3,14 +3,30 @@
 import importlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from c3a_triton.errors import ShapeError
 
-__all__ = ["check_gathered", "gather_with", "gathered", "is_partitioned", "is_sharded", "whole", "whole_shape"]
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = [
+    "check_gathered",
+    "gather_with",
+    "gathered",
+    "is_partitioned",
+    "is_sharded",
+    "local",
+    "own_part",
+    "partitioned_over",
+    "put_values",
+    "whole",
+    "whole_shape",
+    "zero",
+]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -28,6 +44,14 @@ def whole_shape(parameter: Tensor) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
+def partitioned_over(parameters: Iterable[Tensor]) -> list["DeviceMesh"]:
+    """The distinct groups of processes that hold ZeRO-3's parts of these parameters, each as a mesh."""
+    from torch.distributed.device_mesh import DeviceMesh  # not in every build of torch
+
+    groups: dict[Any, str] = {p.ds_process_group: p.device.type for p in parameters if is_partitioned(p)}  # type: ignore[attr-defined]
+    return [DeviceMesh.from_group(group, device_type) for group, device_type in groups.items()]
+
+
 def check_gathered(w: Tensor) -> None:
     """Refuse a kernel that ZeRO-3 has left empty, before an operator says less about it.
 
@@ -41,8 +65,8 @@ def check_gathered(w: Tensor) -> None:
         )
 
 
-def _zero() -> Any:
-    # Whoever has one of its parameters has DeepSpeed.
+def zero() -> Any:
+    """`deepspeed.zero`, which whoever has one of its parameters has."""
     return importlib.import_module("deepspeed").zero
 
 
@@ -53,7 +77,7 @@ def whole(parameters: Iterable[Tensor]) -> Iterator[None]:
     if not parts:
         yield
         return
-    with _zero().GatheredParameters(parts):
+    with zero().GatheredParameters(parts):
         yield
 
 
@@ -65,6 +89,28 @@ def gathered(tensor: Tensor) -> Tensor:
         return tensor.detach().clone()
 
 
+def own_part(tensor: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """What this process holds of a tensor, and of whole values for it; nothing is sent."""
+    held: Any = tensor
+    if not hasattr(held, "full_tensor"):
+        return tensor, values
+    from torch.distributed.tensor import distribute_tensor
+
+    own = distribute_tensor(values.to(held.device), held.device_mesh, held.placements, src_data_rank=None)
+    return held.to_local(), own.to_local()
+
+
+def put_values(tensor: Tensor, values: Tensor) -> None:
+    """Replace a tensor's values by whole ones, of which this process may hold a part (a DTensor), in place."""
+    held, own = own_part(tensor, values)
+    held.copy_(own)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What of a DTensor this process has, with its gradient; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def gather_with(module: nn.Module, parameters: Iterable[Tensor]) -> None:
     """Let ZeRO-3 put these parameters together now, in `module`'s forward, and before and after it from then on.
 
@@ -72,5 +118,5 @@ def gather_with(module: nn.Module, parameters: Iterable[Tensor]) -> None:
     """
     for parameter in parameters:
         if is_partitioned(parameter) and not parameter.numel():
-            _zero().register_external_parameter(module, parameter)
+            zero().register_external_parameter(module, parameter)
             parameter.all_gather()  # type: ignore[attr-defined]

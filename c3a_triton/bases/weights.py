@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from c3a_triton.errors import AdapterStateError
 
-from .experts import is_stored_transposed, parameter_geometry
+from .experts import Spread, is_stored_transposed, parameter_geometry, spread
 from .linear_like import computes_its_weight, geometry, is_transposed
+from .parallel import Part, part_of
 from .probe import is_ordinary
-from .quantized import quantized_weight
+from .quantized import QuantizedWeight, quantized_weight
+from .sharded import is_partitioned, whole_shape
 
 __all__ = [
     "WeightAccess",
@@ -124,7 +126,9 @@ class _PlainWeight:
         self.in_place = not isinstance(base, nn.Conv2d)
 
     def _weight(self) -> Tensor:
-        return self._base._parameters[self._parameter or "weight"].detach()  # type: ignore[union-attr]
+        weight = self._base._parameters[self._parameter or "weight"].detach()  # type: ignore[union-attr]
+        part = spread(self._base, self._parameter) if self._parameter else part_of(self._base)
+        return part.of_weight(weight) if isinstance(part, (Part, Spread)) else weight
 
     def place(self) -> Hashable | None:
         weight = self._weight()
@@ -143,6 +147,37 @@ class _PlainWeight:
     def restore(self, kept: Tensor | nn.Module) -> None:
         assert isinstance(kept, Tensor)
         self.write(kept)
+
+
+class _PartitionedWeight(_PlainWeight):
+    """A weight that ZeRO-3 keeps in parts, and which has been put together when it is read, written, kept or restored.
+
+    Of the original each process keeps a part: a whole one in each would be the model once for every process.
+    """
+
+    def place(self) -> Hashable | None:
+        return "ZeRO-3", id(self._weight())  # in memory there are parts at most
+
+    def _weight(self) -> Tensor:
+        return self._base._parameters[self._parameter or "weight"]  # type: ignore[return-value]
+
+    def _parts(self) -> tuple[Any, list[Tensor]]:
+        """The group of the processes, and the part of each, as views of the weight."""
+        weight = self._weight()
+        group = weight.ds_process_group  # type: ignore[attr-defined]
+        return group, list(weight.detach().view(-1).tensor_split(group.size()))
+
+    def keep(self, where: str) -> Tensor:
+        group, parts = self._parts()
+        own = parts[group.rank()]
+        return own.to("cpu", copy=True) if where == "cpu" else own.clone()
+
+    def restore(self, kept: Tensor | nn.Module) -> None:
+        assert isinstance(kept, Tensor)
+        group, parts = self._parts()
+        parts[group.rank()].copy_(kept)
+        for rank, part in enumerate(parts):
+            torch.distributed.broadcast(part, group=group, group_src=rank)
 
 
 class _OffloadedWeight:
@@ -186,9 +221,14 @@ def unmergeable(base: nn.Module, parameter: str = "") -> str | None:
         base: the base layer.
         parameter: the name of what is its weight, where a parameter is adapted by itself.
     """
-    weight = base._parameters.get(parameter or "weight")
+    weight: Tensor | None = base._parameters.get(parameter or "weight")
     sizes = parameter_geometry(base, parameter) if parameter else geometry(base)
-    expected = None if sizes is None else sizes.matrix_shape
+    expected: tuple[int, ...] | None = None if sizes is None else sizes.matrix_shape
+    if weight is not None and is_partitioned(weight) and not weight.numel():
+        weight = nn.Parameter(weight.new_empty(whole_shape(weight), device="meta"), requires_grad=False)
+    part = spread(base, parameter) if parameter else part_of(base)
+    if isinstance(part, (Part, Spread)) and weight is not None:
+        weight, expected = part.of_weight(weight), part.shape
     if weight is None:
         return "its weight is not a parameter of its own"
     if not is_ordinary(weight):
@@ -215,12 +255,20 @@ def weight_access(owner: Any) -> WeightAccess:
     hook = _offload_hook(base)
     reason = unmergeable(base, owner.parameter)
     if reason is None:
-        if not base._parameters[owner.parameter or "weight"].is_meta:
+        weight = base._parameters[owner.parameter or "weight"]
+        if is_partitioned(weight):
+            return _PartitionedWeight(base, owner.parameter)
+        if not weight.is_meta:
             return _PlainWeight(base, owner.parameter)
         if hook is not None:  # while PEFT merges, it lends an offloaded layer its weight
             return _OffloadedWeight(base, hook.weights_map, owner.parameter)
         reason = "its weight is on the meta device and holds no values"
-    access = quantized_weight(owner)
+    if not owner.parameter and part_of(base) is not None:
+        access: QuantizedWeight | str = (
+            "of a layer that is spread over processes only an ordinary weight is merged into"
+        )
+    else:
+        access = quantized_weight(owner)
     if not isinstance(access, str):
         return access
     raise AdapterStateError(

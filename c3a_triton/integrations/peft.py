@@ -23,8 +23,10 @@ from c3a_triton.adapters.modules_to_save import CopiesByCall
 from c3a_triton.adapters.names import BASE_ROW, Scope
 from c3a_triton.adapters.row_names import RowNames
 from c3a_triton.adapters.watched import Watch
+from c3a_triton.bases.agreement import shared_over
+from c3a_triton.bases.partitioned import changed
 from c3a_triton.bases.quantized import hold_layout, release_layout, torchao_config_of
-from c3a_triton.bases.sharded import is_sharded
+from c3a_triton.bases.sharded import is_partitioned, is_sharded, whole_shape
 from c3a_triton.bases.weights import stored_tensor
 from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, ConfigError
 from c3a_triton.operator.dispatch import check_backend
@@ -137,6 +139,8 @@ class C3AModel(peft_model.C3AModel):
         current_key: str,
         **kwargs: Any,
     ) -> None:
+        if type(self) is peft_model.C3AModel:
+            _refuse_spread(self.model)
         _create_and_replace(self, c3a_config, adapter_name, target, target_name, parent, current_key, **kwargs)
         built = getattr(parent, target_name)
         _convert_tuner(self)
@@ -203,6 +207,16 @@ class C3AModel(peft_model.C3AModel):
         if adapter_name in self._scope.names_in_use():
             raise AdapterStateError(f"rows are computed with the adapter {adapter_name!r}, in this thread or another")
         super().delete_adapter(adapter_name)
+
+
+def _refuse_spread(model: nn.Module) -> None:
+    """Refuse a model that a plan spreads over processes: PEFT's verbs neither draw one kernel for all nor agree."""
+    if shared_over(model):
+        raise ConfigError(
+            f"this {type(model).__name__} is spread over processes (tensor or expert parallel), in which PEFT would "
+            "give each of them a C3A adapter of its own: adapt it in place, with c3a_triton.apply(model, "
+            "peft.C3AConfig(...)) or c3a_triton.load_adapter(model, directory); the files are PEFT's"
+        )
 
 
 class ModulesToSaveWrapper(CopiesByCall, other.ModulesToSaveWrapper):
@@ -302,14 +316,14 @@ def _hotswap_adapter_from_state_dict(
         kernel = module.c3a_kernel[adapter_name]
         if adapter_name in module.merged_adapters:
             raise AdapterStateError(f"{name} is merged: call unmerge_adapter() before its values are replaced")
-        if kernel.is_meta or is_sharded(kernel):
+        if kernel.is_meta or (is_sharded(kernel) and not is_partitioned(kernel)):
             raise AdapterStateError(f"{name} is offloaded or sharded: load the adapter before the model is")
     problems = [f"it has no {name}" for name in layers if name not in state_dict]
     problems += [f"no kernel takes {name}" for name in state_dict if name not in layers]
     problems += [
         f"{name} has shape {list(state_dict[name].shape)}, in the model {list(shape)}"
         for name, module in layers.items()
-        if name in state_dict and state_dict[name].shape != (shape := module.c3a_kernel[adapter_name].shape)
+        if name in state_dict and state_dict[name].shape != (shape := whole_shape(module.c3a_kernel[adapter_name]))
     ]
     if problems:
         more = f" (and {len(problems) - 5} more like these)" if len(problems) > 5 else ""
@@ -319,7 +333,9 @@ def _hotswap_adapter_from_state_dict(
         )
     with torch.no_grad():
         for name, module in layers.items():
-            module.c3a_kernel[adapter_name].copy_(state_dict[name])
+            kernel = module.c3a_kernel[adapter_name]
+            with changed([kernel], "hotswap_adapter"):
+                kernel.copy_(state_dict[name])
 
 
 # What is replaced of PEFT
@@ -386,7 +402,7 @@ def convert(model: nn.Module, *, backend: str = "auto") -> None:
         backend: how adapters are computed, a name of `c3a_triton.operator.dispatch.BACKENDS`.
 
     Raises:
-        ConfigError: the model has no C3A layer of PEFT's.
+        ConfigError: the model has no C3A layer of PEFT's, or a plan spreads it over processes.
         AdapterStateError: adapters are merged by PEFT's own layers. Nothing has changed.
         BackendError: an unknown backend.
     """
@@ -394,6 +410,7 @@ def convert(model: nn.Module, *, backend: str = "auto") -> None:
     layers = list(_layers(model))
     if not layers:
         raise ConfigError(f"{type(model).__name__} has no C3A layer that PEFT built: nothing to compute")
+    _refuse_spread(model)
     merged = [name for name, module in layers if module.merged and not isinstance(module, C3ALinear)]
     if merged:
         raise AdapterStateError(

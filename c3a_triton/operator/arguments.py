@@ -80,6 +80,11 @@ def check(x: Tensor, weight: Tensor | None, bias: Tensor | None, kernels: Sequen
     dtype, device = x.dtype, x.device
     if not x.is_floating_point() or not in_features:
         raise ShapeError(f"x is {x.dtype} of shape {tuple(x.shape)}: it must be floating, (*, in_features)")
+    if hasattr(x, "placements"):
+        raise ShapeError(
+            "x is a DTensor, where this operator takes tensors of one process: a plan has to spread the base layer "
+            "('<name>.base_layer') and not the adapted one around it"
+        )
     for w in kernels:
         check_kernel(w)
         out_blocks, in_blocks, b = w.shape

@@ -42,19 +42,21 @@ def circulant_matrix(w: Tensor, *, scale: float | None = None, dtype: torch.dtyp
 
 
 @torch.no_grad()
-def add_circulant_(weight: Tensor, kernels: Sequence[Tensor]) -> None:
+def add_circulant_(weight: Tensor, kernels: Sequence[Tensor], *, scale: float | None = None) -> None:
     """weight += Σ_a ΔW_a in place, summed in float32 (float64 for a float64 operand) and rounded once.
 
     Args:
         weight: `(out_features, in_features)`, floating, any strides: a transposed layer passes `weight.t()`.
         kernels: as in `c3a_linear`.
+        scale: factor of each ΔW; None means 1 / in_features.
     """
     out_features, in_features = weight.shape
     for w in kernels:
         arguments.check_kernel(w)
         if (w.shape[0] * w.shape[2], w.shape[1] * w.shape[2]) != (out_features, in_features):
             raise ShapeError(f"w of shape {tuple(w.shape)} does not fit a weight of shape {tuple(weight.shape)}")
-    _add_circulant(weight, [w for w, _ in arguments.summed(kernels)], 1.0 / in_features)
+    scale = 1.0 / in_features if scale is None else scale
+    _add_circulant(weight, [w for w, _ in arguments.summed(kernels)], scale)
 
 
 def _add_circulant(weight: Tensor, summed: Sequence[Tensor], scale: float) -> None:

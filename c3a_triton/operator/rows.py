@@ -28,6 +28,7 @@ def c3a_linear_rows(
     kernels: Sequence[Tensor],
     rows: Sequence[int] | Tensor,
     *,
+    scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """x Wᵀ + bias + x ΔW_aᵀ where each row of the batch has an a of its own, or none.
@@ -42,6 +43,7 @@ def c3a_linear_rows(
         kernels: one w or more as in `c3a_linear`.
         rows: for each of x's rows an index into `kernels`, or −1 for no adapter: integers, or an int64 tensor on the
             CPU, which a compiled graph takes as an input of its own.
+        scale: factor of each ΔW; None means 1 / in_features.
         backend: a name of `c3a_triton.operator.dispatch.BACKENDS`, but not `"fold"`.
 
     Returns:
@@ -56,7 +58,7 @@ def c3a_linear_rows(
     if arguments.autocasts(x):
         x, weight, bias = arguments.autocast(x, weight, bias)
         with torch.autocast(x.device.type, enabled=False):
-            return c3a_linear_rows(x, weight, bias, kernels, rows, backend=backend)
+            return c3a_linear_rows(x, weight, bias, kernels, rows, scale=scale, backend=backend)
     arguments.check(x, weight, bias, kernels)
     if x.dim() < 2 or x.shape[0] != len(rows):
         raise ShapeError(f"x has the shape {tuple(x.shape)} for {len(rows)} rows: give an index for each of x's rows")
@@ -66,7 +68,7 @@ def c3a_linear_rows(
     else:
         _check_indices(rows, len(kernels))
         rows = torch.tensor(rows, dtype=torch.int64, device="cpu")
-    scale = 1.0 / x.shape[-1]
+    scale = 1.0 / x.shape[-1] if scale is None else scale
     if torch._C._are_functorch_transforms_active():
         # torch.func finds no rules on these ops, but on those that they are composed of.
         def product(part: Tensor, w: list[Tensor]) -> Tensor:
