@@ -8,6 +8,11 @@
         --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP examples/train.py ...   # the Trainer, sharded (GPUs only)
     accelerate launch --num_processes 2 --use_deepspeed --zero_stage 3 \\
         --zero3_save_16bit_model true examples/train.py ...          # the Trainer, sharded by DeepSpeed
+    torchrun --nproc-per-node 2 examples/train.py --tp 2 ...         # one model, spread by its tensor-parallel plan
+    torchrun --nproc-per-node 2 examples/train.py --ep 2 \\
+        --target-parameters all-experts ...                          # the same, but each expert whole in one process
+
+The Trainer takes a spread model (--tp, --ep) on GPUs only; --plain-loop does on CPUs, too.
 
 Without arguments it adapts a tiny model with random weights to Python's documentation, byte by byte, on a CPU too. The
 adapter is saved in PEFT's form; `--resume` goes on from the last checkpoint in the output folder.
@@ -27,6 +32,7 @@ import transformers
 from einops import rearrange
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
+from transformers.distributed import DistributedConfig
 
 import c3a_triton
 from c3a_triton.integrations.transformers import SaveAdapterCallback
@@ -63,31 +69,40 @@ class C3ATrainer(transformers.Trainer):
         return self.optimizer
 
 
-def tiny_model() -> Any:
-    """A byte-level Llama with random weights."""
+def tiny_model(*, experts: bool = False) -> Any:
+    """A byte-level Llama with random weights, or a Qwen3-MoE."""
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=corpus.BYTES,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return transformers.LlamaForCausalLM(config)
+    sizes = {
+        "vocab_size": corpus.BYTES,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    if experts:
+        sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16}
+        return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**sizes))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, intermediate_size=128))
 
 
-def load(folder: Path | None) -> tuple[Any, Any | None]:
+def load(args: argparse.Namespace) -> tuple[Any, Any | None]:
     """(model, tokenizer); no tokenizer means bytes."""
-    if folder is None:
-        return tiny_model(), None
+    options: dict[str, Any] = {}
+    if args.shared_by > 1:
+        options["distributed_config"] = DistributedConfig(tp_size=args.shared_by, ep_size=args.ep)
+    if args.model is None:
+        model = tiny_model(experts=args.ep > 1)
+        if options:  # models are spread as they are loaded
+            model = type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict(), **options)
+            model.name_or_path = ""  # no folder's
+        return model, None
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
-    return model, transformers.AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, **options)
+    has_tokenizer = any((args.model / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
+    return model, transformers.AutoTokenizer.from_pretrained(args.model) if has_tokenizer else None
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -100,6 +115,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--target-modules", nargs="+", default=["all-linear"], metavar="NAME", help="default: all-linear"
     )
+    parser.add_argument(
+        "--target-parameters", metavar="NAME", help='parameters to adapt by themselves, such as "all-experts"'
+    )
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel over all N processes")
+    parser.add_argument("--ep", type=int, default=1, metavar="N", help="besides, expert-parallel over all N processes")
     parser.add_argument("--steps", type=int, default=100, metavar="N", help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=4, metavar="N", help="per process; default: %(default)s")
     parser.add_argument("--length", type=int, default=128, metavar="T", help="tokens per example; default: %(default)s")
@@ -112,6 +132,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.plain_loop and (args.resume or args.save_steps):
         parser.error("--plain-loop writes no checkpoints: leave --resume and --save-steps out")
+    n_processes, args.shared_by = int(os.environ.get("WORLD_SIZE", "1")), max(args.tp, args.ep)
+    if not {args.tp, args.ep} <= {1, n_processes}:
+        parser.error(f"--tp {args.tp}, --ep {args.ep}: all {n_processes} processes share one model, or none of them do")
+    if args.shared_by > 1 and args.resume:
+        parser.error("--tp and --ep: the Trainer's checkpoints of a spread model are none to go on from: no --resume")
     if args.block_size != "auto":
         if not (args.block_size.isdecimal() and int(args.block_size)):
             parser.error(f'--block-size {args.block_size}: give a positive integer or "auto"')
@@ -122,13 +147,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def train(args: argparse.Namespace) -> None:
     """Adapt and train; the adapter is saved in the output folder."""
     text = corpus.documentation() if args.text is None else b"\n".join(corpus.files_at(args.text).values())
-    model, tokenizer = load(args.model)
+    model, tokenizer = load(args)
     if tokenizer is None and model.config.vocab_size < corpus.BYTES:
         raise ValueError(f"--model {args.model}: no tokenizer there, and a vocabulary too small for bytes")
     targets = args.target_modules[0] if args.target_modules == ["all-linear"] else args.target_modules
     rank = 8 if args.block_size == "auto" else None  # "auto" takes the size nearest to √(in · out) / rank
     transformers.set_seed(0)  # every process begins with the same adapter
-    config = c3a_triton.C3AConfig(block_size=args.block_size, rank=rank, target_modules=targets, task_type="CAUSAL_LM")
+    config = c3a_triton.C3AConfig(
+        block_size=args.block_size,
+        rank=rank,
+        target_modules=targets,
+        target_parameters=args.target_parameters,
+        task_type="CAUSAL_LM",
+    )
     model = c3a_triton.apply(model, config)
     data = Windows(corpus.tokens_of(text, tokenizer), args.length)
     if int(os.environ.get("RANK", "0")) == 0:
@@ -151,6 +182,7 @@ def with_trainer(model: Any, data: Windows, args: argparse.Namespace) -> list[fl
             learning_rate=args.lr,
             gradient_checkpointing=args.gradient_checkpointing,
             save_steps=args.save_steps or args.steps,
+            save_only_model=args.shared_by > 1,
             logging_steps=1,
             bf16=on_gpu,
             use_cpu=not on_gpu,
@@ -168,6 +200,8 @@ def plain_loop(model: Any, data: Windows, args: argparse.Namespace) -> list[floa
     """Train with a loop of torch's own, several processes by FSDP2; returns each step's loss."""
     kind = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
     rank, n_processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if args.shared_by > 1:
+        rank, n_processes = 0, 1  # all processes compute the same rows
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
     model.to(device).train()
     if args.gradient_checkpointing:

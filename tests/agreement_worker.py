@@ -416,6 +416,23 @@ def other_seeds(folder: Path) -> Any:
 
 
 @case
+def spread_after_it_was_adapted(folder: Path) -> Any:
+    """Nobody has agreed on kernels then: those of equal seeds are equal, others are refused by the first call."""
+    mesh, found = dist.init_device_mesh("cpu", (dist.get_world_size(),)), []
+    plan = {"up.base_layer": ColwiseParallel(), "down.base_layer": RowwiseParallel()}
+    for seeds in ((0, 0), (0, 1)):
+        model = plain()
+        torch.manual_seed(by_rank(*seeds))
+        parallelize_module(c3a_triton.apply(model, LAYERS), mesh, plan)
+        found.append([said(lambda model=model: model(torch.zeros(3, WIDTH))) for _ in range(2)])
+    model = adapted()
+    torch.manual_seed(dist.get_rank())
+    model.up.reset_c3a_parameters("default", "gaussian")
+    found.append([said(lambda: model(torch.zeros(3, WIDTH)))])
+    return found
+
+
+@case
 def parts_that_processes_divide(folder: Path) -> Any:
     """What is divided over one mesh stays so, whatever other meshes of these processes there are."""
     tp, ep = (dist.init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=(name,)) for name in ("tp", "ep"))

@@ -179,6 +179,7 @@ def with_fsdp(**plan: Any) -> Callable[[Path], dict[str, Any]]:
             "second": message(lambda: adapted(model, "second")),
             "merge": message(model.c3a.merge_adapter),
             "hot swap": message(lambda: model.c3a.hotswap_adapter(folder / "adapter")),
+            "rows": message(lambda: model(input_ids=IDS, adapter_names=["default", "default", "__base__"])),
         }
 
     return case
@@ -220,7 +221,10 @@ def verbs(name: str, **plan: Any) -> Callable[[Path], dict[str, Any]]:
         differ("checkpointed gradients", gradients)
         both(lambda one: one.gradient_checkpointing_disable())
         differ("rows of one adapter", lambda one: one(input_ids=IDS, adapter_names=["other"] * 3).logits.detach())
-        found["rows"] = message(lambda: model(input_ids=IDS, adapter_names=["default", "other", "__base__"]))
+        names = ["default", "other", "__base__"]
+        differ("rows", lambda one: one(input_ids=IDS, adapter_names=names).logits.detach())
+        own = names[:2] + names[dist.get_rank() :][:1]
+        found["rows of other adapters in each process"] = message(lambda: model(input_ids=IDS, adapter_names=own))
         generated = [one.generate(IDS[:, :3], max_new_tokens=4, do_sample=False) for one in (model, alone)]
         found["generated"] = torch.equal(*generated)
 

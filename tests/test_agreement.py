@@ -137,6 +137,14 @@ def test_first_values_are_the_first_process_s(results: dict[str, Any]) -> None:
         assert found["drawn"] > 0.5
 
 
+def test_kernels_that_nobody_agreed_on_are_compared_by_the_first_call(results: dict[str, Any]) -> None:
+    for alike, unlike, reset in results["spread_after_it_was_adapted"]:
+        assert alike == ["no error"] * 2
+        for text in (*unlike, *reset):
+            assert text.startswith("AdapterStateError: up (reset, or adapted before the model was spread): the proc")
+            assert "kernels['default'] is torch.float32 [4, 2, 4] with the fingerprint " in text
+
+
 def test_parts_that_processes_divide_stay_their_own(results: dict[str, Any]) -> None:
     for value, found in zip((1.0, 2.0), results["parts_that_processes_divide"], strict=True):
         assert found == {"divided": [[value] * 3], "whole": [[1.0] * 3] * 2}

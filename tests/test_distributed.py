@@ -157,6 +157,10 @@ SMALL = ("--cpu", "--steps", "20", "--block-size", "8", "--length", "16", "--lr"
 
 def example(folder: Path, *arguments: str) -> None:
     """The example in this process."""
+    assert example_module().main([*SMALL, "--output", str(folder), *arguments]) == 0
+
+
+def example_module() -> Any:
     sys.path.insert(0, str(EXAMPLE.parent))  # it imports its neighbours
     try:
         spec = importlib.util.spec_from_file_location("train_example", EXAMPLE)
@@ -164,7 +168,7 @@ def example(folder: Path, *arguments: str) -> None:
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        assert module.main([*SMALL, "--output", str(folder), *arguments]) == 0
+        return module
     finally:
         sys.path.remove(str(EXAMPLE.parent))
 
@@ -173,6 +177,18 @@ def losses_and_adapter(folder: Path) -> tuple[torch.Tensor, dict[str, torch.Tens
     return torch.tensor(json.loads((folder / "losses.json").read_text())), load_file(
         folder / "adapter_model.safetensors"
     )
+
+
+def launch_together(folder: Path, runs: list[list[str]]) -> None:
+    """The example with each of these arguments, in two processes."""
+    script = folder / "all.py"
+    script.write_text(
+        f"import os, sys, torch; sys.path.insert(0, {str(EXAMPLE.parent)!r}); import train\n"
+        f"status = max(train.main(arguments) for arguments in {runs!r})\n"
+        "torch.distributed.destroy_process_group()\n"
+        "os._exit(status)\n"  # as `distributed_worker.py` does: a thread of torch's own aborts some that end
+    )
+    launch_by_accelerate("--multi_gpu", "--num_processes", "2", str(script))
 
 
 WAYS: dict[str, tuple[str, ...]] = {"plain loop, FSDP2": ("--plain-loop",), "Trainer, DDP": ()}
@@ -185,14 +201,7 @@ def in_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.importorskip(package)
     folder = tmp_path_factory.mktemp("two")
     runs = [[*SMALL, *options, "--batch", "2", "--output", str(folder / way)] for way, options in WAYS.items()]
-    script = folder / "both.py"
-    script.write_text(
-        f"import os, sys, torch; sys.path.insert(0, {str(EXAMPLE.parent)!r}); import train\n"
-        f"status = max(train.main(arguments) for arguments in {runs!r})\n"
-        "torch.distributed.destroy_process_group()\n"
-        "os._exit(status)\n"  # as `distributed_worker.py` does: a thread of torch's own aborts some that end
-    )
-    launch_by_accelerate("--multi_gpu", "--num_processes", "2", str(script))
+    launch_together(folder, runs)
     return folder
 
 
@@ -206,6 +215,39 @@ def test_the_example_in_two_processes_trains_as_in_one(tmp_path: Path, in_two_pr
     for name, tensor in one[1].items():
         assert tensor.abs().max() > 0.1
         torch.testing.assert_close(two[1][name], tensor, rtol=0, atol=BOUND)
+
+
+SPREAD = {"--tp": (), "--ep": ("--target-parameters", "all-experts")}
+
+
+@pytest.fixture(scope="module")
+def example_spread(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the example writes of a model that two processes share, in one launch."""
+    pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("shared")
+    runs = [
+        [*SMALL, "--plain-loop", way, "2", *options, "--output", str(folder / way)] for way, options in SPREAD.items()
+    ]
+    launch_together(folder, runs)
+    return folder
+
+
+@pytest.mark.parametrize("way", SPREAD)
+def test_the_example_shares_a_model_and_trains_as_in_one_process(
+    tmp_path: Path, example_spread: Path, way: str
+) -> None:
+    """The tiny model with experts is `--ep`'s own, so that one process is given it as a folder."""
+    if way == "--ep":
+        example_module().tiny_model(experts=True).save_pretrained(tmp_path / "model")
+    model = () if way == "--tp" else ("--model", str(tmp_path / "model"))
+    example(tmp_path / "one", "--plain-loop", *model, *SPREAD[way])
+    one, two = losses_and_adapter(tmp_path / "one"), losses_and_adapter(example_spread / way)
+    torch.testing.assert_close(two[0], one[0], rtol=0, atol=BOUND)
+    assert any("experts" in name for name in one[1]) == (way == "--ep")
+    assert two[1].keys() == one[1].keys()
+    for name, tensor in one[1].items():
+        assert tensor.abs().max() > 0.1
+        torch.testing.assert_close(two[1][name], tensor, rtol=0, atol=1e-4)  # as under ZeRO-3
 
 
 @needs_deepspeed
@@ -247,6 +289,7 @@ def test_the_example_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureF
     for arguments, expected in {
         ("--block-size", "-3"): "positive integer",
         ("--plain-loop", "--resume"): "writes no checkpoints",
+        ("--tp", "2"): "all 1 processes share one model, or none",
     }.items():
         with pytest.raises(SystemExit):
             example(tmp_path, *arguments)

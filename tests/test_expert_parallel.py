@@ -90,12 +90,15 @@ def test_fsdp2_around_expert_parallelism(results: Any, n_processes: int, case: s
         assert found["second"].startswith("ConfigError: model.layers.0.mlp.experts.gate_up_proj is sharded already")
         assert found["merge"].startswith("AdapterStateError: model.layers.0.mlp.experts.gate_up_proj: nothing can be")
         assert found["hot swap"].startswith("AdapterStateError: model.layers.0.mlp.experts.gate_up_proj is sharded")
+        assert found["rows"].startswith("ShapeError: model.layers.0.mlp.experts.gate_up_proj: 3 adapter names")
 
 
 @pytest.mark.parametrize("case", ["verbs, experts", "verbs, parts of experts"])
 def test_verbs_do_what_they_do_on_one(results: Any, case: str) -> None:
     for found in of_all(results(2), case):
-        assert found.pop("rows").startswith("ShapeError: model.layers.0.mlp.experts.gate_up_proj: 3 adapter names")
+        said = found.pop("rows of other adapters in each process")
+        assert said.startswith("AdapterStateError: adapter_names: the processes that share this model do not do the")
+        assert "names[2] is 'default' in process 0 and 'other' in process 1" in said
         for what in ("deltas", "merged weights", "reset", "sum", "hot swapped", "loaded"):
             assert found.pop(what) == 0, what
         for what, value in found.items():

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from c3a_triton.bases.agreement import agree
 from c3a_triton.bases.linear_like import is_plain
 from c3a_triton.bases.parallel import Part, beside
 from c3a_triton.bases.quantized import quantizes_activations
-from c3a_triton.bases.sharded import gather_with
+from c3a_triton.bases.sharded import gather_with, is_sharded
 from c3a_triton.errors import AdapterStateError, BackendError, ShapeError
 from c3a_triton.operator.rows import c3a_linear_rows
 
@@ -70,6 +71,8 @@ def _add_applied(layer: Any, x: Tensor, y: Tensor, part: Part | None) -> Tensor:
     """The base layer's output plus that of the adapters that are applied."""
     # With offloading or several devices the base layer's hook decides where it computes.
     x = x.to(y.device)
+    if part is not None and not layer.agreed:
+        _agree_on_kernels(layer, part)
     kernels = layer._kernels
     if kernels is None or any(w.device != x.device or w.dtype not in COMPUTED_DTYPES for w in kernels):
         kernels = tuple(layer._kernel_on(name, x.device) for name in layer._applied_names())
@@ -83,6 +86,22 @@ def _add_applied(layer: Any, x: Tensor, y: Tensor, part: Part | None) -> Tensor:
         delta = compute(x, [kernel]) if part is None else part.product(x, [kernel], compute)
         y = y + delta.to(y.dtype)
     return y
+
+
+def _agree_on_kernels(layer: Any, part: Part) -> None:
+    """Refuse kernels that each process has drawn for itself, before a plan has spread the layer that it adapted.
+
+    Every process calls the layer, so that each of them comes here. What compiled code meets is left to a call without.
+
+    Raises:
+        AdapterStateError: they differ.
+    """
+    if torch.compiler.is_compiling():
+        return
+    kernels = dict(layer.c3a_kernel.items())
+    if not any(is_sharded(kernel) or kernel.is_meta for kernel in kernels.values()):
+        agree([part.mesh], f"{layer._label} (reset, or adapted before the model was spread)", {"kernels": kernels})
+    layer.agreed = True
 
 
 def check_base(layer: Any) -> None:
@@ -148,6 +167,8 @@ def _forward_rows(layer: Any, present: tuple[str, ...], rows: Tensor, x: Tensor,
 def _add_rows(layer: Any, present: tuple[str, ...], rows: Tensor, x: Tensor, y: Tensor, part: Part | None) -> Tensor:
     """The base layer's output plus, for each row, that of its adapter."""
     x = x.to(y.device)
+    if part is not None and not layer.agreed:
+        _agree_on_kernels(layer, part)
     _check_base_output(layer, x, y, part)
     return y + _delta_rows(layer, x, None, None, present, rows, part).to(y.dtype)
 

@@ -77,6 +77,7 @@ class C3ALinear(nn.Module):
     """Whether it adapts one parameter of a module (`parts`)."""
     parameter = ""
     """That parameter's name."""
+    agreed = False  # whether processes over which a plan spreads the layer are known to have the same kernels
 
     adapter_layer_names = ("c3a_kernel",)
     other_param_names = ("block_size",)
@@ -349,9 +350,9 @@ class C3ALinear(nn.Module):
         self._check_known(adapter_name)
         if adapter_name in self.merged_adapters:
             raise AdapterStateError(f"{self._label}: adapter {adapter_name!r} is merged; unmerge before resetting it")
-        kernel = self.c3a_kernel[adapter_name]
-        with changed([kernel], "reset_c3a_parameters"):
-            initialise(kernel, init_weights, self._geometry, self._label)
+        with changed([self.c3a_kernel[adapter_name]], "reset_c3a_parameters"):
+            initialise(self.c3a_kernel[adapter_name], init_weights, self._geometry, self._label)
+        self.agreed = False
         self._refresh()
 
     def _check_known(self, adapter_name: str) -> None:

@@ -265,7 +265,7 @@ class AdapterManager(Merging):
     def _put(self, new: Addition) -> None:
         """Put what was built into the model."""
         adapter_name, is_first = new.adapter_name, not self._configs
-        broadcast(shared_over(self.model), new.tensors())
+        broadcast(over := shared_over(self.model), new.tensors())
         if is_first:
             self.model.requires_grad_(False)
             hold_layout(self.model)  # a layer that is not adapted must pass gradients on to those below it, too
@@ -274,6 +274,7 @@ class AdapterManager(Merging):
                 put_values(parameter.detach(), value)
         for target, layer, kernel in new.layers:
             layer._install(adapter_name, kernel, trainable=False)
+            layer.agreed = bool(over) and (layer.agreed or layer is not target.module)
             put(self.model, target, layer)
         for name, module, wrapper, module_copy in new.copies:
             wrapper.install(adapter_name, module_copy)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from c3a_triton.bases.sharded import is_sharded
+from c3a_triton.bases.agreement import agree, shared_over
+from c3a_triton.bases.parallel import shares_batch
 from c3a_triton.errors import AdapterStateError, ShapeError
 
 from .hooks import remove_hooks
@@ -190,13 +191,15 @@ class RowNames:
         form = (id(module._forward_pre_hooks), *call.form())
         trial = self.scope.trials.get(form, _Trial(None, _ENOUGH_TRIALS))
         if trial.n_to_come:
-            if any(map(is_sharded, module.parameters())):
+            if not shares_batch(module):
                 return None, False  # processes that do not all try it out would wait for one another
+            agree(shared_over(module), "adapter_names", {"names": names})
             trial = self.scope.trials[form] = self._try_out(module, call, trial.n_to_come)
         batch_dims = trial.batch_dims
         problems = {name: problem for name, problem in self.scope.layouts.items() if problem}
         if batch_dims is None or not problems:
             return None, batch_dims is not None
+        agree(shared_over(module), "adapter_names", {"names": names})
         groups: dict[str, list[int]] = {}
         for row, name in enumerate(names):
             groups.setdefault(name, []).append(row)

@@ -29,8 +29,9 @@ from c3a_triton.errors import AdapterStateError
 from c3a_triton.operator.dense import add_circulant_
 
 from .linear_like import geometry, is_transposed
+from .sharded import is_sharded
 
-__all__ = ["Part", "beside", "leave", "meshes", "parallel_mesh", "part_of"]
+__all__ = ["Part", "beside", "leave", "meshes", "parallel_mesh", "part_of", "shares_batch"]
 
 Ranges = tuple[tuple[int, int], ...]
 Add = Callable[[Tensor, Tensor, "Part | None"], Tensor]
@@ -81,6 +82,18 @@ def meshes(model: nn.Module) -> list[DeviceMesh]:
     touched = (m for m in model.modules() if m._forward_pre_hooks or m._forward_hooks or "forward" in m.__dict__)
     found = map(parallel_mesh, touched)
     return list(dict.fromkeys(mesh for mesh in found if mesh is not None))
+
+
+def shares_batch(model: nn.Module) -> bool:
+    """Whether the processes that have parts of a model all compute the same batch: a plan's, if FSDP2 does no more.
+
+    Of expert parallelism transformers notes whether it is so.
+    """
+    over = meshes(model)
+    if any(is_sharded(p) and getattr(p, "device_mesh", None) not in over for p in model.parameters()):
+        return False
+    implementations = (_value(module, "implementation") for module in model.modules())
+    return all(getattr(implementation, "shares_batch", True) for implementation in implementations)
 
 
 # What a process computes
