@@ -363,7 +363,7 @@ class C3ALinear(nn.Module):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """ΔW of one adapter, [out, in] (a convolution's: as its weight), in W's dtype, or the kernel's where W is codes.
+        """ΔW of one adapter, [out, in] (a convolution's: as its weight), in W's dtype, or the kernel's if W is codes.
 
         Raises:
             AdapterNotFoundError: this layer has no such adapter.
