@@ -239,29 +239,17 @@ def message(function: Callable[[], Any]) -> str:
 
 
 def refused(folder: Path) -> dict[str, str]:
-    """What is said about layers of which each process holds a part."""
+    """What is said about layers that FSDP2 has sharded, and nothing about those beside a tensor-parallel plan."""
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
-    only_up = C3AConfig(block_size=4, target_modules=["up"])
-    only_down = C3AConfig(block_size=4, target_modules=["down"])
-    x = torch.randn(ROWS, WIDTH)
+    plan = {"blocks.0.up": ColwiseParallel(), "blocks.0.down": RowwiseParallel()}
 
-    def adapt_sharded(plan: dict[str, Any]) -> None:
-        c3a_triton.apply(parallelize_module(Model(), mesh, plan), only_up)
+    def beside(config: C3AConfig) -> None:
+        parallelize_module(build(config), mesh, plan)(torch.randn(ROWS, WIDTH))
 
-    def load_sharded() -> None:
-        c3a_triton.load_adapter(sharded(Model()), folder)
-
-    def forward(config: C3AConfig, plan: dict[str, Any]) -> None:
-        parallelize_module(build(config), mesh, plan)(x)
-
-    up, down = {"blocks.0.up": ColwiseParallel()}, {"blocks.0.down": RowwiseParallel()}
-    both = {"blocks.0.up.base_layer": ColwiseParallel()}
     return {
-        "adapt colwise": message(lambda: adapt_sharded(up)),
-        "adapt fsdp2": message(load_sharded),
-        "colwise base": message(lambda: forward(only_up, both)),
-        "rowwise base": message(lambda: forward(only_down, {**up, "blocks.0.down.base_layer": RowwiseParallel()})),
-        "beside the plan": message(lambda: forward(C3AConfig(block_size=4, target_modules=["1.up"]), {**up, **down})),
+        "adapt fsdp2": message(lambda: c3a_triton.apply(sharded(Model()), CONFIG)),
+        "load fsdp2": message(lambda: c3a_triton.load_adapter(sharded(Model()), folder)),
+        "beside the plan": message(lambda: beside(C3AConfig(block_size=4, target_modules=["1.up"]))),
     }
 
 

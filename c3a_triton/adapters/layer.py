@@ -420,7 +420,8 @@ class C3ALinear(nn.Module):
         Otherwise it is computed in every call, because nothing tells for sure whether a parameter has changed. Values
         that torch's in-place operations, `load_state_dict` or this library's methods write are seen. After any other
         write (through `.data`, or by a kernel of one's own) call this again. A parameter that becomes trainable, or is
-        exchanged for another one, is no longer frozen; nor are those of a copy of the layer.
+        exchanged for another one, is no longer frozen; nor are those of a copy of the layer. Nothing is kept of layers
+        of which each process computes a part (tensor parallelism).
 
         Args:
             frozen: freeze all adapters of the layer, whose parameters then want no gradient; or let go of what is kept.

@@ -65,18 +65,11 @@ def all_or_none(meshes: Sequence["DeviceMesh"], what: str) -> Iterator[dict[str,
         AdapterStateError: as `agree`.
     """
     shared: dict[str, Any] = {}
-    problem: Any = None
     try:
         yield shared
-    except Exception as error:
-        problem = error
-    if getattr(problem, "is_known", False):  # by an agreement within this one: the others are on their way out, too
-        raise problem
-    try:
-        agree(meshes, what, None if problem else shared, problem)
-    except Exception as error:
-        error.is_known = bool(meshes)  # type: ignore[attr-defined]
-        raise
+    except Exception as problem:
+        agree(meshes, what, None, problem)
+    agree(meshes, what, shared)
 
 
 def agree(meshes: Sequence["DeviceMesh"], what: str, value: Any, problem: Exception | None = None) -> None:

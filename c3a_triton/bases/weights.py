@@ -263,8 +263,11 @@ def weight_access(owner: Any) -> WeightAccess:
         if hook is not None:  # while PEFT merges, it lends an offloaded layer its weight
             return _OffloadedWeight(base, hook.weights_map, owner.parameter)
         reason = "its weight is on the meta device and holds no values"
-    if not owner.parameter and part_of(base) is not None:
-        access: WeightAccess | str = "of a layer that is spread over processes only an ordinary weight is merged into"
+    access: WeightAccess | str
+    if any(map(is_partitioned, base.parameters())):
+        access = "of parameters that ZeRO-3 keeps in parts only ordinary ones are merged into"
+    elif not owner.parameter and part_of(base) is not None:
+        access = "of a layer that is spread over processes only an ordinary weight is merged into"
     else:
         access = quantized_weight(owner)
     if not isinstance(access, str):
