@@ -295,12 +295,44 @@ def experts(way: Any, folder: Path) -> dict[str, Any]:
     return found | {"brought back": equal(values(model), before), "layers": len(list(model.c3a.layers()))}
 
 
+def by_peft(way: Any, folder: Path) -> dict[str, Any]:
+    """A PeftModel whose layers this library computes, by PEFT's own verbs."""
+    import peft
+    from peft.utils.hotswap import hotswap_adapter
+
+    def adapted() -> Any:
+        torch.manual_seed(0)
+        config = peft.C3AConfig(block_size=B, target_modules=["up"], init_weights="gaussian")
+        return c3a_triton.apply(peft.get_peft_model(Model().eval(), config))
+
+    alone, model = adapted(), adapted()
+    torch.manual_seed(1)
+    if dist.get_rank() == 0:
+        with torch.no_grad():
+            other = adapted()
+            other.base_model.model.up.c3a_kernel["default"].mul_(2)
+            other.save_pretrained(folder / "peft")
+    dist.barrier()
+    way.initialize(model)
+    found: dict[str, Any] = {}
+    for each in (alone, model):
+        hotswap_adapter(each, str(folder / "peft"), adapter_name="default")
+    before = values(model)
+    found["swapped"] = equal(before, values(alone))
+    for each in (alone, model):
+        each.merge_adapter()
+    found["merged as alone"] = equal(values(model), values(alone)) and not equal(values(model), before)
+    model.unmerge_adapter()
+    return found | {"brought back": equal(values(model), before), "output": difference(model(IDS), alone(IDS))}
+
+
 CASES: dict[str, Callable[[Any, Path], dict[str, Any]]] = {
     "merged": merged,
     "unloaded": unloaded,
     "swapped": swapped,
     "loaded": loaded,
     "experts": experts,
+    "PEFT": by_peft,
     "failing": failing,
     "switched": switched,
 }

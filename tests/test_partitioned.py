@@ -98,6 +98,14 @@ def test_experts_are_merged(found: dict[str, Any]) -> None:
     assert max(experts["adapted"], experts["merged"]) <= BOUND
 
 
+def test_pefts_own_verbs(found: dict[str, Any]) -> None:
+    pytest.importorskip("peft")
+    by_peft = of(found, "PEFT")
+    for what in ("swapped", "merged as alone", "brought back"):
+        assert by_peft[what], what
+    assert by_peft["output"] <= BOUND
+
+
 def test_where_one_process_fails_all_do_and_nothing_changes(found: dict[str, Any]) -> None:
     failing = of(found, "failing")
     for case, own in {

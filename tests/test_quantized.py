@@ -49,6 +49,7 @@ TORCHAO = {
         torch.int4, torchao_quantization.granularity.PerGroup(32)
     ),
     "float8": lambda: torchao_quantization.Float8WeightOnlyConfig(),
+    "e5m2": lambda: torchao_quantization.Float8WeightOnlyConfig(weight_dtype=torch.float8_e5m2),
 }
 
 
@@ -65,9 +66,10 @@ BASES: dict[str, Callable[[], nn.Module]] = {
     "torchao int8": lambda: of_torchao("int8"),
     "torchao int4": lambda: of_torchao("int4"),
     "torchao float8": lambda: of_torchao("float8"),
+    "torchao e5m2": lambda: of_torchao("e5m2"),
 }
 # How far a weight of that many bits is from what was quantized, relative to its norm: measured, with some room.
-LOSS = {"4-bit": 0.14, "int4": 0.16, "8-bit": 0.015, "int8": 0.015, "float8": 0.05}
+LOSS = {"4-bit": 0.14, "int4": 0.16, "8-bit": 0.015, "int8": 0.015, "float8": 0.05, "e5m2": 0.06}
 
 
 def loss(kind: str) -> float:
@@ -184,6 +186,36 @@ def test_a_base_with_quantized_activations_is_merged_into() -> None:
     wanted, before = dequantized(layer) + oracle.dense(layer.c3a_kernel["default"]), content(base)
     layer.merge()
     assert (dequantized(layer) - wanted).norm() <= LOSS["int8"] * wanted.norm()
+    layer.unmerge()
+    assert same(content(layer.base_layer), before)
+
+
+@pytest.mark.parametrize("granularity", ["PerTensor", "PerRow"])
+def test_float8_products_infer_and_are_merged_into(granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchao asks for a GPU that has them; torch computes them on CPUs as well, without a backward pass."""
+    from torchao.quantization import quant_api
+
+    monkeypatch.setattr(quant_api, "_check_hardware_support", lambda granularity: None)
+    monkeypatch.setattr(quant_api, "is_sm_at_least_89", lambda: True)
+    config = torchao_quantization.Float8DynamicActivationFloat8WeightConfig(
+        granularity=getattr(torchao_quantization, granularity)()
+    )
+    base = nn.Linear(IN, OUT).bfloat16().requires_grad_(False)
+    torchao_quantization.quantize_(base, config)
+    layer = C3ALinear(base, "default", B, "gaussian", layer_name="model.fc")
+    layer.quantization_config = config
+    wanted, before = dequantized(layer) + oracle.dense(layer.c3a_kernel["default"]), content(base)
+    x = torch.randn(5, IN, dtype=torch.bfloat16)
+    y = layer(x)
+    oracle.assert_close(y, x.double() @ wanted.T + base.bias.double(), torch.bfloat16, bound=0.06)
+    y.sum().backward()  # nothing below it is trained
+    assert layer.c3a_kernel["default"].grad.norm() > 0
+    with pytest.raises(RuntimeError, match="derivative for aten::_scaled_mm"):
+        base(x.clone().requires_grad_()).sum().backward()
+    with pytest.raises(AdapterStateError, match=r"model\.fc: this Linear passes no gradient on to its input"):
+        layer(x.clone().requires_grad_())
+    layer.merge()
+    assert (dequantized(layer) - wanted).norm() <= LOSS["float8"] * wanted.norm()
     layer.unmerge()
     assert same(content(layer.base_layer), before)
 

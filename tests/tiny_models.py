@@ -164,9 +164,9 @@ def mixtral(implementation: str | None = None) -> Any:
     return _mixture("Mixtral", implementation, intermediate_size=16, num_local_experts=4)
 
 
-def gpt_oss(implementation: str | None = None) -> Any:
+def gpt_oss(implementation: str | None = None, **changes: Any) -> Any:
     config = {"intermediate_size": 16, "num_local_experts": 4, "head_dim": 12, "layer_types": ["full_attention"]}
-    model = _mixture("GptOss", implementation, **config)
+    model = _mixture("GptOss", implementation, **(config | changes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "bias" in name or "sinks" in name:

@@ -6,7 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from c3a_triton._public import public
+from c3a_triton.bases import mxfp4
 from c3a_triton.bases.experts import Layout, base_forward, foreign_product, layout, spread
+from c3a_triton.bases.probe import is_ordinary
+from c3a_triton.bases.quantized import holds_values
 from c3a_triton.bases.sharded import is_sharded, local
 from c3a_triton.errors import BackendError, ConfigError, ShapeError
 from c3a_triton.operator import routes as routing
@@ -69,12 +72,13 @@ class C3AStacked(Part):
         """The projection of rows that are sorted by expert.
 
         Args:
-            x: [n_rows, in]; with `gather` the tokens, [n_tokens, in]. It is computed in W's dtype.
+            x: [n_rows, in]; with `gather` the tokens, [n_tokens, in]. It is computed in W's dtype, and in its own where
+                W is codes (FP8, MXFP4).
             routes: the experts of the rows.
             gather: row s is `x[routes.source[s]]`.
 
         Returns:
-            [n_rows, out] in W's dtype; rows without an expert are 0.
+            [n_rows, out] in that dtype; rows without an expert are 0.
 
         Raises:
             ShapeError: sizes, dtypes or devices that do not fit, or rows of the batch have different adapters.
@@ -87,8 +91,8 @@ class C3AStacked(Part):
         base, weight = self.base_layer, self.weight
         kernels = self._kernels_of_call(kind, x.device, (routes.order.shape[0], x.shape[-1]))
         kernels = tuple(map(self._here, kernels))
-        is_plain = type(weight) in (Tensor, nn.Parameter)
-        x = x.to(weight.dtype)
+        is_plain = is_ordinary(weight)
+        x = _as_computed(x, weight)
         if gather and not (kernels and is_plain):
             x, gather = x[routes.source], False
         if not kernels:
@@ -163,7 +167,7 @@ class C3AExperts(Holder):
         parts = self.parts_in_force()
         if not parts:
             return base_forward(self.base_layer)(self.base_layer, hidden_states, *args, **kwargs)
-        compute = self._routed if self._layout.kind == "dispatched" else self._uniform
+        compute = self._uniform if self._layout.kind == "llama4" else self._routed
         return compute(parts, hidden_states, *args, **kwargs)
 
     def _routed(
@@ -171,15 +175,19 @@ class C3AExperts(Holder):
     ) -> Tensor:
         """What transformers' implementations compute: [n_tokens, hidden], and of each token's experts [n_tokens, k]."""
         experts: Any = self.base_layer
-        n_experts, partial = self._layout.n_experts, experts._is_expert_parallel
+        is_mxfp4 = self._layout.kind == "mxfp4"
+        n_experts, partial = self._layout.n_experts, not is_mxfp4 and experts._is_expert_parallel
         if not partial:  # a choice that was dropped (the index is n_experts) counts nothing, whoever computes it
             top_k_weights = top_k_weights.masked_fill(top_k_index >= n_experts, 0.0)
             top_k_index = top_k_index.clamp(max=n_experts - 1)
         places = routing.make(top_k_index, n_experts, partial=partial)
         y = self._project(parts, self._layout.up, hidden_states, places, gather=True)
-        y = experts._apply_gate(y) if self._layout.gated else experts.act_fn(y)
+        if is_mxfp4:
+            y = mxfp4.apply_gate(experts, y)
+        else:
+            y = experts._apply_gate(y) if self._layout.gated else experts.act_fn(y)
         y = self._project(parts, self._layout.down, y, places)
-        if experts.has_post_expert_norm:
+        if not is_mxfp4 and experts.has_post_expert_norm:
             y = experts.post_expert_norm(y)
         shares = top_k_weights.reshape(-1)[places.order].unsqueeze(-1)
         if places.partial:  # what has no expert here is no business of the router's gradient
@@ -221,10 +229,14 @@ def base_product(module: nn.Module, name: str, x: Tensor, routes: Routes, transp
     """
     weight, bias = getattr(module, name), getattr(module, f"{name}_bias", None)
     absent = ~routes.valid().unsqueeze(-1) if routes.partial else None
-    if type(weight) in (Tensor, nn.Parameter):
+    if is_ordinary(weight):
         y = grouped_base(x.to(weight.dtype), weight, routes.offsets, transposed, routes.partial)
     else:
         x = x if absent is None else x.masked_fill(absent, 0.0)  # whose gradient is theirs
         y = foreign_product(module, name, x, routes.offsets[1:], transposed)
-    y = y if bias is None else y + bias[routes.groups]
+    y = y if bias is None else y + bias[routes.groups].to(y.dtype)
     return y if absent is None else y.masked_fill(absent, 0.0)
+
+
+def _as_computed(x: Tensor, weight: Tensor) -> Tensor:
+    return x.to(weight.dtype) if holds_values(weight) else x

@@ -8,6 +8,7 @@ from torch import nn
 
 from c3a_triton._public import public
 from c3a_triton.bases.experts import rows_per_token
+from c3a_triton.bases.quantized import holds_values
 from c3a_triton.errors import ConfigError
 from c3a_triton.files.block_sizes import check_block_size
 from c3a_triton.files.values import some
@@ -103,7 +104,7 @@ def explain(
                 cases[case] = cases.get(case, 0) + 1
         weight = layers[0].weight
         device = device or weight.device
-        dtype = dtype or (weight.dtype if weight.dtype.is_floating_point else torch.bfloat16)
+        dtype = dtype or (weight.dtype if holds_values(weight) else torch.bfloat16)
     if dtype not in _DTYPES:
         raise ConfigError(f"the cost model knows {', '.join(map(str, _DTYPES))}, not {dtype}")
     return _table(cases, counts, torch.device(device), dtype) + (without and f"\nOther adapted layers, {without}.")

@@ -10,6 +10,7 @@ from torch import Tensor
 from c3a_triton.bases.agreement import agree
 from c3a_triton.bases.linear_like import is_plain
 from c3a_triton.bases.parallel import Part, beside
+from c3a_triton.bases.quantized import quantizes_activations
 from c3a_triton.bases.sharded import gather_with, is_sharded
 from c3a_triton.errors import AdapterStateError, BackendError, ShapeError
 from c3a_triton.operator.rows import c3a_linear_rows
@@ -140,12 +141,13 @@ def _check_base_output(layer: Any, x: Tensor, y: Tensor, part: Part | None) -> N
             + ". Of layers of which each process computes a part those can be adapted that are spread by a plan of "
             "transformers, by torch's parallelize_module, or by FSDP2 (fully_shard)"
         )
-    if x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
+    passes = y.requires_grad and not quantizes_activations(layer.get_base_layer())
+    if x.requires_grad and not passes and torch.is_grad_enabled():
         # The adapter's part alone would pass one on, a wrong one.
         raise AdapterStateError(
             f"{layer._label}: this {type(layer.get_base_layer()).__name__} passes no gradient on to its input, "
-            "as some quantized layers do not (torchao's with quantized activations): layers below it cannot be "
-            "trained. Load the base model in another format, or adapt no layer below this one"
+            "as some quantized layers do not (torchao's with quantized activations, transformers 4's FP8 layers): "
+            "layers below it cannot be trained. Load the base model in another format, or adapt no layer below this one"
         )
 
 

@@ -11,7 +11,7 @@ from c3a_triton._public import public
 from c3a_triton.bases.linear_like import Geometry, geometry, is_plain, unfit_for_adapters
 from c3a_triton.bases.parallel import Part, part_of
 from c3a_triton.bases.partitioned import changed
-from c3a_triton.bases.quantized import hold_layout
+from c3a_triton.bases.quantized import hold_layout, holds_values
 from c3a_triton.bases.sharded import check_gathered
 from c3a_triton.bases.weights import (
     first_tensor,
@@ -363,16 +363,15 @@ class C3ALinear(nn.Module):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """ΔW of one adapter, [out_features, in_features] (a convolution's: as its weight) in the base weight's dtype.
+        """ΔW of one adapter, [out, in] (a convolution's: as its weight), in W's dtype, or the kernel's if W is codes.
 
         Raises:
             AdapterNotFoundError: this layer has no such adapter.
             ShapeError: ZeRO-3 keeps its kernel in parts.
         """
         self._check_known(adapter)
-        dtype = self.weight.dtype
-        kernel = self._kernel_on(adapter)
-        return self._delta_weight(kernel, dtype if dtype.is_floating_point else kernel.dtype)
+        weight, kernel = self.weight, self._kernel_on(adapter)
+        return self._delta_weight(kernel, weight.dtype if holds_values(weight) else kernel.dtype)
 
     def _delta_weight(self, kernel: Tensor, dtype: torch.dtype) -> Tensor:
         """ΔW of one kernel, in the shape of the base layer's weight."""

@@ -162,6 +162,7 @@ class Merging(Activation):
         self._remove(with_copies=True)
         for part, untying in untyings:
             untie(part, untying)
+        pretrained.warn_dequantized_save(self.model)
         return self.model
 
     def unload(self) -> nn.Module:

@@ -71,7 +71,7 @@ def check(group: Group) -> None:
             if state is not None and state.kept is not None:
                 guarded[layer] = state
             elif not any(map(is_partitioned, weights)):
-                access.read()  # a quantized one may not be able to
+                _read(layer)  # a quantized one may not be able to
             shared[layer._label] = names, layer.merged_adapters, layer in guarded
     if not guarded:
         return

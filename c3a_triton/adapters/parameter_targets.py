@@ -8,7 +8,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from c3a_triton.bases.experts import parameter_geometry, problem, spread, stacked_names
+from c3a_triton.bases.experts import (
+    parameter_geometry,
+    parameter_names,
+    parameter_shape,
+    problem,
+    spread,
+    stacked_names,
+)
 from c3a_triton.bases.linear_like import Geometry, geometry
 from c3a_triton.bases.sharded import whole_shape
 from c3a_triton.errors import ConfigError
@@ -72,7 +79,7 @@ def _places(name: str, module: nn.Module, around: nn.Module | None, inside: str)
         base = module.original_module if isinstance(module, ModulesToSave) else module.base_layer
         yield from _places(name, base, module, inside)
         return
-    for parameter in (*module._parameters, *getattr(module, "parametrizations", ())):
+    for parameter in parameter_names(module):
         yield name, Place(module, parameter, around, inside)
     for child, part in module._modules.items():
         if part is not None:
@@ -292,5 +299,5 @@ def warn_untouched_experts(places: dict[str, Place], config: C3AConfig, matching
 
 
 def _n_elements(place: Place) -> int:
-    parameter = place.module._parameters.get(place.parameter)
-    return 0 if parameter is None else whole_shape(parameter).numel()
+    shape = parameter_shape(place.module, place.parameter)
+    return shape.numel() if shape else 0

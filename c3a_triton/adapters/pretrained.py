@@ -36,6 +36,7 @@ __all__ = [
     "refuse_adapted_head",
     "release",
     "save_adapters",
+    "warn_dequantized_save",
     "warn_outer_save",
     "with_auto_mapping",
 ]
@@ -267,6 +268,23 @@ def _warn_quantized(model: Any) -> None:
             "peft.get_peft_model(model, peft.C3AConfig(...)) in place of c3a_triton.apply; a training loop of your "
             "own can go on as it is",
             stacklevel=4,
+        )
+
+
+def warn_dequantized_save(model: nn.Module) -> None:
+    """Say how to save a model that transformers dequantized as it loaded it.
+
+    Its `save_pretrained` undoes that: it writes codes (FP8), or weights under the names of codes (MXFP4), in either
+    case without the configuration by which they could be loaded, and what is loaded is another model, silently.
+    """
+    conversions: Any = getattr(model, "_weight_conversions", None) or ()
+    operations = (operation for part in conversions for operation in getattr(part, "operations", ()))
+    is_dequantized = any("Dequantize" in type(operation).__name__ for operation in operations)
+    if is_dequantized and getattr(model, "hf_quantizer", None) is None:
+        warnings.warn(
+            f"this {type(model).__name__} was dequantized as it was loaded, and transformers' save_pretrained would "
+            "write tensors that load as another model: call save_pretrained(..., save_original_format=False)",
+            stacklevel=3,
         )
 
 

@@ -6,6 +6,7 @@ ours, so that whatever stands around the forward (accelerate's hooks, expert par
 Other modules get a forward of their own, in the innermost place as well.
 """
 
+import inspect
 import math
 import types
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from c3a_triton.errors import BackendError, ConfigError
 
+from . import fp8, mxfp4
 from .linear_like import Geometry, geometry
 from .parallel import parallel_mesh
 from .probe import is_ordinary
@@ -32,6 +34,8 @@ __all__ = [
     "is_stored_transposed",
     "layout",
     "parameter_geometry",
+    "parameter_names",
+    "parameter_shape",
     "problem",
     "rows_per_token",
     "spread",
@@ -52,7 +56,8 @@ class Layout:
     """Where experts that we know keep their two projections.
 
     Attributes:
-        kind: `"dispatched"`, by transformers' interface; or `"llama4"`, which gets equally many rows for each expert.
+        kind: `"dispatched"`, by transformers' interface; `"llama4"`, which gets equally many rows for each expert; or
+            `"mxfp4"`, whose weights are no parameters.
         up: the parameter of the first projection, `"gate_up_proj"` or `"up_proj"`.
         down: that of the second.
         n_experts: how many experts there are, in this process where a plan spreads them.
@@ -75,7 +80,9 @@ def layout(module: nn.Module) -> Layout | None:
     found: Any = module
     if _has(module, "gate_up_proj", "down_proj") and _is_of_llama4(module):
         return Layout("llama4", "gate_up_proj", "down_proj", found.num_experts, True, True, True)
-    if not _is_dispatched(type(module)) or not hasattr(module, "has_gate"):
+    if mxfp4.is_mxfp4(module):
+        return Layout("mxfp4", *mxfp4.PROJECTIONS, found.num_experts, True, True, False)
+    if not _is_dispatched(module) or not hasattr(module, "has_gate"):
         return None
     up = "gate_up_proj" if found.has_gate else "up_proj"
     if not _has(module, up, "down_proj"):
@@ -96,15 +103,21 @@ def _is_of_llama4(module: nn.Module) -> bool:
     )
 
 
-def _is_dispatched(cls: Any) -> bool:
-    """Whether a class's forward asks transformers' interface for experts; quantized ones have another interface."""
-    forward: Any = cls.forward
-    names = getattr(getattr(forward, "__code__", None), "co_freevars", ())
-    if "experts_interface" not in names or not hasattr(forward, "__wrapped__"):
+def _is_dispatched(module: nn.Module) -> bool:
+    """Whether a module's forward asks transformers' interface for experts, or that of FP8 experts."""
+    interface = _interface(type(module).forward)
+    if interface is None:
         return False
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    return forward.__closure__[names.index("experts_interface")].cell_contents is ALL_EXPERTS_FUNCTIONS
+    return interface is ALL_EXPERTS_FUNCTIONS or fp8.is_experts(module)
+
+
+def _interface(forward: Any) -> Any | None:
+    names = getattr(getattr(forward, "__code__", None), "co_freevars", ())
+    if "experts_interface" not in names or not hasattr(forward, "__wrapped__"):
+        return None
+    return forward.__closure__[names.index("experts_interface")].cell_contents
 
 
 @dataclass(frozen=True)
@@ -163,15 +176,29 @@ def is_stored_transposed(module: nn.Module, name: str) -> bool:
     return found is not None and found.transposed and name in (found.up, found.down)
 
 
+def parameter_names(module: nn.Module) -> list[str]:
+    """The names of a module's own parameters, and of what only its kernels can read."""
+    packed = mxfp4.PROJECTIONS if mxfp4.is_mxfp4(module) else ()
+    return list(dict.fromkeys((*module._parameters, *getattr(module, "parametrizations", ()), *packed)))
+
+
+def parameter_shape(module: nn.Module, name: str) -> torch.Size:
+    """The shape of the values of a parameter, () where there is none."""
+    if mxfp4.is_mxfp4(module) and name in mxfp4.PROJECTIONS:
+        return mxfp4.shape_of(module, name)
+    parameter = module._parameters.get(name)
+    return torch.Size() if parameter is None else whole_shape(parameter)
+
+
 def parameter_geometry(module: nn.Module, name: str) -> Geometry | None:
     """The geometry of a parameter that is adapted by itself, or None where it has neither two nor three dimensions.
 
     Its kind is `"experts"` where we compute the experts' products, otherwise `"parameter"`.
     """
-    parameter = module._parameters.get(name)
-    if parameter is None or len(whole_shape(parameter)) not in (2, 3):
+    shape = parameter_shape(module, name)
+    if len(shape) not in (2, 3):
         return None
-    *stack, out_features, in_features = whole_shape(parameter)
+    *stack, out_features, in_features = shape
     if is_stored_transposed(module, name):
         out_features, in_features = in_features, out_features
     found = layout(module)
@@ -196,6 +223,8 @@ def problem(module: nn.Module, name: str) -> str | None:
     """
     kind = type(module).__name__
     parameter = module._parameters.get(name)
+    if mxfp4.is_mxfp4(module):
+        return mxfp4.problem(module, name)
     if parameter is None:
         return (
             f"{kind} computes it from other tensors (torch.nn.utils.parametrize, as bitsandbytes does with experts): "
@@ -209,7 +238,7 @@ def problem(module: nn.Module, name: str) -> str | None:
         ]
         if uneven:
             return f"its plan cuts {uneven[0]} parts, which are not equal: load the model for fewer processes"
-    readable = parameter.is_floating_point() and parameter.dtype.itemsize >= 2
+    readable = parameter.is_floating_point() and (parameter.dtype.itemsize >= 2 or fp8.is_experts(module))
     if not (readable and (is_known or is_ordinary(parameter))):
         return (
             f"its values in this {kind} are {parameter.dtype} ({type(parameter).__name__}), to which nothing can be "
@@ -309,7 +338,8 @@ def _chosen(kind: type) -> ConfigError:
 def _register() -> None:
     from transformers.integrations.moe import ExpertsInterface
 
-    ExpertsInterface.register(_IMPLEMENTATION, _experts_forward)
+    for interface in (ExpertsInterface, *ExpertsInterface.__subclasses__()):
+        interface.register(_IMPLEMENTATION, _experts_forward)
 
 
 def dispatch(module: Any, layer: Any) -> None:
@@ -352,16 +382,17 @@ def base_forward(module: Any) -> Callable[..., Tensor]:
     Raises:
         ConfigError: the configuration names our implementation.
     """
+    if mxfp4.is_mxfp4(module):
+        return mxfp4.experts_forward
     forward: Any = type(module).forward
     config = module.__dict__.get("config")
     if not isinstance(config, _AdaptedConfig):
         return forward
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
     name = _own_implementation(module)
     if name == _IMPLEMENTATION:
         raise _chosen(type(module))
-    return ALL_EXPERTS_FUNCTIONS.get_interface(name, forward.__wrapped__)
+    interface: Any = _interface(forward)
+    return interface.get_interface(name, inspect.unwrap(forward))  # FP8 experts are wrapped once for each layer
 
 
 def _own_implementation(module: nn.Module) -> Any:
@@ -390,6 +421,10 @@ def foreign_product(module: nn.Module, name: str, x: Tensor, offsets: Tensor, tr
     from transformers.integrations.moe import _grouped_linear
 
     weight, own = getattr(module, name), _own_implementation(module)
+    if fp8.is_experts(module):
+        return fp8.stacked_product(module, name, x, offsets, own)
+    if mxfp4.is_mxfp4(module):
+        return mxfp4.stacked_product(module, name, x, offsets)
     try:
         if own == "eager":
             return _product_of_each(x, weight, offsets.tolist(), transposed)

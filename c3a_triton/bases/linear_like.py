@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.parameter import Parameter
 
+from . import fp8
 from .probe import behaviour
 from .quantized import registered
 from .sharded import whole_shape
@@ -148,5 +149,6 @@ def computes_its_weight(base: nn.Module) -> bool:
 
 def unfit_for_adapters(base: nn.Module) -> str | None:
     """Why nothing can be computed beside a layer (a router, an embedding of positions), as a sentence, or None."""
-    reason = behaviour(base).reason
+    reason = "its inputs are groups, of which it multiplies each by rows of its own" if fp8.is_grouped(base) else ""
+    reason = reason or behaviour(base).reason
     return f"this {type(base).__name__} cannot be adapted: {reason}" if reason else None

@@ -1,7 +1,8 @@
 """Quantized base layers: the registry of linear-like classes, and how a quantized weight is merged into.
 
-No quantization is computed here. A registered class brings its own functions; for bitsandbytes, torchao and HQQ PEFT
-(0.20 or later) knows how a weight is dequantized and quantized again. Nothing is ever added to the storage itself.
+No quantization is computed here. A registered class brings its own functions, transformers' FP8 layers have theirs in
+`fp8.py`; for bitsandbytes, torchao and HQQ PEFT (0.20 or later) knows how a weight is dequantized and quantized again.
+Nothing is ever added to the storage itself.
 """
 
 import copy
@@ -15,11 +16,15 @@ from torch import Tensor, nn
 from c3a_triton._public import public
 from c3a_triton.errors import AdapterStateError, ConfigError
 
+from . import fp8, mxfp4
+
 __all__ = [
     "LinearLike",
     "QuantizedWeight",
     "hold_layout",
+    "holds_values",
     "quantized_weight",
+    "quantizes_activations",
     "register_linear_like",
     "registered",
     "release_layout",
@@ -145,12 +150,12 @@ class QuantizedWeight:
         self._owner.base_layer = kept.train(self._owner.base_layer.training)
 
 
-def quantized_weight(owner: Any) -> QuantizedWeight | str:
+def quantized_weight(owner: Any) -> QuantizedWeight | fp8.TiledWeight | str:
     """How the quantized weight under an adapter layer is merged into, or the reason why it cannot be.
 
     Args:
-        owner: a layer with `base_layer` and `get_base_layer()`; its `quantization_config`, where it is set, is the
-            torchao configuration by which its weight is quantized again.
+        owner: what `weight_access` takes; its `quantization_config`, where it is set, is the torchao configuration by
+            which its weight is quantized again.
     """
     base = owner.get_base_layer()
     if (known := registered(base)) is not None:
@@ -162,6 +167,14 @@ def quantized_weight(owner: Any) -> QuantizedWeight | str:
             owner.base_layer = requantize(owner.get_base_layer(), weight)
 
         return QuantizedWeight(owner, known.dequantize, replace_base)
+    if fp8.is_linear(base) or fp8.is_experts(base):
+        name = owner.parameter or "weight"
+        return fp8.unmergeable(base, name) or fp8.TiledWeight(base, name)
+    if mxfp4.is_mxfp4(base):
+        return (
+            "its codes of 4 bits would lose most of an update: merge into the model loaded with "
+            "quantization_config=Mxfp4Config(dequantize=True)"
+        )
     try:
         from peft.utils.quantization_utils import resolve_quantization_backend
     except ImportError:
@@ -193,6 +206,19 @@ def torchao_config_of(model: nn.Module) -> Any | None:
     return None if get is None else get()
 
 
+def quantizes_activations(base: nn.Module) -> bool:
+    """Whether a layer's weight is one of torchao's that quantizes x, too.
+
+    The output of its float8 product seems to have a gradient, and then the backward pass fails.
+    """
+    return getattr(getattr(base, "weight", None), "act_quant_kwargs", None) is not None
+
+
+def holds_values(weight: Any) -> bool:
+    """Whether a weight has its values' dtype, and not one of codes (int8, float8, or what no tensor is, as MXFP4)."""
+    return isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
+
+
 def copy_of(base: nn.Module) -> nn.Module:
     """A deep copy of a base layer."""
     copied: Any = copy.deepcopy(base)
@@ -205,21 +231,28 @@ def copy_of(base: nn.Module) -> nn.Module:
 
 
 def hold_layout(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking the 4-bit weights in a model, and undo it where it has.
+    """Keep quantized layers of a model in a state in which gradients pass, until `release_layout`.
 
-    On processors with AVX512-BF16 it repacks a weight in place in the first forward in eval mode whose input wants no
-    gradient. From then on no gradient passes the layer, silently, the bytes mean something else to whoever dequantizes
-    them, and the scales of the blocks have lost digits. The price is its faster product in evaluation on such a CPU.
+    Experts in MXFP4 get a backward pass (`mxfp4.py`), and calls of FP8 ones that have none are refused (`fp8.py`).
+
+    bitsandbytes is kept from repacking 4-bit weights, and where it has, that is undone. On processors with AVX512-BF16
+    it repacks a weight in place in the first forward in eval mode whose input wants no gradient. From then on no
+    gradient passes the layer, silently, the bytes mean something else to whoever dequantizes them, and the scales of
+    the blocks have lost digits. The price is its faster product in evaluation on such a CPU.
     """
     for module in _four_bit_layers(model):
         module.support_avx512bf16_for_cpu = False
         if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
             # bitsandbytes unpacks a weight in place when it saves it.
             module.state_dict()
+    mxfp4.pass_gradients(model)
+    fp8.watch_gradients(model)
 
 
 def release_layout(model: nn.Module) -> None:
-    """Let bitsandbytes repack again where the processor is one for it."""
+    """Let bitsandbytes repack again where the processor is one for it, and MXFP4 compute by itself."""
+    mxfp4.release_gradients(model)
+    fp8.unwatch_gradients(model)
     for module in _four_bit_layers(model):
         from bitsandbytes.functional import has_avx512bf16
 

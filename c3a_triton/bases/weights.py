@@ -16,7 +16,7 @@ from .experts import Spread, is_stored_transposed, parameter_geometry, spread
 from .linear_like import computes_its_weight, geometry, is_transposed
 from .parallel import Part, part_of
 from .probe import is_ordinary
-from .quantized import QuantizedWeight, quantized_weight
+from .quantized import quantized_weight
 from .sharded import is_partitioned, whole_shape
 
 __all__ = [
@@ -263,10 +263,11 @@ def weight_access(owner: Any) -> WeightAccess:
         if hook is not None:  # while PEFT merges, it lends an offloaded layer its weight
             return _OffloadedWeight(base, hook.weights_map, owner.parameter)
         reason = "its weight is on the meta device and holds no values"
-    if not owner.parameter and part_of(base) is not None:
-        access: QuantizedWeight | str = (
-            "of a layer that is spread over processes only an ordinary weight is merged into"
-        )
+    access: WeightAccess | str
+    if any(map(is_partitioned, base.parameters())):
+        access = "of parameters that ZeRO-3 keeps in parts only ordinary ones are merged into"
+    elif not owner.parameter and part_of(base) is not None:
+        access = "of a layer that is spread over processes only an ordinary weight is merged into"
     else:
         access = quantized_weight(owner)
     if not isinstance(access, str):

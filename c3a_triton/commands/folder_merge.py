@@ -185,7 +185,8 @@ def _refuse_quantized(model: Path) -> None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ConfigError(
             f"{model} is quantized ({method}), and what is merged into quantized weights is lost in their rounding: "
-            "merge into the original model in 16 or 32 bits and quantize the result, or keep the adapter unmerged"
+            "merge into the original model in 16 or 32 bits and quantize the result, keep the adapter unmerged, or "
+            "merge into the model that transformers dequantizes as it loads it (docs/quantized.md)"
         )
 
 
