@@ -378,10 +378,8 @@ class C3ALinear(nn.Module):
         """Add adapters' ΔW to a weight as the matrix [out_features, in_features], in place."""
         kernels = [self._kernel_on(name, weight.device) for name in names]
         part = part_of(self.get_base_layer())
-        if isinstance(part, Part):
-            part.add_(weight, kernels)
-        else:
-            add_circulant_(weight, kernels)
+        add = part.add_ if isinstance(part, Part) else add_circulant_
+        add(weight, kernels)
 
     def set_adapter(self, adapter_names: str | Iterable[str], inference_mode: bool = False) -> None:
         """Activate these adapters and no others; names that other layers have are fine.
