@@ -12,6 +12,9 @@ import pytest
 import torch
 from launching import TORCHRUN, launch
 
+import c3a_triton
+from c3a_triton.bases.weights import weight_access
+
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
     pytest.skip("torch without gloo", allow_module_level=True)
 pytest.importorskip("transformers")
@@ -173,3 +176,17 @@ def test_adapters_of_rows_and_active_ones_train_as_in_one_process(found: dict[st
     assert trained["loss"] <= BOUND
     assert trained["adapters"] <= BOUND
     assert trained["moved"] > 1e-3
+
+
+class Coded(torch.nn.Linear):
+    """Quantized, as far as merging is concerned."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 2
+
+
+def test_a_quantized_weight_in_parts_is_refused() -> None:
+    layer = c3a_triton.C3ALinear(Coded(8, 8), block_size=4)
+    layer.base_layer.weight.ds_id = 0  # type: ignore[attr-defined]
+    with pytest.raises(c3a_triton.AdapterStateError, match="that ZeRO-3 keeps in parts only ordinary ones"):
+        weight_access(layer)

@@ -13,11 +13,7 @@ from c3a_triton.bases.parallel import Part, part_of
 from c3a_triton.bases.partitioned import changed
 from c3a_triton.bases.quantized import hold_layout, holds_values
 from c3a_triton.bases.sharded import check_gathered
-from c3a_triton.bases.weights import (
-    first_tensor,
-    stored_tensor,
-    weight_access,
-)
+from c3a_triton.bases.weights import first_tensor, stored_tensor, weight_access
 from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, BackendError, ConfigError, ShapeError
 from c3a_triton.files.block_sizes import check_block_size, suggest_block_size
 from c3a_triton.files.config import C3AConfig

@@ -66,12 +66,11 @@ def check(group: Group) -> None:
         for layer, names in group:
             if layer.disable_adapters:
                 raise AdapterStateError(f"{layer._label}: adapters are disabled; enable them before merging")
-            access = _access(layer)
-            state = layer._merge_state or find(access.place())
+            state = layer._merge_state or find(_access(layer).place())
             if state is not None and state.kept is not None:
                 guarded[layer] = state
             elif not any(map(is_partitioned, weights)):
-                _read(layer)  # a quantized one may not be able to
+                _read(layer)  # which a quantized one may refuse
             shared[layer._label] = names, layer.merged_adapters, layer in guarded
     if not guarded:
         return
