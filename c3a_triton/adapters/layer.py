@@ -371,11 +371,10 @@ class C3ALinear(nn.Module):
         """Add adapters' ΔW to a weight as the matrix [out_features, in_features], in place."""
         kernels = [self._kernel_on(name, weight.device) for name in names]
         part = part_of(self.get_base_layer())
-        add = partial(add_circulant_, scale=1.0 / self.in_features)
         if isinstance(part, Part):
-            part.add_(weight, kernels, add)
+            part.add_(weight, kernels, partial(add_circulant_, scale=1.0 / self.in_features))
         else:
-            add(weight, kernels)
+            add_circulant_(weight, kernels)
 
     def set_adapter(self, adapter_names: str | Iterable[str], inference_mode: bool = False) -> None:
         """Activate these adapters and no others; names that other layers have are fine.
