@@ -1,9 +1,9 @@
-"""What C3A adds to models that are spread over many GPUs, on paper: `python -m bench.scale` writes docs/scale.md's tables.
+"""What C3A adds to models spread over many GPUs, on paper: `python -m bench.scale` writes docs/scale.md's tables.
 
 Nothing is measured. Messages and bytes are those of transformers' plans (each colwise layer reduces its own input
 gradient, each rowwise layer its output) and of this library (one reduction of dw for each adapted layer of the plan);
-tests count them for two and four processes. Collectives are rings: of n bytes over N GPUs each GPU sends 2 (N - 1) / N n
-to reduce them, and half of it to gather, scatter or exchange them. Times are the cost model's.
+tests count them for two and four processes. Collectives are rings: of n bytes over N GPUs each GPU sends
+2 (N - 1) / N n to reduce them, and half of it to gather, scatter or exchange them. Times are the cost model's.
 """
 
 import math
@@ -148,7 +148,7 @@ def _covering(width: int, b: int, n_gpus: int) -> int:
 
 
 def time_ratio(layer: Layer, b: int, tp: int, n_tokens: int = TOKENS) -> float:
-    """Predicted time of the adapted linear layers over the frozen ones', on one GPU, both directions, without messages."""
+    """Predicted time of the adapted linear layers over the frozen ones', both directions, without messages."""
     adapted = frozen = 0.0
     for linear in layer.linears:
         split = [1, tp] if linear.style == "colwise" else [tp, 1]

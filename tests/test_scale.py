@@ -2,6 +2,7 @@
 
 import bench_package  # noqa: F401
 import pytest
+
 from bench import ROOT, scale
 
 
@@ -9,9 +10,11 @@ def test_the_document_has_the_tables_that_the_command_writes() -> None:
     assert f"{scale.BEGIN}\n\n{scale.section()}\n\n{scale.END}" in (ROOT / "docs" / "scale.md").read_text()
 
 
-@pytest.mark.parametrize(("width", "b", "n_gpus", "widest"), [(1024, 128, 8, 128), (1024, 1024, 8, 1024), (24, 4, 5, 8)])
+@pytest.mark.parametrize(
+    ("width", "b", "n_gpus", "widest"), [(1024, 128, 8, 128), (1024, 1024, 8, 1024), (24, 4, 5, 8)]
+)
 def test_the_blocks_that_a_part_reaches_into(width: int, b: int, n_gpus: int, widest: int) -> None:
-    """24 over 5 is parts of 5: the second one, from 5 to 10, reaches into the blocks from 4 to 12."""
+    """24 over 5 is parts of 5: the second, from 5 to 10, reaches into the blocks from 4 to 12."""
     assert scale._covering(width, b, n_gpus) == widest
 
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Hashable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -377,8 +378,10 @@ class C3ALinear(nn.Module):
         """Add adapters' ΔW to a weight as the matrix [out_features, in_features], in place."""
         kernels = [self._kernel_on(name, weight.device) for name in names]
         part = part_of(self.get_base_layer())
-        add = part.add_ if isinstance(part, Part) else add_circulant_
-        add(weight, kernels)
+        if isinstance(part, Part):
+            part.add_(weight, kernels, partial(add_circulant_, scale=1.0 / self.in_features))
+        else:
+            add_circulant_(weight, kernels)
 
     def set_adapter(self, adapter_names: str | Iterable[str], inference_mode: bool = False) -> None:
         """Activate these adapters and no others; names that other layers have are fine.

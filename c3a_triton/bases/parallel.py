@@ -26,7 +26,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from c3a_triton.errors import AdapterStateError
-from c3a_triton.operator.dense import add_circulant_
 
 from .linear_like import geometry, is_transposed
 from .sharded import is_sharded
@@ -145,17 +144,22 @@ class Part:
         return _cut(y, -1, self.rows, rows)
 
     @torch.no_grad()
-    def add_(self, weight: Tensor, kernels: Sequence[Tensor]) -> None:
-        """`add_circulant_` of whole kernels to this process's part of W, in place."""
+    def add_(self, weight: Tensor, kernels: Sequence[Tensor], add: Callable[[Tensor, list[Tensor]], None]) -> None:
+        """Add ΔW's to this process's part of W, in place, rounded once.
+
+        Args:
+            weight: the part of W.
+            kernels: as in `product`.
+            add: (weight, kernels) adds in place; of blocks that cover more, to a weight in float32, as in `product`.
+        """
         rows, columns = self._covers(kernels)
         blocks = [self._blocks(w, rows, columns) for w in kernels]
-        scale = 1.0 / self.in_features
         if (rows, columns) == (self.rows, self.columns):
-            add_circulant_(weight, blocks, scale=scale)
+            add(weight, blocks)
             return
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         cover = _padded(_padded(wide, -1, self.columns, columns), -2, self.rows, rows)
-        add_circulant_(cover, blocks, scale=scale)
+        add(cover, blocks)
         weight.copy_(_cut(_cut(cover, -1, self.columns, columns), -2, self.rows, rows))
 
     def _covers(self, kernels: Sequence[Tensor]) -> tuple[Ranges, Ranges]:
