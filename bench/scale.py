@@ -152,11 +152,10 @@ def time_ratio(layer: Layer, b: int, tp: int, n_tokens: int = TOKENS) -> float:
     adapted = frozen = 0.0
     for linear in layer.linears:
         split = [1, tp] if linear.style == "colwise" else [tp, 1]
-        widths = linear.in_features, linear.out_features
-        part = [math.ceil(width / n) for width, n in zip(widths, split, strict=True)]
-        blocks = [_covering(width, b, n) for width, n in zip(widths, split, strict=True)]
-        base = cost_model.base_seconds(cost_model.Sizes(n_tokens, *part, b, torch.bfloat16))
-        sizes = cost_model.Sizes(n_tokens, *blocks, b, torch.bfloat16)
+        n, m = (math.ceil(width / count) for width, count in zip(linear[:2], split, strict=True))
+        base = cost_model.base_seconds(cost_model.Sizes(n_tokens, n, m, b, torch.bfloat16))
+        n, m = (_covering(width, b, count) for width, count in zip(linear[:2], split, strict=True))
+        sizes = cost_model.Sizes(n_tokens, n, m, b, torch.bfloat16)
         frozen += 2 * base
         adapted += 2 * base + sum(
             cost_model.added_seconds(dispatch.cheapest(sizes, backward=backward), sizes, backward=backward)
