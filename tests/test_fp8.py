@@ -234,6 +234,15 @@ def test_what_is_not_finite_is_refused_by_a_safe_merge() -> None:
     assert same(bits(layer.base_layer), before)
 
 
+def test_codes_that_a_cast_has_made_numbers_are_not_unmerged() -> None:
+    """What torch makes of float8 in `to(dtype)` is no weight, with an adapter or without one."""
+    layer = adapted(fp8_linear())
+    layer.merge()
+    layer.to(torch.bfloat16)
+    with pytest.raises(AdapterStateError, match=r"model\.fc: the base weight was changed after \['default'\]"):
+        layer.unmerge()
+
+
 def test_what_cannot_be_merged_into_says_why() -> None:
     packed, other, nowhere, subclass = (fp8_linear() for _ in range(4))
     packed.weight.data = torch.zeros(384, 128, dtype=torch.int8)
