@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import fp8_stand_in
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -163,6 +165,26 @@ def by_plan(
         changes = {"target_modules": list(modules)}
         model, alone = spread(name, folder / name, **plan), adapted(MODELS[name](), **changes)
         return trained(adapted(model, **changes), alone, folder / "adapter", clip=clip)
+
+    return case
+
+
+def in_fp8(**plan: Any) -> Callable[[Path], dict[str, Any]]:
+    """Train beside experts of float8 codes, each process with its part of codes and scales."""
+
+    def load(path: Path, **options: Any) -> Any:
+        return type(qwen3_moe()).from_pretrained(path, dtype=torch.float32, **options)
+
+    def case(folder: Path) -> dict[str, Any]:
+        path = folder / "fp8"
+        if dist.get_rank() == 0 and not path.exists():
+            kept = ["q_proj", "k_proj", "v_proj", "o_proj", "mlp.gate", "lm_head"]
+            fp8_stand_in.checkpoint(qwen3_moe(), path, 8, ".experts.", modules_to_not_convert=kept)
+        dist.barrier()
+        fp8_stand_in.install(pytest.MonkeyPatch(), fp8_stand_in.exact, fp8_stand_in.grouped)
+        model, alone = adapted(load(path, distributed_config=DistributedConfig(**plan))), adapted(load(path))
+        codes = str(model.model.layers[0].mlp.experts.base_layer.gate_up_proj.dtype)
+        return trained(model, alone, folder / "adapter") | {"codes": codes, "merge": message(model.c3a.merge_adapter)}
 
     return case
 
@@ -331,6 +353,8 @@ CASES: dict[int, dict[str, Callable[[Path], dict[str, Any]]]] = {
         "gpt-oss, experts": by_plan("gpt-oss", by_accelerate, **EP2),
         "qwen3, parts of experts": by_plan("qwen3", by_accelerate, ["q_proj", "o_proj"], **TP2),
         "deepseek, parts of experts": by_plan("deepseek", **TP2),
+        "fp8, experts": in_fp8(**EP2),
+        "fp8, parts of experts": in_fp8(**TP2),
         "fsdp": with_fsdp(tp_size=1, fsdp_size=2, ep_size=2),
         "verbs, experts": verbs("gpt-oss", **EP2),
         "verbs, parts of experts": verbs("qwen3", **TP2),

@@ -28,6 +28,8 @@ TRAINED = {
         "gpt-oss, experts",
         "qwen3, parts of experts",
         "deepseek, parts of experts",
+        "fp8, experts",
+        "fp8, parts of experts",
     ],
     4: ["qwen3, experts", "qwen3, parts of experts"],
 }
@@ -70,6 +72,15 @@ def test_processes_train_as_one_and_their_file_loads_on_one(results: Any, n_proc
         assert found["moved"] > 0.1
         for what in ("losses", "adapter", "file"):
             assert found[what] <= BOUND, what
+
+
+@pytest.mark.parametrize("case", ["fp8, experts", "fp8, parts of experts"])
+def test_parts_of_codes_are_not_merged_into(results: Any, case: str) -> None:
+    for found in of_all(results(2), case):
+        assert found["codes"] == "torch.float8_e4m3fn"
+        assert found["merge"].startswith("AdapterStateError: ")
+        assert "model.layers.0.mlp.experts.gate_up_proj: nothing can be merged into this FP8Experts" in found["merge"]
+        assert "its codes are a DTensor" in found["merge"]
 
 
 @pytest.mark.parametrize("case", ["qwen3, experts", "gpt-oss, experts", "qwen3, parts of experts"])

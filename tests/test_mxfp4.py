@@ -4,6 +4,7 @@ Only the Triton kernels of the hub are not: their place is taken, where transfor
 """
 
 import copy
+import functools
 import json
 import warnings
 from pathlib import Path
@@ -198,6 +199,41 @@ def test_gradients_pass_experts_that_have_no_backward(folder: Path) -> None:
     assert all("forward" in mlp.__dict__ for mlp in mlps)
     unloaded = model.c3a.unload()
     assert not any("forward" in layer.mlp.__dict__ for layer in unloaded.model.layers)
+
+
+@pytest.mark.parametrize("targets", [None, "all-experts"], ids=str)
+def test_hooks_of_accelerate_stand_before_what_passes_gradients(targets: Any, folder: Path) -> None:
+    """As `device_map="auto"` puts them onto every module where it takes several devices."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = load(folder)
+    hooks.attach_execution_device_hook(model, "cpu")
+    adapted(model, target_parameters=targets)
+    plain = adapted(dequantized(folder), model, target_parameters=targets)
+    for ours, truth in zip(output_and_gradients(model), output_and_gradients(plain), strict=True):
+        oracle.assert_close(ours, truth.double(), torch.float32, bound=1e-4)
+    mlp = model.c3a.unload().model.layers[0].mlp
+    assert mlp._old_forward.__func__ is type(mlp).forward
+    hooks.remove_hook_from_module(model, recurse=True)  # which leaves the class's forward on the instance
+    adapted(model, plain, target_parameters=targets)
+    for ours, truth in zip(output_and_gradients(model), output_and_gradients(plain), strict=True):
+        oracle.assert_close(ours, truth.double(), torch.float32, bound=1e-4)
+
+
+def test_a_forward_that_somebody_else_has_put_there_refuses_gradients(folder: Path) -> None:
+    model = load(folder)
+    mlp = model.model.layers[1].mlp
+    mlp.forward = functools.partial(type(mlp).forward, mlp)  # as a kernel of the hub might be
+    base = logits(model)
+    adapted(model)
+    with pytest.raises(AdapterStateError, match=r"Mxfp4GptOssMLP has no backward pass here.*dequantize=True"):
+        model(input_ids=IDS)
+    assert (logits(model) - base).norm() > 0.1 * base.norm()
+    model.c3a.unload()
+    assert not mlp._forward_pre_hooks
+    torch.testing.assert_close(logits(model), base, rtol=0, atol=0)
+    adapted(model, target_parameters=["layers.1.mlp.experts.down_proj"])
+    with pytest.raises(AdapterStateError, match=r"Mxfp4GptOssMLP computes past its adapted experts.*dequantize=True"):
+        logits(model)
 
 
 @pytest.mark.parametrize("targets", ["all-experts", ["gate_up_proj"], ["down_proj"]], ids=str)

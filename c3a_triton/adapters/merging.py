@@ -250,7 +250,8 @@ def move(layer: Any, fn: Callable[[Tensor], Tensor], move_layer: Callable[[], An
         move_layer()  # which leaves ZeRO-3's parts where they are
         return
     # A change made before the move must not be forgotten.
-    changed = state.mark is None or fingerprint(weight_access(layer).read()) != state.mark
+    access = weight_access(layer)
+    changed = state.mark is None or fingerprint(access.read()) != state.mark
     others = state.others(layer)
     move_layer()
     state = state.split(layer, others)
@@ -259,6 +260,8 @@ def move(layer: Any, fn: Callable[[Tensor], Tensor], move_layer: Callable[[], An
     elif state.kept is not None:
         moved = fn(state.kept)
         state.kept = moved.to("cpu") if state.where == "cpu" and not moved.is_meta else moved
-    lost = changed or layer.weight.is_meta
-    state.mark = None if lost else fingerprint(weight_access(layer).read())
+    if changed or layer.weight.is_meta or type(weight_access(layer)) is not type(access):  # float8 codes, cast
+        state.mark = None
+    else:
+        state.mark = fingerprint(weight_access(layer).read())
     enter(state, layer)

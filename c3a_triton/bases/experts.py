@@ -22,7 +22,7 @@ from c3a_triton.errors import BackendError, ConfigError
 from . import fp8, mxfp4
 from .linear_like import Geometry, geometry
 from .parallel import parallel_mesh
-from .probe import is_ordinary
+from .probe import forward_holder, is_ordinary
 from .sharded import whole_shape
 
 __all__ = [
@@ -256,7 +256,7 @@ def problem(module: nn.Module, name: str) -> str | None:
         )
     if isinstance(module, nn.RNNBase) or kind in _READ_FROM_OUTSIDE or type(module).forward is nn.Module.forward:
         return f"{kind} does not read it in a forward of its own, so that nothing can be put in its place"
-    if "forward" in module.__dict__ and _forward_holder(module) == "forward" and not _is_own_forward(module):
+    if "forward" in module.__dict__ and forward_holder(module) == "forward" and not _is_own_forward(module):
         return (
             f"the forward of this {kind} has been replaced, so that nobody can tell whether it reads the parameter: "
             "adapt the model first, and change the forward afterwards"
@@ -350,7 +350,7 @@ def dispatch(module: Any, layer: Any) -> None:
         config = module.config
         module.config = _AdaptedConfig(config._config if isinstance(config, _AdaptedConfig) else config, layer)
     else:
-        setattr(module, _forward_holder(module), layer.compute)
+        setattr(module, forward_holder(module), layer.compute)
 
 
 def undispatch(module: Any) -> None:
@@ -358,19 +358,14 @@ def undispatch(module: Any) -> None:
     if isinstance(module.__dict__.get("config"), _AdaptedConfig):
         module.config = module.config._config
     elif _is_own_forward(module):
-        if _forward_holder(module) == "forward":
+        if forward_holder(module) == "forward":
             del module.forward
         else:
             module._old_forward = types.MethodType(type(module).forward, module)
 
 
-def _forward_holder(module: nn.Module) -> str:
-    """Where an instance keeps the forward that computes: accelerate's hooks put theirs before it."""
-    return "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
-
-
 def _is_own_forward(module: nn.Module) -> bool:
-    forward: Any = module.__dict__.get(_forward_holder(module))
+    forward: Any = module.__dict__.get(forward_holder(module))
     return getattr(forward, "__name__", "") == "compute" and getattr(forward.__self__, "base_layer", None) is module
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from c3a_triton.errors import AdapterStateError
 
+from .probe import forward_holder
+
 __all__ = [
     "PROJECTIONS",
     "apply_gate",
@@ -171,20 +173,35 @@ def _plain(experts: Any, dtype: torch.dtype) -> Any:
 def pass_gradients(model: nn.Module) -> None:
     """Let what holds such experts in a model ask its router and them, where a gradient is wanted, until released.
 
-    Those of transformers 4, and those that a plan spreads over processes, refuse to compute where one is wanted.
+    Those of transformers 4, those that a plan spreads over processes, and those whose MLP computes by a forward that
+    somebody else has put there (a kernel of the hub), refuse to compute where one is wanted.
     """
     for module in model.modules():
-        if _is_of(module, "Mxfp4GptOssMLP") and "forward" not in module.__dict__:
-            module.forward = types.MethodType(_mlp_forward, module)
-        elif is_mxfp4(module) and _is_old(module) and _refuse_gradient not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(_refuse_gradient)
+        if _is_of(module, "Mxfp4GptOssMLP"):
+            holder = forward_holder(module)
+            forward = getattr(module.__dict__.get(holder), "__func__", module.__dict__.get(holder))
+            if forward in (None, type(module).forward):
+                setattr(module, holder, types.MethodType(_mlp_forward, module))
+            elif forward is not _mlp_forward:
+                _refuse_gradients(module)
+        elif is_mxfp4(module) and _is_old(module):
+            _refuse_gradients(module)
+
+
+def _refuse_gradients(module: nn.Module) -> None:
+    if _refuse_gradient not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(_refuse_gradient)
 
 
 def release_gradients(model: nn.Module) -> None:
     """Undo `pass_gradients`."""
     for module in model.modules():
-        if getattr(module.__dict__.get("forward"), "__func__", None) is _mlp_forward:
-            del module.forward
+        holder = forward_holder(module)
+        if getattr(module.__dict__.get(holder), "__func__", None) is _mlp_forward:
+            if holder == "forward":
+                del module.forward
+            else:
+                setattr(module, holder, types.MethodType(type(module).forward, module))
         for key, hook in list(module._forward_pre_hooks.items()):
             if hook is _refuse_gradient:
                 del module._forward_pre_hooks[key]
@@ -206,9 +223,11 @@ def _wants_gradient(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
 
 
-def _refuse_gradient(experts: nn.Module, args: Any) -> None:
+def _refuse_gradient(module: nn.Module, args: Any) -> None:
+    kind = type(module).__name__
     if _wants_gradient(args[0]):
         raise AdapterStateError(
-            f"this {type(experts).__name__} has no backward pass here, and layers below it would be trained on wrong "
-            f"gradients: {_REMEDY}"
+            f"this {kind} has no backward pass here, and layers below it would be trained on wrong gradients: {_REMEDY}"
         )
+    if not is_mxfp4(getattr(module, "experts", module)):
+        raise AdapterStateError(f"this {kind} computes past its adapted experts, by a forward put there: {_REMEDY}")

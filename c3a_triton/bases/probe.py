@@ -18,7 +18,7 @@ from torch.nn.parameter import Parameter
 
 from .sharded import whole_shape
 
-__all__ = ["Behaviour", "behaviour", "is_ordinary"]
+__all__ = ["Behaviour", "behaviour", "forward_holder", "is_ordinary"]
 
 _BASES = (nn.Linear, nn.Conv2d, nn.Embedding)
 # Up to so many elements a weight is made in its real size: in float64, and in float32.
@@ -85,6 +85,11 @@ def behaviour(module: nn.Module) -> Behaviour:
 def is_ordinary(weight: Tensor) -> bool:
     """Whether a weight is a tensor of torch itself, of floating-point values that have 16 bits or more."""
     return type(weight) in (Parameter, Tensor) and weight.is_floating_point() and weight.dtype.itemsize >= 2
+
+
+def forward_holder(module: nn.Module) -> str:
+    """Where an instance keeps the forward that computes: accelerate's hooks put theirs before it."""
+    return "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
 
 
 def _own_forward(module: nn.Module) -> Callable[..., Any]:
