@@ -389,6 +389,13 @@ def refused() -> dict[str, str]:
     mixed["part"].base_layer._forward_pre_hooks.clear()
     spread_tokens = DTensor.from_local(torch.randn(2, 8), mesh, [Shard(0)])
 
+    def second_derivative() -> None:
+        model = parallelize_module(nn.ModuleDict({"part": nn.Linear(8, 8)}), mesh, {"part": ColwiseParallel()})
+        adapt_part(model)
+        model["part"](torch.randn(2, 8)).sum().backward()
+        x = torch.randn(2, 8, requires_grad=True)
+        torch.autograd.grad(model["part"](x).square().sum(), x, create_graph=True)
+
     def around(plan: dict[str, Any]) -> None:
         model = c3a_triton.apply(
             nn.ModuleDict({"part": nn.Linear(8, 8)}), C3AConfig(block_size=4, target_modules=["part"])
@@ -406,6 +413,7 @@ def refused() -> dict[str, str]:
         "x in parts": message(lambda: mixed["part"](spread_tokens)),
         "another plan later": message(lambda: later["part"](torch.randn(2, 8))),
         "quantized": message(merge_quantized),
+        "second derivative": message(second_derivative),
         "around": message(lambda: around({"part": "colwise"})),
     }
 

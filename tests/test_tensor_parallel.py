@@ -155,6 +155,7 @@ def test_what_no_adapter_can_join_is_refused_by_name(of_two: dict[str, Any]) -> 
     assert "'<name>.base_layer'" in said["around"]
     assert said["quantized"].startswith("AdapterStateError: part: nothing can be merged into this Int8Linear")
     assert "of a layer that is spread over processes" in said["quantized"]
+    assert said["second derivative"].startswith("AdapterStateError: part: create_graph=True: a layer that is spread")
 
 
 # Without processes
