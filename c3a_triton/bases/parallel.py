@@ -207,7 +207,6 @@ class Part:
         local = part._once(label, add(inner, y.to_local(), part))
         return DTensor.from_local(local, self.mesh, [of_y], run_check=False, shape=y.shape, stride=y.stride())
 
-
     def _once(self, label: str, y: Tensor) -> Tensor:
         """y, which refuses second derivatives: torch loses what other processes have a part in, and says nothing."""
 
