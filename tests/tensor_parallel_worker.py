@@ -232,17 +232,20 @@ def adapted_before_sharding(folder: Path) -> float:
     return worst([train(many, 3) - train(one, 3), *(many(IDS).logits - one(IDS).logits)])
 
 
-def in_bfloat16(folder: Path) -> dict[str, float]:
-    """Against one process in bfloat16, whose difference from float32 is the scale of rounding."""
+def in_bfloat16(folder: Path) -> dict[str, Any]:
+    """Against one process in bfloat16, whose difference from float32 is the scale of rounding; and merged, to the bit."""
     grads, outputs = [], []
     bfloat16 = {"dtype": torch.bfloat16}
-    many, one, exact = (adapt(model(folder, **bfloat16)) for model in (spread, alone, alone))
-    for model in (many, one, exact.float()):
+    models = [adapt(model(folder, **bfloat16)) for model in (spread, alone, alone)]
+    models[2].float()
+    for model in models:
         output = model(input_ids=IDS, labels=IDS)
         output.loss.backward()
         outputs.append(output.logits.detach().float())
         grads.append(torch.cat([p.grad.float().flatten() for p in model.parameters() if p.requires_grad]))
-    return {
+    for model in models:
+        model.c3a.merge_adapter()
+    return {"merged as whole": same(weights(models[0]), weights(models[1]))} | {
         what: worst([many - exact]) / worst([one - exact])
         for what, (many, one, exact) in (("logits", outputs), ("gradients", grads))
     }

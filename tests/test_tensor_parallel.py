@@ -128,6 +128,7 @@ def test_a_base_in_bfloat16(of_two: dict[str, Any]) -> None:
     found = case(of_two, "bfloat16")
     assert 0.3 < found["logits"] < 2
     assert 0.3 < found["gradients"] < 2
+    assert found["merged as whole"]
 
 
 def test_compiled_layers(of_two: dict[str, Any]) -> None:
