@@ -429,7 +429,7 @@ def spread_after_it_was_adapted(folder: Path) -> Any:
     torch.manual_seed(dist.get_rank())
     model.up.reset_c3a_parameters("default", "gaussian")
     other.up.update_layer("default", 4, "gaussian")
-    found.append([said(lambda: drawn(torch.zeros(3, WIDTH))) for drawn in (model, other)])
+    found.append([said(partial(drawn, torch.zeros(3, WIDTH))) for drawn in (model, other)])
     return found
 
 

@@ -233,7 +233,7 @@ def adapted_before_sharding(folder: Path) -> float:
 
 
 def in_bfloat16(folder: Path) -> dict[str, Any]:
-    """Against one process in bfloat16, whose difference from float32 is the scale of rounding; and merged, to the bit."""
+    """Against one process in bfloat16, whose difference from float32 is the scale of rounding; merged to the bit."""
     grads, outputs = [], []
     bfloat16 = {"dtype": torch.bfloat16}
     models = [adapt(model(folder, **bfloat16)) for model in (spread, alone, alone)]

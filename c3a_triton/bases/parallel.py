@@ -145,20 +145,19 @@ class Part:
 
     @torch.no_grad()
     def add_(self, weight: Tensor, kernels: Sequence[Tensor], add: Callable[[Tensor, list[Tensor]], None]) -> None:
-        """Add ΔW's to this process's part of W, in place, rounded once.
+        """Add ΔW's to this process's part of W, in place.
 
         Args:
             weight: the part of W.
             kernels: as in `product`.
-            add: (weight, kernels) adds in place; of blocks that cover more, to a weight in float32, as in `product`.
+            add: (weight, kernels) adds in place, rounded once; of blocks that cover more, as in `product`.
         """
         rows, columns = self._covers(kernels)
         blocks = [self._blocks(w, rows, columns) for w in kernels]
         if (rows, columns) == (self.rows, self.columns):
             add(weight, blocks)
             return
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        cover = _padded(_padded(wide, -1, self.columns, columns), -2, self.rows, rows)
+        cover = _padded(_padded(weight, -1, self.columns, columns), -2, self.rows, rows)
         add(cover, blocks)
         weight.copy_(_cut(_cut(cover, -1, self.columns, columns), -2, self.rows, rows))
 
