@@ -425,10 +425,11 @@ def spread_after_it_was_adapted(folder: Path) -> Any:
         torch.manual_seed(by_rank(*seeds))
         parallelize_module(c3a_triton.apply(model, LAYERS), mesh, plan)
         found.append([said(lambda model=model: model(torch.zeros(3, WIDTH))) for _ in range(2)])
-    model = adapted()
+    model, other = adapted(), adapted()
     torch.manual_seed(dist.get_rank())
     model.up.reset_c3a_parameters("default", "gaussian")
-    found.append([said(lambda: model(torch.zeros(3, WIDTH)))])
+    other.up.update_layer("default", 4, "gaussian")
+    found.append([said(partial(drawn, torch.zeros(3, WIDTH))) for drawn in (model, other)])
     return found
 
 

@@ -232,17 +232,20 @@ def adapted_before_sharding(folder: Path) -> float:
     return worst([train(many, 3) - train(one, 3), *(many(IDS).logits - one(IDS).logits)])
 
 
-def in_bfloat16(folder: Path) -> dict[str, float]:
-    """Against one process in bfloat16, whose difference from float32 is the scale of rounding."""
+def in_bfloat16(folder: Path) -> dict[str, Any]:
+    """Against one process in bfloat16, whose difference from float32 is the scale of rounding; merged to the bit."""
     grads, outputs = [], []
     bfloat16 = {"dtype": torch.bfloat16}
-    many, one, exact = (adapt(model(folder, **bfloat16)) for model in (spread, alone, alone))
-    for model in (many, one, exact.float()):
+    models = [adapt(model(folder, **bfloat16)) for model in (spread, alone, alone)]
+    models[2].float()
+    for model in models:
         output = model(input_ids=IDS, labels=IDS)
         output.loss.backward()
         outputs.append(output.logits.detach().float())
         grads.append(torch.cat([p.grad.float().flatten() for p in model.parameters() if p.requires_grad]))
-    return {
+    for model in models:
+        model.c3a.merge_adapter()
+    return {"merged as whole": same(weights(models[0]), weights(models[1]))} | {
         what: worst([many - exact]) / worst([one - exact])
         for what, (many, one, exact) in (("logits", outputs), ("gradients", grads))
     }
@@ -389,6 +392,13 @@ def refused() -> dict[str, str]:
     mixed["part"].base_layer._forward_pre_hooks.clear()
     spread_tokens = DTensor.from_local(torch.randn(2, 8), mesh, [Shard(0)])
 
+    def second_derivative() -> None:
+        model = parallelize_module(nn.ModuleDict({"part": nn.Linear(8, 8)}), mesh, {"part": ColwiseParallel()})
+        adapt_part(model)
+        model["part"](torch.randn(2, 8)).sum().backward()
+        x = torch.randn(2, 8, requires_grad=True)
+        torch.autograd.grad(model["part"](x).square().sum(), x, create_graph=True)
+
     def around(plan: dict[str, Any]) -> None:
         model = c3a_triton.apply(
             nn.ModuleDict({"part": nn.Linear(8, 8)}), C3AConfig(block_size=4, target_modules=["part"])
@@ -406,6 +416,7 @@ def refused() -> dict[str, str]:
         "x in parts": message(lambda: mixed["part"](spread_tokens)),
         "another plan later": message(lambda: later["part"](torch.randn(2, 8))),
         "quantized": message(merge_quantized),
+        "second derivative": message(second_derivative),
         "around": message(lambda: around({"part": "colwise"})),
     }
 

@@ -190,6 +190,13 @@ def test_a_fingerprint_sees_every_element(dtype: torch.dtype, shape: tuple[int, 
         assert fingerprint(weight.flip(1)) != mark
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(6, 0), (0, 6)], ids=str)
+def test_a_fingerprint_of_nothing(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """What some of four processes have of a layer with two columns or rows."""
+    assert fingerprint(torch.randn(6, 6).to(dtype)[: shape[0], : shape[1]]) == 0
+
+
 def test_a_fingerprint_of_views() -> None:
     weight = torch.randn(8, 6)
     assert fingerprint(weight.t()) == fingerprint(weight.clone().t())

@@ -128,6 +128,7 @@ def test_a_base_in_bfloat16(of_two: dict[str, Any]) -> None:
     found = case(of_two, "bfloat16")
     assert 0.3 < found["logits"] < 2
     assert 0.3 < found["gradients"] < 2
+    assert found["merged as whole"]
 
 
 def test_compiled_layers(of_two: dict[str, Any]) -> None:
@@ -155,6 +156,7 @@ def test_what_no_adapter_can_join_is_refused_by_name(of_two: dict[str, Any]) -> 
     assert "'<name>.base_layer'" in said["around"]
     assert said["quantized"].startswith("AdapterStateError: part: nothing can be merged into this Int8Linear")
     assert "of a layer that is spread over processes" in said["quantized"]
+    assert said["second derivative"].startswith("AdapterStateError: part: create_graph=True: a layer that is spread")
 
 
 # Without processes

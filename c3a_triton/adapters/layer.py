@@ -316,6 +316,7 @@ class C3ALinear(nn.Module):
         check_block_size(b, *self._geometry.divided, self._label + self._geometry.what)
         kernel = self._part_of(self._new_kernel(b, plain(init_weights)))
         self._install(adapter_name, kernel, trainable=config is None or not config.inference_mode)
+        self.agreed = False
 
     def _new_kernel(self, block_size: int, init_weights: bool | str) -> nn.Parameter:
         """An initialised kernel that is not yet part of the layer, which stays as it is."""

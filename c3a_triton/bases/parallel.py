@@ -145,20 +145,19 @@ class Part:
 
     @torch.no_grad()
     def add_(self, weight: Tensor, kernels: Sequence[Tensor], add: Callable[[Tensor, list[Tensor]], None]) -> None:
-        """Add ΔW's to this process's part of W, in place, rounded once.
+        """Add ΔW's to this process's part of W, in place.
 
         Args:
             weight: the part of W.
             kernels: as in `product`.
-            add: (weight, kernels) adds in place; of blocks that cover more, to a weight in float32, as in `product`.
+            add: (weight, kernels) adds in place, rounded once; of blocks that cover more, as in `product`.
         """
         rows, columns = self._covers(kernels)
         blocks = [self._blocks(w, rows, columns) for w in kernels]
         if (rows, columns) == (self.rows, self.columns):
             add(weight, blocks)
             return
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        cover = _padded(_padded(wide, -1, self.columns, columns), -2, self.rows, rows)
+        cover = _padded(_padded(weight, -1, self.columns, columns), -2, self.rows, rows)
         add(cover, blocks)
         weight.copy_(_cut(_cut(cover, -1, self.columns, columns), -2, self.rows, rows))
 
@@ -184,12 +183,12 @@ class Part:
         """What `add` makes of a base layer's y, where x and y are as its innermost forward has them.
 
         Raises:
-            AdapterStateError: x and y are spread in another way than W.
+            AdapterStateError: x and y are spread in another way than W; in the backward pass, second derivatives.
         """
         if not hasattr(y, "placements"):
             # Another object in each call: an x that is refilled behind torch's back is told by the kernel that reads
             # it again (`operator.spectra`), but blocks of a kernel are objects of one call.
-            return add(x.view_as(x), y, self)
+            return self._once(label, add(x.view_as(x), y, self))
         from torch.distributed.tensor import DTensor, Partial
 
         assert isinstance(y, DTensor)
@@ -204,8 +203,22 @@ class Part:
         # Tokens that are spread over the processes are others' in each.
         part = self if of_x.is_replicate() else replace(self, summed=True)
         inner = x.to_local(grad_placements=[Partial()] if self.split == 0 else None)  # type: ignore[attr-defined]
-        local = add(inner, y.to_local(), part)
+        local = part._once(label, add(inner, y.to_local(), part))
         return DTensor.from_local(local, self.mesh, [of_y], run_check=False, shape=y.shape, stride=y.stride())
+
+    def _once(self, label: str, y: Tensor) -> Tensor:
+        """y, which refuses second derivatives: torch loses what other processes have a part in, and says nothing."""
+
+        def check(dy: Tensor) -> None:
+            if torch.is_grad_enabled():
+                raise AdapterStateError(
+                    f"{label}: create_graph=True: a layer that is spread over processes has no second derivatives, "
+                    "which torch's DTensors get wrong. Load the model into one process"
+                )
+
+        if self.summed and y.requires_grad and not torch.compiler.is_compiling():
+            y.register_hook(check)
+        return y
 
 
 def _extended(ranges: Ranges, step: int, size: int) -> Ranges:

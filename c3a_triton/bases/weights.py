@@ -283,6 +283,8 @@ def fingerprint(weight: Tensor) -> int:
 
     A change of one element always shows, any other with probability 1 − 2⁻⁶⁴ or so. It reads the matrix once.
     """
+    if not weight.numel():  # what a process has of a layer with fewer columns than there are processes
+        return 0
     rows = weight.detach()
     rows = rows.mT if rows.mT.is_contiguous() and not rows.is_contiguous() else rows.contiguous()
     rows = rows.flatten(0, -2)
