@@ -8,11 +8,11 @@
         --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP examples/train.py ...   # the Trainer, sharded (GPUs only)
     accelerate launch --num_processes 2 --use_deepspeed --zero_stage 3 \\
         --zero3_save_16bit_model true examples/train.py ...          # the Trainer, sharded by DeepSpeed
-    torchrun --nproc-per-node 2 examples/train.py --tp 2 ...         # one model, spread by its tensor-parallel plan
-    torchrun --nproc-per-node 2 examples/train.py --ep 2 \\
+    torchrun --nproc-per-node 2 examples/train.py --tp 2 --plain-loop ...   # one model, spread by its plan
+    torchrun --nproc-per-node 2 examples/train.py --ep 2 --plain-loop \\
         --target-parameters all-experts ...                          # the same, but each expert whole in one process
 
-The Trainer takes a spread model (--tp, --ep) on GPUs only; --plain-loop does on CPUs, too.
+On GPUs the Trainer takes a spread model, too: without --plain-loop.
 
 Without arguments it adapts a tiny model with random weights to Python's documentation, byte by byte, on a CPU too. The
 adapter is saved in PEFT's form; `--resume` goes on from the last checkpoint in the output folder.
@@ -94,7 +94,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any | None]:
     if args.shared_by > 1:
         options["distributed_config"] = DistributedConfig(tp_size=args.shared_by, ep_size=args.ep)
     if args.model is None:
-        model = tiny_model(experts=args.ep > 1)
+        model = tiny_model(experts=args.target_parameters is not None)
         if options:  # models are spread as they are loaded
             model = type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict(), **options)
             model.name_or_path = ""  # no folder's
@@ -130,6 +130,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     parser.add_argument("--cpu", action="store_true", help="even where there is a GPU")
     args = parser.parse_args(argv)
+    if args.ep > 1 and args.model is None and args.target_parameters is None:
+        parser.error(f"--ep {args.ep}: the tiny model has experts with --target-parameters all-experts")
     if args.plain_loop and (args.resume or args.save_steps):
         parser.error("--plain-loop writes no checkpoints: leave --resume and --save-steps out")
     n_processes, args.shared_by = int(os.environ.get("WORLD_SIZE", "1")), max(args.tp, args.ep)

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import bench_package  # noqa: F401
 import pytest
 import torch
 from tiny_models import qwen3_moe
 
 import c3a_triton
+from bench import scale
 from c3a_triton import C3AConfig
 
 for module in ("transformers.distributed.expert_parallel", "accelerate"):
@@ -121,6 +123,16 @@ def test_adapters_exchange_nothing(results: Any) -> None:
         for alone, adapted in found.values():
             assert sum(alone.values()) > 5
             assert adapted == alone
+
+
+def test_the_messages_on_paper_are_those_that_are_exchanged(results: Any) -> None:
+    """What docs/scale.md counts for such a layer; beside it the head's, one forward and one backward."""
+    attention = tuple(scale.Linear(24, 24, style) for style in ["colwise"] * 3 + ["rowwise"])
+    layer = scale.Layer(24, attention, experts=((24, 24), (24, 24)), n_experts=4, top_k=2)
+    sent = scale.frozen_traffic(layer, tp=2, fsdp=1, ep=2)
+    for found in of_all(results(2), "collectives"):
+        alone, _ = next(found[plan] for plan in found if "ep_size" in plan)
+        assert sum(alone.values()) == sent.forward + sent.backward + 2
 
 
 def test_processes_with_seeds_of_their_own_have_one_adapter(results: Any) -> None:

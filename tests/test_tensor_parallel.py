@@ -4,15 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import bench_package  # noqa: F401
 import pytest
 import torch
 from torch import Tensor, nn
 
+from bench import scale
 from c3a_triton import C3ALinear
 from c3a_triton.bases.parallel import meshes, parallel_mesh, part_of
 from c3a_triton.errors import ShapeError
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers.distributed.tensor_parallel")
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
     pytest.skip("torch without gloo", allow_module_level=True)
 
@@ -88,6 +90,15 @@ def test_two_processes_train_a_model_as_one(of_two: dict[str, Any], name: str) -
     check_model(of_two["models"][name])
 
 
+def test_the_messages_on_paper_are_those_that_are_sent(of_two: dict[str, Any]) -> None:
+    """What docs/scale.md counts for two such layers; beside them the embedding's and the head's, and its kernel's."""
+    layer = scale.Layer(8, tuple(scale.Linear(8, 8, style) for style in ["colwise"] * 5 + ["rowwise"] * 2))
+    sent = scale.frozen_traffic(layer, tp=2, fsdp=1).plus(scale.adapter_traffic(layer, b=4, tp=2, fsdp=1))
+    found = of_two["models"]["llama"]
+    assert found["forward"][0]["allreduce"] == 2 * sent.forward + 1
+    assert found["backward"][0]["allreduce"] == 2 * sent.backward + 2
+
+
 def test_four_processes_train_a_model_as_one(of_four: dict[str, Any]) -> None:
     check_model(of_four["models"]["qwen3"])
 
@@ -100,6 +111,7 @@ def test_fsdp2_over_tensor_parallelism_trains_as_one_process(of_four: dict[str, 
     assert found["weight"].count("Shard") == 2
     assert found["kernel"].count("Shard") == 1
     assert found["merge"].startswith("AdapterStateError: 0.up: nothing can be merged")
+    assert "as FSDP2 does it. Save the adapter, and merge it in a model that is not" in found["merge"]
     assert found["adapt"].startswith("ConfigError: 0.up is sharded already")
     assert "adapt the model first and call fully_shard afterwards" in found["adapt"]
 

@@ -37,7 +37,7 @@ def check_spread(
             if parallel_mesh(part) is not None:
                 raise ConfigError(
                     f"modules_to_save: {name} cannot be trained whole, because the plan spreads {inner} over "
-                    f"processes: leave {inner} out of the plan, or adapt it (target_modules)"
+                    f"processes: leave it out of modules_to_save, or {inner} out of the plan"
                 )
     for name, parameter in model.named_parameters():
         module_name, _, last = base_name(name).rpartition(".")

@@ -14,7 +14,7 @@ from c3a_triton.errors import AdapterStateError
 
 from .experts import Spread, is_stored_transposed, parameter_geometry, spread
 from .linear_like import computes_its_weight, geometry, is_transposed
-from .parallel import Part, part_of
+from .parallel import Part, parallel_mesh, part_of
 from .probe import is_ordinary
 from .quantized import quantized_weight
 from .sharded import is_partitioned, whole_shape
@@ -263,6 +263,13 @@ def weight_access(owner: Any) -> WeightAccess:
         if hook is not None:  # while PEFT merges, it lends an offloaded layer its weight
             return _OffloadedWeight(base, hook.weights_map, owner.parameter)
         reason = "its weight is on the meta device and holds no values"
+    weight = base._parameters.get(owner.parameter or "weight")
+    if hasattr(weight, "full_tensor") and weight.device_mesh != parallel_mesh(base):
+        raise AdapterStateError(
+            f"nothing can be merged into this {type(base).__name__}: its weight is sharded (a DTensor with "
+            f"{weight.placements}), as FSDP2 does it. Save the adapter, and merge it in a model that is not: "
+            "load_adapter and merge_and_unload, or c3a-triton merge"
+        )
     access: WeightAccess | str
     if any(map(is_partitioned, base.parameters())):
         access = "of parameters that ZeRO-3 keeps in parts only ordinary ones are merged into"

@@ -184,9 +184,9 @@ def _refuse_quantized(model: Path) -> None:
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ConfigError(
-            f"{model} is quantized ({method}), and what is merged into quantized weights is lost in their rounding: "
-            "merge into the original model in 16 or 32 bits and quantize the result, keep the adapter unmerged, or "
-            "merge into the model that transformers dequantizes as it loads it (docs/quantized.md)"
+            f"{model} is quantized ({method}), and much of what is merged into quantized weights can be lost in their "
+            "rounding: merge into the original model in 16 or 32 bits and quantize the result, keep the adapter "
+            "unmerged, or merge into the model that transformers dequantizes as it loads it (docs/quantized.md)"
         )
 
 
