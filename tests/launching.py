@@ -1,10 +1,15 @@
 """Programs of several processes, on CPUs. The cases of a file share one launch: importing takes longer than they do."""
 
+import importlib.util
 import os
 import socket
 import subprocess
 import sys
 
+# Whether transformers is here, in a release (5.17 or later) whose plans spread models in DTensors.
+HAS_PLANS = bool(importlib.util.find_spec("transformers")) and bool(
+    importlib.util.find_spec("transformers.distributed.tensor_parallel")
+)
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from launching import HAS_PLANS
 from torch import nn
 
 from c3a_triton.bases import agreement
@@ -19,7 +20,7 @@ if not (torch.distributed.is_available() and torch.distributed.is_gloo_available
     pytest.skip("torch without gloo", allow_module_level=True)
 
 WORKER = Path(__file__).resolve().with_name("agreement_worker.py")
-needs_transformers = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers missing")
+needs_plans = pytest.mark.skipif(not HAS_PLANS, reason="this transformers has no plans of DTensors")
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +193,7 @@ def test_peft_is_refused_where_it_would_give_each_process_an_adapter_of_its_own(
 # Models of transformers
 
 
-@needs_transformers
+@needs_plans
 def test_a_spread_model_is_counted_whole(results: dict[str, Any]) -> None:
     for found in results["counted_in_a_llama"]:
         spread, alone = found["counts"]
@@ -200,7 +201,7 @@ def test_a_spread_model_is_counted_whole(results: dict[str, Any]) -> None:
         assert found["summary"]
 
 
-@needs_transformers
+@needs_plans
 def test_the_model_s_own_saving_has_the_adapters_beside_it(results: dict[str, Any]) -> None:
     first, second = results["a_llama_saved_by_all"]
     assert (first["written"], second["written"]) == (["model", "second"], [])
@@ -209,7 +210,7 @@ def test_the_model_s_own_saving_has_the_adapters_beside_it(results: dict[str, An
         assert found["weights"]
 
 
-@needs_transformers
+@needs_plans
 def test_embeddings_that_lie_in_the_plan_go_through_the_file(results: dict[str, Any]) -> None:
     first, second = results["a_llama_with_embeddings_in_the_file"]
     assert (first["written"], second["written"]) == (["adapter"], [])
@@ -220,7 +221,7 @@ def test_embeddings_that_lie_in_the_plan_go_through_the_file(results: dict[str, 
         assert found["warned"] == 1
 
 
-@needs_transformers
+@needs_plans
 def test_a_plan_that_spreads_one_of_two_tied_layers_is_refused(results: dict[str, Any]) -> None:
     for found in results["one_of_two_tied_layers"]:
         assert found["one"].startswith(
