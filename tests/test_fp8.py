@@ -389,12 +389,15 @@ def test_experts_that_would_cut_the_gradient_are_refused(implementation: str, mo
     model.set_experts_implementation(implementation)
     with pytest.raises(AdapterStateError, match=rf"no backward pass with experts_implementation='{implementation}'"):
         model(input_ids=IDS)
-    assert len(model.model.layers[0].mlp.experts._forward_pre_hooks) == 1
+    experts = model.model.layers[0].mlp.experts
+    (check,) = experts._forward_pre_hooks.values()
+    check(experts, (torch.randn(2, 128),))  # where no gradient is wanted none is cut
     assert not model.c3a.unload().model.layers[0].mlp.experts._forward_pre_hooks
 
 
-def test_experts_with_fixed_scales_of_activations(moe: Path) -> None:
-    """They compute one expert after another, each with its scales."""
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_experts_with_fixed_scales_of_activations(implementation: str, moe: Path) -> None:
+    """They compute one expert after another, each with its scales, whichever implementation adapted ones name."""
     model = load(moe, dtype=torch.float32, experts_implementation="eager")
     for layer in model.model.layers:
         layer.mlp.experts.activation_scheme = "static"
@@ -402,7 +405,7 @@ def test_experts_with_fixed_scales_of_activations(moe: Path) -> None:
             scales = nn.Parameter(torch.linspace(1, 2, 4) * most / MOST)
             setattr(layer.mlp.experts, f"{name}_activation_scale", scales)
     base = logits(model)
-    with_experts(model)
+    with_experts(model).set_experts_implementation(implementation)
     applied = logits(model)
     with torch.no_grad():
         for _, layer in model.c3a.layers():
