@@ -250,8 +250,8 @@ def move(layer: Any, fn: Callable[[Tensor], Tensor], move_layer: Callable[[], An
         move_layer()  # which leaves ZeRO-3's parts where they are
         return
     # A change made before the move must not be forgotten.
-    access = weight_access(layer)
-    changed = state.mark is None or fingerprint(access.read()) != state.mark
+    access = None if state.mark is None else weight_access(layer)
+    changed = access is None or fingerprint(access.read()) != state.mark
     others = state.others(layer)
     move_layer()
     state = state.split(layer, others)
