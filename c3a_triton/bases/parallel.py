@@ -359,15 +359,18 @@ def beside(owner: Any, add: Add, x: Tensor, *args: Any, **kwargs: Any) -> Tensor
 def _entered(owner: Any) -> bool:
     """Whether a plan spreads a layer; which then knows its part, and has a place for it in its base's own forward."""
     base = owner.get_base_layer()
+    cell = _cells(base.__dict__.get("forward")).get("original_forward")
+    forward = base.forward if cell is None else cell.cell_contents
+    part, is_known = owner.__dict__.get("_part"), isinstance(forward, _Joining)
+    if part is not None and is_known and parallel_mesh(base) is part.mesh:
+        return True  # another plan would have put itself around that place
     part = part_of(base)
     if isinstance(part, str):
         raise AdapterStateError(f"{owner._label} {part}. Leave it out of the plan, or do not adapt it")
     owner.__dict__["_part"] = part
     if part is None:
         return False
-    cell = _cells(base.__dict__.get("forward")).get("original_forward")
-    forward = base.forward if cell is None else cell.cell_contents
-    if not isinstance(forward, _Joining):
+    if not is_known:
         if cell is None:
             base.forward = _Joining(forward)
         else:
