@@ -1,9 +1,10 @@
 """Compiles every kernel for one card without a GPU, through the launchers themselves, and prints what came out as JSON.
 
 Run by test_aot.py as a program of its own, without TRITON_INTERPRET: `python aot_worker.py sm_90 [case]`; in place of
-a part of a case's name, `few` takes those that are no neighbours of others, `once` a case or two of each kernel. A
-stand-in for Triton's driver names the card; each launch is turned into a compilation, so
-that tiles, constants and the alignment of every argument are those of a real call. The tensors are never read.
+a part of a case's name, `few` takes those that are no neighbours of others, `once` a case or two of each kernel, and of
+its variants in a case the first. A stand-in for Triton's driver names the card; each launch is turned into a
+compilation, so that tiles, constants and the alignment of every argument are those of a real call. The tensors are
+never read.
 """
 
 import json
@@ -220,10 +221,14 @@ def main() -> None:
     specs.unavailable_reason = lambda device: None
     specs.card_of = lambda device: CARD
     case = ""
-    seen = set()
+    wanted = sys.argv[2] if len(sys.argv) > 2 else ""
+    begun, seen = set(), set()
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object) -> None:
+        if wanted == "once" and (case, self.__name__) in begun:
+            return
+        begun.add((case, self.__name__))
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         if kernel.hash in seen:
             return
@@ -246,7 +251,6 @@ def main() -> None:
         print(json.dumps(row | resources(kernel.asm["cubin"])), flush=True)
 
     JITFunction.run = compile_only
-    wanted = sys.argv[2] if len(sys.argv) > 2 else ""
     named = {"once": ONE_EACH, "few": CASES}
     for make, dtype, *sizes in named.get(wanted, CASES + MORE_CASES):
         case = " ".join([make.__name__, str(dtype).removeprefix("torch."), *map(str, sizes)])
