@@ -8,7 +8,6 @@ are exchanged, and what is kept of frozen ones.
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
 from numbers import Real
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -76,7 +75,8 @@ class _Strength:
 
     def __init__(self, value: float) -> None:
         self.value = value
-        self._factor = torch.tensor(value)
+        with torch.inference_mode(False):
+            self._factor = torch.tensor(value, dtype=torch.float32, device="cpu")
         self._product: Tensor | None = None  # s · w of calls without gradients: its address stays
 
     def __reduce__(self) -> Any:
@@ -87,12 +87,12 @@ class _Strength:
         self.value = value
         self._factor.fill_(value)
 
-    @torch.inference_mode(False)
     def fit(self, kernel: Tensor) -> None:
         """Have the tensor where a kernel is, in the dtype in which that computes."""
         dtype = torch.promote_types(kernel.dtype, torch.float32)
         if not kernel.is_meta and (self._factor.device, self._factor.dtype) != (kernel.device, dtype):
-            self._factor = torch.tensor(self.value, dtype=dtype, device=kernel.device)
+            with torch.inference_mode(False):
+                self._factor = torch.tensor(self.value, dtype=dtype, device=kernel.device)
 
     def times(self, kernel: Tensor) -> Tensor:
         """s · w in at least float32, differentiable in w."""
@@ -181,7 +181,7 @@ class AppliedKernels(nn.Module):
     _kernels: tuple[Tensor, ...] | None
     _applied_strengths: tuple[_Strength | None, ...] | None
     # Of those adapters that ever had another one than 1. Replaced and never changed: copies of a layer may share it.
-    _strengths: Mapping[str, _Strength] = MappingProxyType({})
+    _strengths: Mapping[str, _Strength] = {}
 
     @property
     def _label(self) -> str:
@@ -259,8 +259,8 @@ class AppliedKernels(nn.Module):
     def scaling(self) -> MutableMapping[str, float]:
         """Adapter name → strength, the factor of its ΔW; 1 unless it was set. Read it, or set it by name or whole.
 
-        No file holds it. What is trained beside the kernels (`modules_to_save`, biases) has none. A backward pass counts
-        what held in its forward pass; but leave it as it is until then where layers are computed again (gradient
+        No file holds it. What is trained beside the kernels (`modules_to_save`, biases) has none. A backward pass
+        counts what held in its forward pass; but leave it as it is until then where layers are computed again (gradient
         checkpointing) or compiled.
 
         Raises:
