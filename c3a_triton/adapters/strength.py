@@ -247,7 +247,8 @@ class AppliedKernels(nn.Module):
         """
         kernels = self._stored_kernels()
         if not frozen:
-            spectra.thaw(kernels)
+            products = (strength._product for strength in self._strengths.values())
+            spectra.thaw([*kernels, *(product for product in products if product is not None)])
             return
         for kernel in kernels:
             set_requires_grad(kernel, False)
