@@ -4,9 +4,11 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -189,6 +191,15 @@ def test_parameters_and_experts_compute_with_kernels_times_strengths(build: Call
         torch.testing.assert_close(computed(model), y, rtol=1e-3, atol=1e-4)
         model.c3a.unmerge_adapter()
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+
+
+def test_a_quantized_base_layer_is_computed_beside_the_strengths() -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    base = nn.Sequential(nn.Linear(12, 18))
+    torchao.quantize_(base, torchao.Int8WeightOnlyConfig())
+    layer, x = make(base[0]), torch.randn(5, 12)
+    strengthen(layer)
+    torch.testing.assert_close(layer(x) - base(x), _delta(layer, x))
 
 
 def test_a_gradient_is_that_of_the_strength_of_its_forward_pass() -> None:
@@ -469,6 +480,14 @@ def test_what_is_no_strength_is_refused(value: Any) -> None:
         with pytest.raises(ConfigError, match="h.0.attn.*finite number"):
             way()
     assert layer.scaling == {"a": 0.5, "b": 1.0}
+
+
+def test_numbers_of_any_kind_are_strengths() -> None:
+    layer = make()
+    for value in (1, -0.0, Fraction(1, 2), np.float32(0.25), np.int64(3)):
+        layer.set_scale("a", value)
+        assert type(layer.scaling["a"]) is float
+        assert layer.scaling["a"] == value
 
 
 def test_what_else_is_refused() -> None:
