@@ -111,8 +111,8 @@ def with_experts() -> Any:
 def strengthen(model: nn.Module, strengths: dict[str, float] = STRENGTHS) -> None:
     for module in model.modules():
         if isinstance(module, C3ALinear):
-            for name, strength in strengths.items():
-                module.set_scale(name, strength)
+            for name, value in strengths.items():
+                module.set_scale(name, value)
 
 
 def multiplied(model: nn.Module, strengths: dict[str, float] = STRENGTHS) -> Any:
@@ -121,8 +121,8 @@ def multiplied(model: nn.Module, strengths: dict[str, float] = STRENGTHS) -> Any
     with torch.no_grad():
         for module in twin.modules():
             if isinstance(module, C3ALinear):
-                for name, strength in strengths.items():
-                    module.c3a_kernel[name].mul_(strength)
+                for name, value in strengths.items():
+                    module.c3a_kernel[name].mul_(value)
     return twin
 
 
@@ -314,6 +314,10 @@ def test_a_functional_call_is_compiled_with_the_strength() -> None:
     torch.testing.assert_close(call(w), y)
     batched = torch.vmap(lambda w: functional_call(layer, {"c3a_kernel.a": w}, (x,)))(torch.stack([w, 2 * w]))
     torch.testing.assert_close(batched[0], y)
+    with torch.no_grad():
+        torch.testing.assert_close(call(w), y)
+        tangent = torch.func.jvp(lambda w: functional_call(layer, {"c3a_kernel.a": w}, (x,)), (w,), (w,))[1]
+    torch.testing.assert_close(tangent, STRENGTHS["a"] * oracle.product(x, w).float())
 
 
 def _delta(layer: Any, x: Tensor, **kernels: Tensor) -> Tensor:
@@ -343,9 +347,10 @@ def test_calls_without_gradients_have_kernels_in_one_place() -> None:
     """Captured graphs, and the tables of addresses of rows, hold them."""
     layer = make()
     strengthen(layer)
-    place = layer._kernel_on("a").data_ptr()
+    place, number = layer._kernel_on("a").data_ptr(), layer._strengths["a"]._factor.data_ptr()
     for strength in (0.5, 1.0):
         layer.set_scale("a", strength)
+        assert layer._strengths["a"]._factor.data_ptr() == number
         with torch.inference_mode():
             kernel = layer._kernel_on("a")
         assert kernel.data_ptr() == place
@@ -353,6 +358,19 @@ def test_calls_without_gradients_have_kernels_in_one_place() -> None:
         assert torch.equal(kernel, strength * layer.c3a_kernel["a"])
     layer.c3a_kernel["a"].data.mul_(2)  # of which nobody hears
     assert torch.equal(layer._kernel_on("a"), layer.c3a_kernel["a"])
+
+
+@torch.no_grad()
+def test_memory_that_a_captured_graph_writes_into_outlives_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make()
+    strengthen(layer)
+    places = {name: layer._kernel_on(name).data_ptr() for name in STRENGTHS}
+    monkeypatch.setattr("c3a_triton.adapters.strength._of_graphs", kept := [])
+    monkeypatch.setattr(spectra, "captures", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    layer._kernel_on("a")
+    layer.delete_adapter("a")
+    assert [product.data_ptr() for product in kept] == [places["a"]]
 
 
 @torch.no_grad()
@@ -370,6 +388,7 @@ def test_what_is_kept_of_frozen_kernels_follows(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch, "mul", counted)
     assert torch.equal(layer(x), before)
     assert not products
+    assert all(layer._kernel_on(name) in spectra._frozen for name in STRENGTHS)
     for change in (
         lambda: layer.set_scale("a", 2.0),
         lambda: layer.c3a_kernel["a"].add_(1.0),

@@ -90,7 +90,7 @@ class _Strength:
     def fit(self, kernel: Tensor) -> None:
         """Have the tensor where a kernel is, in the dtype in which that computes."""
         dtype = torch.promote_types(kernel.dtype, torch.float32)
-        if not kernel.is_meta and (self._factor.device, self._factor.dtype) != (kernel.device, dtype):
+        if (self._factor.device, self._factor.dtype) != (kernel.device, dtype):
             with torch.inference_mode(False):
                 self._factor = torch.tensor(self.value, dtype=dtype, device=kernel.device)
 
