@@ -423,13 +423,18 @@ def test_a_request_keeps_the_values_that_it_came_with(own_llama, tmp_path):
         # Blocks of the former values are not found, those of the present ones are.
         with matches(manager) as found:
             assert served(manager, prompt, "a") == before[:N_NEW]
+            model.c3a.set_scale("a", -1.0)
+            weak = served(manager, prompt, "a")
+            model.c3a.set_scale("a", 1.0)
             enlarge(model, "a", seed=7)
             assert served(manager, prompt, "a") == after[:N_NEW]
             # The file's values again, but in tensors that nobody has seen.
             model.c3a.delete_adapter("a")
             model.c3a.load_adapter(tmp_path / "a", "a")
             assert served(manager, prompt, "a") == before[:N_NEW]
-    assert found == [16, 0, 0]
+        model.c3a.set_scale("a", -1.0)
+        assert weak == alone(model, prompt, "a") != before[:N_NEW]
+    assert found == [16, 0, 0, 0]
 
 
 def test_adapters_come_and_go_while_requests_run(own_llama):

@@ -292,7 +292,9 @@ class TokenSlots:
         held = {id(parameter) for parameter in own}
         base = [parameter for parameter in self.adapters.model.parameters() if id(parameter) not in held]
         mine = [layer.c3a_kernel[name] for layer, _ in kernels]
-        places = tuple(kernel.data_ptr() for kernel in mine)
+        places = tuple(
+            (kernel.data_ptr(), layer.scaling[name]) for kernel, (layer, _) in zip(mine, kernels, strict=True)
+        )
         return places, *map(_version, [*mine, *base])
 
     def _new(self, kernels: Sequence[tuple[Any, Tensor]]) -> Slot:
