@@ -279,12 +279,16 @@ class TokenSlots:
                     f"adapter {name!r} cannot be a request's own: {layer._label} {problem}. Activate it for all "
                     "requests (set_adapter, and model.generate_batch), or train it without this layer"
                 )
-        for module_name, module in self.adapters._saved_modules():
-            if name in module.modules_to_save:
-                raise ConfigError(
-                    f"adapter {name!r} cannot be a request's own: it has a copy of {module_name} (modules_to_save), "
-                    "which all tokens share. Activate it for all requests (set_adapter, and model.generate_batch)"
-                )
+        what = [
+            f"a copy of {n} (modules_to_save)" for n, m in self.adapters._saved_modules() if name in m.modules_to_save
+        ]
+        if getattr(self.adapters.adapters.get(name), "trainable_token_indices", None):
+            what.append("rows of its own for tokens (trainable_token_indices)")
+        if what:
+            raise ConfigError(
+                f"adapter {name!r} cannot be a request's own: it has {what[0]}, and those of one adapter compute for "
+                "all requests. Activate it for all of them (set_adapter, and model.generate_batch)"
+            )
 
     def _state(self, name: str, kernels: Sequence[tuple[Any, Tensor]]) -> tuple[Any, ...]:
         """What is another one as soon as the adapter, or a parameter of the base model, has other values."""
