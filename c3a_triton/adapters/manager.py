@@ -33,10 +33,10 @@ from .beside import (
 from .combine import combination, combined
 from .file_targets import check_file_values, find_file_targets, same_tensors, with_names_of
 from .injection import Addition, new_copy, new_layer, put, replace_module
-from .merge_verbs import Merging
 from .ownership import check_owner
 from .parameters import check_adapter_name
 from .report import count_parameters, summary_table
+from .serving import Serving
 from .spread import check_spread
 from .targets import Target, find_modules_to_save, find_targets, with_task_heads
 
@@ -44,7 +44,7 @@ __all__ = ["AdapterManager"]
 
 
 @public
-class AdapterManager(Merging):
+class AdapterManager(Serving):
     """The C3A adapters of a model, with PEFT's verbs. `c3a_triton.apply` makes it and binds it to the model as `c3a`.
 
     It is no module and holds no tensors of its own: the model's `state_dict` does not know it, and copies and pickles
