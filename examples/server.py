@@ -64,6 +64,7 @@ STATUS = {
     TypeError: 400,
     ValueError: 400,
     CBWorkerDeadError: 503,
+    Exception: 500,
 }
 KINDS = {400: "BadRequestError", 404: "NotFoundError", 409: "ConflictError"}
 
@@ -170,6 +171,7 @@ class Generation(BaseGenerateManager):
         if config.max_new_tokens < 1:
             raise ValueError(f"max_tokens is {config.max_new_tokens}, and must be at least 1")
         config.max_new_tokens = min(config.max_new_tokens, room)  # the handler's finish_reason goes by it
+        own_sampling = sampling(config, self.served.model.config.get_text_config().vocab_size)
         batching.register_result_handler(request_id, deliver)
         added = batching.add_request(
             tokens,
@@ -178,7 +180,7 @@ class Generation(BaseGenerateManager):
             max_new_tokens=config.max_new_tokens,
             eos_token_id=config.eos_token_id,
             streaming=streaming,
-            **sampling(config, self.served.model.config.get_text_config().vocab_size),
+            **own_sampling,
         )
         if added is None:
             raise CBWorkerDeadError(f"nothing is computed any more: {batching.background_thread_status.fatal_error}")

@@ -44,14 +44,15 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     """A token for each letter, so that text tells tokens."""
     vocabulary = {"<pad>": 0} | {letter: i for i, letter in enumerate(LETTERS, 1)}
     letters = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="?"))
-    letters.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    letters.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
     letters.decoder = tokenizers.decoders.Fuse()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="<pad>", chat_template=TEMPLATE)
 
 
 def base() -> nn.Module:
-    model = llama(vocab_size=len(LETTERS) + 1, max_position_embeddings=LONGEST, eos_token_id=None, bos_token_id=None)
-    return model.eval()
+    """Weights of a size with which every letter of a prompt makes a difference."""
+    sizes = {"vocab_size": len(LETTERS) + 1, "max_position_embeddings": LONGEST, "initializer_range": 0.3}
+    return llama(**sizes, eos_token_id=None, bos_token_id=None).eval()
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +64,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     tokenizer().save_pretrained(root / "base")
     found = {"base": root / "base"}
     for i, name in enumerate([*NAMES, "changed"]):
+        adapted = c3a_triton.apply(base(), C3AConfig(block_size=(4, 6)[i % 2], target_modules="all-linear"))
         torch.manual_seed(i + 1)
-        config = C3AConfig(block_size=4 if name == "changed" else (4, 6)[i % 2], target_modules="all-linear")
-        adapted = c3a_triton.apply(base(), config)
         for _, layer in adapted.c3a.layers():
-            nn.init.normal_(layer.c3a_kernel["default"], std=6.0)
+            nn.init.normal_(layer.c3a_kernel["default"], std=3.0)
         adapted.c3a.save_pretrained(root / name)
         found[name] = root / name
     return found
