@@ -77,8 +77,9 @@ class AdapterManager(Serving):
     def _check_unused(self, name: str) -> None:
         if name in self._scope.names_in_use():
             raise AdapterStateError(
-                f"rows are computed with the adapter {name!r} (using() or adapter_names=), in this thread or another: "
-                "they would get the base model alone. Leave the context first"
+                f"rows are computed with the adapter {name!r} (using() or adapter_names=), in this thread or another, "
+                "or requests of continuous batching: they would get the base model alone. Leave the context, or let the "
+                "requests end, first"
             )
 
     # Adding and loading
@@ -235,9 +236,12 @@ class AdapterManager(Serving):
             present |= {name: p for name, p in embeddings.items() if base_name(name) in held}
             pairs = same_tensors(present, file)
             shared |= {"adapter name": adapter_name, "tensors": file.tensors}
-        for old, new in pairs:
-            with changed([old], "hotswap_adapter"):
-                put_values(old.detach(), new)
+        with self._scope.lock:
+            if held or self._configs[adapter_name].bias != "none":
+                self._check_idle("these values would replace embeddings or biases of the base model")
+            for old, new in pairs:
+                with changed([old], "hotswap_adapter"):
+                    put_values(old.detach(), new)
         self._embeddings[adapter_name] = held
 
     def _build(
@@ -264,6 +268,12 @@ class AdapterManager(Serving):
 
     def _put(self, new: Addition) -> None:
         """Put what was built into the model."""
+        with self._scope.lock:
+            if new.replaced:
+                self._check_idle("the adapter's file would replace embeddings or biases of the base model")
+            self._put_unlocked(new)
+
+    def _put_unlocked(self, new: Addition) -> None:
         adapter_name, is_first = new.adapter_name, not self._configs
         broadcast(over := shared_over(self.model), new.tensors())
         if is_first:
@@ -315,9 +325,10 @@ class AdapterManager(Serving):
                     f"the active adapter {adapter_name!r} is deleted; {active[0]!r} is active now", stacklevel=2
                 )
             self._activate(active, inference_mode)
-        for part in self._parts():
-            part.delete_adapter(adapter_name)
-        del self._configs[adapter_name], self._chosen_by[adapter_name]
+        with self._scope.lock:
+            for part in self._parts():
+                part.delete_adapter(adapter_name)
+            del self._configs[adapter_name], self._chosen_by[adapter_name]
         self._embeddings.pop(adapter_name, None)
 
     def rename_adapter(self, old: str, new: str) -> None:
@@ -333,9 +344,10 @@ class AdapterManager(Serving):
             self._known(old)
             self._check_unused(old)
             self._check_free(new)
-        for part in self._parts():
-            part.rename_adapter(old, new)
-        self._configs = {new if name == old else name: config for name, config in self._configs.items()}
+        with self._scope.lock:
+            for part in self._parts():
+                part.rename_adapter(old, new)
+            self._configs = {new if name == old else name: config for name, config in self._configs.items()}
         self._chosen_by = {new if name == old else name: keys for name, keys in self._chosen_by.items()}
         self._active = [new if name == old else name for name in self._active]
         self._embeddings = {new if name == old else name: held for name, held in self._embeddings.items()}

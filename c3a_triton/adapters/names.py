@@ -153,6 +153,7 @@ class Scope:
         is_hidden: whether one is, or has ended but holds in a copy that a thread or task has made of it.
         layouts: layer name → what is wrong with dividing its input among the rows of the batch; None if nothing is.
         trials: form of a call → what trials with fewer rows have told (`row_names`).
+        token_layouts: what a trial with few tokens has told (`token_layouts`); None before it.
         why_unknown: why a probe has told nothing, as a part of a message.
     """
 
@@ -164,6 +165,7 @@ class Scope:
         self.is_open = self.is_hidden = False
         self.layouts: dict[str, str | None] = {}
         self.trials: dict[Any, Any] = {}
+        self.token_layouts: Mapping[str, str] | None = None
         self.why_unknown = ""
         self.local = _Local()
         self.key = next(_KEYS)
@@ -238,11 +240,15 @@ class Scope:
 
     def names_in_use(self) -> set[str]:
         """The adapters that some thread or task computes with by name, and those of requests that have not ended."""
-        served = {name for server in list(self.servers) for name in server.names_in_use()}
+        served = self.names_served()
         with _LOCK:
             past = {id(entry.call) for entry, _ in self._past}
             calls = [call for ref in self._calls if (call := ref()) is not None and id(call) not in past]
         return served | {name for call in calls for name in call.names or ()}
+
+    def names_served(self) -> set[str]:
+        """The adapters of requests that have not ended, `BASE_ROW` among them."""
+        return {name for server in list(self.servers) for name in server.names_in_use()}
 
     def note_silence(self) -> None:
         """Note that a call for which nothing was said begins or ends here, with a graph."""

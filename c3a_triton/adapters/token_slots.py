@@ -23,6 +23,7 @@ from c3a_triton.operator.routed import c3a_routed
 from c3a_triton.operator.routes import Routes
 
 from .names import BASE_ROW
+from .token_layouts import KEPT, OTHER
 
 __all__ = ["Lease", "PackedRow", "Slot", "TokenSlots"]
 
@@ -30,7 +31,7 @@ Stacks = Mapping[str, Mapping[int, Tensor]]
 """Layer name → block size → [capacity, m, n, b]: the kernel of each slot, zeros where it has none."""
 
 # What can be computed with a slot for each token.
-_KINDS = ("linear", "embedding")
+_KINDS = ("linear", "embedding", "experts")
 _LEAST_SLOTS = 4
 _SERIALS = itertools.count()
 
@@ -76,27 +77,29 @@ class Lease:
 class PackedRow:
     """What layers compute a packed row with, in the thread whose `Call.tokens` it is.
 
+    Args:
+        layouts: of `token_layouts`.
+
     Attributes:
         stacks: of the slots.
         n_slots: their number.
-        head: the name of the output layer, which may be given some of the tokens alone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layouts: Mapping[str, str]) -> None:
+        self._layouts = layouts
         self.stacks: Stacks = {}
         self.n_slots = 0
-        self.head = ""
 
     def begin(self, slots: Tensor, kept: Tensor | None) -> None:
         """Take what the next call of the model is to compute with. Nothing of it is read on the host.
 
         Args:
             slots: [T] integers on the model's device, the slot of each token; −1: the base model alone.
-            kept: which of the tokens the output layer is given, as indices; None: all.
+            kept: the tokens of which logits are kept, as indices; None: all.
         """
         self._slots = slots
-        self._of_head = slots if kept is None else slots.index_select(0, kept)
-        self._routes: dict[bool, Routes] = {}
+        self._kept = slots if kept is None else slots.index_select(0, kept)
+        self._routes: dict[str, Routes] = {}
 
     def update(self, layer: Any, x: Tensor) -> Tensor | None:
         """What the slots of x's tokens add to the base layer's output, [..., out]; None if no slot has any there.
@@ -104,25 +107,61 @@ class PackedRow:
         Raises:
             ShapeError: x is not the packed row.
         """
-        stacks = list(self.stacks.get(layer.layer_name, {}).values())
+        stacks = self._stacks_of(layer)
         if not stacks:
             return None
-        is_head = layer.layer_name == self.head
-        slots = self._of_head if is_head else self._slots
+        layout = self._layouts.get(layer.layer_name, OTHER)
+        slots = self._kept if layout == KEPT else self._slots
         tokens = x.shape if layer.kind == "embedding" else x.shape[:-1]
-        if tokens.numel() != slots.shape[0] or tokens[-1] != slots.shape[0]:
-            raise ShapeError(
-                f"{layer._label}: {slots.shape[0]} tokens have adapters of their own, and this layer's input has the "
-                f"shape {tuple(x.shape)}, which is not that of their packed row: adapt the model without this layer "
-                "(exclude_modules)"
-            )
+        if layout == OTHER or tokens.numel() != slots.shape[0] or tokens[-1] != slots.shape[0]:
+            raise _not_packed(layer, x.shape, slots.shape[0])
         if layer.kind == "embedding":
-            return sum(_looked_up(layer, x, stack, slots) for stack in stacks)
-        if is_head not in self._routes:
-            self._routes[is_head] = routing.make(slots[:, None], self.n_slots, partial=True)
-        routes = self._routes[is_head]
-        rows = c3a_routed(x.flatten(0, -2), None, None, stacks, routes, gather=True, backend=layer.backend)
-        return rows.index_select(0, routes.inverse).view(*tokens, -1)
+            return torch.stack([_looked_up(layer, x, stack, slots) for stack in stacks]).sum(0)
+        if layout not in self._routes:
+            self._routes[layout] = routing.make(slots[:, None], self.n_slots, partial=True)
+        rows = _of_slots(layer, x.flatten(0, -2), stacks, self._routes[layout])
+        return rows.view(*tokens, -1)
+
+    def update_experts(self, part: Any, x: Tensor, routes: Routes) -> Tensor | None:
+        """What the slots of tokens add to a projection of their experts, [n_rows, out]; None if no slot has any there.
+
+        Args:
+            part: the projection's adapters.
+            x: [n_rows, in], sorted by expert.
+            routes: the experts of the packed row's tokens.
+
+        Raises:
+            ShapeError: these are not its tokens.
+        """
+        stacks = self._stacks_of(part)
+        if not stacks:
+            return None
+        if routes.order.shape[0] != self._slots.shape[0] * routes.top_k:
+            raise _not_packed(part, x.shape, self._slots.shape[0])
+        slots, n_experts = self._slots.index_select(0, routes.source), stacks[0].shape[1]
+        # A slot has a group for each expert.
+        groups = (slots * n_experts + routes.groups).masked_fill((slots < 0) | ~routes.valid(), -1)
+        own = routing.make(groups[:, None], self.n_slots * n_experts, partial=True)
+        return _of_slots(part, x, [stack.flatten(0, 1) for stack in stacks], own)
+
+    def has(self, layer: Any) -> bool:
+        """Whether any slot has a kernel in a layer."""
+        return layer.layer_name in self.stacks
+
+    def _stacks_of(self, layer: Any) -> list[Tensor]:
+        return list(self.stacks.get(layer.layer_name, {}).values())
+
+
+def _not_packed(layer: Any, shape: torch.Size, n_tokens: int) -> ShapeError:
+    return ShapeError(
+        f"{layer._label}: {n_tokens} tokens have adapters of their own, and this layer's input has the shape "
+        f"{tuple(shape)}, which is not that of their packed row: adapt the model without this layer (exclude_modules)"
+    )
+
+
+def _of_slots(layer: Any, x: Tensor, stacks: Sequence[Tensor], routes: Routes) -> Tensor:
+    rows = c3a_routed(x, None, None, stacks, routes, gather=True, backend=layer.backend)
+    return rows.index_select(0, routes.inverse)
 
 
 def _looked_up(layer: Any, x: Tensor, stack: Tensor, slots: Tensor) -> Tensor:
@@ -137,7 +176,7 @@ class TokenSlots:
     """The slots of one server of a model, as many as its requests need.
 
     Args:
-        adapters: the model's manager.
+        adapters: the model's manager, whose scope has `token_layouts`.
         device: where packed rows are.
         server: asked by `Scope.names_in_use`, held weakly.
 
@@ -147,6 +186,7 @@ class TokenSlots:
 
     def __init__(self, adapters: Any, device: torch.device, server: Any) -> None:
         self.adapters, self.device = adapters, device
+        self.layouts: Mapping[str, str] = adapters._scope.token_layouts
         self.stacks: Stacks = {}
         self.n_slots = 0
         self._slots: dict[Any, Slot] = {}  # the least recently used first
@@ -158,7 +198,9 @@ class TokenSlots:
                         "model into one process"
                     )
             # What captured graphs read is there before they are captured.
-            kernels = [found for name in adapters.adapters for found in self._kernels(name) if self._fits(found[0])]
+            kernels = [
+                found for name in adapters.adapters for found in self._kernels(name) if not self._problem(found[0])
+            ]
             self._reserve(kernels, max(_LEAST_SLOTS, 1 << len(adapters.adapters).bit_length()))
         adapters._scope.servers.add(server)
 
@@ -215,28 +257,29 @@ class TokenSlots:
             if name in layer.c3a_kernel
         ]
 
-    @staticmethod
-    def _fits(layer: Any) -> bool:
-        return layer.kind in _KINDS and not layer.is_part
+    def _problem(self, layer: Any) -> str:
+        """Why tokens cannot have adapters of their own in a layer, as what follows its name; "" where they can."""
+        place = layer.layer_name.rpartition(".")[0] if layer.is_part else layer.layer_name
+        if layer.kind not in _KINDS:
+            return f"is of kind {layer.kind}, which is computed with one adapter for all tokens"
+        if self.layouts.get(place) == OTHER:
+            return "is given something else than the tokens in their order"
+        if layer.backend not in ("auto", *ROUTED):
+            return f"has the backend {layer.backend!r}, and only 'auto' and {sorted(ROUTED)} take rows of many adapters"
+        return ""
 
     def _check(self, name: str, kernels: Sequence[tuple[Any, Tensor]]) -> None:
         for layer, _ in kernels:
-            if not self._fits(layer):
+            if problem := self._problem(layer):
                 raise ConfigError(
-                    f"adapter {name!r}: {layer._label} is of kind {layer.kind}, in which tokens have no adapters of "
-                    "their own yet: activate the adapter for all requests (model.generate_batch), or train it without "
-                    "this layer"
-                )
-            if layer.backend not in ("auto", *ROUTED):
-                raise ConfigError(
-                    f"adapter {name!r}: {layer._label} has the backend {layer.backend!r}, which computes no rows with "
-                    f"adapters of their own: choose 'auto' or one of {sorted(ROUTED)}"
+                    f"adapter {name!r} cannot be a request's own: {layer._label} {problem}. Activate it for all "
+                    "requests (set_adapter, and model.generate_batch), or train it without this layer"
                 )
         for module_name, module in self.adapters._saved_modules():
             if name in module.modules_to_save:
                 raise ConfigError(
-                    f"adapter {name!r} has a copy of {module_name} (modules_to_save), which tokens cannot choose: "
-                    "activate the adapter for all requests (model.generate_batch)"
+                    f"adapter {name!r} cannot be a request's own: it has a copy of {module_name} (modules_to_save), "
+                    "which all tokens share. Activate it for all requests (set_adapter, and model.generate_batch)"
                 )
 
     def _state(self, name: str, kernels: Sequence[tuple[Any, Tensor]]) -> tuple[Any, ...]:

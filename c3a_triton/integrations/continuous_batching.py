@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from c3a_triton.adapters.base_model import output_embeddings_of
+from c3a_triton.adapters.token_layouts import token_layouts
 from c3a_triton.adapters.token_slots import Lease, PackedRow, TokenSlots
 from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, ConfigError
 
@@ -135,6 +135,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     """
 
     _slots: TokenSlots
+    _row: PackedRow
 
     @classmethod
     def of(cls, manager: ContinuousBatchingManager, adapters: Any) -> "AdapterBatchingManager":
@@ -143,17 +144,18 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         Raises:
             AdapterStateError: it is transformers' own and has begun; or processes share the model.
         """
-        if isinstance(manager, cls):
+        is_kept = manager is getattr(manager.model, "_cached_continuous_batching_manager", None)
+        if isinstance(manager, cls) and manager._slots.adapters is adapters:
             return manager
-        if manager.batch_processor is not None:
+        if is_kept:
             raise AdapterStateError(
-                "the model keeps a persistent manager that knows of no adapters: call "
+                "the model keeps a persistent manager that was made without these adapters: call "
                 "model.destroy_cached_continuous_batching_manager() first"
             )
         manager.__class__ = cls
         assert isinstance(manager, cls)
-        manager._row = PackedRow()
         manager._slots = TokenSlots(adapters, manager.model.device, manager)
+        manager._row = PackedRow(manager._slots.layouts)
         manager.logit_processor = _WithSlots(manager.logit_processor)
         return manager
 
@@ -255,15 +257,17 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     @contextmanager
     def _computing(self) -> Iterator[Any]:
         """Within it layers compute with the slots of the packed row, which the yielded model tells them."""
-        assert self.batch_processor is not None
         row, slots = self._row, self._slots
+        if getattr(self.model, "c3a", slots.adapters) is not slots.adapters:
+            raise AdapterStateError(
+                "the model has been unloaded and adapted again since this manager of continuous batching was made: "
+                "make a new one"
+            )
         with slots.adapters._scope.lock:
             stacks, n_slots = slots.stacks, slots.n_slots
         if stacks is not row.stacks:
             _forget_graphs(self.batch_processor.inputs_and_outputs)
             row.stacks, row.n_slots = stacks, n_slots
-        head = output_embeddings_of(self.model)
-        row.head = getattr(head, "layer_name", "")
         with slots.adapters._scope.bound(is_open=False, tokens=row):
             yield _Model(self.model, row)
 
@@ -316,7 +320,8 @@ class EntryPoints(ContinuousMixin):
         adapters: the model's manager of adapters.
 
     Raises:
-        ConfigError: a model that transformers does not generate with.
+        ConfigError: a model that transformers does not generate with, or (`init_continuous_batching`) whose layers'
+            inputs cannot be told.
     """
 
     def __init__(self, adapters: Any) -> None:
@@ -330,8 +335,22 @@ class EntryPoints(ContinuousMixin):
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> AdapterBatchingManager:
         """As transformers' own."""
+        if self._adapters._scope.token_layouts is None:
+            self._try_out()
         manager = self._adapters.model.init_continuous_batching(*args, **kwargs)
         return AdapterBatchingManager.of(manager, self._adapters)
+
+    def _try_out(self) -> None:
+        """Learn what layers see, by calls outside of continuous batching, which one implementation is for alone."""
+        model, scope = self._adapters.model.eval(), self._adapters._scope
+        is_paged = model.config._attn_implementation == "paged|eager"
+        if is_paged:
+            model.set_attn_implementation("eager")
+        try:
+            scope.token_layouts = token_layouts(model, scope)
+        finally:
+            if is_paged:
+                model.set_attn_implementation("paged|eager")
 
     def generate(self, inputs: Any, adapter_names: Sequence[str | None] | None, **kwargs: Any) -> Any:
         """transformers' `generate_batch`, with an adapter for each prompt."""
