@@ -54,9 +54,8 @@ IGNORED = {"user", "metadata", "store", "service_tier", "stream_options", "paral
 NEUTRAL = {"n": 1, "best_of": 1, "tool_choice": "auto", "response_format": {"type": "text"}}
 # transformers' handlers take these, and nothing of them would reach the batch.
 WITHOUT_EFFECT = {"stop", "seed", "frequency_penalty", "logit_bias", "generation_config"}
-# What an error means for its request; HTTPException says it itself.
+# What other errors than HTTPException, which says it itself, mean for their request.
 STATUS = {
-    HTTPException: None,
     AdapterNotFoundError: 404,
     AdapterStateError: 409,
     C3AError: 400,
@@ -214,7 +213,7 @@ class OfAdapters(BaseHandler):
             raise ValueError(f"this server does not know what to do with {', '.join(found)}")
 
     def _resolve_model(self, body: dict[str, Any]) -> tuple[str, Any, Any]:
-        served, name = self.generation_state, body.get("model")
+        served, name = self.generation_state, body.get("model", "")
         if name not in served.cards:
             raise HTTPException(404, f"the model {name!r} does not exist, but these do: {', '.join(served.cards)}")
         return name, served.model, served.tokenizer
@@ -292,7 +291,7 @@ def application(models: ModelManager, served: Served) -> FastAPI:
     async def health() -> Response:
         return Response(status_code=200 if served.batching.is_running() else 503)
 
-    for kind in STATUS:
+    for kind in (HTTPException, *STATUS):
         app.add_exception_handler(kind, failed)
     return app
 
@@ -327,8 +326,10 @@ async def events(parts: AsyncIterator[str]) -> AsyncIterator[str]:
 
 async def failed(_: Request, error: Exception) -> JSONResponse:
     """An error as the answer."""
-    status = next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS) or error.status_code
-    return JSONResponse(error_of(getattr(error, "detail", str(error)), status), status)
+    if isinstance(error, HTTPException):
+        return JSONResponse(error_of(error.detail, error.status_code), error.status_code)
+    status = next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+    return JSONResponse(error_of(str(error), status), status)
 
 
 def error_of(message: str, status: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import corpus
 import torch
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         text = corpus.split(corpus.standard_library())
         job = prepare(Path(base), text, size.steps, size, device, progress, lr_scale=1.0)
         config = c3a_triton.C3AConfig(block_size=args.block_size, target_modules="all-linear")
-        model = c3a_triton.apply(load_model(Path(base), device), config)
+        model: Any = c3a_triton.apply(load_model(Path(base), device), config)
         run = job.train("C3A", model, C3A_LEARNING_RATE)
 
     layers = [layer for _, layer in model.c3a.layers()]

@@ -15,22 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from scripts import EXAMPLES
-from torch import nn
-
-for _package in ("transformers", "fastapi", "uvicorn", "openai", "httpx"):
-    pytest.importorskip(_package)
-
-import httpx
-import openai
 import tokenizers
+import torch
 import transformers
-import uvicorn
+from scripts import EXAMPLES
 from tiny_models import llama
+from torch import nn
 
 import c3a_triton
 from c3a_triton import C3AConfig
+
+httpx = pytest.importorskip("httpx")
+openai = pytest.importorskip("openai")
+uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("fastapi")
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,?!"
 NAMES = [f"customer{i}" for i in range(8)]
@@ -430,10 +428,8 @@ def test_as_a_command(folders: dict[str, Path], alone: Callable[[str, str], str]
     failed = subprocess.run([*command, f"x={tmp_path}"], capture_output=True, text=True, timeout=120, check=False)
     assert failed.returncode != 0
     assert str(tmp_path) in failed.stderr
-    process = subprocess.Popen(
-        [*command, f"mine={folders['customer5']}", "--port", str(port), "--device", "cpu"]
-        + ["--cb-num-blocks", "8", "--cb-max-batch-tokens", "64"]
-    )
+    bounds = ["--device", "cpu", "--cb-num-blocks", "8", "--cb-max-batch-tokens", "64"]
+    process = subprocess.Popen([*command, f"mine={folders['customer5']}", "--port", str(port), *bounds])
     try:
         until(lambda: answers(port), 120)
         body = request("mine", "who is there?")
