@@ -92,9 +92,7 @@ class Served(GenerationState):
         with self.model.c3a.continuous_batching_context_manager(
             generation_config=sampling, continuous_batching_config=self.config
         ) as self.batching:
-            capacity = (
-                self.batching.batch_processor.cache.num_blocks * self.batching.continuous_batching_config.page_size
-            )
+            capacity = self.batching.batch_processor.cache.num_blocks * self.config.page_size
             self.longest = min(capacity, self.model.config.get_text_config().max_position_embeddings)
             yield
 
@@ -140,11 +138,14 @@ class Generation(BaseGenerateManager):
         )
 
         def deliver(output: Any) -> None:
-            streamer.put(output)
-            if output.error is not None:
-                queue.put_nowait(_StreamError(output.error))
-            elif output.is_finished():
-                streamer.end()
+            try:  # outputs of other requests are delivered behind this one
+                streamer.put(output)
+                if output.error is not None:
+                    queue.put_nowait(_StreamError(output.error))
+                elif output.is_finished():
+                    streamer.end()
+            except Exception as error:
+                queue.put_nowait(_StreamError(str(error)))
 
         self._add(inputs["input_ids"], gen_config, request_id, deliver, streaming=True)
         return queue, streamer
@@ -153,9 +154,9 @@ class Generation(BaseGenerateManager):
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
     ) -> tuple[str, int, list[int]]:
         """The text, the number of the prompt's tokens, and the new tokens."""
-        ended = asyncio.get_running_loop().create_future()
-        self._add(inputs["input_ids"], gen_config, request_id, ended.set_result)
-        output = await ended
+        outputs: asyncio.Queue = asyncio.Queue()
+        self._add(inputs["input_ids"], gen_config, request_id, outputs.put_nowait)
+        output = await outputs.get()
         if output.error is not None:
             raise HTTPException(500, output.error)
         text = processor.decode(output.generated_tokens, skip_special_tokens=True)
@@ -220,7 +221,7 @@ class OfAdapters(BaseHandler):
 
     def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> GenerationConfig:
         config = super()._build_generation_config(body, *args, **kwargs)
-        if body.get("temperature") is not None:
+        if any(body.get(field) is not None for field in ("temperature", "top_p")):
             config.do_sample = config.temperature != 0
         return config
 
@@ -315,12 +316,13 @@ async def answer(handler: OfAdapters, served: Served, request: Request, body: di
 
 
 async def events(parts: AsyncIterator[str]) -> AsyncIterator[str]:
-    """What a handler streams, its errors in OpenAI's form, and OpenAI's end."""
+    """What a handler streams, its error in OpenAI's form, and OpenAI's end."""
     async for part in parts:
-        before, found, message = part.partition('data: {"error": "')
+        before, found, error = part.partition('data: {"error": "')
         yield before
-        if found:
-            yield f"data: {json.dumps(error_of(message.removesuffix(chr(34) + '}' + chr(10) * 2), 500))}\n\n"
+        if found:  # it comes last, and whatever it says stands there as it is
+            message = error.removesuffix('"}\n\n')
+            yield f"data: {json.dumps(error_of(message, 500))}\n\n"
     yield "data: [DONE]\n\n"
 
 
@@ -369,8 +371,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_blocks=args.cb_num_blocks, max_batch_tokens=args.cb_max_batch_tokens, per_request_processors=True
     )
     served = Served(models, batches)
-    for name, folder in args.adapter:
-        served.load(name, folder)
+    try:
+        for name, folder in args.adapter:
+            served.load(name, folder)
+    except C3AError as error:
+        parser.error(f"--adapter {name}={folder}: {error}")
     uvicorn.run(application(models, served), host=args.host, port=args.port)
 
 
