@@ -41,9 +41,7 @@ def run(heading: str, kind: str, **names: Any) -> dict[str, Any]:
     """A recipe's names after it has run, as it stands on the page or with LoRA in C3A's place."""
     code = pages.recipe(heading)
     if kind == "LoRA":
-        code, c3as = re.subn(
-            r"C3AConfig\(\s*block_size=\d+,(.*?)(?:, init_weights=True)?(,.*?)?\)", r"LoraConfig(r=8,\1\2)", code
-        )
+        code, c3as = re.subn(r"C3AConfig\(\s*block_size=\d+", "LoraConfig(r=8", code.replace(", init_weights=True", ""))
         code, rates = re.subn(r"learning_rate=[^,]+", "learning_rate=5e-3", code)
         assert (c3as, rates) == (1, 1)
     exec(compile(code, f"{pages.PAGE.name}: {heading}", "exec"), names)
@@ -60,31 +58,32 @@ def loaded(folder: str, kind: str) -> Any:
     return model
 
 
+def policy(trainer: Any) -> Any:
+    """What was trained, without the autocast that the trainer has put around its forward."""
+    return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
+
+
 def check_files(folder: str, kind: str, trained: Any) -> None:
     """PEFT, and for C3A this library, load what was saved, and compute what was trained."""
     ids = pages.token_batch(2)
-    trained = trained.float().eval()
     with torch.no_grad():
         expected = trained(ids).logits
         base = AutoModelForCausalLM.from_pretrained("path/to/model").eval()
         assert (base(ids).logits - expected).abs().max() > 1e-3
-        torch.testing.assert_close(loaded(folder, kind)(ids).logits, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(loaded(folder, kind)(ids).logits, expected, atol=1e-5, rtol=1e-5)
         if kind == "C3A":
             assert sum(isinstance(module, C3ALinear) for module in trained.modules()) == 4
             ours = c3a_triton.load_adapter(base, folder).eval()
-            torch.testing.assert_close(ours(ids).logits, expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(ours(ids).logits, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sft(kind: str) -> None:
     pages.write_lines("text.jsonl", [{"text": piece} for piece in pages.pieces(64)])
-    trainer = run("SFT (TRL)", kind)["trainer"]
+    model = policy(run("SFT (TRL)", kind)["trainer"])
     ids = pages.token_batch(16)
-    assert (
-        pages.loss(trainer.model.float(), ids)
-        < pages.loss(AutoModelForCausalLM.from_pretrained("path/to/model"), ids) - 0.05
-    )
-    check_files("sft", kind, trainer.model)
+    assert pages.loss(model, ids) < pages.loss(AutoModelForCausalLM.from_pretrained("path/to/model"), ids) - 0.05
+    check_files("sft", kind, model)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -93,32 +92,20 @@ def test_dpo(kind: str) -> None:
     pairs = [{"prompt": text[:32], "chosen": text[32:64], "rejected": text[64:][::-1]} for text in texts]
     pages.write_lines("pairs.jsonl", pairs)
     trainer = run("DPO (TRL)", kind)["trainer"]
-    logs = [log for log in trainer.state.log_history if "rewards/margins" in log]
+    logs = [log for log in trainer.state.log_history if "loss" in log]
     assert logs[-1]["rewards/margins"] > logs[0]["rewards/margins"] + 0.01
     assert logs[-1]["loss"] < logs[0]["loss"]
-    check_files("dpo", kind, trainer.model)
+    check_files("dpo", kind, policy(trainer))
 
 
 @pytest.mark.parametrize(("init_weights", "begins_at_reference"), [("True", True), ("'gaussian'", False)])
-def test_why_the_recipes_for_an_implicit_reference_begin_with_zeros(
-    init_weights: str, begins_at_reference: bool
-) -> None:
-    from trl import DPOTrainer
-
+def test_why_an_implicit_reference_asks_for_zeros(init_weights: str, begins_at_reference: bool) -> None:
     pages.write_lines("pairs.jsonl", [{"prompt": "while", "chosen": " the", "rejected": " eht"}] * 8)
-    first: list[float] = []
-
-    class Watched(DPOTrainer):
-        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-            first.append(abs(logs.get("rewards/margins", 0.0)))
-            super().log(logs, *args, **kwargs)
-
     code = pages.recipe("DPO (TRL)").replace("init_weights=True", f"init_weights={init_weights}")
-    code = code.replace("DPOTrainer(", "Watched(").replace(
-        "num_train_epochs=3", "max_steps=1, logging_steps=1, bf16=False"
-    )
-    exec(code, {"Watched": Watched})
-    assert (first[0] == 0) == begins_at_reference
+    code = code.replace("num_train_epochs=3", "max_steps=1, logging_steps=1, bf16=False")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert (names["trainer"].state.log_history[0]["rewards/margins"] == 0) == begins_at_reference
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -128,7 +115,7 @@ def test_grpo(kind: str) -> None:
     logs = [log for log in trainer.state.log_history if "reward" in log]
     assert logs[-1]["reward"] > logs[0]["reward"]
     assert logs[0]["kl"] < logs[-1]["kl"]
-    check_files("grpo", kind, trainer.model)
+    check_files("grpo", kind, policy(trainer))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -138,21 +125,25 @@ def test_sentence_transformers(kind: str) -> None:
     pages.write_bert("path/to/encoder")
     texts = pages.pieces(64)
     pages.write_lines("twins.jsonl", [{"anchor": text[:48], "positive": text[48:]} for text in texts])
-    names = run("sentence-transformers", kind)
-    logs = names["trainer"].state.log_history
-    assert names["trainer"].state.log_history[-1]["train_loss"] < 3
-    assert logs
-    expected = names["model"].encode(texts[:4], convert_to_tensor=True)
+    model = run("sentence-transformers", kind)["model"]
+
+    def encoded(model: Any, texts: list[str]) -> torch.Tensor:
+        return model.encode(texts, convert_to_tensor=True, normalize_embeddings=True)
+
+    def ranking(model: Any) -> float:
+        """How well a text's second half is told by its first."""
+        scores = 20 * encoded(model, [text[:48] for text in texts]) @ encoded(model, [text[48:] for text in texts]).T
+        return float(torch.nn.functional.cross_entropy(scores, torch.arange(len(texts))))
+
+    assert ranking(model) < ranking(SentenceTransformer("path/to/encoder")) - 0.1
     unpatch_peft()
-    torch.testing.assert_close(
-        SentenceTransformer("sts").encode(texts[:4], convert_to_tensor=True), expected, atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(encoded(SentenceTransformer("sts"), texts), encoded(model, texts), atol=1e-5, rtol=1e-5)
 
 
 def test_lightning() -> None:
     ids = pages.token_batch(64)
     before = pages.loss(AutoModelForCausalLM.from_pretrained("path/to/model"), ids)
-    module = run("Lightning", "C3A", batches=ids.split(8))["module"]
+    module = run("Lightning", "C3A", loader=torch.utils.data.DataLoader(ids, 8))["module"]
     assert pages.loss(module.model, ids) < before - 0.05
     with torch.no_grad():
         torch.testing.assert_close(
