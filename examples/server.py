@@ -23,6 +23,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
+import jinja2
 import pydantic
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -60,8 +61,10 @@ STATUS = {
     AdapterStateError: 409,
     C3AError: 400,
     RequestValidationError: 400,
+    KeyError: 400,
     TypeError: 400,
     ValueError: 400,
+    jinja2.TemplateError: 400,
     CBWorkerDeadError: 503,
     Exception: 500,
 }
@@ -331,7 +334,8 @@ async def failed(_: Request, error: Exception) -> JSONResponse:
     if isinstance(error, HTTPException):
         return JSONResponse(error_of(error.detail, error.status_code), error.status_code)
     status = next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
-    return JSONResponse(error_of(str(error), status), status)
+    message = f"the request has no {error}" if type(error) is KeyError else str(error)
+    return JSONResponse(error_of(message, status), status)
 
 
 def error_of(message: str, status: int) -> dict[str, Any]:

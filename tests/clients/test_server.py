@@ -36,7 +36,10 @@ NAMES = [f"customer{i}" for i in range(8)]
 NEW_TOKENS = 12
 LONGEST = 128  # tokens of the model's context
 PROMPTS = ["hello", "hello, hello, hello, hello again", "who is there?", "a"]
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system here') }}"
+    "{% endif %}{{ message['content'] }}{% endfor %}"
+)
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -389,6 +392,9 @@ def test_what_is_no_request(running: Running, tmp_path: Path) -> None:
     for path in ("/v1/completions", "/v1/chat/completions", "/v1/load_lora_adapter"):
         assert running.post(path, []).json()["error"]["code"] == 400
         assert running.post(path, {}).json()["error"]["code"] == 400
+    for message, said in (({"role": "system", "content": "a"}, "no system here"), ({"content": "a"}, "no 'role'")):
+        chat = running.post("/v1/chat/completions", {"model": "customer1", "messages": [message]})
+        assert (chat.status_code, said in chat.json()["error"]["message"]) == (400, True)
     empty = {"lora_name": "empty", "lora_path": str(tmp_path)}
     assert str(tmp_path) in running.post("/v1/load_lora_adapter", empty).json()["error"]["message"]
     base = empty | {"lora_name": running.base}
