@@ -113,7 +113,6 @@ def test_grpo(kind: str) -> None:
     pages.write_lines("prompts.jsonl", [{"prompt": text[:24]} for text in pages.pieces(16)])
     trainer = run("GRPO (TRL)", kind)["trainer"]
     logs = [log for log in trainer.state.log_history if "reward" in log]
-    print(logs)
     assert logs[-1]["reward"] > logs[0]["reward"]
     assert logs[0]["kl"] < logs[-1]["kl"]
     check_files("grpo", kind, policy(trainer))
@@ -136,7 +135,6 @@ def test_sentence_transformers(kind: str) -> None:
         scores = 20 * encoded(model, texts) @ encoded(model, [text[1::2] for text in texts]).T
         return float(torch.nn.functional.cross_entropy(scores, torch.arange(len(texts))))
 
-    print(ranking(model), ranking(SentenceTransformer("path/to/encoder")))
     assert ranking(model) < ranking(SentenceTransformer("path/to/encoder")) - 0.02
     unpatch_peft()
     torch.testing.assert_close(encoded(SentenceTransformer("sts"), texts), encoded(model, texts), atol=1e-5, rtol=1e-5)
