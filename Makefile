@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: test test-triton36 test-compat test-gpu-software nightly scan architectures lint demo bench gpu-cache gpu-rehearsal hub dist clean
+.PHONY: test test-triton36 test-compat test-clients test-gpu-software nightly scan architectures lint demo bench gpu-cache gpu-rehearsal hub dist clean
 
 test: $(VENV)/.installed
 	# A file stays in one worker, so that kernels are compiled once; files go by name, because the longest comes early so.
@@ -19,6 +19,12 @@ test-triton36: .venv36/.installed
 test-compat: .venv-compat/.installed
 	OMP_NUM_THREADS=1 .venv-compat/bin/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
+# The programs that people train and serve with (docs/recipes.md). Axolotl has an environment of its own: it wants one
+# release each of transformers, PEFT and TRL. A test whose program another environment has is skipped.
+test-clients: .venv-clients/.installed .venv-axolotl/.installed
+	OMP_NUM_THREADS=1 .venv-clients/bin/pytest -q tests/clients
+	OMP_NUM_THREADS=1 .venv-axolotl/bin/pytest -q tests/clients/test_axolotl.py
+
 # What a rented GPU machine has installed, rehearsed without a GPU: the tests that touch one, with an H100's tiles and
 # choices of backends, in the interpreter; then all others without the interpreter, which is off there (one of them
 # compiles all kernels).
@@ -29,13 +35,15 @@ test-gpu-software: .venv-gpu/.installed
 	TRITON_INTERPRET=0 $(SESSION) --timeout 1800 -m 'not native and not nightly'
 
 # What takes too long for every change: kills at a hundred moments each, every byte of a file flipped, all cases compiled
-# for all cards, 5,000 sequences of operations, 20,000 steps, the GPU machine's software, ten minutes of fuzzing, under
-# atheris where it installs (it has no wheels for every Python and machine), and the scan over all architectures.
+# for all cards, 5,000 sequences of operations, 20,000 steps, the GPU machine's software, other people's programs, ten
+# minutes of fuzzing, under atheris where it installs (it has no wheels for every Python and machine), and the scan over
+# all architectures.
 FUZZ_SECONDS ?= 600
 nightly: $(VENV)/.installed
 	NIGHTLY=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -s tests/faults tests/test_aot.py
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m nightly
 	$(MAKE) test-gpu-software
+	$(MAKE) test-clients
 	$(BIN)/pip install -q atheris || true
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/fuzz.py --seconds $(FUZZ_SECONDS)
 	$(MAKE) scan
@@ -110,6 +118,25 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	.venv-compat/bin/pip install -q --no-deps -e .
 	touch $@
 
+.venv-clients/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/pip install -q -c constraints.txt torch
+	.venv-clients/bin/pip install -q -c constraints.txt -e '.[clients]'
+	touch $@
+
+# Axolotl by itself, and what its training on a CPU imports, by its own pins: all that it names (xFormers, gradio, clouds'
+# file systems) would be gigabytes.
+.venv-axolotl/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-axolotl
+	.venv-axolotl/bin/pip install -q -c constraints.txt torch
+	.venv-axolotl/bin/pip install -q --no-deps axolotl==0.19.0
+	.venv-axolotl/bin/pip install -q transformers==5.16.1 peft==0.20.0 trl==1.9.0 accelerate==1.13.0 datasets==4.8.4 \
+		huggingface_hub==1.17.0 kernels==0.16.2 bitsandbytes==0.50.2 torchao==0.17.0 mistral-common==1.11.5 \
+		axolotl-contribs-lgpl==0.0.7 axolotl-contribs-mit==0.0.6 pydantic==2.12.5 posthog==6.7.11 wandb addict art \
+		colorama fire python-dotenv==1.0.1 schedulefree==1.4.1 numba scipy
+	.venv-axolotl/bin/pip install -q pytest -e .
+	touch $@
+
 # torch brings its triton, 3.6.0. That one's interpreter needs numpy < 2.4, which lies beside the newer one.
 .venv-gpu/.installed: pyproject.toml
 	$(PYTHON312) -m venv .venv-gpu
@@ -121,4 +148,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv36 .venv-compat .venv-gpu build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv36 .venv-compat .venv-clients .venv-axolotl .venv-gpu
+	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

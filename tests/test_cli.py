@@ -732,6 +732,16 @@ def test_doctor(run, quick, monkeypatch, tmp_path):
     assert any(line.startswith("torch     cpu     float32   works: ") for line in lines)
 
 
+def test_doctor_says_which_peft_transformers_own_verbs_want(run, quick, monkeypatch):
+    peft = pytest.importorskip("transformers.integrations.peft")
+    pytest.importorskip("peft")
+    monkeypatch.setattr(doctor, "_backends", list)
+    monkeypatch.setattr(peft, "MIN_PEFT_VERSION", "0.17.0")
+    assert "PEFT:" not in run("doctor")[1]
+    monkeypatch.setattr(peft, "MIN_PEFT_VERSION", "99.0")  # transformers 5.24 wants one that is not out yet
+    assert "model.add_adapter and model.load_adapter of this transformers ask for PEFT 99.0" in run("doctor")[1]
+
+
 def test_doctor_says_what_it_tries_before_it_does(run, quick, monkeypatch):
     monkeypatch.setattr(doctor.dispatch, "BACKENDS", ("auto", "torch"))
     monkeypatch.setattr(doctor.torch.cuda, "device_count", lambda: 0)

@@ -290,6 +290,11 @@ def test_saving_a_dequantized_model_writes_codes_without_a_word(tmp_path: Path) 
     """Why the docs name `save_original_format=False`: what transformers writes otherwise loads as another model."""
     path = checkpoint(llama(hidden_size=128, intermediate_size=384), tmp_path / "model")
     model = c3a_triton.apply(dequantized(path), C3AConfig(block_size=B, target_modules=["q_proj"]))
+    if not hasattr(model, "_weight_conversions"):  # transformers 5.24 writes what the weights are
+        model = model.c3a.merge_and_unload()
+        model.save_pretrained(tmp_path / "plain")
+        torch.testing.assert_close(logits(load(tmp_path / "plain", dtype=torch.float32)), logits(model), rtol=0, atol=0)
+        return
     with pytest.warns(UserWarning, match=r"save_pretrained\(..., save_original_format=False\)"):
         model = model.c3a.merge_and_unload()
     model.save_pretrained(tmp_path / "codes")

@@ -659,7 +659,9 @@ def test_injecting_into_a_bare_model(kind: str, low_cpu_mem_usage: bool) -> None
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_transformers_own_verbs(kind: str, tmp_path: Path) -> None:
+def test_transformers_own_verbs(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # transformers 5.24 refuses every PEFT that is out; what it does then is the same.
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.17.0")
     model = llama()
     base = logits(model)
 

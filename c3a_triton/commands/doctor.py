@@ -1,6 +1,7 @@
 """`c3a-triton doctor`: versions, devices and which backends really work here, to be pasted into a bug report."""
 
 import argparse
+import importlib.util
 import os
 import platform
 import re
@@ -39,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
         "system": _system(),
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
         "triton": _triton_state(),
+        "peft_in_transformers": _peft_in_transformers(),
         "tuned_table": _tuned_table(),
         "environment": _environment(),
         "backends": backends,
@@ -100,6 +102,24 @@ def _triton_state() -> str:
         return f"broken: {error}"
     interpreter = "interpreter on (TRITON_INTERPRET=1)" if os.environ.get("TRITON_INTERPRET") == "1" else "compiled"
     return f"not used: {reason}" if reason else interpreter
+
+
+def _peft_in_transformers() -> str | None:
+    """What is wrong with the PEFT here for transformers' own verbs (`model.add_adapter`); None where nothing is."""
+    if not all(importlib.util.find_spec(package) for package in ("transformers", "peft")):
+        return None
+    try:
+        from transformers.integrations.peft import MIN_PEFT_VERSION, check_peft_version
+
+        check_peft_version(MIN_PEFT_VERSION)
+    except ImportError as problem:
+        return _without_home(f"transformers cannot be imported: {problem}")
+    except ValueError:
+        return (
+            f"model.add_adapter and model.load_adapter of this transformers ask for PEFT {MIN_PEFT_VERSION} or newer; "
+            "c3a_triton.apply and load_adapter, and PEFT's get_peft_model, work with the one here"
+        )
+    return None
 
 
 def _tuned_table() -> dict[str, Any]:
@@ -189,6 +209,7 @@ def _text(document: dict[str, Any]) -> str:
     variables = " ".join(f"{name}={value}" for name, value in document["environment"].items())
     lines += [
         f"Triton:       {document['triton']}",
+        *([f"PEFT:         {document['peft_in_transformers']}"] if document["peft_in_transformers"] else []),
         f"tuned table:  {table['path']}: {entries}",
         f"environment:  {variables or 'nothing that matters'}",
         "",
