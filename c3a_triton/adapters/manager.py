@@ -17,10 +17,12 @@ from c3a_triton.bases.quantized import hold_layout
 from c3a_triton.bases.sharded import gathered, is_partitioned, is_sharded, put_values
 from c3a_triton.errors import (
     AdapterStateError,
+    CheckpointError,
     ConfigError,
 )
 from c3a_triton.files.checkpoint import peft_config, read_adapter
 from c3a_triton.files.config import C3AConfig
+from c3a_triton.files.values import shown
 
 from .base_model import base_module_names, base_modules, base_name, model_name_or_path
 from .beside import (
@@ -32,13 +34,15 @@ from .beside import (
 )
 from .combine import combination, combined
 from .file_targets import check_file_values, find_file_targets, same_tensors, with_names_of
-from .injection import Addition, new_copy, new_layer, put, replace_module
+from .injection import Addition, new_copy, new_layer, put, put_rows, remove_rows, replace_module
 from .merge_verbs import Merging
 from .ownership import check_owner
 from .parameters import check_adapter_name
 from .report import count_parameters, summary_table
 from .spread import check_spread
 from .targets import Target, find_modules_to_save, find_targets, with_task_heads
+from .token_rows import TokenRows
+from .token_targets import TokenTarget, check_tokens_alone, find_token_targets, new_rows
 
 __all__ = ["AdapterManager"]
 
@@ -102,7 +106,8 @@ class AdapterManager(Merging):
             if config.base_model_name_or_path is None:
                 config = replace(config, base_model_name_or_path=model_name_or_path(self.model))
             targets = find_targets(self.model, config)
-            new = self._build(adapter_name, config, targets, find_modules_to_save(self.model, config))
+            saved, tokens = find_modules_to_save(self.model, config), find_token_targets(self.model, config)
+            new = self._build(adapter_name, config, targets, saved, tokens)
             shared |= new.shared()
         self._put(new)
 
@@ -130,12 +135,13 @@ class AdapterManager(Merging):
             config = replace(file.config, inference_mode=not is_trainable)
             targets = find_file_targets(self.model, file)
             saved = find_modules_to_save(self.model, config)
-            replaced = check_file_values(self.model, file, saved)
+            tokens = find_token_targets(self.model, config)
+            replaced = check_file_values(self.model, file, saved, tokens)
             if self._configs:
                 warn_embeddings(self.model, replaced, self._configs)
             shared["tensors"] = file.tensors
         with in_step(self.model, "load_adapter", parts=True) as shared:
-            new = self._build(adapter_name, config, targets, saved, file.tensors, replaced)
+            new = self._build(adapter_name, config, targets, saved, tokens, file.tensors, replaced)
             shared |= new.shared()
         self._put(new)
         self._embeddings[adapter_name] = embeddings_in(file, self.model)
@@ -179,10 +185,11 @@ class AdapterManager(Merging):
                     f"adapters must name each adapter once, with a weight for each, got {adapters!r} and {weights!r}"
                 )
             for name in names:
-                if self._configs[name].modules_to_save or self._configs[name].bias != "none":
+                config = self._configs[name]
+                if config.modules_to_save or config.trainable_token_indices or config.bias != "none":
                     raise ConfigError(
-                        f"adapter {name!r} also trains biases or whole modules (bias, modules_to_save), of which no "
-                        "weighted sum is taken: combine adapters without them"
+                        f"adapter {name!r} also trains biases, whole modules or tokens (bias, modules_to_save, "
+                        "trainable_token_indices), of which no weighted sum is taken: combine adapters without them"
                     )
             shared |= {
                 "adapters": names,
@@ -194,7 +201,7 @@ class AdapterManager(Merging):
             block_sizes = {target.name: target.block_size for target in targets}
             parameters = [target.name for target in targets if target.parameter]
             config = peft_config(self._configs[names[0]], block_sizes, base_module_names(self.model), parameters)
-            new = self._build(adapter_name, replace(config, inference_mode=False), targets, [], tensors)
+            new = self._build(adapter_name, replace(config, inference_mode=False), targets, [], [], tensors)
             shared |= new.shared()
         self._put(new)
 
@@ -230,6 +237,7 @@ class AdapterManager(Merging):
         with in_step(self.model, "hotswap_adapter", parts=True) as shared:  # as in `load_adapter`
             file = with_names_of(self.model, read_adapter(directory))
             present = self._tensors(adapter_name).held_by_model(save_embedding_layers=False)
+            _check_same_tokens(self._tensors(adapter_name).rows(), adapter_name, find_token_targets(self.model, file.config))
             held = embeddings_in(file, self.model)
             embeddings = embedding_parameters(self.model)
             present |= {name: p for name, p in embeddings.items() if base_name(name) in held}
@@ -246,6 +254,7 @@ class AdapterManager(Merging):
         config: C3AConfig,
         targets: Sequence[Target],
         saved: Sequence[tuple[str, nn.Module]],
+        tokens: Sequence[TokenTarget],
         tensors: Mapping[str, Tensor] | None = None,
         replaced: Sequence[tuple[nn.Parameter, Tensor]] = (),
     ) -> Addition:
@@ -256,11 +265,13 @@ class AdapterManager(Merging):
                 f"bias={config.bias!r}: adapter {biased[0]!r} trains biases already, and they can follow only one "
                 'adapter; use bias="none"'
             )
+        check_tokens_alone(tokens, [target.name for target in targets], [name for name, _ in saved], config)
         check_spread(self.model, config, [target.name for target in targets], saved)
         new = partial(new_layer, self.model, backend=self.backend, active=self._active)
         layers = [(target, *new(target, adapter_name, config.init_weights, tensors)) for target in targets]
         copies = [(name, module, *new_copy(name, module, tensors)) for name, module in saved]
-        return Addition(adapter_name, config, layers, copies, replaced)
+        rows = [(target, *new_rows(target, tensors)) for target in tokens]
+        return Addition(adapter_name, config, layers, copies, rows, replaced)
 
     def _put(self, new: Addition) -> None:
         """Put what was built into the model."""
@@ -280,6 +291,8 @@ class AdapterManager(Merging):
             wrapper.install(adapter_name, module_copy)
             if wrapper is not module:
                 replace_module(self.model, name, wrapper)
+        for token_target, rows, values in new.rows:
+            put_rows(adapter_name, token_target, rows, values)
         self._scope.trials.clear()  # the new layers were in none
         for part in self._parts():
             part._scope = self._scope
@@ -317,6 +330,9 @@ class AdapterManager(Merging):
             self._activate(active, inference_mode)
         for part in self._parts():
             part.delete_adapter(adapter_name)
+        for rows in self._token_rows():
+            if not rows.indices:
+                remove_rows(self.model, rows)
         del self._configs[adapter_name], self._chosen_by[adapter_name]
         self._embeddings.pop(adapter_name, None)
 
@@ -423,6 +439,7 @@ class AdapterManager(Merging):
     def _warn_unsaved(self, tensors: Mapping[str, Tensor]) -> None:
         saved = [parameter for _, layer in self.layers() for parameter in layer.c3a_kernel.parameters()]
         saved += [parameter for _, module in self._saved_modules() for parameter in module.parameters()]
+        saved += [parameter for rows in self._token_rows() for parameter in rows.parameters()]
         for name in self._configs:
             saved += self._tensors(name).biases().values()
         saved += [parameter for name, parameter in embedding_parameters(self.model).items() if name in tensors]
@@ -448,3 +465,19 @@ class AdapterManager(Merging):
         where an adapter file has another size than its configuration says.
         """
         return summary_table(base_modules(self.model), self._active, self._chosen_by)
+
+
+def _check_same_tokens(
+    rows: Sequence[tuple[str, TokenRows]], adapter_name: str, targets: Sequence[TokenTarget]
+) -> None:
+    """Refuse a file whose rows are of other tokens than an adapter's.
+
+    Raises:
+        CheckpointError: they are.
+    """
+    own = {name: held.indices[adapter_name] for name, held in rows}
+    if own != (others := {target.name: target.indices for target in targets}):
+        raise CheckpointError(
+            f"the file trains other tokens (trainable_token_indices {shown(others)}) than adapter {adapter_name!r} "
+            f"({shown(own)}): load it as another adapter"
+        )

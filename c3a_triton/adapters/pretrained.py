@@ -26,6 +26,7 @@ from c3a_triton.files.config import MODEL_CONFIG_NAME, C3AConfig
 from .base_model import base_name, embeddings_of
 from .hooks import remove_hooks
 from .layer import C3ALinear
+from .token_rows import rows_at
 from .tying import keep_ties, release_ties
 
 __all__ = [
@@ -319,10 +320,13 @@ class FuseProjections:
         return fuse(self.model, *args, **kwargs)
 
 
-def adapted_head(model: nn.Module) -> C3ALinear | None:
-    """A model's output layer, if it is adapted in place."""
+def adapted_head(model: nn.Module) -> str | None:
+    """The name of a model's output layer, if it is adapted in place, or has rows of tokens of an adapter's own."""
     head = embeddings_of(model)[1]
-    return head if isinstance(head, C3ALinear) else None
+    if isinstance(head, C3ALinear):
+        return head.layer_name
+    has_rows = head is not None and rows_at(head) is not None
+    return next((name for name, module in model.named_modules() if module is head), None) if has_rows else None
 
 
 def is_fused_by_trl(model: nn.Module) -> bool:
@@ -339,9 +343,9 @@ def refuse_adapted_head(model: nn.Module, trainer: str) -> None:
     head = adapted_head(model)
     if head is not None:
         raise AdapterStateError(
-            f"{head.layer_name} is adapted, but {trainer} multiplies by the weight of this layer and does not call it: "
-            f"its adapter would be neither applied nor trained. Leave {head.layer_name} out of target_modules, or "
-            f'train it whole: modules_to_save=["{head.layer_name}"]'
+            f"{head} is adapted, but {trainer} multiplies by the weight of this layer and does not call it: "
+            f"its adapter would be neither applied nor trained. Leave {head} out of target_modules (and of what is tied "
+            f'to trainable_token_indices), or train it whole: modules_to_save=["{head}"]'
         )
 
 
@@ -367,10 +371,11 @@ def _warn_fused_loss(model: Any, kwargs: Mapping[str, Any]) -> None:
     if library is None or (head := adapted_head(model)) is None:
         return
     model.c3a._watch.tell(
-        [head.layer_name],
+        [head],
         f"{{}} is adapted, but the forward of {type(model).__name__} is that of {library}, whose "
         "fused loss reads the weight of this layer and does not call it: its adapter is neither applied in "
-        f"training nor trained. Leave {head.layer_name} out of target_modules, train it whole (modules_to_save), or "
+        f"training nor trained. Leave {head} out of target_modules (and of what is tied to trainable_token_indices), train it whole "
+        "(modules_to_save), or "
         "switch the fused linear cross-entropy off",
         uncalled=False,
         stacklevel=4,

@@ -17,6 +17,8 @@ from c3a_triton.adapters.layer import C3ALinear
 from c3a_triton.adapters.names import Scope
 from c3a_triton.adapters.samples import output_of, sample_inputs
 from c3a_triton.adapters.targets import Target, find_modules_to_save
+from c3a_triton.adapters.token_rows import ROWS_SUFFIX
+from c3a_triton.adapters.token_targets import check_tokens_alone, find_token_targets
 from c3a_triton.adapters.untying import homes_of, plan_untying
 from c3a_triton.adapters.watched import Watch
 from c3a_triton.bases.model_names import renaming_of
@@ -62,7 +64,9 @@ def plan_merge(structure: nn.Module, adapter: AdapterFile, checkpoint: ModelFold
     called = targets if merge_uncalled else _called(structure, targets)
     targets = targets if called is None else called
     saved_modules = find_modules_to_save(structure, adapter.config)
-    replaced = check_file_values(structure, adapter, saved_modules, on_meta=True)
+    tokens = find_token_targets(structure, adapter.config, on_meta=True)
+    check_tokens_alone(tokens, [target.name for target in targets], [name for name, _ in saved_modules], adapter.config)
+    replaced = check_file_values(structure, adapter, saved_modules, tokens, on_meta=True)
     warn_tied(structure, [target.name for target in targets], "merging changes both")
 
     tensors = structure.state_dict(keep_vars=True)
@@ -81,6 +85,10 @@ def plan_merge(structure: nn.Module, adapter: AdapterFile, checkpoint: ModelFold
     for name, tensor in tensors.items():
         if id(tensor) in values and one[name] == name:
             changes.setdefault(name, []).append(partial(_replace, value=values[id(tensor)]))
+    for target in tokens:
+        rows = partial(_replace_rows, indices=target.indices, rows=adapter.tensors[target.name + ROWS_SUFFIX])
+        for first in {one[f"{name}.weight"] for name, _ in target.modules}:
+            changes.setdefault(first, []).append(rows)
     saved = {
         f"{name}.{key}": adapter.tensors[f"{name}.{key}"]
         for name, module in saved_modules
@@ -254,6 +262,12 @@ def _merge_into(target: Target, adapter: AdapterFile) -> Change:
 
 def _replace(tensor: Tensor, *, value: Tensor) -> None:
     tensor.copy_(value)
+
+
+def _replace_rows(tensor: Tensor, *, indices: list[int], rows: Tensor) -> None:
+    if not torch.isfinite(rows).all():
+        raise AdapterStateError("the rows of the trained tokens are not finite; nothing was written")
+    tensor[indices] = rows.to(tensor)
 
 
 def _in_order(tensor: Tensor, *, changes: list[Change]) -> None:
