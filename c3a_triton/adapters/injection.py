@@ -29,7 +29,18 @@ from .targets import Target
 from .token_rows import TokenRows
 from .token_targets import TokenTarget
 
-__all__ = ["Addition", "layer_class", "new_copy", "new_layer", "put", "put_plain", "put_rows", "remove_rows", "replace_module", "without_adapters"]
+__all__ = [
+    "Addition",
+    "layer_class",
+    "new_copy",
+    "new_layer",
+    "put",
+    "put_plain",
+    "put_rows",
+    "remove_rows",
+    "replace_module",
+    "without_adapters",
+]
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,10 @@ class AdapterTensors:
     def found_in(self, state_dict: Mapping[str, Tensor], save_embedding_layers: bool | str) -> dict[str, Tensor]:
         """What `held_by_model` gives, taken from the model's state_dict, which others have put together."""
         names = {unwrapped_name(name) for name in self.biases() | self._embeddings(save_embedding_layers)}
-        ends, copy = tuple(f"{end}.{self.name}" for end in (KERNEL_SUFFIX, ROWS_SUFFIX)), f".modules_to_save.{self.name}."
+        ends, copy = (
+            tuple(f"{end}.{self.name}" for end in (KERNEL_SUFFIX, ROWS_SUFFIX)),
+            f".modules_to_save.{self.name}.",
+        )
         tensors = {}
         for key, tensor in state_dict.items():
             name = unwrapped_name(key)

@@ -138,7 +138,9 @@ class TokenRows(nn.Module):
                 mine = (rows == i).to(y.device).view(-1, *(1,) * (y.dim() - 1))
                 y = torch.where(mine, self._with_rows(name, module, x, y), y)
         elif kind != "base":
-            raise AdapterStateError(f"{layer_name}: trained tokens (trainable_token_indices) cannot be called by {kind}")
+            raise AdapterStateError(
+                f"{layer_name}: trained tokens (trainable_token_indices) cannot be called by {kind}"
+            )
         return y
 
     @uncompiled

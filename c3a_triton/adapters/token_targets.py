@@ -160,7 +160,11 @@ def _check_module(name: str, module: Any, on_meta: bool) -> None:
             f"{_FIELD}: {name} is a {kind}{what}; rows of nn.Embedding and nn.Linear in floating point can be trained"
         )
     found = behaviour(module)
-    if found.kind != "product" or getattr(module, "max_norm", None) is not None or module.__dict__.get("scale_grad_by_freq"):
+    if (
+        found.kind != "product"
+        or getattr(module, "max_norm", None) is not None
+        or module.__dict__.get("scale_grad_by_freq")
+    ):
         raise ConfigError(
             f"{_FIELD}: the rows of {name}, a {kind}, cannot be trained by themselves, because it "
             + (found.reason or "computes something else than rows of its weight (or max_norm, scale_grad_by_freq)")
@@ -193,7 +197,9 @@ def _check_rows(target: TokenTarget) -> None:
                 f"model.resize_token_embeddings({max(beyond) + 1}) before the model is adapted, or check the index"
             )
     rows = [rows_at(module) for _, module in target.modules]
-    if any(rows) and (any(other is not rows[0] for other in rows) or target.module._modules.get("token_adapter") is not rows[0]):
+    if any(rows) and (
+        any(other is not rows[0] for other in rows) or target.module._modules.get("token_adapter") is not rows[0]
+    ):
         raise ConfigError(
             f"{_FIELD}: another adapter trains tokens of {' and '.join(name for name, _ in target.modules)} "
             "together or apart, as they are tied, and this one would not: name the same modules in both"

@@ -258,7 +258,9 @@ class C3AConfig:
         tokens = self.trainable_token_indices
         if tokens is None:
             return
-        lists = {f"[{shown(key)}]": value for key, value in tokens.items()} if isinstance(tokens, dict) else {"": tokens}
+        lists = (
+            {f"[{shown(key)}]": value for key, value in tokens.items()} if isinstance(tokens, dict) else {"": tokens}
+        )
         if not lists or (isinstance(tokens, dict) and not all(isinstance(key, str) and key for key in tokens)):
             raise ConfigError(
                 "trainable_token_indices must be a list of token indices, or a dict of names of embeddings and such "
