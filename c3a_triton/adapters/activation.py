@@ -72,8 +72,8 @@ class Activation:
 
     def _merged(self) -> list[str]:
         """Names of the adapters that are merged into any layer."""
-        holders = [*(layer for _, layer in self.layers()), *self._token_rows()]
-        return sorted({name for holder in holders for name in holder.merged_adapters})
+        layers = [name for _, layer in self.layers() for name in layer.merged_adapters]
+        return sorted({*layers, *(name for rows in self._token_rows() for name in rows.merged_adapters)})
 
     def _known(self, adapter_names: str | Iterable[str]) -> list[str]:
         """The names as a list, each once, if all are known."""
@@ -112,14 +112,16 @@ class Activation:
 
         Raises:
             AdapterNotFoundError: an unknown name.
-            AdapterStateError: two adapters with a copy of the same module (`modules_to_save`) or with rows for the same
-                token (`trainable_token_indices`), or a merged layer that cannot be unmerged; or a DDP that was given to `apply` and cannot be built again.
+            AdapterStateError: two adapters with a copy of the same module (`modules_to_save`) or rows for one token
+                (`trainable_token_indices`), or a merged layer that cannot be unmerged; or a DDP that was given to
+                `apply` and cannot be built again.
         """
         with in_step(self.model, "set_adapter") as shared:
             names = self._known(adapter_name)
             shared |= {"adapters": names, "inference_mode": inference_mode}
-            for part in [*(module for _, module in self._saved_modules()), *self._token_rows()]:
-                part.check_set_adapter(names)
+            for part in self._parts():
+                if not isinstance(part, C3ALinear):
+                    part.check_set_adapter(names)
             self.wrappers.check()
             merged, is_merged = self._to_unmerge(), bool(self._merged())
         if is_merged:
@@ -274,8 +276,9 @@ class Activation:
             layer.freeze_for_inference(frozen)
         if not frozen:
             return
-        for part in [*(module for _, module in self._saved_modules()), *self._token_rows()]:
-            part.requires_grad_(False)
+        for part in self._parts():
+            if not isinstance(part, C3ALinear):
+                part.requires_grad_(False)
         for name in self._configs:
             for parameter in self._tensors(name).biases().values():
                 parameter.requires_grad_(False)

@@ -237,9 +237,8 @@ class AdapterManager(Merging):
         with in_step(self.model, "hotswap_adapter", parts=True) as shared:  # as in `load_adapter`
             file = with_names_of(self.model, read_adapter(directory))
             present = self._tensors(adapter_name).held_by_model(save_embedding_layers=False)
-            _check_same_tokens(
-                self._tensors(adapter_name).rows(), adapter_name, find_token_targets(self.model, file.config)
-            )
+            targets = find_token_targets(self.model, file.config)
+            _check_same_tokens(self._tensors(adapter_name).rows(), adapter_name, targets)
             held = embeddings_in(file, self.model)
             embeddings = embedding_parameters(self.model)
             present |= {name: p for name, p in embeddings.items() if base_name(name) in held}

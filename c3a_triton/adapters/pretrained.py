@@ -344,8 +344,8 @@ def refuse_adapted_head(model: nn.Module, trainer: str) -> None:
     if head is not None:
         raise AdapterStateError(
             f"{head} is adapted, but {trainer} multiplies by the weight of this layer and does not call it: "
-            f"its adapter would be neither applied nor trained. Leave {head} out of target_modules (and of what is tied "
-            f'to trainable_token_indices), or train it whole: modules_to_save=["{head}"]'
+            f"its adapter would be neither applied nor trained. Leave {head} out of target_modules (untied from what "
+            f'trainable_token_indices means), or train it whole: modules_to_save=["{head}"]'
         )
 
 
@@ -374,9 +374,8 @@ def _warn_fused_loss(model: Any, kwargs: Mapping[str, Any]) -> None:
         [head],
         f"{{}} is adapted, but the forward of {type(model).__name__} is that of {library}, whose "
         "fused loss reads the weight of this layer and does not call it: its adapter is neither applied in "
-        f"training nor trained. Leave {head} out of target_modules (and of what is tied to trainable_token_indices), train it whole "
-        "(modules_to_save), or "
-        "switch the fused linear cross-entropy off",
+        f"training nor trained. Leave {head} out of target_modules (untied from what trainable_token_indices means), "
+        "train it whole (modules_to_save), or switch the fused linear cross-entropy off",
         uncalled=False,
         stacklevel=4,
     )

@@ -58,12 +58,13 @@ def summary_table(
                 total += count
                 state = "active" if adapter in active else ""
                 rows.append((name, adapter, "", "", "", "modules_to_save", f"{count:,}", "", state))
-        held = module._modules.get("token_adapter")
-        for adapter, values in held.trainable_tokens_delta.items() if isinstance(held, TokenRows) else ():
-            count = _count(values)
-            total += count
-            state = "merged" if adapter in held.merged_adapters else "active" if adapter in active else ""
-            rows.append((name, adapter, "", "", "", f"{len(held.indices[adapter])} tokens", f"{count:,}", "", state))
+        tokens = module._modules.get("token_adapter")
+        if isinstance(tokens, TokenRows):
+            for adapter, indices in tokens.indices.items():
+                count = _count(tokens.trainable_tokens_delta[adapter])
+                total += count
+                state = "merged" if adapter in tokens.merged_adapters else "active" if adapter in active else ""
+                rows.append((name, adapter, "", "", "", f"{len(indices)} tokens", f"{count:,}", "", state))
     return f"{format_table(rows, _NUMBERS)}\n{total:,} parameters"
 
 

@@ -76,7 +76,7 @@ class AdapterTensors:
         for name, rows in own_rows(self.model, self.scope) if embeddings else ():
             if rows.merged_adapters:
                 raise AdapterStateError(
-                    f"{name} is to be saved beside the adapter, but tokens of {rows.merged_adapters} are merged into it: "
+                    f"{name} is to be saved beside the adapter, but {rows.merged_adapters} have tokens merged into it: "
                     "unmerge them first (model.c3a.unmerge_adapter()), or save with save_embedding_layers=False"
                 )
         return embeddings
@@ -127,8 +127,8 @@ class AdapterTensors:
             )
         elif names := [name for name, _ in self.rows()]:
             warnings.warn(
-                "PEFT's C3A trains no tokens (trainable_token_indices): it refuses to load this adapter, which has rows "
-                f"of {' and '.join(names)}; c3a_triton.load_adapter does. For PEFT merge it into the model "
+                "PEFT's C3A trains no tokens (trainable_token_indices): it refuses to load this adapter, which has "
+                f"rows of {' and '.join(names)}; c3a_triton.load_adapter does. For PEFT merge it into the model "
                 "(merge_and_unload)",
                 stacklevel=3,
             )

@@ -36,8 +36,8 @@ def token_problem(name: str, module: nn.Module) -> str | None:
     if not any(rows_at(part) for part in module.modules()):
         return None
     return (
-        f"another adapter trains tokens of {name} (trainable_token_indices): leave {name} out, or adapt a model without "
-        "that adapter"
+        f"another adapter trains tokens of {name} (trainable_token_indices): leave {name} out, or adapt a model "
+        "without that adapter"
     )
 
 

@@ -139,7 +139,7 @@ class TokenRows(nn.Module):
                 y = torch.where(mine, self._with_rows(name, module, x, y), y)
         elif kind != "base":
             raise AdapterStateError(
-                f"{layer_name}: trained tokens (trainable_token_indices) cannot be called by {kind}"
+                f"{layer_name}: rows of tokens (trainable_token_indices) are not for calls by {kind}"
             )
         return y
 
@@ -152,7 +152,7 @@ class TokenRows(nn.Module):
         rows = self.trainable_tokens_delta[name]
         gather_with(module, [rows])
         rows = rows.to(y.device, module.weight.dtype)
-        tokens, order = self._places[name].both.to(y.device)
+        tokens, order = self._places[name].both.to(y.device).unbind()  # type: ignore[operator]
         if not isinstance(module, nn.Embedding):
             bias = None if module.bias is None else module.bias[tokens]
             return y.index_copy(-1, tokens, F.linear(x, rows[order], bias).to(y.dtype))
@@ -214,12 +214,12 @@ class TokenRows(nn.Module):
             kept = self._kept[name]
             if len(kept) != len(weights) or any(former is None for former in kept):
                 raise AdapterStateError(
-                    f"{self.layer_name}: the rows that adapter {name!r} was merged into were not kept (keep_base=None): "
+                    f"{self.layer_name}: the rows that {name!r} was merged into were not kept (keep_base=None): "
                     "load the base model again"
                 )
             if not all(gathered(w)[self.indices[name]].equal(rows.to(w.device, w.dtype)) for w in weights):
                 raise AdapterStateError(
-                    f"{self.layer_name}: the weight or the rows of adapter {name!r} were changed after they were merged, "
+                    f"{self.layer_name}: its weight, or the rows of {name!r}, were changed after they were merged, "
                     "so that bringing back the original would undo that change. Load the base model again, or keep the "
                     "merged one (merge_and_unload)"
                 )
@@ -252,7 +252,8 @@ def _rows_of(hook: Any) -> TokenRows | None:
 
 def _weights(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
     """The weights of modules, each once."""
-    return list({id(module.weight): module.weight for module in modules}.values())  # type: ignore[misc]
+    weights = [weight for module in modules if (weight := module._parameters["weight"]) is not None]
+    return list({id(weight): weight for weight in weights}.values())
 
 
 def _write(weight: nn.Parameter, indices: list[int], rows: Tensor) -> None:

@@ -160,11 +160,8 @@ def _check_module(name: str, module: Any, on_meta: bool) -> None:
             f"{_FIELD}: {name} is a {kind}{what}; rows of nn.Embedding and nn.Linear in floating point can be trained"
         )
     found = behaviour(module)
-    if (
-        found.kind != "product"
-        or getattr(module, "max_norm", None) is not None
-        or module.__dict__.get("scale_grad_by_freq")
-    ):
+    changes = getattr(module, "max_norm", None) is not None or getattr(module, "scale_grad_by_freq", False)
+    if found.kind != "product" or changes:
         raise ConfigError(
             f"{_FIELD}: the rows of {name}, a {kind}, cannot be trained by themselves, because it "
             + (found.reason or "computes something else than rows of its weight (or max_norm, scale_grad_by_freq)")
@@ -196,10 +193,8 @@ def _check_rows(target: TokenTarget) -> None:
                 f"{_FIELD}: {name} has {n_rows} rows, and no token {beyond[0]}: call "
                 f"model.resize_token_embeddings({max(beyond) + 1}) before the model is adapted, or check the index"
             )
-    rows = [rows_at(module) for _, module in target.modules]
-    if any(rows) and (
-        any(other is not rows[0] for other in rows) or target.module._modules.get("token_adapter") is not rows[0]
-    ):
+    rows = {rows_at(module) for _, module in target.modules}
+    if rows != {None} and rows != {target.module._modules.get("token_adapter")}:
         raise ConfigError(
             f"{_FIELD}: another adapter trains tokens of {' and '.join(name for name, _ in target.modules)} "
             "together or apart, as they are tied, and this one would not: name the same modules in both"
@@ -219,13 +214,13 @@ def check_tokens_alone(
             tied = "" if name == target.name else f" (tied to {target.name})"
             if name in adapted:
                 raise ConfigError(
-                    f"{_FIELD} means rows of {name}{tied}, which target_modules={shown(config.target_modules)} adapts as "
-                    f"well: leave {name} out of target_modules (exclude_modules), or leave {_FIELD} out"
+                    f"{_FIELD} means rows of {name}{tied}, which target_modules={shown(config.target_modules)} adapts "
+                    f"as well: leave {name} out of target_modules (exclude_modules), or leave {_FIELD} out"
                 )
             if whole := [other for other in saved if f"{name}.".startswith(f"{other}.")]:
                 raise ConfigError(
-                    f"{_FIELD} means rows of {name}{tied}, which modules_to_save={shown(config.modules_to_save)} trains "
-                    f"as a whole already ({some(whole)}): leave out one of the two"
+                    f"{_FIELD} means rows of {name}{tied}, which modules_to_save={shown(config.modules_to_save)} "
+                    f"trains as a whole already ({some(whole)}): leave out one of the two"
                 )
 
 

@@ -80,7 +80,7 @@ class _ResizeTokenEmbeddings(_BareMethod):
             if wanted is not None and (beyond := [i for held in rows.indices.values() for i in held if i >= wanted]):
                 raise AdapterStateError(
                     f"resize_token_embeddings: adapters train rows of {name} for the tokens {some(map(str, beyond))} "
-                    f"(trainable_token_indices), and {wanted} tokens have none of these: keep as many tokens, or resize "
+                    f"(trainable_token_indices), which {wanted} tokens do not reach: keep as many tokens, or resize "
                     "after model.c3a.merge_and_unload() or model.c3a.unload()"
                 )
         super().__call__(*args, **kwargs)

@@ -85,9 +85,9 @@ def plan_merge(structure: nn.Module, adapter: AdapterFile, checkpoint: ModelFold
     for name, tensor in tensors.items():
         if id(tensor) in values and one[name] == name:
             changes.setdefault(name, []).append(partial(_replace, value=values[id(tensor)]))
-    for target in tokens:
-        rows = partial(_replace_rows, indices=target.indices, rows=adapter.tensors[target.name + ROWS_SUFFIX])
-        for first in {one[f"{name}.weight"] for name, _ in target.modules}:
+    for token in tokens:
+        rows = partial(_replace_rows, indices=token.indices, rows=adapter.tensors[token.name + ROWS_SUFFIX])
+        for first in {one[f"{name}.weight"] for name, _ in token.modules}:
             changes.setdefault(first, []).append(rows)
     saved = {
         f"{name}.{key}": adapter.tensors[f"{name}.{key}"]

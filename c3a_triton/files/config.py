@@ -4,7 +4,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -258,9 +258,9 @@ class C3AConfig:
         tokens = self.trainable_token_indices
         if tokens is None:
             return
-        lists = (
-            {f"[{shown(key)}]": value for key, value in tokens.items()} if isinstance(tokens, dict) else {"": tokens}
-        )
+        lists: dict[str, Any] = {"": tokens}
+        if isinstance(tokens, dict):
+            lists = {f"[{shown(key)}]": value for key, value in tokens.items()}
         if not lists or (isinstance(tokens, dict) and not all(isinstance(key, str) and key for key in tokens)):
             raise ConfigError(
                 "trainable_token_indices must be a list of token indices, or a dict of names of embeddings and such "
@@ -326,9 +326,9 @@ class C3AConfig:
         known = {item.name for item in fields(cls)}
         for name in (name for name in values if str(name).endswith("dropout") and plain(values[name])):
             raise ConfigError(
-                f"{name}={shown(values[name])}: dropout on an adapter's input is no part of C3A, here or in PEFT. Leave "
-                f"{name} out (or 0); against overfitting C3A has fewer parameters (a larger block_size) and weight "
-                "decay (param_groups)"
+                f"{name}={shown(values[name])}: dropout on an adapter's input is no part of C3A, here or in PEFT. "
+                f"Leave {name} out (or 0); against overfitting C3A has fewer parameters (a larger block_size) and "
+                "weight decay (param_groups)"
             )
         unknown = sorted(str(name) for name in values if name not in known and name != "peft_type")
         if unknown:
