@@ -187,9 +187,8 @@ def put_rows(adapter_name: str, target: TokenTarget, rows: TokenRows, values: nn
     """Give what `new_rows` gave to the modules of a target, if they do not have it yet."""
     rows.install(adapter_name, target.indices, values)
     if target.module._modules.get("token_adapter") is not rows:
-        target.module.token_adapter = rows
         for name, module in target.modules:
-            rows.attach(module, name)
+            rows.attach(module, name, holds=module is target.module)
 
 
 def remove_rows(model: nn.Module, rows: TokenRows) -> None:

@@ -109,8 +109,10 @@ class TokenRows(nn.Module):
 
     # Hooks
 
-    def attach(self, module: nn.Module, layer_name: str) -> None:
-        """Put the rows in the place of a module's own, whenever it is called."""
+    def attach(self, module: nn.Module, layer_name: str, *, holds: bool) -> None:
+        """Put the rows in the place of a module's own, whenever it is called; one of the modules holds them."""
+        if holds:
+            module.token_adapter = self
         module.register_forward_hook(partial(self._after, layer_name), with_kwargs=True)
 
     def detach_from(self, module: nn.Module) -> None:

@@ -86,8 +86,9 @@ class _ResizeTokenEmbeddings(_BareMethod):
         super().__call__(*args, **kwargs)
         for name, module, rows in tokens:
             if (now := self.root.get_submodule(name)) is not module:  # an output layer is made anew
+                holds = module._modules.get("token_adapter") is rows
                 rows.detach_from(module)
-                rows.attach(now, name)
+                rows.attach(now, name, holds=holds)
         return self.model.get_input_embeddings()  # type: ignore[operator]
 
 
