@@ -36,10 +36,11 @@ from .combine import combination, combined
 from .file_targets import check_file_values, find_file_targets, same_tensors, with_names_of
 from .injection import Addition, new_copy, new_layer, put, put_rows, remove_rows, replace_module
 from .merge_verbs import Merging
-from .ownership import check_owner
+from .ownership import check_owner, own_parts, own_rows
 from .parameters import check_adapter_name
 from .report import count_parameters, summary_table
 from .spread import check_spread
+from .status import LayerStatus, ModelStatus, layer_status, model_status
 from .targets import Target, find_modules_to_save, find_targets, with_task_heads
 from .token_rows import TokenRows
 from .token_targets import TokenTarget, check_tokens_alone, find_token_targets, new_rows
@@ -394,7 +395,8 @@ class AdapterManager(Merging):
     ) -> None:
         """Save an adapter to a folder, as PEFT does and reads it. PEFT reads adapters of `nn.Linear` alone.
 
-        Warns, once for each, about parameters that were made trainable after `apply` and are in no file.
+        Warns, once for each, about parameters that were made trainable after `apply` and are in no file. A model card
+        (`README.md`) is written too, as PEFT writes it, or brought up to date; that needs huggingface_hub.
 
         Where parameters are sharded (FSDP2), every process has to call; the first one writes, the others wait for it.
         In a model that a plan spreads over processes (tensor or expert parallel), the first of these writes, and every
@@ -433,6 +435,7 @@ class AdapterManager(Merging):
         try:
             if is_first and is_main_process:
                 stored.write(directory, tensors)
+                stored.write_card(directory)
         finally:
             if sharded:
                 torch.distributed.barrier()
@@ -458,6 +461,16 @@ class AdapterManager(Merging):
         trainable, total = self.get_nb_trainable_parameters()
         share = 100 * trainable / total if total else 0.0
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    def get_layer_status(self) -> list[LayerStatus]:
+        """The status of each adapted layer, module trained whole and embedding with trained tokens, as PEFT has it."""
+        parts: list[tuple[str, Any]] = list(own_parts(self.model, self._scope))
+        parts += [(f"{name}.token_adapter", rows) for name, rows in own_rows(self.model, self._scope)]
+        return layer_status(parts, self._active)
+
+    def get_model_status(self) -> ModelStatus:
+        """The status of all adapters together, as PEFT has it."""
+        return model_status(self.model, self, self.get_layer_status())
 
     def summary(self) -> str:
         """A table as text: for each layer and adapter the widths, b and what decided on it, parameters and backend.

@@ -12,6 +12,7 @@ from c3a_triton.bases.weights import stored_tensor
 from c3a_triton.errors import AdapterStateError
 from c3a_triton.files.checkpoint import KERNEL_SUFFIX, write_adapter
 from c3a_triton.files.config import C3AConfig
+from c3a_triton.files.model_card import write_model_card
 
 from . import pretrained
 from .base_model import base_module_names
@@ -115,10 +116,30 @@ class AdapterTensors:
                 tensors[name.replace(copy, ".")] = tensor
         return tensors
 
+    def write_card(self, directory: str | os.PathLike[str]) -> None:
+        """Write the model card, or bring it up to date: what PEFT cannot read is not said to be PEFT's.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        tags = ["c3a", "c3a_triton", *(getattr(self.model, "model_tags", None) or ())]
+        if any(cls.__module__.startswith("transformers.") for cls in type(self.model).__mro__):
+            tags.append("transformers")
+        write_model_card(
+            directory,
+            library_name="c3a_triton" if self._beyond_peft() or self.rows() else "peft",
+            base_model=self.config.base_model_name_or_path,
+            tags=tags,
+            pipeline_tag="text-generation" if self.config.task_type == "CAUSAL_LM" else None,
+        )
+
+    def _beyond_peft(self) -> list[str]:
+        """Names of the adapted layers that are none of PEFT's C3A."""
+        return [name for name, layer in self.layers() if not isinstance(layer.get_base_layer(), nn.Linear)]
+
     def warn_unreadable(self) -> None:
         """Warn, at the caller's caller, where PEFT cannot read the adapter."""
-        own = [name for name, layer in self.layers() if not isinstance(layer.get_base_layer(), nn.Linear)]
-        if own:
+        if own := self._beyond_peft():
             warnings.warn(
                 "PEFT adapts linear layers alone (nn.Linear) by C3A: it cannot load this adapter, which has "
                 f"{len(own)} others ({', '.join(own[:3])}{', …' if len(own) > 3 else ''}); "

@@ -93,6 +93,15 @@ class TokenRows(nn.Module):
         for name, rows in self.trainable_tokens_delta.items():
             rows.requires_grad_(enabled and name in self._active)
 
+    def computing(self) -> list[str]:
+        """Names of the adapters whose rows compute, merged ones included."""
+        return list(self._active)
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the embedding's own rows compute, set by `enable_adapters`, or within `disable_adapter`."""
+        return self._disabled or (self._scope.watched and self._scope.kind() == "base")
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Drop an adapter's rows, if there are any."""
         if adapter_name in self.indices:
