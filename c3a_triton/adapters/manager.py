@@ -33,6 +33,7 @@ from .beside import (
     warn_unsaved,
 )
 from .combine import combination, combined
+from .ensured_ties import tie_copies, with_tied_modules
 from .file_targets import check_file_values, find_file_targets, same_tensors, with_names_of
 from .injection import Addition, new_copy, new_layer, put, put_rows, remove_rows, replace_module
 from .merge_verbs import Merging
@@ -108,6 +109,8 @@ class AdapterManager(Merging):
                 config = replace(config, base_model_name_or_path=model_name_or_path(self.model))
             targets = find_targets(self.model, config)
             saved, tokens = find_modules_to_save(self.model, config), find_token_targets(self.model, config)
+            config = with_tied_modules(self.model, config, [target.name for target in targets], saved)
+            saved = find_modules_to_save(self.model, config) if config.ensure_weight_tying else saved
             new = self._build(adapter_name, config, targets, saved, tokens)
             shared |= new.shared()
         self._put(new)
@@ -272,6 +275,7 @@ class AdapterManager(Merging):
         new = partial(new_layer, self.model, backend=self.backend, active=self._active)
         layers = [(target, *new(target, adapter_name, config.init_weights, tensors)) for target in targets]
         copies = [(name, module, *new_copy(name, module, tensors)) for name, module in saved]
+        tie_copies(self.model, config, {name: module_copy for name, *_, module_copy in copies})
         rows = [(target, *new_rows(target, tensors)) for target in tokens]
         return Addition(adapter_name, config, layers, copies, rows, replaced)
 

@@ -156,7 +156,8 @@ class SavePretrained:
         else:
             # transformers drops one of two names of a tied weight only if it knows both, and it does not know these.
             firsts = {name for name, _ in self.model.named_parameters()}
-            names = {name for name in parameters if name not in firsts and base_name(name) != name}
+            again = [name for name in parameters if name not in firsts]
+            names = {name for name in again if base_name(name) != name or ".modules_to_save." in name}
         return set(map(unwrapped_name, names))
 
 

@@ -261,5 +261,6 @@ def find_modules_to_save(model: nn.Module, config: C3AConfig) -> list[tuple[str,
         if problem := token_problem(name, module):
             raise ConfigError(f"modules_to_save: {problem}")
     _warn_shared(model, [name for name, _ in found], "trained whole (modules_to_save)")
-    warn_tied(model, [name for name, _ in found], "modules_to_save gives it a copy of its own")
+    if not config.ensure_weight_tying:
+        warn_tied(model, [name for name, _ in found], "modules_to_save gives it a copy of its own")
     return found

@@ -15,12 +15,13 @@ from c3a_triton.files.config import C3AConfig
 from c3a_triton.files.values import shown, some
 
 from .base_model import base_modules, embeddings_of, near_names
+from .ensured_ties import of_one_weight, own_weight
 from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
 from .target import sharding_problem
 from .token_rows import ROWS_SUFFIX, TokenRows, rows_at
 
-__all__ = ["TokenTarget", "check_tokens_alone", "find_token_targets", "new_rows", "tied_to_embeddings"]
+__all__ = ["TokenTarget", "check_tokens_alone", "find_token_targets", "new_rows"]
 
 _FIELD = "trainable_token_indices"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -69,7 +70,7 @@ def find_token_targets(model: nn.Module, config: C3AConfig, *, on_meta: bool = F
             continue
         module, indices = modules[name], wanted[name]
         _check_module(name, module, on_meta)
-        others = _of_one_weight(modules, name)
+        others = of_one_weight(modules, name)
         different = [other for other in others if wanted.get(other, indices) != indices]
         if different and config.ensure_weight_tying:
             raise ConfigError(
@@ -118,29 +119,6 @@ def _wanted(
     return wanted
 
 
-def _weight_of(module: nn.Module) -> Tensor | None:
-    base: Any = module.original_module if isinstance(module, ModulesToSave) else module
-    base = base.get_base_layer() if isinstance(base, C3ALinear) else base
-    weight = base._parameters.get("weight")
-    return weight if isinstance(base, (nn.Embedding, nn.Linear)) else None
-
-
-def _of_one_weight(modules: Mapping[str, nn.Module], name: str) -> list[str]:
-    """The other modules that have a module's weight."""
-    weight = _weight_of(modules[name])
-    return [other for other in modules if other != name and weight is not None and _weight_of(modules[other]) is weight]
-
-
-def tied_to_embeddings(model: nn.Module) -> list[str]:
-    """Names of the modules that have one weight with the input embeddings, these first; none where nothing is tied."""
-    modules = {name: module for name, module in base_modules(model) if name}
-    embeddings = embeddings_of(model)[0]
-    for name, module in modules.items():
-        if module is embeddings and (others := _of_one_weight(modules, name)):
-            return [name, *others]
-    return []
-
-
 def _check_module(name: str, module: Any, on_meta: bool) -> None:
     """Refuse a module whose rows cannot be trained by themselves."""
     if isinstance(module, ModulesToSave):
@@ -153,7 +131,7 @@ def _check_module(name: str, module: Any, on_meta: bool) -> None:
             f"{_FIELD}: {name} is adapted by another adapter (target_modules), so that its rows cannot be trained by "
             "themselves: train tokens of it in a model without that adapter"
         )
-    kind, weight = type(module).__name__, _weight_of(module)
+    kind, weight = type(module).__name__, own_weight(module)
     if not isinstance(module, (nn.Embedding, nn.Linear)) or weight is None or weight.dtype not in _DTYPES:
         what = f" with a weight of {weight.dtype}" if weight is not None else ""
         raise ConfigError(
@@ -185,7 +163,7 @@ def _check_module(name: str, module: Any, on_meta: bool) -> None:
 def _check_rows(target: TokenTarget) -> None:
     """Refuse tokens that a module does not have, and other partners than those of adapters that are there."""
     for name, module in target.modules:
-        weight = _weight_of(module)
+        weight = own_weight(module)
         assert weight is not None
         n_rows = whole_shape(weight)[0]
         if beyond := [index for index in target.indices if index >= n_rows]:
@@ -228,7 +206,7 @@ def check_tokens_alone(
 def new_rows(target: TokenTarget, tensors: Mapping[str, Tensor] | None) -> tuple[TokenRows, nn.Parameter]:
     """What holds the rows of a target, and rows, a file's or else the embedding's own, which it does not have yet."""
     rows = rows_at(target.module)
-    weight = _weight_of(target.module)
+    weight = own_weight(target.module)
     assert weight is not None
     with torch.no_grad():
         # A tensor of this process's own, whatever the weight was made in.

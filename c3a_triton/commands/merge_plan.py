@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from c3a_triton.adapters.base_model import warn_tied
+from c3a_triton.adapters.ensured_ties import tied_to_embeddings
 from c3a_triton.adapters.file_targets import check_file_values, find_file_targets, with_names_of
 from c3a_triton.adapters.injection import layer_class, new_layer, put, put_plain
 from c3a_triton.adapters.layer import C3ALinear
@@ -94,6 +95,11 @@ def plan_merge(structure: nn.Module, adapter: AdapterFile, checkpoint: ModelFold
         for name, module in saved_modules
         for key in module.state_dict()
     }
+
+    for name in tied_to_embeddings(structure) if adapter.config.ensure_weight_tying else ():
+        # One tensor it stays, with other values.
+        if (value := saved.pop(f"{name}.weight", None)) is not None:
+            changes[one[f"{name}.weight"]] = [partial(_replace, value=value)]
 
     config = read_json(checkpoint.folder / MODEL_CONFIG_NAME)
     after = one | {name: f"{name} saved" for name in saved}
