@@ -444,6 +444,17 @@ class AdapterManager(Merging):
             if sharded:
                 torch.distributed.barrier()
 
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str], adapter_name: str = "default") -> None:
+        """Write an adapter's model card, `README.md`, or bring the one that is there up to date, as PEFT does.
+
+        What others wrote in it stays. Without huggingface_hub none is written.
+
+        Raises:
+            AdapterNotFoundError: an unknown name.
+            CheckpointError: it cannot be written.
+        """
+        self._tensors(adapter_name).write_card(output_dir)
+
     def _warn_unsaved(self, tensors: Mapping[str, Tensor]) -> None:
         saved = [parameter for _, layer in self.layers() for parameter in layer.c3a_kernel.parameters()]
         saved += [parameter for _, module in self._saved_modules() for parameter in module.parameters()]

@@ -58,6 +58,8 @@ def prepare(model: nn.Module) -> None:
     if "save_pretrained" not in model.__dict__:
         model.save_pretrained = SavePretrained(model)  # type: ignore[assignment]
         model.register_forward_pre_hook(_before_training_forward, with_kwargs=True)
+    if not hasattr(model, "create_or_update_model_card"):
+        model.create_or_update_model_card = ModelCard(model)  # type: ignore[assignment]
     keep_ties(model)
     _warn_quantized(model)
     _warn_fused_loss(model, {})
@@ -70,11 +72,29 @@ def release(model: nn.Module) -> None:
     """Undo `prepare`."""
     if isinstance(model.__dict__.get("save_pretrained"), SavePretrained):
         del model.save_pretrained
+    if isinstance(model.__dict__.get("create_or_update_model_card"), ModelCard):
+        del model.create_or_update_model_card
     release_ties(model)
     remove_hooks(model, lambda hook: hook is _before_training_forward)
     for module in model.modules():
         if isinstance(module.__dict__.get("fuse_qkv_projections"), FuseProjections):
             del module.fuse_qkv_projections
+
+
+class ModelCard:
+    """`create_or_update_model_card` of an adapted model: the Trainer calls it where its folder is an adapter's.
+
+    Attributes:
+        model: the adapted model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, output_dir: str | os.PathLike[str]) -> None:
+        """As the manager's, for the active adapter."""
+        manager: Any = self.model.c3a
+        manager.create_or_update_model_card(output_dir, next(iter(manager.active_adapters or manager.adapters)))
 
 
 class SavePretrained:

@@ -39,12 +39,13 @@ def write_model_card(
     """
     try:
         from huggingface_hub import ModelCard, ModelCardData
+        from yaml import YAMLError
     except ImportError:
         return
     path = Path(directory) / CARD_NAME
     try:
         card = ModelCard.load(path) if path.exists() else ModelCard.from_template(ModelCardData())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, YAMLError) as error:
         warnings.warn(f"{path} is no model card and is left as it is: {error}", stacklevel=3)
         return
     of_hub = base_model if base_model and not Path(base_model).is_dir() else None
