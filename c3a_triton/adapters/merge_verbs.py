@@ -100,7 +100,7 @@ class Merging(Activation):
         for group in groups if safe_merge else ():
             merging.check_finite(group)
         for rows in self._token_rows():
-            rows.check_merge(names, safe_merge)
+            rows.check_merge(modules_with(self.model, rows), names, safe_merge)
         warn_tied(self.model, [name for name, _, _ in work], "merging changes both")
         return groups
 

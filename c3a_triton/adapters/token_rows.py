@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from c3a_triton.bases.partitioned import changed
-from c3a_triton.bases.sharded import gather_with, gathered, put_values
+from c3a_triton.bases.sharded import gather_with, gathered
 from c3a_triton.errors import AdapterStateError
 from c3a_triton.files.values import some
 
@@ -181,13 +181,19 @@ class TokenRows(nn.Module):
         names = self.check_set_adapter(dict.fromkeys([*self.merged_adapters, *adapter_names]))
         return [name for name in names if name not in self.merged_adapters]
 
-    def check_merge(self, adapter_names: Iterable[str], safe_merge: bool) -> None:
+    def check_merge(self, modules: Sequence[nn.Module], adapter_names: Iterable[str], safe_merge: bool) -> None:
         """Refuse what cannot be merged.
 
         Raises:
-            AdapterStateError: as `unmerged`, adapters are disabled, or with `safe_merge` rows that are not finite.
+            AdapterStateError: as `unmerged`, adapters are disabled, a weight of the modules is sharded, or with
+                `safe_merge` rows that are not finite.
         """
         for name in self.unmerged(adapter_names):
+            if any(hasattr(weight, "full_tensor") for weight in _weights(modules)):
+                raise AdapterStateError(
+                    f"{self.layer_name}: nothing can be merged into a weight that is sharded, as FSDP2 does it. Save "
+                    "the adapter, and merge it in a model that is not"
+                )
             if self._disabled:
                 raise AdapterStateError(f"{self.layer_name}: adapters are disabled; enable them before merging")
             if safe_merge and not torch.isfinite(gathered(self.trainable_tokens_delta[name])).all():
@@ -269,9 +275,4 @@ def _weights(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
 
 def _write(weight: nn.Parameter, indices: list[int], rows: Tensor) -> None:
     with changed([weight], "merging"):
-        if hasattr(weight, "full_tensor"):
-            values = gathered(weight).clone()
-            values[indices] = rows.to(values)
-            put_values(weight.detach(), values)
-        else:
-            weight.detach()[indices] = rows.to(weight)
+        weight.detach()[indices] = rows.to(weight)

@@ -39,7 +39,7 @@ def write_model_card(
     """
     try:
         from huggingface_hub import ModelCard, ModelCardData
-        from yaml import YAMLError
+        from yaml import YAMLError  # type: ignore[import-untyped]
     except ImportError:
         return
     path = Path(directory) / CARD_NAME
