@@ -96,10 +96,23 @@ class Activation:
         return merging.to_unmerge(layer for _, layer in self.layers())
 
     def _unmerge(self, layers: list[C3ALinear]) -> None:
-        for layer in layers:
-            merging.bring_back(layer, everyone=True)
-        for rows in self._token_rows():
-            rows.unmerge(modules_with(self.model, rows))
+        with self._scope.lock:
+            for layer in layers:
+                merging.bring_back(layer, everyone=True)
+            for rows in self._token_rows():
+                rows.unmerge(modules_with(self.model, rows))
+
+    def _check_idle(self, what: str) -> None:
+        """Refuse what would change the model under requests that have not ended.
+
+        Raises:
+            AdapterStateError: there are some.
+        """
+        if names := self._scope.names_served():
+            raise AdapterStateError(
+                f"{what} under requests of continuous batching that are computed with {sorted(names)}: let them end, "
+                "or cancel them, first"
+            )
 
     def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
         """Activate an adapter, or several whose updates are summed. Active adapters are trainable, others frozen.

@@ -89,6 +89,11 @@ class C3AStacked(Part):
         if kind == "ask" or (kind == "rows" and torch.compiler.is_compiling()):
             return self._uncompiled_forward(x, routes, gather=gather)
         base, weight = self.base_layer, self.weight
+        if kind == "tokens":
+            x = _as_computed(x[routes.source] if gather else x, weight)
+            y = base_product(base, self.parameter, x, routes, self.transposed)
+            delta = self._scope.local.tokens.update_experts(self, x, routes)
+            return y if delta is None else y + delta.to(y.dtype)
         kernels = self._kernels_of_call(kind, x.device, (routes.order.shape[0], x.shape[-1]))
         kernels = tuple(map(self._here, kernels))
         is_plain = is_ordinary(weight)

@@ -44,6 +44,8 @@ def general_forward(
     gather_with(layer, layer._stored_kernels())
     if kind == "probe":
         layer._scope.note(layer._label, x)
+    if kind == "tokens":
+        return _forward_tokens(layer, x, *args, **kwargs)
     if kind == "base":
         check_base(layer)
     if layer._disable_adapters or kind == "probe":
@@ -161,6 +163,15 @@ def _forward_rows(layer: Any, present: tuple[str, ...], rows: Tensor, x: Tensor,
         y = beside(layer, partial(_add_rows, layer, present, rows), x, *args, **kwargs)
     else:
         y = base(x, *args, **kwargs)
+    return y.to(x.dtype) if x.is_floating_point() else y
+
+
+def _forward_tokens(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The base layer's output plus, for each token of a packed row, that of its slot."""
+    check_rows(layer)
+    y = layer.base_layer(x, *args, **kwargs)
+    delta = layer._scope.local.tokens.update(layer, x.to(y.device))
+    y = y if delta is None else y + delta.to(y.dtype)
     return y.to(x.dtype) if x.is_floating_point() else y
 
 

@@ -36,10 +36,10 @@ from .combine import combination, combined
 from .ensured_ties import tie_copies, with_tied_modules
 from .file_targets import check_file_values, find_file_targets, same_tensors, with_names_of
 from .injection import Addition, new_copy, new_layer, put, put_rows, remove_rows, replace_module
-from .merge_verbs import Merging
 from .ownership import check_owner, own_parts, own_rows
 from .parameters import check_adapter_name
 from .report import count_parameters, summary_table
+from .serving import Serving
 from .spread import check_spread
 from .status import LayerStatus, ModelStatus, layer_status, model_status
 from .targets import Target, find_modules_to_save, find_targets, with_task_heads
@@ -50,7 +50,7 @@ __all__ = ["AdapterManager"]
 
 
 @public
-class AdapterManager(Merging):
+class AdapterManager(Serving):
     """The C3A adapters of a model, with PEFT's verbs. `c3a_triton.apply` makes it and binds it to the model as `c3a`.
 
     It is no module and holds no tensors of its own: the model's `state_dict` does not know it, and copies and pickles
@@ -83,8 +83,9 @@ class AdapterManager(Merging):
     def _check_unused(self, name: str) -> None:
         if name in self._scope.names_in_use():
             raise AdapterStateError(
-                f"rows are computed with the adapter {name!r} (using() or adapter_names=), in this thread or another: "
-                "they would get the base model alone. Leave the context first"
+                f"rows are computed with the adapter {name!r} (using() or adapter_names=), in this thread or another, "
+                "or requests of continuous batching: they would get the base model alone. Leave the context, or let the "
+                "requests end, first"
             )
 
     # Adding and loading
@@ -248,9 +249,12 @@ class AdapterManager(Merging):
             present |= {name: p for name, p in embeddings.items() if base_name(name) in held}
             pairs = same_tensors(present, file)
             shared |= {"adapter name": adapter_name, "tensors": file.tensors}
-        for old, new in pairs:
-            with changed([old], "hotswap_adapter"):
-                put_values(old.detach(), new)
+        with self._scope.lock:
+            if held or self._configs[adapter_name].bias != "none":
+                self._check_idle("these values would replace embeddings or biases of the base model")
+            for old, new in pairs:
+                with changed([old], "hotswap_adapter"):
+                    put_values(old.detach(), new)
         self._embeddings[adapter_name] = held
 
     def _build(
@@ -281,6 +285,12 @@ class AdapterManager(Merging):
 
     def _put(self, new: Addition) -> None:
         """Put what was built into the model."""
+        with self._scope.lock:
+            if new.replaced:
+                self._check_idle("the adapter's file would replace embeddings or biases of the base model")
+            self._put_unlocked(new)
+
+    def _put_unlocked(self, new: Addition) -> None:
         adapter_name, is_first = new.adapter_name, not self._configs
         broadcast(over := shared_over(self.model), new.tensors())
         if is_first:
@@ -334,12 +344,13 @@ class AdapterManager(Merging):
                     f"the active adapter {adapter_name!r} is deleted; {active[0]!r} is active now", stacklevel=2
                 )
             self._activate(active, inference_mode)
-        for part in self._parts():
-            part.delete_adapter(adapter_name)
-        for rows in self._token_rows():
-            if not rows.indices:
-                remove_rows(self.model, rows)
-        del self._configs[adapter_name], self._chosen_by[adapter_name]
+        with self._scope.lock:
+            for part in self._parts():
+                part.delete_adapter(adapter_name)
+            for rows in self._token_rows():
+                if not rows.indices:
+                    remove_rows(self.model, rows)
+            del self._configs[adapter_name], self._chosen_by[adapter_name]
         self._embeddings.pop(adapter_name, None)
 
     def rename_adapter(self, old: str, new: str) -> None:
@@ -355,9 +366,10 @@ class AdapterManager(Merging):
             self._known(old)
             self._check_unused(old)
             self._check_free(new)
-        for part in self._parts():
-            part.rename_adapter(old, new)
-        self._configs = {new if name == old else name: config for name, config in self._configs.items()}
+        with self._scope.lock:
+            for part in self._parts():
+                part.rename_adapter(old, new)
+            self._configs = {new if name == old else name: config for name, config in self._configs.items()}
         self._chosen_by = {new if name == old else name: keys for name, keys in self._chosen_by.items()}
         self._active = [new if name == old else name for name in self._active]
         self._embeddings = {new if name == old else name: held for name, held in self._embeddings.items()}

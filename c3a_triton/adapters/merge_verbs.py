@@ -108,7 +108,8 @@ class Merging(Activation):
         self, names: list[str], groups: list[merging.Group], keep_base: str | None, progressbar: bool = False
     ) -> None:
         done, total = 0, sum(map(len, groups))
-        with in_step(self.model, "merging"):  # memory may run out in one process alone
+        with self._scope.lock, in_step(self.model, "merging"):  # memory may run out in one process alone
+            self._check_idle("merging would change the weights")
             for group in groups:
                 merging.add(group, keep_base)
                 done += len(group)
@@ -188,6 +189,7 @@ class Merging(Activation):
             AdapterStateError: a merged layer cannot be unmerged.
         """
         with in_step(self.model, "unload", parts=True):
+            self._check_idle("unloading would remove the layers")
             merged = self._to_unmerge()
         self._unmerge(merged)
         self._remove(with_copies=False)
@@ -209,9 +211,10 @@ class Merging(Activation):
 
     def _remove(self, *, with_copies: bool) -> None:
         self._watch.end()
-        put_plain(self.model, self._scope, with_copies=with_copies)
-        for rows in self._token_rows():
-            remove_rows(self.model, rows)
+        with self._scope.lock:
+            put_plain(self.model, self._scope, with_copies=with_copies)
+            for rows in self._token_rows():
+                remove_rows(self.model, rows)
         release_layout(self.model)
         self._configs.clear()
         self._chosen_by.clear()

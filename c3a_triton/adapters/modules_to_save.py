@@ -34,7 +34,7 @@ class CopiesByCall(nn.Module):
     @property
     def disable_adapters(self) -> bool:
         """Whether the original computes, set by `enable_adapters`, or within `disable_adapter`."""
-        return self._is_disabled() or (self._scope.watched and self._scope.kind() == "base")
+        return self._is_disabled() or (self._scope.watched and self._scope.kind() in ("base", "tokens"))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the copies that hold for this call, or the original, make of it."""

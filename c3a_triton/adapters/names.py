@@ -62,6 +62,7 @@ class Call:
 
     Attributes:
         names: an adapter's name for each row of the batch; None for the active adapters.
+        tokens: a packed row whose tokens have adapters of their own (`token_slots`), or None.
         disabled: whether the base model computes alone.
         n_rows: the batch of the call of the model that is under way, or None outside of any.
         tried: whether trials with fewer rows have shown what layers see in calls of this form.
@@ -71,6 +72,7 @@ class Call:
     """
 
     names: tuple[str, ...] | None = None
+    tokens: Any = None
     disabled: bool = False
     n_rows: int | None = None
     tried: bool = False
@@ -81,11 +83,13 @@ class Call:
 
     @property
     def kind(self) -> str:
-        """How layers compute: `"probe"`, `"base"`, `"rows"` or `"active"`."""
+        """How layers compute: `"probe"`, `"base"`, `"tokens"`, `"rows"` or `"active"`."""
         if self.probe is not None:
             return "probe"
         if self.disabled:
             return "base"
+        if self.tokens is not None:
+            return "tokens"
         return "active" if self.names is None else "rows"
 
     def rows(self, adapters: tuple[str, ...], n_rows: int) -> Tensor:
@@ -110,6 +114,7 @@ class _Local(threading.local):
 
     def __init__(self) -> None:  # once in each thread: a class's default value would be one for compiled code
         self.kind = "unset"
+        self.tokens: Any = None  # `Call.tokens`
         self.n_calls = 0  # of the model, that began with names of their own
         self.again: Callable[[], Call | None] = _nothing  # what a backward pass computes layers again with
 
@@ -141,20 +146,26 @@ class Scope:
 
     Attributes:
         managed: as given.
+        lock: held while adapters are changed, and while their values are copied for requests.
+        servers: what knows which adapters requests are computed with, by `names_in_use()`.
         watched: whether a layer has to ask for the present call at all.
         is_open: whether a context (`using`, `disable_adapter`) is open in any thread or task.
         is_hidden: whether one is, or has ended but holds in a copy that a thread or task has made of it.
         layouts: layer name → what is wrong with dividing its input among the rows of the batch; None if nothing is.
         trials: form of a call → what trials with fewer rows have told (`row_names`).
+        token_layouts: what a trial with few tokens has told (`token_layouts`); None before it.
         why_unknown: why a probe has told nothing, as a part of a message.
     """
 
     def __init__(self, managed: bool = False) -> None:
         self.managed = managed
+        self.lock = threading.RLock()
+        self.servers: weakref.WeakSet[Any] = weakref.WeakSet()
         self.watched = False
         self.is_open = self.is_hidden = False
         self.layouts: dict[str, str | None] = {}
         self.trials: dict[Any, Any] = {}
+        self.token_layouts: Mapping[str, str] | None = None
         self.why_unknown = ""
         self.local = _Local()
         self.key = next(_KEYS)
@@ -190,6 +201,7 @@ class Scope:
         _CALLS.set({**calls, self: (*before, call)})
         # Tasks take turns in one thread: compiled code has to ask for the context there.
         self.local.kind = "ask" if _in_event_loop() else call.kind
+        self.local.tokens = call.tokens
         return entry
 
     def leave(self, entry: _Entry) -> None:
@@ -199,6 +211,7 @@ class Scope:
         if stack:
             calls[self] = stack
         _CALLS.set(calls)
+        self.local.tokens = stack[-1].tokens if stack else None
         ended, thread = torch._C._autograd._get_sequence_nr(), threading.get_ident()
         with _LOCK:
             self._open = [other for other in self._open if other is not entry]
@@ -226,11 +239,16 @@ class Scope:
         self.watched = bool(self._calls)
 
     def names_in_use(self) -> set[str]:
-        """The adapters that some thread or task computes with by name."""
+        """The adapters that some thread or task computes with by name, and those of requests that have not ended."""
+        served = self.names_served()
         with _LOCK:
             past = {id(entry.call) for entry, _ in self._past}
             calls = [call for ref in self._calls if (call := ref()) is not None and id(call) not in past]
-        return {name for call in calls for name in call.names or ()}
+        return served | {name for call in calls for name in call.names or ()}
+
+    def names_served(self) -> set[str]:
+        """The adapters of requests that have not ended, `BASE_ROW` among them."""
+        return {name for server in list(self.servers) for name in server.names_in_use()}
 
     def note_silence(self) -> None:
         """Note that a call for which nothing was said begins or ends here, with a graph."""

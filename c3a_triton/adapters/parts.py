@@ -76,6 +76,9 @@ class Part(C3ALinear):
         kind = self._scope.kind() if self._scope.watched else "active"
         if kind == "base":
             return self.merged  # which is refused
+        if kind == "tokens":
+            check_rows(self)
+            return self._scope.local.tokens.has(self)
         # By the tuple, not by names: compiled code is not compiled again for another adapter.
         return kind != "active" or self._kernels is None or len(self._kernels) > 0
 

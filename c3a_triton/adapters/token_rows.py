@@ -100,7 +100,7 @@ class TokenRows(nn.Module):
     @property
     def disable_adapters(self) -> bool:
         """Whether the embedding's own rows compute, set by `enable_adapters`, or within `disable_adapter`."""
-        return self._disabled or (self._scope.watched and self._scope.kind() == "base")
+        return self._disabled or (self._scope.watched and self._scope.kind() in ("base", "tokens"))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Drop an adapter's rows, if there are any."""
@@ -148,10 +148,7 @@ class TokenRows(nn.Module):
             for i, name in enumerate(present):
                 mine = (rows == i).to(y.device).view(-1, *(1,) * (y.dim() - 1))
                 y = torch.where(mine, self._with_rows(name, module, x, y), y)
-        elif kind != "base":
-            raise AdapterStateError(
-                f"{layer_name}: rows of tokens (trainable_token_indices) are not for calls by {kind}"
-            )
+        # Otherwise the base computes; of a packed row, too, since no request has an adapter with rows for its own.
         return y
 
     @uncompiled

@@ -1,0 +1,352 @@
+"""Adapters of requests in flight: each at the values that it had when its request came, in stacks that tokens index.
+
+A packed row holds the tokens of many requests, and which adapter a token has is an integer on the device, its slot. A
+slot's kernels are copies in stacks whose addresses stay: whoever trains, exchanges or rescales an adapter meanwhile
+touches no request in flight, and a captured graph reads whichever slots hold when it runs.
+"""
+
+import itertools
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdRef
+
+from c3a_triton.bases.parallel import parallel_mesh
+from c3a_triton.bases.sharded import is_sharded
+from c3a_triton.errors import AdapterStateError, ConfigError, ShapeError
+from c3a_triton.operator import routes as routing
+from c3a_triton.operator.backends import ROUTED
+from c3a_triton.operator.routed import c3a_routed
+from c3a_triton.operator.routes import Routes
+
+from .names import BASE_ROW
+from .token_layouts import KEPT, OTHER
+
+__all__ = ["Lease", "PackedRow", "Slot", "TokenSlots"]
+
+Stacks = Mapping[str, Mapping[int, Tensor]]
+"""Layer name → block size → [capacity, m, n, b]: the kernel of each slot, zeros where it has none."""
+
+# What can be computed with a slot for each token.
+_KINDS = ("linear", "embedding", "experts")
+_LEAST_SLOTS = 4
+_SERIALS = itertools.count()
+
+
+class Slot:
+    """An adapter at one state of the model's parameters.
+
+    Args:
+        index: its place in the stacks; −1: the base model alone.
+
+    Attributes:
+        index: as given.
+        serial: a number that no other slot has or will have.
+        leases: of the requests that are computed with it.
+    """
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.serial = next(_SERIALS)
+        self.leases: weakref.WeakSet[Lease] = weakref.WeakSet()
+
+
+class Lease:
+    """A request's hold on a slot; what is copied of the request (its children, its restarts) has the same.
+
+    Args:
+        name: the adapter's, or `BASE_ROW`.
+        slot: the slot.
+
+    Attributes:
+        name, slot: as given.
+        arrived: whether the request is among those that a scheduler knows.
+    """
+
+    def __init__(self, name: str, slot: Slot) -> None:
+        self.name, self.slot, self.arrived = name, slot, False
+        slot.leases.add(self)
+
+    def __deepcopy__(self, memo: Any) -> "Lease":
+        return self
+
+
+class PackedRow:
+    """What layers compute a packed row with, in the thread whose `Call.tokens` it is.
+
+    Args:
+        layouts: of `token_layouts`.
+
+    Attributes:
+        stacks: of the slots.
+        n_slots: their number.
+    """
+
+    def __init__(self, layouts: Mapping[str, str]) -> None:
+        self._layouts = layouts
+        self.stacks: Stacks = {}
+        self.n_slots = 0
+
+    def begin(self, slots: Tensor, kept: Tensor | None) -> None:
+        """Take what the next call of the model is to compute with. Nothing of it is read on the host.
+
+        Args:
+            slots: [T] integers on the model's device, the slot of each token; −1: the base model alone.
+            kept: the tokens of which logits are kept, as indices; None: all.
+        """
+        self._slots = slots
+        self._kept = slots if kept is None else slots.index_select(0, kept)
+        self._routes: dict[str, Routes] = {}
+
+    def update(self, layer: Any, x: Tensor) -> Tensor | None:
+        """What the slots of x's tokens add to the base layer's output, [..., out]; None if no slot has any there.
+
+        Raises:
+            ShapeError: x is not the packed row.
+        """
+        stacks = self._stacks_of(layer)
+        if not stacks:
+            return None
+        layout = self._layouts.get(layer.layer_name, OTHER)
+        slots = self._kept if layout == KEPT else self._slots
+        tokens = x.shape if layer.kind == "embedding" else x.shape[:-1]
+        if layout == OTHER or tokens.numel() != slots.shape[0] or tokens[-1] != slots.shape[0]:
+            raise _not_packed(layer, x.shape, slots.shape[0])
+        if layer.kind == "embedding":
+            return torch.stack([_looked_up(layer, x, stack, slots) for stack in stacks]).sum(0)
+        if layout not in self._routes:
+            self._routes[layout] = routing.make(slots[:, None], self.n_slots, partial=True)
+        rows = _of_slots(layer, x.flatten(0, -2), stacks, self._routes[layout])
+        return rows.view(*tokens, -1)
+
+    def update_experts(self, part: Any, x: Tensor, routes: Routes) -> Tensor | None:
+        """What the slots of tokens add to a projection of their experts, [n_rows, out]; None if no slot has any there.
+
+        Args:
+            part: the projection's adapters.
+            x: [n_rows, in], sorted by expert.
+            routes: the experts of the packed row's tokens.
+
+        Raises:
+            ShapeError: these are not its tokens.
+        """
+        stacks = self._stacks_of(part)
+        if not stacks:
+            return None
+        if routes.order.shape[0] != self._slots.shape[0] * routes.top_k:
+            raise _not_packed(part, x.shape, self._slots.shape[0])
+        slots, n_experts = self._slots.index_select(0, routes.source), stacks[0].shape[1]
+        # A slot has a group for each expert.
+        groups = (slots * n_experts + routes.groups).masked_fill((slots < 0) | ~routes.valid(), -1)
+        own = routing.make(groups[:, None], self.n_slots * n_experts, partial=True)
+        return _of_slots(part, x, [stack.flatten(0, 1) for stack in stacks], own)
+
+    def has(self, layer: Any) -> bool:
+        """Whether any slot has a kernel in a layer."""
+        return layer.layer_name in self.stacks
+
+    def _stacks_of(self, layer: Any) -> list[Tensor]:
+        return list(self.stacks.get(layer.layer_name, {}).values())
+
+
+def _not_packed(layer: Any, shape: torch.Size, n_tokens: int) -> ShapeError:
+    return ShapeError(
+        f"{layer._label}: {n_tokens} tokens have adapters of their own, and this layer's input has the shape "
+        f"{tuple(shape)}, which is not that of their packed row: adapt the model without this layer (exclude_modules)"
+    )
+
+
+def _of_slots(layer: Any, x: Tensor, stacks: Sequence[Tensor], routes: Routes) -> Tensor:
+    rows = c3a_routed(x, None, None, stacks, routes, gather=True, backend=layer.backend)
+    return rows.index_select(0, routes.inverse)
+
+
+def _looked_up(layer: Any, x: Tensor, stack: Tensor, slots: Tensor) -> Tensor:
+    """What an embedding's slots add to the rows that are looked up: those of one slot lie behind another's."""
+    _, out_blocks, _, b = stack.shape
+    rows = x + slots.clamp(min=0) * (out_blocks * b)
+    none = slots < 0 if layer.padding_idx is None else (slots < 0) | (x == layer.padding_idx)
+    return layer._delta(rows, stack.flatten(0, 1), "auto").masked_fill(none.unsqueeze(-1), 0.0)
+
+
+class TokenSlots:
+    """The slots of one server of a model, as many as its requests need.
+
+    Args:
+        adapters: the model's manager, whose scope has `token_layouts`.
+        device: where packed rows are.
+        server: asked by `Scope.names_in_use`, held weakly.
+
+    Raises:
+        AdapterStateError: processes share the model.
+    """
+
+    def __init__(self, adapters: Any, device: torch.device, server: Any) -> None:
+        self.adapters, self.device = adapters, device
+        self.layouts: Mapping[str, str] = adapters._scope.token_layouts
+        self.stacks: Stacks = {}
+        self.n_slots = 0
+        self._slots: dict[Any, Slot] = {}  # the least recently used first
+        with adapters._scope.lock:
+            for name, layer in adapters.layers():
+                if parallel_mesh(layer.get_base_layer()) is not None or any(map(is_sharded, layer._stored_kernels())):
+                    raise AdapterStateError(
+                        f"{name} is spread over processes, where requests cannot have adapters of their own: load the "
+                        "model into one process"
+                    )
+            # What captured graphs read is there before they are captured.
+            kernels = [
+                found for name in adapters.adapters for found in self._kernels(name) if not self._problem(found[0])
+            ]
+            self._reserve(kernels, max(_LEAST_SLOTS, 1 << len(adapters.adapters).bit_length()))
+        adapters._scope.servers.add(server)
+
+    def lease(self, adapter_name: str | None) -> Lease:
+        """A hold on the slot of an adapter as it is now.
+
+        Args:
+            adapter_name: its name, `BASE_ROW`, or None for the active one, if one is.
+
+        Raises:
+            AdapterNotFoundError: an unknown name.
+            AdapterStateError: adapters are merged.
+            ConfigError: no name and several active adapters, or an adapter of which a part has no rows of tokens.
+        """
+        with self.adapters._scope.lock:
+            if merged := self.adapters._merged():
+                raise AdapterStateError(
+                    f"requests cannot have adapters of their own while {merged} are merged: unmerge first"
+                )
+            name = self._resolved(adapter_name)
+            kernels = self._kernels(name)
+            self._check(name, kernels)
+            key = name, self._state(name, kernels)
+            slot = self._slots.pop(key, None)
+            if slot is None:
+                slot = self._new(kernels)
+            self._slots[key] = slot
+            return Lease(name, slot)
+
+    def leases(self) -> list[Lease]:
+        """Those of requests of which anything is left."""
+        return [lease for slot in list(self._slots.values()) for lease in list(slot.leases)]
+
+    def _resolved(self, adapter_name: str | None) -> str:
+        if adapter_name is None:
+            active = self.adapters.active_adapters
+            if len(active) > 1:
+                raise ConfigError(
+                    f"{active} are active, and a request has one adapter: name it (adapter_name=), or combine them "
+                    "(add_weighted_adapter)"
+                )
+            return active[0] if active else BASE_ROW
+        if not isinstance(adapter_name, str):
+            raise ConfigError(f"adapter_name must be the name of an adapter, got {adapter_name!r}")
+        if adapter_name != BASE_ROW:
+            self.adapters._known(adapter_name)
+        return adapter_name
+
+    def _kernels(self, name: str) -> list[tuple[Any, Tensor]]:
+        """(layer, kernel) of an adapter."""
+        return [
+            (layer, layer._kernel_on(name, self.device))
+            for _, layer in self.adapters.layers()
+            if name in layer.c3a_kernel
+        ]
+
+    def _problem(self, layer: Any) -> str:
+        """Why tokens cannot have adapters of their own in a layer, as what follows its name; "" where they can."""
+        place = layer.layer_name.rpartition(".")[0] if layer.is_part else layer.layer_name
+        if layer.kind not in _KINDS:
+            return f"is of kind {layer.kind}, which is computed with one adapter for all tokens"
+        if self.layouts.get(place) == OTHER:
+            return "is given something else than the tokens in their order"
+        if layer.backend not in ("auto", *ROUTED):
+            return f"has the backend {layer.backend!r}, and only 'auto' and {sorted(ROUTED)} take rows of many adapters"
+        return ""
+
+    def _check(self, name: str, kernels: Sequence[tuple[Any, Tensor]]) -> None:
+        for layer, _ in kernels:
+            if problem := self._problem(layer):
+                raise ConfigError(
+                    f"adapter {name!r} cannot be a request's own: {layer._label} {problem}. Activate it for all "
+                    "requests (set_adapter, and model.generate_batch), or train it without this layer"
+                )
+        for module_name, module in self.adapters._saved_modules():
+            if name in module.modules_to_save:
+                raise ConfigError(
+                    f"adapter {name!r} cannot be a request's own: it has a copy of {module_name} (modules_to_save), "
+                    "which all tokens share. Activate it for all requests (set_adapter, and model.generate_batch)"
+                )
+
+        for rows in self.adapters._token_rows():
+            if name in rows.indices:
+                raise ConfigError(
+                    f"adapter {name!r} cannot be a request's own: it has trained tokens of {rows.layer_name} "
+                    "(trainable_token_indices), whose rows all requests share. Activate it for all requests "
+                    "(set_adapter, and model.generate_batch)"
+                )
+
+    def _state(self, name: str, kernels: Sequence[tuple[Any, Tensor]]) -> tuple[Any, ...]:
+        """What is another one as soon as the adapter, or a parameter of the base model, has other values."""
+        own = [parameter for _, layer in self.adapters.layers() for parameter in layer._stored_kernels()]
+        held = {id(parameter) for parameter in own}
+        base = [parameter for parameter in self.adapters.model.parameters() if id(parameter) not in held]
+        mine = [layer.c3a_kernel[name] for layer, _ in kernels]
+        places = tuple(kernel.data_ptr() for kernel in mine)
+        return places, *map(_version, [*mine, *base])
+
+    def _new(self, kernels: Sequence[tuple[Any, Tensor]]) -> Slot:
+        """A slot with these kernels, which are copied."""
+        idle = [key for key, slot in self._slots.items() if not slot.leases]
+        if not kernels:
+            for key in idle:
+                if self._slots[key].index < 0:
+                    del self._slots[key]
+            return Slot(-1)
+        taken = {slot.index for slot in self._slots.values()}
+        free = next((index for index in range(self.n_slots) if index not in taken), None)
+        if free is None:
+            for key in idle:
+                if (index := self._slots[key].index) >= 0:
+                    del self._slots[key]
+                    free = index
+                    break
+        index = self.n_slots if free is None else free
+        self._reserve(kernels, 2 * self.n_slots if free is None else self.n_slots)
+        with torch.inference_mode(False), torch.no_grad():
+            mine = {(layer.layer_name, kernel.shape[-1]): kernel for layer, kernel in kernels}
+            for layer_name, stacks in self.stacks.items():
+                for b, stack in stacks.items():
+                    kernel = mine.get((layer_name, b))
+                    stack[index].zero_() if kernel is None else stack[index].copy_(kernel)
+        self._finish()
+        return Slot(index)
+
+    def _reserve(self, kernels: Iterable[tuple[Any, Tensor]], n_slots: int) -> None:
+        """Have stacks for such kernels, of so many slots. A call of the model that has begun keeps its own."""
+        stacks = {layer_name: dict(found) for layer_name, found in self.stacks.items()}
+        with torch.inference_mode(False), torch.no_grad():
+            for layer, kernel in kernels:
+                found = stacks.setdefault(layer.layer_name, {})
+                if kernel.shape[-1] not in found:
+                    found[kernel.shape[-1]] = kernel.new_zeros(n_slots, *kernel.shape)
+            for found in stacks.values():
+                for b, stack in found.items():
+                    if stack.shape[0] < n_slots:
+                        found[b] = torch.cat([stack, stack.new_zeros(n_slots - stack.shape[0], *stack.shape[1:])])
+        if n_slots > self.n_slots or any(found.keys() != self.stacks.get(n, {}).keys() for n, found in stacks.items()):
+            self.stacks, self.n_slots = stacks, n_slots
+
+    def _finish(self) -> None:
+        """Wait for what this thread has written: other threads read it in the order of other queues."""
+        if self.device.type != "cpu":
+            torch.accelerator.current_stream(self.device).synchronize()
+
+
+def _version(tensor: Tensor) -> tuple[WeakIdRef, int]:
+    # Tensors of inference mode have no version.
+    return WeakIdRef(tensor), -1 if tensor.is_inference() else tensor._version
