@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -266,15 +267,18 @@ def with_tokens(way: str, folder: Path) -> dict[str, Any]:
     train(alone)
     wrapped = WAYS[way](model)
     train(wrapped, dist.get_rank(), dist.get_world_size())
-    model.c3a.save_pretrained(folder)
+    whole = FullyShardedDataParallel.summon_full_params if way == "fsdp1" else nullcontext
+    with whole(wrapped):
+        model.c3a.save_pretrained(folder)
+        after = {name: tensor.clone() for name, tensor in model.c3a.state_dict().items()}
     dist.barrier()
-    if way == "ddp":  # FSDP2 has sharded the weights
+    if way == "ddp":  # the others have sharded the weights
         model.c3a.merge_adapter()
         model.c3a.unmerge_adapter()
-    after = model.c3a.state_dict()
+        after = model.c3a.state_dict()
     loaded = c3a_triton.load_adapter(reader(), folder).c3a.state_dict()
     expected = alone.c3a.state_dict()
-    same = all(tensor.equal(loaded[name]) for name, tensor in after.items())
+    same = all(tensor.equal(loaded[name.replace("_fsdp_wrapped_module.", "")]) for name, tensor in after.items())
     return differences((torch.zeros(1), torch.zeros(1)), loaded, expected, start) | {"same afterwards": same}
 
 
@@ -400,7 +404,7 @@ def main(folder: Path, cases: str) -> None:
             results[way] = traceback.format_exc()
     if cases == "torch":
         results["refused"] = refused(folder / "fsdp2")
-        results["tokens"] = {way: with_tokens(way, folder / f"tokens {way}") for way in ("ddp", "fsdp2")}
+        results["tokens"] = {way: with_tokens(way, folder / f"tokens {way}") for way in ("ddp", "fsdp2", "fsdp1")}
         results["through wrappers"] = through_wrappers(folder / "ddp")
     if dist.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(results))

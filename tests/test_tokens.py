@@ -26,8 +26,10 @@ def config(**changes):
     return C3AConfig(**(plain | changes))
 
 
-def adapted(*, tied=True, adapter_name="default", **changes):
-    return c3a_triton.apply(tiny_models.llama(tied=tied).eval(), config(**changes), adapter_name)
+def adapted(*, tied=True, adapter_name="default", model=None, **changes):
+    return c3a_triton.apply(
+        tiny_models.llama(tied=tied).eval() if model is None else model, config(**changes), adapter_name
+    )
 
 
 def rows_of(model, adapter="default", module="model.embed_tokens"):
@@ -557,3 +559,31 @@ def test_a_saved_embedding_must_not_be_merged(tmp_path):
     model.c3a.merge_adapter()
     with pytest.raises(AdapterStateError, match=r"have tokens merged into it: unmerge"):
         model.c3a.save_pretrained(tmp_path, save_embedding_layers=True)
+
+
+def test_requests_of_continuous_batching():
+    """All with the active adapter's rows, or each with an adapter of its own that has none."""
+    transformers = pytest.importorskip("transformers", minversion="5.23")
+    model = adapted(model=tiny_models.llama(pad_token_id=None).eval())
+    train(model)
+    model.c3a.add_adapter("plain", config(trainable_token_indices=None, init_weights="gaussian"))
+    settings = {
+        "generation_config": transformers.GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1),
+        "continuous_batching_config": transformers.ContinuousBatchingConfig(
+            num_blocks=16, max_batch_tokens=32, page_size=8
+        ),
+    }
+    prompts = [[1, 9, 3, 4], [3, 5, 9]]
+
+    def expected(name, prompt):
+        ids = torch.tensor([prompt])
+        for _ in range(4):
+            ids = torch.cat([ids, logits(model, ids, adapter_names=[name])[:, -1:].argmax(-1)], 1)
+        return ids[0, len(prompt) :].tolist()
+
+    found = [output.generated_tokens for output in model.generate_batch(prompts, **settings).values()]
+    assert found == [expected("default", prompt) for prompt in prompts]
+    outputs = list(model.c3a.generate_batch(prompts, adapter_names=["default", "plain"], **settings).values())
+    assert "it has trained tokens of model.embed_tokens" in outputs[0].error
+    assert outputs[1].error is None
+    assert outputs[1].generated_tokens == expected("plain", prompts[1])

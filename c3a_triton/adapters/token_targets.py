@@ -212,5 +212,5 @@ def new_rows(target: TokenTarget, tensors: Mapping[str, Tensor] | None) -> tuple
         # A tensor of this process's own, whatever the weight was made in.
         values = torch.empty(len(target.indices), whole_shape(weight)[1], dtype=torch.float32, device=weight.device)
         file_values = None if tensors is None else tensors[target.name + ROWS_SUFFIX]
-        values.copy_(gathered(weight.detach())[target.indices] if file_values is None else file_values)
+        values.copy_(gathered(weight).detach()[target.indices] if file_values is None else file_values)
     return rows or TokenRows(target.module, target.name), nn.Parameter(values)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -276,9 +277,8 @@ class C3AConfig:
                     f"trainable_token_indices{where}: {negative[0]} is no token: indices count from 0 (for the last "
                     "tokens of a vocabulary write len(tokenizer) - 1)"
                 )
-            if len(set(indices)) < len(indices):
-                twice = next(index for index in indices if indices.count(index) > 1)
-                raise ConfigError(f"trainable_token_indices{where}: token {twice} is named more than once")
+            if twice := [index for index, count in Counter(indices).items() if count > 1]:
+                raise ConfigError(f"trainable_token_indices{where}: token {twice[0]} is named more than once")
 
     def _check_patterns(self) -> None:
         """Compiles every pattern, after a look at what that will take."""
