@@ -43,7 +43,7 @@ class TokenTarget:
         return [(self.name, self.module), *self.tied]
 
 
-def find_token_targets(model: nn.Module, config: C3AConfig, *, on_meta: bool = False) -> list[TokenTarget]:
+def find_token_targets(model: nn.Module, config: C3AConfig) -> list[TokenTarget]:
     """The rows that a configuration trains, by PEFT's rules: what is tied to the input embeddings follows them.
 
     Modules are tied that have one weight. Where a dict names several of them, with the same tokens they share their
@@ -52,7 +52,6 @@ def find_token_targets(model: nn.Module, config: C3AConfig, *, on_meta: bool = F
     Args:
         model: the model.
         config: the configuration.
-        on_meta: whether the model is a mere structure.
 
     Raises:
         ConfigError: a name that no module has, a module whose rows cannot be trained, a token that it does not have, or
@@ -69,7 +68,7 @@ def find_token_targets(model: nn.Module, config: C3AConfig, *, on_meta: bool = F
         if name in done:
             continue
         module, indices = modules[name], wanted[name]
-        _check_module(name, module, on_meta)
+        _check_module(name, module)
         others = of_one_weight(modules, name)
         different = [other for other in others if wanted.get(other, indices) != indices]
         if different and config.ensure_weight_tying:
@@ -81,7 +80,7 @@ def find_token_targets(model: nn.Module, config: C3AConfig, *, on_meta: bool = F
         follows = module is embeddings and not different
         tied = [other for other in others if other not in different and (other in wanted or follows)]
         for other in tied:
-            _check_module(other, modules[other], on_meta)
+            _check_module(other, modules[other])
         target = TokenTarget(name, module, indices, [(other, modules[other]) for other in tied])
         _check_rows(target)
         targets.append(target)
@@ -119,7 +118,7 @@ def _wanted(
     return wanted
 
 
-def _check_module(name: str, module: Any, on_meta: bool) -> None:
+def _check_module(name: str, module: Any) -> None:
     """Refuse a module whose rows cannot be trained by themselves."""
     if isinstance(module, ModulesToSave):
         raise ConfigError(
@@ -144,20 +143,10 @@ def _check_module(name: str, module: Any, on_meta: bool) -> None:
             f"{_FIELD}: the rows of {name}, a {kind}, cannot be trained by themselves, because it "
             + (found.reason or "computes something else than rows of its weight (or max_norm, scale_grad_by_freq)")
         )
-    if weight.is_meta and not on_meta:
-        raise ConfigError(
-            f"{_FIELD}: {name} is offloaded, or on the meta device, and has no rows to begin with: give it a device of "
-            "its own in the device map, or load the model first"
-        )
     if parallel_mesh(module) is not None:
         raise ConfigError(f"{_FIELD}: the plan spreads {name} over processes: leave it out of the plan")
     if problem := sharding_problem(name, module, "weight"):
         raise ConfigError(f"{_FIELD}: {problem}")
-    if hasattr(module, "ds_id"):  # as for copies: later parameters do not join
-        raise ConfigError(
-            f"{_FIELD}: {name} is in a DeepSpeed engine of ZeRO-3, which no later rows can join: add or load the "
-            "adapter before deepspeed.initialize"
-        )
 
 
 def _check_rows(target: TokenTarget) -> None:
@@ -204,10 +193,24 @@ def check_tokens_alone(
 
 @torch.inference_mode(False)  # as for kernels: they are to be trained
 def new_rows(target: TokenTarget, tensors: Mapping[str, Tensor] | None) -> tuple[TokenRows, nn.Parameter]:
-    """What holds the rows of a target, and rows, a file's or else the embedding's own, which it does not have yet."""
+    """What holds the rows of a target, and rows, a file's or else the embedding's own, which it does not have yet.
+
+    Raises:
+        ConfigError: the embedding has no values now, or is in a DeepSpeed engine that takes no more parameters in.
+    """
     rows = rows_at(target.module)
     weight = own_weight(target.module)
     assert weight is not None
+    if weight.is_meta:
+        raise ConfigError(
+            f"{_FIELD}: {target.name} is offloaded, or on the meta device, and has no rows to begin with: give it a "
+            "device of its own in the device map, or load the model first"
+        )
+    if hasattr(target.module, "ds_id"):  # as for copies: later parameters do not join
+        raise ConfigError(
+            f"{_FIELD}: {target.name} is in a DeepSpeed engine of ZeRO-3, which no later rows can join: add or load "
+            "the adapter before deepspeed.initialize"
+        )
     with torch.no_grad():
         # A tensor of this process's own, whatever the weight was made in.
         values = torch.empty(len(target.indices), whole_shape(weight)[1], dtype=torch.float32, device=weight.device)

@@ -65,7 +65,7 @@ def plan_merge(structure: nn.Module, adapter: AdapterFile, checkpoint: ModelFold
     called = targets if merge_uncalled else _called(structure, targets)
     targets = targets if called is None else called
     saved_modules = find_modules_to_save(structure, adapter.config)
-    tokens = find_token_targets(structure, adapter.config, on_meta=True)
+    tokens = find_token_targets(structure, adapter.config)
     check_tokens_alone(tokens, [target.name for target in targets], [name for name, _ in saved_modules], adapter.config)
     replaced = check_file_values(structure, adapter, saved_modules, tokens, on_meta=True)
     warn_tied(structure, [target.name for target in targets], "merging changes both")
