@@ -50,7 +50,6 @@ class TokenRows(nn.Module):
         self._places = nn.ModuleDict()  # adapter name → tokens in ascending order, and where the row of each is
         self._kept: dict[str, list[Tensor | None]] = {}
         self._active: list[str] = []
-        self._disabled = False
         self._scope = Scope()
         self._scale = fixed_scale(embedding) if isinstance(embedding, nn.Embedding) else 1.0
 
@@ -87,20 +86,14 @@ class TokenRows(nn.Module):
         for name, rows in self.trainable_tokens_delta.items():
             rows.requires_grad_(name in self._active and not inference_mode)
 
-    def enable_adapters(self, enabled: bool) -> None:
-        """Let the active adapters' rows compute, trainable, or the embedding's own, everything frozen."""
-        self._disabled = not enabled
-        for name, rows in self.trainable_tokens_delta.items():
-            rows.requires_grad_(enabled and name in self._active)
-
     def computing(self) -> list[str]:
         """Names of the adapters whose rows compute, merged ones included."""
         return list(self._active)
 
     @property
     def disable_adapters(self) -> bool:
-        """Whether the embedding's own rows compute, set by `enable_adapters`, or within `disable_adapter`."""
-        return self._disabled or (self._scope.watched and self._scope.kind() in ("base", "tokens"))
+        """Whether the embedding's own rows compute, within `disable_adapter`."""
+        return self._scope.watched and self._scope.kind() in ("base", "tokens")
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Drop an adapter's rows, if there are any."""
@@ -132,7 +125,7 @@ class TokenRows(nn.Module):
 
     def _after(self, layer_name: str, module: nn.Module, args: Any, kwargs: Any, y: Tensor) -> Tensor:
         """A module's output, with what the rows that hold for this call make of it."""
-        kind = self._scope.kind() if self._scope.watched and not self._disabled else "active"
+        kind = self._scope.kind() if self._scope.watched else "active"
         if kind == "ask":
             return self._uncompiled_after(layer_name, module, args, kwargs, y)
         x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
@@ -141,7 +134,7 @@ class TokenRows(nn.Module):
         if kind == "probe":
             self._scope.note(layer_name, x)
         elif kind == "active":
-            for name in [] if self._disabled else self._active:
+            for name in self._active:
                 y = y if name in self.merged_adapters else self._with_rows(name, module, x, y)
         elif kind == "rows":
             present, rows = rows_of_call(self._scope, layer_name, x, self.indices)
@@ -182,8 +175,8 @@ class TokenRows(nn.Module):
         """Refuse what cannot be merged.
 
         Raises:
-            AdapterStateError: as `unmerged`, adapters are disabled, a weight of the modules is sharded, or with
-                `safe_merge` rows that are not finite.
+            AdapterStateError: as `unmerged`, a weight of the modules is sharded, or with `safe_merge` rows that are not
+                finite.
         """
         for name in self.unmerged(adapter_names):
             if any(hasattr(weight, "full_tensor") for weight in _weights(modules)):
@@ -191,8 +184,6 @@ class TokenRows(nn.Module):
                     f"{self.layer_name}: nothing can be merged into a weight that is sharded, as FSDP2 does it. Save "
                     "the adapter, and merge it in a model that is not"
                 )
-            if self._disabled:
-                raise AdapterStateError(f"{self.layer_name}: adapters are disabled; enable them before merging")
             if safe_merge and not torch.isfinite(gathered(self.trainable_tokens_delta[name])).all():
                 raise AdapterStateError(
                     f"{self.layer_name}: the rows that {name!r} has for its tokens are not finite; nothing was merged"
