@@ -84,6 +84,7 @@ def state(model: Any) -> dict[str, Any]:
     found |= {f"{name} is": type(module).__name__ for name, module in model.named_modules()}
     if (manager := getattr(model, "c3a", None)) is not None:
         found |= {"adapters": manager.adapters, "active": manager.active_adapters, "merged": manager._merged()}
+        found["scaling"] = [dict(layer.scaling) for _, layer in manager.layers()]
     return found
 
 
@@ -249,6 +250,24 @@ def set_to_another(folder: Path) -> Any:
 def set_in_another_order(folder: Path) -> Any:
     model = adapted("one", "two")
     return tried(model, lambda: model.c3a.set_adapter(by_rank(["one", "two"], ["two", "one"])))
+
+
+@case
+def set_with_another_strength(folder: Path) -> Any:
+    model = adapted("one", "two")
+    return tried(model, lambda: model.c3a.set_adapter("two", weights=by_rank(0.5, 0.25)))
+
+
+@case
+def given_another_strength(folder: Path) -> Any:
+    model = adapted("one", "two")
+    return tried(model, lambda: model.c3a.set_scale("one", by_rank(0.5, 0.25)))
+
+
+@case
+def given_a_strength_that_is_none(folder: Path) -> Any:
+    model = adapted("one", "two")
+    return tried(model, lambda: model.c3a.set_scale("one", by_rank(0.5, float("nan"))))
 
 
 @case

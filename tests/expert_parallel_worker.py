@@ -250,6 +250,12 @@ def verbs(name: str, **plan: Any) -> Callable[[Path], dict[str, Any]]:
         generated = [one.generate(IDS[:, :3], max_new_tokens=4, do_sample=False) for one in (model, alone)]
         found["generated"] = torch.equal(*generated)
 
+        both(lambda one: one.c3a.set_adapter(["default", "other"], weights=[0.5, -1.5]))
+        differ("strengths")
+        differ(
+            "deltas of strengths", lambda one: {key: part.get_delta_weight("other") for key, part in one.c3a.layers()}
+        )
+        differ("gradients of strengths", gradients)
         weights = {key: whole(layer.weight) for key, layer in model.c3a.layers()}
         both(lambda one: one.c3a.merge_adapter(safe_merge=True))
         differ("merged weights", lambda one: {key: layer.weight for key, layer in one.c3a.layers()})

@@ -197,6 +197,19 @@ def several_adapters(folder: Path) -> dict[str, Any]:
         found["rows differ"] = float((many(IDS, adapter_names=rows).logits - many(IDS).logits).abs().max())
         with many.c3a.using(rows[::-1]), one.c3a.using(rows[::-1]):
             found["using"] = worst([many(IDS).logits - one(IDS).logits])
+        for model in (one, many):
+            model.c3a.set_adapter(["default", "other"], weights=[0.5, -1.5])
+        found["strengths"] = worst([many(IDS).logits - one(IDS).logits])
+        found["rows with strengths"] = worst(
+            [many(IDS, adapter_names=rows).logits - one(IDS, adapter_names=rows).logits]
+        )
+        for model in (one, many):
+            model.c3a.merge_adapter()
+        found["merged with strengths"] = worst([many(IDS).logits - one(IDS).logits])
+        for model in (one, many):
+            model.c3a.unmerge_adapter()
+            model.c3a.set_adapter("other", weights=1.0)
+            model.c3a.set_scale("default", 1.0)
         # A file of one process in the model of several, and back
         saved = folder.parent / "saved"
         if dist.get_rank() == 0:

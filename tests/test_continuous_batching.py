@@ -1,5 +1,7 @@
-"""Requests of transformers' continuous batching with adapters of their own: each as if it were alone, token for token."""
+"""Requests of transformers' continuous batching with adapters of their own: each as if alone, token for token."""
 
+import functools
+import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -9,6 +11,7 @@ import torch
 pytest.importorskip("transformers", minversion="5.23")
 
 from transformers import (
+    CompileConfig,
     ContinuousBatchingConfig,
     GenerationConfig,
     LlamaConfig,
@@ -19,10 +22,13 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 from transformers.generation.continuous_batching import continuous_api, offloading_manager
+from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
-from c3a_triton import AdapterStateError, ConfigError, apply
+from c3a_triton import AdapterStateError, C3AConfig, ConfigError, apply
+from c3a_triton.adapters.token_slots import PackedRow
+from c3a_triton.integrations.continuous_batching import _Model
 
 SIZES = {
     "vocab_size": 96,
@@ -45,7 +51,7 @@ ADAPTERS = {
 }
 NAMES = [*ADAPTERS, "__base__"]
 PAGE = 8
-PROMPT = torch.randint(0, 96, (37,), generator=torch.Generator().manual_seed(0)).tolist()
+PROMPT = torch.randint(0, 96, (29,), generator=torch.Generator().manual_seed(0)).tolist()
 N_NEW = 6
 
 
@@ -84,7 +90,7 @@ def llama():
 @pytest.fixture
 def own_llama():
     torch.manual_seed(0)
-    return adapted(LlamaForCausalLM(LlamaConfig(**SIZES)))
+    return adapted(LlamaForCausalLM(LlamaConfig(**{**SIZES, "num_hidden_layers": 1})))
 
 
 def greedy(n_new=N_NEW):
@@ -96,6 +102,12 @@ def small(num_blocks=64, max_batch_tokens=64, **kwargs):
     return ContinuousBatchingConfig(
         num_blocks=num_blocks, max_batch_tokens=max_batch_tokens, page_size=PAGE, max_requests_per_batch=16, **kwargs
     )
+
+
+@functools.cache
+def known(model, prompt, name):
+    """`alone` of a model that does not change."""
+    return alone(model, list(prompt), name, 2 * N_NEW)
 
 
 @torch.no_grad()
@@ -165,7 +177,7 @@ def test_each_request_is_as_alone(llama):
     """Three adapters and the base, one prompt, and prompts that share a prefix; tokens of all lie in one packed row."""
     other = PROMPT[: 2 * PAGE] + PROMPT[::-1]
     prompts, names = [*[PROMPT] * 6, *[other] * 4], ["a", "b", "c", "__base__", "a", "b", *NAMES]
-    expected = {(len(p), name): alone(llama, p, name) for p in (PROMPT, other) for name in NAMES}
+    expected = {(len(p), name): known(llama, tuple(p), name)[:N_NEW] for p in (PROMPT, other) for name in NAMES}
     assert len(set(map(tuple, expected.values()))) == len(expected)  # a mix-up could be told
     found = generated(llama, prompts, names, config=small(max_batch_tokens=128))
     assert found == [expected[len(p), name] for p, name in zip(prompts, names, strict=True)]
@@ -173,13 +185,13 @@ def test_each_request_is_as_alone(llama):
 
 @pytest.mark.parametrize("sharing", [True, False])
 def test_prefixes_are_shared_within_an_adapter_alone(llama, sharing):
-    prompt = PROMPT[:30]
+    prompt = PROMPT[:26]
     with running(llama, allow_block_sharing=sharing) as manager:
         served(manager, prompt, "a")
         with matches(manager) as found:
             tokens = {name: served(manager, prompt, name) for name in ["b", "a", "__base__", "c", "b"]}
     assert found == ([0, 24, 0, 0, 24] if sharing else [0] * 5 if found else [])
-    assert tokens == {name: alone(llama, prompt, name) for name in tokens}
+    assert tokens == {name: known(llama, tuple(prompt), name)[:N_NEW] for name in tokens}
 
 
 def test_prompts_are_split_and_wait(llama):
@@ -193,11 +205,11 @@ def test_prompts_are_split_and_wait(llama):
         restarts.append(state.request_id)
         return begin_again(state)
 
-    expected = [alone(llama, prompt, name, 12) for prompt, name in zip(prompts, names, strict=True)]
+    expected = [known(llama, tuple(prompt), name) for prompt, name in zip(prompts, names, strict=True)]
     config = small(num_blocks=14, max_batch_tokens=16, cpu_offload_space=0.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RequestState, "create_equivalent_initial_request", noted)
-        found = generated(llama, prompts, names, greedy(12), config)
+        found = generated(llama, prompts, names, greedy(2 * N_NEW), config)
     assert found == expected
     assert restarts
 
@@ -205,7 +217,7 @@ def test_prompts_are_split_and_wait(llama):
 def test_offloaded_requests_come_back(llama):
     prompts = [PROMPT[i:] + PROMPT[:i] for i in range(6)]
     names = [NAMES[i % 4] for i in range(6)]
-    expected = [alone(llama, prompt, name, 12) for prompt, name in zip(prompts, names, strict=True)]
+    expected = [known(llama, tuple(prompt), name) for prompt, name in zip(prompts, names, strict=True)]
     offloaded = []
     copy = OffloadingManager._offload_to_cpu
 
@@ -225,7 +237,7 @@ def test_offloaded_requests_come_back(llama):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(offloading_manager, "torch", Unpinned())
         patch.setattr(OffloadingManager, "_offload_to_cpu", noted)
-        found = generated(llama, prompts, names, greedy(12), small(num_blocks=20, cpu_offload_space=0.001))
+        found = generated(llama, prompts, names, greedy(2 * N_NEW), small(num_blocks=20, cpu_offload_space=0.001))
     assert found == expected
     assert offloaded
 
@@ -243,7 +255,10 @@ def test_several_sequences_of_a_prompt(llama, sharing):
     )
     assert len(outputs) == 9
     found = [output.generated_tokens for output in outputs.values()]
-    assert found == [alone(llama, PROMPT, "a")] * 3 + [[]] * 3 + [alone(llama, PROMPT, "b")] * 3
+    assert (
+        found
+        == [known(llama, tuple(PROMPT), "a")[:N_NEW]] * 3 + [[]] * 3 + [known(llama, tuple(PROMPT), "b")[:N_NEW]] * 3
+    )
     assert [output.error is None for output in outputs.values()] == [True] * 3 + [False] * 3 + [True] * 3
 
 
@@ -335,6 +350,14 @@ def test_a_request_that_cannot_be_computed_fails_alone(own_llama):
     assert all("while ['a'] are merged: unmerge first" in error for error in errors(own_llama, ["c", "__base__"]))
 
 
+@pytest.mark.skipif("trainable_token_indices" not in C3AConfig.__dataclass_fields__, reason="no rows of tokens")
+def test_rows_of_tokens_are_no_request_s_own(own_llama):
+    own_llama.c3a.add_adapter("rows", {**ADAPTERS["b"], "trainable_token_indices": [3, 5]})
+    rows, none = errors(own_llama, ["rows", "b"])
+    assert "it has rows of its own for tokens (trainable_token_indices)" in rows
+    assert none is None
+
+
 def test_as_many_names_as_prompts(llama):
     for names in (["a"], "ab"):
         with pytest.raises(ConfigError, match="a name, or None, for each of the 2 inputs"):
@@ -364,6 +387,13 @@ def test_a_layer_that_sees_other_rows_is_refused():
     assert none is None
 
 
+def test_a_release_that_is_too_old(llama, monkeypatch):
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.22.1")
+    monkeypatch.delitem(sys.modules, "c3a_triton.integrations.continuous_batching")
+    with pytest.raises(ConfigError, match=r"of transformers 5\.23 or later, and this is transformers 5\.22\.1"):
+        llama.c3a.init_continuous_batching()
+
+
 def test_only_models_that_generate():
     model = apply(torch.nn.Sequential(torch.nn.Linear(8, 8)), {"block_size": 4, "target_modules": ["0"]})
     with pytest.raises(ConfigError, match="Sequential is no model that transformers generates with"):
@@ -374,7 +404,7 @@ def test_only_models_that_generate():
 
 
 @contextmanager
-def held(manager, prompt, name, n_new=60):
+def held(manager, prompt, name, n_new=200):
     """A request that is under way, at its second token or later, while the loop is paused."""
     request_id = manager.add_request(prompt, adapter_name=name, max_new_tokens=n_new, streaming=True)
     while True:
@@ -387,47 +417,62 @@ def held(manager, prompt, name, n_new=60):
 
 def test_a_request_keeps_the_values_that_it_came_with(own_llama, tmp_path):
     model, prompt = own_llama, PROMPT[:20]
-    before = alone(model, prompt, "a", 30)
+    before = alone(model, prompt, "a", 40)
     model.c3a.save_pretrained(tmp_path / "a", "a")
     enlarge(model, "a", seed=7)
-    after = alone(model, prompt, "a", 30)
+    after = alone(model, prompt, "a", 40)
     assert before != after
     with running(model) as manager:
-        with held(manager, prompt, "a", 30) as first:
+        with held(manager, prompt, "a", 40) as first:
             model.c3a.hotswap_adapter(tmp_path / "a", "a")
-            second = manager.add_request(prompt, adapter_name="a", max_new_tokens=30)
+            second = manager.add_request(prompt, adapter_name="a")
         assert result(manager, first).generated_tokens == after
-        assert result(manager, second).generated_tokens == before
+        assert result(manager, second).generated_tokens == before[:N_NEW]
         # Blocks of the former values are not found, those of the present ones are.
         with matches(manager) as found:
-            assert served(manager, prompt, "a", max_new_tokens=30) == before
+            assert served(manager, prompt, "a") == before[:N_NEW]
+            model.c3a.set_scale("a", -1.0)
+            weak = served(manager, prompt, "a")
+            model.c3a.set_scale("a", 1.0)
             enlarge(model, "a", seed=7)
-            assert served(manager, prompt, "a", max_new_tokens=30) == after
+            assert served(manager, prompt, "a") == after[:N_NEW]
             # The file's values again, but in tensors that nobody has seen.
             model.c3a.delete_adapter("a")
             model.c3a.load_adapter(tmp_path / "a", "a")
-            assert served(manager, prompt, "a", max_new_tokens=30) == before
-    assert found == [16, 0, 0]
+            assert served(manager, prompt, "a") == before[:N_NEW]
+        model.c3a.set_scale("a", -1.0)
+        assert weak == alone(model, prompt, "a") != before[:N_NEW]
+    assert found == [16, 0, 0, 0]
 
 
-def test_adapters_come_and_go_while_requests_run(own_llama, tmp_path):
-    """More adapters than there were slots, in layers that had none; and the least recently used slots are used again."""
-    model, expected = own_llama, {name: alone(own_llama, PROMPT, name, 30) for name in NAMES}
-    with running(model) as manager, held(manager, PROMPT, "b", 30) as first:
+def test_adapters_come_and_go_while_requests_run(own_llama):
+    """More of them than there were slots, in layers that had none; graphs that read former stacks are dropped."""
+    model = own_llama
+    expected = alone(model, PROMPT, "b", 40)
+    with running(model) as manager:
         slots = manager._slots
-        n_slots = slots.n_slots
-        for i in range(2 * n_slots):
-            config = {"block_size": 8, "target_modules": ["k_proj", "o_proj"]}
-            model.c3a.add_adapter(f"new{i}", config)
-            enlarge(model, f"new{i}", seed=i)
-        names = [name for name in model.c3a.adapters if name.startswith("new")]
-        ids = manager.add_requests([PROMPT] * len(names), adapter_names=names, max_new_tokens=4)
-        assert slots.n_slots > n_slots
-        # (the pause ends)
-        del ids
-    new = {name: alone(model, PROMPT, name, 4) for name in names}
-    assert len(set(map(tuple, new.values()))) == len(new)
-    assert first
+        with held(manager, PROMPT, "b", 40) as first:
+            n_slots, former = slots.stacks.n_slots, slots.stacks
+            manager.batch_processor.inputs_and_outputs.graphs.set_graph((1,), SimpleNamespace(reset=lambda: None))
+            names = [f"new{i}" for i in range(n_slots)]
+            for i, name in enumerate(names):
+                model.c3a.add_adapter(name, {"block_size": 8, "target_modules": ["k_proj", "o_proj", "lm_head"]})
+                enlarge(model, name, seed=i)
+            ids = manager.add_requests([PROMPT] * n_slots, adapter_names=names, max_new_tokens=2)
+        assert result(manager, first).generated_tokens == expected
+        new = [result(manager, request_id).generated_tokens for request_id in ids]
+        assert manager.batch_processor.inputs_and_outputs.graphs.get_graph((1,)) is None
+        assert slots.stacks.n_slots == 2 * n_slots
+        assert all(former.n_slots == len(stack) for found in former.of_layers.values() for stack in found.values())
+        # Slots that are free are used again, from the one on that has been idle for longest.
+        stacks = slots.stacks
+        for name in [*ADAPTERS, *names, *ADAPTERS]:
+            served(manager, PROMPT, name, max_new_tokens=1)
+        enlarge(model, "a", seed=5)
+        served(manager, PROMPT, "a", max_new_tokens=1)
+        assert slots.stacks is stacks
+    assert new == [alone(model, PROMPT, name, 2) for name in names]
+    assert len(set(map(tuple, new))) == len(new)
 
 
 def test_what_is_in_use_stays(own_llama, tmp_path):
@@ -447,6 +492,9 @@ def test_what_is_in_use_stays(own_llama, tmp_path):
             queued = manager.add_request(PROMPT, adapter_name="d")
             with pytest.raises(AdapterStateError, match="computed with the adapter 'd'"):
                 c3a.delete_adapter("d")
+        for verb in (c3a.merge_adapter, functools.partial(c3a.delete_adapter, "b")):  # while the loop goes on
+            with pytest.raises(AdapterStateError, match="continuous batching"):
+                verb()
         manager.cancel_request(request_id)
         assert result(manager, queued).generated_tokens == alone(own_llama, PROMPT, "d")
         c3a.delete_adapter("b")
@@ -477,7 +525,7 @@ def test_a_manager_that_is_kept(own_llama):
     manager = own_llama._cached_continuous_batching_manager
     with matches(manager) as found:
         outputs = own_llama.c3a.generate_batch([PROMPT] * 2, ["b", "a"], **keep)
-    assert sorted(found) == [0, 32]
+    assert sorted(found) == [0, 24]
     assert [output.generated_tokens for output in outputs.values()] == [
         alone(own_llama, PROMPT, name) for name in ("b", "a")
     ]
@@ -491,4 +539,95 @@ def test_streams(llama):
         while not all(len(stream) == N_NEW for stream in streams.values()):
             output = manager.get_result(timeout=10)
             streams[next(name for name, i in ids.items() if i == output.request_id)] = output.generated_tokens
-    assert streams == {name: alone(llama, PROMPT, name) for name in NAMES}
+    assert streams == {name: known(llama, tuple(PROMPT), name)[:N_NEW] for name in NAMES}
+
+
+def test_other_arguments_of_a_request(llama):
+    """Processors of logits have lines of their own beside that of the slots."""
+    config = GenerationConfig(max_new_tokens=N_NEW, do_sample=True, temperature=0.5, top_k=7, eos_token_id=-1)
+    with llama.c3a.continuous_batching_context_manager(
+        generation_config=config, continuous_batching_config=small(per_request_processors=True)
+    ) as manager:
+        for name in NAMES:
+            found = served(manager, PROMPT, name, top_k=1, temperature=0.7)
+            assert found == known(llama, tuple(PROMPT), name)[:N_NEW]
+        wrong = result(manager, manager.add_request(PROMPT, adapter_name="a", top_m=1))
+        assert "Unknown logit_processor_kwargs: {'top_m'}" in wrong.error
+
+
+# Captured graphs, which read what lies at an address when they run
+
+
+def slots_of(batch):
+    row = PackedRow({})
+    _Model(lambda **batch: None, row)(**batch)
+    return row._slots
+
+
+def test_slots_lie_among_the_inputs_of_a_batch(own_llama):
+    """Where batches are prepared while others are computed, all inputs are copied to the device at once."""
+    with running(own_llama) as manager:
+        with held(manager, PROMPT, "b") as request_id:
+            processor = manager.batch_processor
+            io = processor.inputs_and_outputs
+            on_device = ContinuousBatchingIOs(
+                processor.cache,
+                io.config,
+                manager.continuous_batching_config,
+                io.device,
+                io.model_dtype,
+                manager.logit_processor,
+            )
+            io._transfer_inputs(on_device, stream=None)
+            found = slots_of(on_device.get_model_kwargs())
+            assert found.tolist() == slots_of(io.get_model_kwargs()).tolist() == [manager._slots.leases()[0].slot.index]
+            assert found.data_ptr() == on_device._bulk_input_tensor[-1].data_ptr()
+            io.num_q_tokens = 9  # as padded
+            assert slots_of(io.get_model_kwargs(use_padding=True)).tolist() == [*found.tolist(), *[-1] * 8]
+        manager.cancel_request(request_id)
+
+
+def test_one_graph_serves_all_slots():
+    """The whole model as one graph (which nothing on the host interrupts): it computes with the slots that it finds."""
+    torch.manual_seed(0)
+    model = adapted(LlamaForCausalLM(LlamaConfig(**{**SIZES, "num_hidden_layers": 1})))
+    manager = model.c3a.init_continuous_batching(greedy(), small())
+    slots, row, scope = manager._slots, manager._row, model.c3a._scope
+    leases = {name: slots.lease(name) for name in NAMES}
+    row.stacks = slots.stacks
+    static = torch.full((3, 64), -1, dtype=torch.int32)
+    batch = {
+        "input_ids": torch.tensor([PROMPT[:12]]),
+        "logits_to_keep": torch.tensor([3, 7, 11]),
+        "logits_processor_args": static[:, :3],
+    }
+    graphs = []
+
+    def record(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def call():
+        return _Model(model, row)(**batch, use_cache=False).logits
+
+    compiled = torch.compile(call, fullgraph=True, backend=record)
+    with torch.no_grad(), scope.bound(is_open=False, tokens=row):
+        for names in (["a"] * 12, ["b"] * 12, [*"aaaaccccbbbb"], ["__base__"] * 6 + ["c"] * 6, [*"abcabcabcabc"]):
+            static[-1, :12] = torch.tensor([leases[name].slot.index for name in names])
+            found = compiled()
+            torch.testing.assert_close(found, call())
+        # Other values of an adapter are another slot's, in the same graph.
+        enlarge(model, "a", seed=3)
+        static[-1, :12] = slots.lease("a").slot.index
+        torch.testing.assert_close(compiled(), call())
+        assert not torch.allclose(compiled(), found)
+    assert len(graphs) == 1
+
+
+@pytest.mark.nightly
+def test_compiled_steps(own_llama):
+    """transformers' own compilation, with padded batches."""
+    compile_config = CompileConfig(backend="eager", fullgraph=False, dynamic=False)
+    expected = [alone(own_llama, PROMPT, name) for name in NAMES]
+    config = small(varlen_compile_config=compile_config)
+    assert generated(own_llama, [PROMPT] * 4, NAMES, config=config) == expected

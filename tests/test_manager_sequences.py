@@ -13,6 +13,7 @@ sequence that fails is played again without each of its steps; the message has t
 import contextlib
 import copy
 import io
+import math
 import os
 import pickle
 import random
@@ -89,6 +90,7 @@ class Adapter:
     bias: str = "none"
     for_inference: bool = False  # loaded to be frozen until it is set
     frozen: bool = False
+    strength: float = 1.0
 
     def kernel(self, layer: str) -> Tensor | None:
         return self.values.get(f"{layer}.c3a_kernel")
@@ -140,7 +142,8 @@ class Expected:
             for name in [*self.applied(layer), *self.merged.get(layer, [])] if only is None else only:
                 w = self.adapters[name].kernel(layer)
                 if w is not None:
-                    tensors[f"{layer}.weight"] = tensors[f"{layer}.weight"] + dense_update(layer, w)
+                    delta = self.adapters[name].strength * dense_update(layer, w)
+                    tensors[f"{layer}.weight"] = tensors[f"{layer}.weight"] + delta
         computing = only if only is not None else [] if self.disabled else self.active
         for name in self.trained_whole(computing):
             tensors["norm.weight"] = self.adapters[name].values["norm.weight"].double()
@@ -345,18 +348,33 @@ class Sequence:
             if whole:
                 self.train(name)  # until then it is a copy of the original
 
-    @operation(5, names=several(0, 3), inference=one_of(False, False, True))
-    def activate(self, names: list[str], inference: bool) -> None:
+    @operation(
+        5, names=several(0, 3), inference=one_of(False, False, True), weights=one_of(None, None, None, -0.7, math.inf)
+    )
+    def activate(self, names: list[str], inference: bool, weights: float | None) -> None:
         expected = self.expected
         names = list(dict.fromkeys(names))
         allowed = expected.all_known(names) and len(expected.trained_whole(names)) <= 1 and self.is_unmergeable()
+        allowed = allowed and (not names or weights != math.inf)
         with self.attempt(allowed):
-            self.model.c3a.set_adapter(names, inference_mode=inference)
+            self.model.c3a.set_adapter(names, inference_mode=inference, weights=weights)
         if allowed:
             self.note_unmerged()
             expected.active = names
             for name in names:
                 expected.adapters[name].frozen = inference
+                if weights is not None:
+                    expected.adapters[name].strength = weights
+
+    @operation(5, name=known, scale=one_of(0.5, -1.5, 1.0, 1.0, 0.0, math.nan))
+    def strengthen(self, name: str, scale: float) -> None:
+        expected = self.expected
+        allowed = name in expected.adapters and math.isfinite(scale)
+        allowed = allowed and (name not in expected.merged_names() or scale == expected.adapters[name].strength)
+        with self.attempt(allowed):
+            self.model.c3a.set_scale(name, scale)
+        if allowed:
+            expected.adapters[name].strength = scale
 
     @operation(
         12,
@@ -519,7 +537,7 @@ class Sequence:
         summed: dict[str, Tensor] = {}
         for name in names if allowed else ():
             for key, w in expected.adapters[name].values.items():
-                term = weights[name] * w.double()
+                term = weights[name] * expected.adapters[name].strength * w.double()
                 allowed = allowed and (key not in summed or summed[key].shape == term.shape)
                 summed[key] = summed[key] + term if key in summed and allowed else term
         with self.attempt(allowed):
@@ -660,7 +678,7 @@ class Sequence:
                 assert torch.equal(present[key], w), f"{key}: {name} has changed"
         for layer, module in manager.layers():
             assert module.merged_adapters == expected.merged.get(layer, [])
-            assert module.c3a_kernel.keys() <= expected.adapters.keys()
+            assert module.scaling == {name: expected.adapters[name].strength for name in module.c3a_kernel}
             if module.has_backends:
                 assert module.backend == ("fold" if layer in expected.folded else expected.backend)
         for module in (self.model.get_submodule(layer) for layer in (*LAYERS, "norm")):

@@ -126,7 +126,7 @@ def test_several_adapters_by_turns_at_once_and_by_rows(of_two: dict[str, Any]) -
     found = case(of_two, "several adapters")
     assert found.pop("left")
     assert found.pop("rows differ") > 1e-2
-    assert len(found) == 10
+    assert len(found) == 13
     for what, difference in found.items():
         assert difference < BOUND, what
 

@@ -1,7 +1,7 @@
 """Which of a model's adapters compute: the active ones, those of a context, of each row, or none; and by what."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import nn
@@ -18,6 +18,7 @@ from .modules_to_save import ModulesToSave
 from .names import BASE_ROW, Scope
 from .ownership import own_copies, own_layers, own_parts, own_rows
 from .saving import AdapterTensors
+from .strength import strengths_of
 from .token_rows import TokenRows, modules_with
 from .wrapping import Wrappers
 
@@ -114,7 +115,13 @@ class Activation:
                 "or cancel them, first"
             )
 
-    def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
+    def set_adapter(
+        self,
+        adapter_name: str | Iterable[str],
+        inference_mode: bool = False,
+        *,
+        weights: float | Sequence[float] | None = None,
+    ) -> None:
         """Activate an adapter, or several whose updates are summed. Active adapters are trainable, others frozen.
 
         Merged adapters are unmerged first, with a warning.
@@ -122,16 +129,21 @@ class Activation:
         Args:
             adapter_name: one name or several.
             inference_mode: leave the active ones frozen too.
+            weights: their strengths, as `set_scale` gives them: one for each, or one for all. None: they stay as they
+                are.
 
         Raises:
             AdapterNotFoundError: an unknown name.
             AdapterStateError: two adapters with a copy of the same module (`modules_to_save`) or rows for one token
                 (`trainable_token_indices`), or a merged layer that cannot be unmerged; or a DDP that was given to
                 `apply` and cannot be built again.
+            ConfigError: a weight that is no finite number, or not one for each name. Nothing has changed.
         """
         with in_step(self.model, "set_adapter") as shared:
-            names = self._known(adapter_name)
-            shared |= {"adapters": names, "inference_mode": inference_mode}
+            given = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+            names = self._known(given)
+            strengths = {} if weights is None else strengths_of(given, weights)
+            shared |= {"adapters": names, "inference_mode": inference_mode, "weights": strengths}
             for part in self._parts():
                 if not isinstance(part, C3ALinear):
                     part.check_set_adapter(names)
@@ -140,7 +152,38 @@ class Activation:
         if is_merged:
             self._unmerge(merged)
             warnings.warn("adapters were merged; they have been unmerged before another one was set", stacklevel=2)
+        self._set_strengths(strengths)
         self._activate(names, inference_mode)
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Give an adapter a strength: the factor of its ΔW in every layer, 1 unless it was set.
+
+        ΔW is linear in the kernels, so it is exact: computed, merged, combined (`add_weighted_adapter`) and for rows of
+        their own (`using`). Compiled code sees the new number without being compiled again. Negative ones take away
+        what was trained, 0 computes as without the adapter. No file holds it; what is trained beside the kernels
+        (`modules_to_save`, biases) has none. A single layer has its own `set_scale`.
+
+        Args:
+            adapter_name: which adapter.
+            scale: its strength.
+
+        Raises:
+            AdapterNotFoundError: an unknown name.
+            AdapterStateError: the adapter is merged, with another strength. Nothing has changed.
+            ConfigError: no finite number. Nothing has changed.
+        """
+        with in_step(self.model, "set_scale") as shared:
+            strengths = strengths_of(self._known(adapter_name), scale)
+            shared["scale"] = strengths
+            for _, layer in self.layers():
+                layer.check_strengths(strengths)
+        self._set_strengths(strengths)
+
+    def _set_strengths(self, strengths: Mapping[str, float]) -> None:
+        with self._scope.lock:
+            for _, layer in self.layers():
+                for name, strength in strengths.items():
+                    layer.set_scale(name, strength)
 
     def _activate(self, names: list[str], inference_mode: bool) -> None:
         for part in self._parts():

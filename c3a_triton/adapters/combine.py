@@ -91,7 +91,7 @@ def combined(
     Args:
         layers: (name, layer) of the adapted layers.
         names: the adapters.
-        weights: as many factors.
+        weights: as many factors, of the strengths that the adapters have in a layer.
         combine: what `combination` gave.
         chosen_by: what is said to have decided on the block size.
 
@@ -114,7 +114,8 @@ def combined(
                 f"{layer_name}: the adapters' block sizes differ, {sizes}, and a circulant block of one size is "
                 "none of another. Let them be active together, which sums them (set_adapter), or merge them"
             )
-        used = [weight for name, weight in zip(names, weights, strict=True) if name in kernels]
+        pairs = zip(names, weights, strict=True)
+        used = [weight * layer.scaling[name] for name, weight in pairs if name in kernels]
         # After a cast of the model older kernels have another dtype than those added since: the widest computes.
         dtype = functools.reduce(torch.promote_types, (kernel.dtype for kernel in kernels.values()), torch.float32)
         tensors[layer_name + KERNEL_SUFFIX] = combine([gathered(w).detach().to(dtype) for w in kernels.values()], used)

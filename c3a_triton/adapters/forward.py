@@ -17,9 +17,7 @@ from c3a_triton.operator.rows import c3a_linear_rows
 
 from .names import expand_rows, rows_of_call
 
-__all__ = ["COMPUTED_DTYPES", "check_base", "check_rows", "general_forward"]
-
-COMPUTED_DTYPES = (torch.float32, torch.float64)
+__all__ = ["check_base", "check_rows", "general_forward"]
 
 
 def general_forward(
@@ -75,9 +73,7 @@ def _add_applied(layer: Any, x: Tensor, y: Tensor, part: Part | None) -> Tensor:
     x = x.to(y.device)
     if part is not None and not layer.agreed:
         _agree_on_kernels(layer, part)
-    kernels = layer._kernels
-    if kernels is None or any(w.device != x.device or w.dtype not in COMPUTED_DTYPES for w in kernels):
-        kernels = tuple(layer._kernel_on(name, x.device) for name in layer._applied_names())
+    kernels = layer._kernels_on(x.device)
     if kernels and torch._C._get_tracing_state() is None:
         _check_base_output(layer, x, y, part)
 

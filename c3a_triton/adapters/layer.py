@@ -13,32 +13,29 @@ from c3a_triton.bases.linear_like import Geometry, geometry, is_plain, unfit_for
 from c3a_triton.bases.parallel import Part, part_of
 from c3a_triton.bases.partitioned import changed
 from c3a_triton.bases.quantized import hold_layout, holds_values
-from c3a_triton.bases.sharded import check_gathered
-from c3a_triton.bases.weights import first_tensor, stored_tensor, weight_access
+from c3a_triton.bases.weights import first_tensor, weight_access
 from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, BackendError, ConfigError, ShapeError
 from c3a_triton.files.block_sizes import check_block_size, suggest_block_size
 from c3a_triton.files.config import C3AConfig
 from c3a_triton.files.values import plain
-from c3a_triton.operator import spectra
 from c3a_triton.operator.calls import c3a_linear, circulant_linear
 from c3a_triton.operator.dense import add_circulant_, circulant_matrix
 from c3a_triton.operator.dispatch import check_backend
 
 from . import merging
-from .forward import COMPUTED_DTYPES, general_forward
+from .forward import general_forward
 from .merge_state import MergeState, enter
 from .names import Scope, uncompiled
 from .parameters import check_adapter_name, initialise, new_kernel, set_requires_grad, watch
+from .strength import AppliedKernels, times
 
 __all__ = ["C3ALinear"]
 
 _DEFAULT_BLOCK_SIZE = 256
-# The one node of base and adapters widens 16-bit kernels itself.
-_FUSED_DTYPES = (*COMPUTED_DTYPES, torch.bfloat16, torch.float16)
 
 
 @public
-class C3ALinear(nn.Module):
+class C3ALinear(AppliedKernels):
     """A linear layer with C3A adapters: y = base(x) + Σ x ΔW_aᵀ over the active adapters, each of the same x.
 
     Args:
@@ -80,8 +77,6 @@ class C3ALinear(nn.Module):
     other_param_names = ("block_size",)
 
     base_layer: nn.Module
-    c3a_kernel: nn.ParameterDict
-    _kernels: tuple[Tensor, ...] | None
 
     def __init__(
         self,
@@ -152,34 +147,6 @@ class C3ALinear(nn.Module):
         watch(self.c3a_kernel, self)
         self._refresh()
 
-    def _refresh(self) -> None:
-        """Set the tuple of parameters that the forward applies; None sends it the general way, which looks names up.
-
-        It is called whenever parameters are exchanged, moved or switched, so what was derived from them goes too.
-        """
-        spectra.drop(self._stored_kernels())
-        names = self._applied_names()
-        found = [self.c3a_kernel._parameters.get(name) for name in names]
-        kernels = tuple(kernel for kernel in found if kernel is not None)
-        usable = len(kernels) == len(names) and all(w.dtype in _FUSED_DTYPES and not w.is_meta for w in kernels)
-        self._kernels = kernels if usable else None
-
-    def _stored_kernels(self) -> list[Tensor]:
-        return [kernel for kernel in self.c3a_kernel._parameters.values() if kernel is not None]
-
-    def _applied_names(self) -> list[str]:
-        """The active adapters of this layer that are not merged; none while adapters are disabled."""
-        if self._disable_adapters:
-            return []
-        return [name for name in self._active_adapters if name in self.c3a_kernel and name not in self.merged_adapters]
-
-    def _kernel_on(self, name: str, device: torch.device | None = None) -> Tensor:
-        """An adapter's w on a device (None: where it is kept) in a dtype to compute in."""
-        kernel = stored_tensor(self.c3a_kernel, name)
-        check_gathered(kernel)
-        kernel = kernel if device is None else kernel.to(device)
-        return kernel if kernel.dtype in COMPUTED_DTYPES else kernel.float()
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus the active adapters', in x's dtype.
 
@@ -206,7 +173,7 @@ class C3ALinear(nn.Module):
                         x,
                         tensors["weight"],  # type: ignore[arg-type]
                         tensors["bias"],
-                        kernels,
+                        times(kernels, self._applied_strengths),
                         backend=self.backend,
                         save_spectrum=self.save_spectrum,
                     )
@@ -234,10 +201,6 @@ class C3ALinear(nn.Module):
         return None if call is None else call.names
 
     # PEFT's attributes
-
-    @property
-    def _label(self) -> str:
-        return self.layer_name or type(self).__name__
 
     def get_base_layer(self) -> nn.Module:
         """The innermost wrapped module."""
@@ -334,6 +297,7 @@ class C3ALinear(nn.Module):
 
     def _install(self, adapter_name: str, kernel: nn.Parameter, *, trainable: bool = True) -> None:
         kernel.requires_grad_(trainable and adapter_name in self._active_adapters and not self._disable_adapters)
+        self._forget_strength(adapter_name)
         self.block_size[adapter_name] = kernel.shape[-1]
         self.c3a_kernel[adapter_name] = kernel
 
@@ -412,26 +376,6 @@ class C3ALinear(nn.Module):
         self._disable_adapters = True
         self._refresh()
 
-    def freeze_for_inference(self, frozen: bool = True) -> None:
-        """Keep what is derived from the adapters' parameters (their spectra) from one call to the next, or end that.
-
-        Otherwise it is computed in every call, because nothing tells for sure whether a parameter has changed. Values
-        that torch's in-place operations, `load_state_dict` or this library's methods write are seen. After any other
-        write (through `.data`, or by a kernel of one's own) call this again. A parameter that becomes trainable, or is
-        exchanged for another one, is no longer frozen; nor are those of a copy of the layer. Nothing is kept of layers
-        of which each process computes a part (tensor parallelism).
-
-        Args:
-            frozen: freeze all adapters of the layer, whose parameters then want no gradient; or let go of what is kept.
-        """
-        kernels = self._stored_kernels()
-        if not frozen:
-            spectra.thaw(kernels)
-            return
-        for kernel in kernels:
-            set_requires_grad(kernel, False)
-        spectra.freeze(kernels)
-
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter, if the layer has it. If no active one is left, the first remaining becomes active.
 
@@ -443,6 +387,7 @@ class C3ALinear(nn.Module):
         if adapter_name in self.c3a_kernel:
             del self.c3a_kernel[adapter_name]
             del self.block_size[adapter_name]
+        self._forget_strength(adapter_name)
         if adapter_name not in self._active_adapters:
             return
         remaining = [name for name in self._active_adapters if name != adapter_name]
@@ -471,6 +416,7 @@ class C3ALinear(nn.Module):
         self._active_adapters = [renamed(name) for name in self._active_adapters]
         self.merged_adapters = [renamed(name) for name in self.merged_adapters]
         self.block_size = {renamed(name): b for name, b in self.block_size.items()}
+        self._strengths = {renamed(name): strength for name, strength in self._strengths.items()}
         kernels = {renamed(name): kernel for name, kernel in self.c3a_kernel.items()}
         self.c3a_kernel.clear()
         for name, kernel in kernels.items():
@@ -591,8 +537,8 @@ class C3ALinear(nn.Module):
         return replica
 
     def extra_repr(self) -> str:
-        """The widths, block sizes and backend."""
+        """The widths, block sizes and backend, and strengths other than 1."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, block_size={self.block_size}, "
-            f"backend={self.backend!r}"
+            f"backend={self.backend!r}" + self._strengths_repr()
         )

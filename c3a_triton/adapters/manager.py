@@ -84,8 +84,8 @@ class AdapterManager(Serving):
         if name in self._scope.names_in_use():
             raise AdapterStateError(
                 f"rows are computed with the adapter {name!r} (using() or adapter_names=), in this thread or another, "
-                "or requests of continuous batching: they would get the base model alone. Leave the context, or let the "
-                "requests end, first"
+                "or requests of continuous batching: they would get the base model alone. Leave the context, or let "
+                "the requests end, first"
             )
 
     # Adding and loading

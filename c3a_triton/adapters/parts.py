@@ -20,7 +20,7 @@ from c3a_triton.errors import AdapterStateError, ConfigError
 from c3a_triton.operator.dense import add_circulant_, circulant_matrix
 
 from . import merging
-from .forward import COMPUTED_DTYPES, check_base, check_rows
+from .forward import check_base, check_rows
 from .layer import C3ALinear
 
 __all__ = ["SPREAD_LATE", "Holder", "Part"]
@@ -100,11 +100,9 @@ class Part(C3ALinear):
             self._scope.layouts[self._label] = self.rows_problem
         if self._disable_adapters or kind in ("base", "probe"):
             return ()
-        kernels = self._kernels if kind == "active" else None
-        if kernels is None or any(w.device != device or w.dtype not in COMPUTED_DTYPES for w in kernels):
-            names = self._applied_names() if kind == "active" else self._names_of_rows(shape)
-            kernels = tuple(self._kernel_on(name, device) for name in names)
-        return kernels
+        if kind == "active":
+            return self._kernels_on(device)
+        return tuple(self._kernel_on(name, device) for name in self._names_of_rows(shape))
 
     def _names_of_rows(self, shape: Iterable[int]) -> list[str]:
         check_rows(self)

@@ -51,6 +51,8 @@ def summary_table(
                 widths = (str(module.in_features), f"{stack}{module.out_features}", str(b))
                 key = chosen_by.get(adapter, {}).get(name, "")
                 state = "merged" if adapter in module.merged_adapters else "active" if adapter in active else ""
+                if (strength := module.scaling[adapter]) != 1.0:
+                    state = f"{state} × {strength:g}".lstrip()
                 rows.append((name, adapter, *widths, key, f"{count:,}", module.backend, state))
         elif isinstance(module, ModulesToSave):
             for adapter, module_copy in module.modules_to_save.items():

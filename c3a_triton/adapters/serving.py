@@ -13,8 +13,14 @@ __all__ = ["Serving"]
 class Serving(Merging):
     """The adapters of a model, and how it serves requests with them.
 
-    Each request has an adapter of its own, and is computed as if it were alone, with the adapter's values at the time
-    when it was added. transformers is needed, in a release whose continuous batching is known (5.23 or later).
+    Each request has an adapter of its own, and is computed as if it were alone, with the adapter's values (and strength)
+    at the time when it was added. Biases that an adapter has trained, and embeddings that its file has brought, are the
+    base model's, for all requests. transformers is needed, in a release whose continuous batching is known (5.23 or
+    later).
+
+    The kernels of a request's adapter are copied, once for each state of their values that requests in flight have, and
+    blocks of the KV cache are shared among requests of one such state alone. As everywhere, values that are written
+    through `.data` are not seen to be others (`freeze_for_inference` has the rules); train within `manager.pause()`.
     """
 
     def generate_batch(

@@ -1,5 +1,6 @@
-"""What each layer of a language model is given of a packed row: every token in its order, those of which logits are kept,
-or something else (routed tokens, pictures). A trial shows it, with some tokens and with twice as many.
+"""What each layer of a language model is given of a packed row, as a trial shows, with some tokens and twice as many.
+
+It may be every token in its order, those of which logits are kept, or something else, such as routed tokens.
 """
 
 from collections.abc import Sequence

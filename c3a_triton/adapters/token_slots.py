@@ -8,7 +8,7 @@ touches no request in flight, and a captured graph reads whichever slots hold wh
 import itertools
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +27,14 @@ from .token_layouts import KEPT, OTHER
 
 __all__ = ["Lease", "PackedRow", "Slot", "TokenSlots"]
 
-Stacks = Mapping[str, Mapping[int, Tensor]]
-"""Layer name → block size → [capacity, m, n, b]: the kernel of each slot, zeros where it has none."""
+
+class Stacks(NamedTuple):
+    """The kernels of all slots. It is replaced when it grows: a call of the model that has begun keeps its own."""
+
+    n_slots: int
+    of_layers: Mapping[str, Mapping[int, Tensor]]
+    """Layer name → block size → [n_slots, m, n, b]; zeros where a slot has no kernel."""
+
 
 # What can be computed with a slot for each token.
 _KINDS = ("linear", "embedding", "experts")
@@ -82,13 +88,11 @@ class PackedRow:
 
     Attributes:
         stacks: of the slots.
-        n_slots: their number.
     """
 
     def __init__(self, layouts: Mapping[str, str]) -> None:
         self._layouts = layouts
-        self.stacks: Stacks = {}
-        self.n_slots = 0
+        self.stacks = Stacks(0, {})
 
     def begin(self, slots: Tensor, kept: Tensor | None) -> None:
         """Take what the next call of the model is to compute with. Nothing of it is read on the host.
@@ -118,7 +122,7 @@ class PackedRow:
         if layer.kind == "embedding":
             return torch.stack([_looked_up(layer, x, stack, slots) for stack in stacks]).sum(0)
         if layout not in self._routes:
-            self._routes[layout] = routing.make(slots[:, None], self.n_slots, partial=True)
+            self._routes[layout] = routing.make(slots[:, None], self.stacks.n_slots, partial=True)
         rows = _of_slots(layer, x.flatten(0, -2), stacks, self._routes[layout])
         return rows.view(*tokens, -1)
 
@@ -141,15 +145,15 @@ class PackedRow:
         slots, n_experts = self._slots.index_select(0, routes.source), stacks[0].shape[1]
         # A slot has a group for each expert.
         groups = (slots * n_experts + routes.groups).masked_fill((slots < 0) | ~routes.valid(), -1)
-        own = routing.make(groups[:, None], self.n_slots * n_experts, partial=True)
+        own = routing.make(groups[:, None], self.stacks.n_slots * n_experts, partial=True)
         return _of_slots(part, x, [stack.flatten(0, 1) for stack in stacks], own)
 
     def has(self, layer: Any) -> bool:
         """Whether any slot has a kernel in a layer."""
-        return layer.layer_name in self.stacks
+        return layer.layer_name in self.stacks.of_layers
 
     def _stacks_of(self, layer: Any) -> list[Tensor]:
-        return list(self.stacks.get(layer.layer_name, {}).values())
+        return list(self.stacks.of_layers.get(layer.layer_name, {}).values())
 
 
 def _not_packed(layer: Any, shape: torch.Size, n_tokens: int) -> ShapeError:
@@ -187,8 +191,7 @@ class TokenSlots:
     def __init__(self, adapters: Any, device: torch.device, server: Any) -> None:
         self.adapters, self.device = adapters, device
         self.layouts: Mapping[str, str] = adapters._scope.token_layouts
-        self.stacks: Stacks = {}
-        self.n_slots = 0
+        self.stacks = Stacks(0, {})
         self._slots: dict[Any, Slot] = {}  # the least recently used first
         with adapters._scope.lock:
             for name, layer in adapters.layers():
@@ -232,7 +235,8 @@ class TokenSlots:
 
     def leases(self) -> list[Lease]:
         """Those of requests of which anything is left."""
-        return [lease for slot in list(self._slots.values()) for lease in list(slot.leases)]
+        with self.adapters._scope.lock:
+            return [lease for slot in self._slots.values() for lease in slot.leases]
 
     def _resolved(self, adapter_name: str | None) -> str:
         if adapter_name is None:
@@ -250,11 +254,11 @@ class TokenSlots:
         return adapter_name
 
     def _kernels(self, name: str) -> list[tuple[Any, Tensor]]:
-        """(layer, kernel) of an adapter."""
+        """(layer, kernel) of an adapter, without layers that are switched off (`enable_adapters`)."""
         return [
             (layer, layer._kernel_on(name, self.device))
             for _, layer in self.adapters.layers()
-            if name in layer.c3a_kernel
+            if name in layer.c3a_kernel and not layer._disable_adapters
         ]
 
     def _problem(self, layer: Any) -> str:
@@ -275,20 +279,16 @@ class TokenSlots:
                     f"adapter {name!r} cannot be a request's own: {layer._label} {problem}. Activate it for all "
                     "requests (set_adapter, and model.generate_batch), or train it without this layer"
                 )
-        for module_name, module in self.adapters._saved_modules():
-            if name in module.modules_to_save:
-                raise ConfigError(
-                    f"adapter {name!r} cannot be a request's own: it has a copy of {module_name} (modules_to_save), "
-                    "which all tokens share. Activate it for all requests (set_adapter, and model.generate_batch)"
-                )
-
-        for rows in self.adapters._token_rows():
-            if name in rows.indices:
-                raise ConfigError(
-                    f"adapter {name!r} cannot be a request's own: it has trained tokens of {rows.layer_name} "
-                    "(trainable_token_indices), whose rows all requests share. Activate it for all requests "
-                    "(set_adapter, and model.generate_batch)"
-                )
+        what = [
+            f"a copy of {n} (modules_to_save)" for n, m in self.adapters._saved_modules() if name in m.modules_to_save
+        ]
+        if getattr(self.adapters.adapters.get(name), "trainable_token_indices", None):
+            what.append("rows of its own for tokens (trainable_token_indices)")
+        if what:
+            raise ConfigError(
+                f"adapter {name!r} cannot be a request's own: it has {what[0]}, and those of one adapter compute for "
+                "all requests. Activate it for all of them (set_adapter, and model.generate_batch)"
+            )
 
     def _state(self, name: str, kernels: Sequence[tuple[Any, Tensor]]) -> tuple[Any, ...]:
         """What is another one as soon as the adapter, or a parameter of the base model, has other values."""
@@ -296,50 +296,54 @@ class TokenSlots:
         held = {id(parameter) for parameter in own}
         base = [parameter for parameter in self.adapters.model.parameters() if id(parameter) not in held]
         mine = [layer.c3a_kernel[name] for layer, _ in kernels]
-        places = tuple(kernel.data_ptr() for kernel in mine)
+        places = tuple(
+            (kernel.data_ptr(), layer.scaling[name]) for kernel, (layer, _) in zip(mine, kernels, strict=True)
+        )
         return places, *map(_version, [*mine, *base])
 
     def _new(self, kernels: Sequence[tuple[Any, Tensor]]) -> Slot:
         """A slot with these kernels, which are copied."""
-        idle = [key for key, slot in self._slots.items() if not slot.leases]
-        if not kernels:
-            for key in idle:
-                if self._slots[key].index < 0:
-                    del self._slots[key]
+        if not kernels:  # former states of the base model alone, which nobody needs, have no place to be used again
+            for key in [key for key, slot in self._slots.items() if slot.index < 0 and not slot.leases]:
+                del self._slots[key]
             return Slot(-1)
-        taken = {slot.index for slot in self._slots.values()}
-        free = next((index for index in range(self.n_slots) if index not in taken), None)
-        if free is None:
-            for key in idle:
-                if (index := self._slots[key].index) >= 0:
-                    del self._slots[key]
-                    free = index
-                    break
-        index = self.n_slots if free is None else free
-        self._reserve(kernels, 2 * self.n_slots if free is None else self.n_slots)
+        index = self._free()
+        n_slots = self.stacks.n_slots
+        if index is None:
+            index, n_slots = n_slots, 2 * n_slots
+        self._reserve(kernels, n_slots)
         with torch.inference_mode(False), torch.no_grad():
             mine = {(layer.layer_name, kernel.shape[-1]): kernel for layer, kernel in kernels}
-            for layer_name, stacks in self.stacks.items():
+            for layer_name, stacks in self.stacks.of_layers.items():
                 for b, stack in stacks.items():
                     kernel = mine.get((layer_name, b))
                     stack[index].zero_() if kernel is None else stack[index].copy_(kernel)
         self._finish()
         return Slot(index)
 
+    def _free(self) -> int | None:
+        """A place in the stacks that no slot has, or the one of the slot that no request has used for longest."""
+        places = {slot.index for slot in self._slots.values()}
+        if free := set(range(self.stacks.n_slots)) - places:
+            return min(free)
+        idle = next((key for key, slot in self._slots.items() if not slot.leases and slot.index >= 0), None)
+        return None if idle is None else self._slots.pop(idle).index
+
     def _reserve(self, kernels: Iterable[tuple[Any, Tensor]], n_slots: int) -> None:
-        """Have stacks for such kernels, of so many slots. A call of the model that has begun keeps its own."""
-        stacks = {layer_name: dict(found) for layer_name, found in self.stacks.items()}
+        """Have stacks for such kernels, of so many slots."""
+        stacks = {layer_name: dict(found) for layer_name, found in self.stacks.of_layers.items()}
+        is_new = n_slots > self.stacks.n_slots
         with torch.inference_mode(False), torch.no_grad():
+            for found in stacks.values() if is_new else ():
+                for b, stack in found.items():
+                    found[b] = torch.cat([stack, stack.new_zeros(n_slots - len(stack), *stack.shape[1:])])
             for layer, kernel in kernels:
                 found = stacks.setdefault(layer.layer_name, {})
                 if kernel.shape[-1] not in found:
                     found[kernel.shape[-1]] = kernel.new_zeros(n_slots, *kernel.shape)
-            for found in stacks.values():
-                for b, stack in found.items():
-                    if stack.shape[0] < n_slots:
-                        found[b] = torch.cat([stack, stack.new_zeros(n_slots - stack.shape[0], *stack.shape[1:])])
-        if n_slots > self.n_slots or any(found.keys() != self.stacks.get(n, {}).keys() for n, found in stacks.items()):
-            self.stacks, self.n_slots = stacks, n_slots
+                    is_new = True
+        if is_new:
+            self.stacks = Stacks(n_slots, stacks)
 
     def _finish(self) -> None:
         """Wait for what this thread has written: other threads read it in the order of other queues."""

@@ -117,9 +117,8 @@ class _Model:
 
     def __call__(self, **batch: Any) -> Any:
         lines, n_tokens = batch["logits_processor_args"], batch["input_ids"].shape[1]
-        # Of each line it shows as many numbers as there are requests.
-        last = lines.storage_offset() + (lines.shape[0] - 1) * lines.stride(0)
-        self._row.begin(lines.as_strided((n_tokens,), (1,), last), batch.get("logits_to_keep"))
+        # A view of the lines with as many columns as there are requests; the last line has one for each token.
+        self._row.begin(lines[-1].as_strided((n_tokens,), (1,)), batch.get("logits_to_keep"))
         return self._model(**batch)
 
     def __getattr__(self, name: str) -> Any:
@@ -134,6 +133,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     is refused while requests use it.
     """
 
+    batch_processor: Any
     _slots: TokenSlots
     _row: PackedRow
 
@@ -263,11 +263,10 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 "the model has been unloaded and adapted again since this manager of continuous batching was made: "
                 "make a new one"
             )
-        with slots.adapters._scope.lock:
-            stacks, n_slots = slots.stacks, slots.n_slots
+        stacks = slots.stacks  # who changes adapters may wait for this thread, which must not wait for him
         if stacks is not row.stacks:
             _forget_graphs(self.batch_processor.inputs_and_outputs)
-            row.stacks, row.n_slots = stacks, n_slots
+            row.stacks = stacks
         with slots.adapters._scope.bound(is_open=False, tokens=row):
             yield _Model(self.model, row)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel, PeftType
+from peft import PeftModel, PeftType, helpers
 from peft.tuners.c3a import layer as peft_layer
 from peft.tuners.c3a import model as peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -45,9 +45,7 @@ class C3ALinear(layer.C3ALinear, peft_layer.C3ALinear):
 
     cast_input_dtype_enabled = True
     """What PEFT's `disable_input_dtype_casting` switches: nothing here, where no input is cast to a weight's dtype."""
-    update_layer = peft_layer.C3ALayer.update_layer
     reset_c3a_parameters = peft_layer.C3ALayer.reset_c3a_parameters
-    delete_adapter = BaseTunerLayer.delete_adapter
     active_adapter = BaseTunerLayer.active_adapter
     active_adapters = BaseTunerLayer.active_adapters
 
@@ -60,6 +58,16 @@ class C3ALinear(layer.C3ALinear, peft_layer.C3ALinear):
     @_active_adapters.setter
     def _active_adapters(self, names: list[str]) -> None:
         self._active_adapter = names
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's."""
+        peft_layer.C3ALayer.update_layer(self, adapter_name, *args, **kwargs)
+        self._forget_strength(adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's."""
+        BaseTunerLayer.delete_adapter(self, adapter_name)
+        self._forget_strength(adapter_name)
 
     def _applied_names(self) -> list[str]:
         # While any adapter is merged, PEFT applies no other.
@@ -370,7 +378,16 @@ _HOTSWAP = _Replacement(hotswap, "hotswap_adapter_from_state_dict", _hotswap_ada
 # Both decide what else a file may hold, of which only kernels can be swapped.
 _CHECKED = hotswap.CONFIG_KEYS_TO_CHECK | {PeftType.C3A: ["bias", "modules_to_save"]}
 _DISABLE = _Replacement(PeftModel, "disable_adapter", _disable_adapter)
-_BESIDE = (_ACTIVE_CONFIG, _HAS_ACTIVE, _HOTSWAP, _DISABLE, _Replacement(hotswap, "CONFIG_KEYS_TO_CHECK", _CHECKED))
+# What `rescale_adapter_scale` asks layers for.
+_SCALED = _Replacement(helpers, "LoraLayer", (helpers.LoraLayer, layer.C3ALinear))
+_BESIDE = (
+    _ACTIVE_CONFIG,
+    _HAS_ACTIVE,
+    _HOTSWAP,
+    _DISABLE,
+    _SCALED,
+    _Replacement(hotswap, "CONFIG_KEYS_TO_CHECK", _CHECKED),
+)
 
 
 def patch_peft() -> None:
