@@ -220,7 +220,11 @@ def test_deleted_and_renamed():
     model = two_adapters()
     model.c3a.set_adapter("other")
     expected, parameter = logits(model), rows_of(model, "other")
+    weight = model.model.embed_tokens.weight.clone()
+    model.c3a.merge_adapter()
     model.c3a.rename_adapter("other", "new")
+    model.c3a.unmerge_adapter()
+    assert model.model.embed_tokens.weight.equal(weight)
     assert rows_of(model, "new") is parameter
     assert logits(model).equal(expected)
     model.c3a.delete_adapter("default")
@@ -300,6 +304,21 @@ def test_merged_rows_that_cannot_be_brought_back():
     with pytest.raises(AdapterStateError, match="'default' has for its tokens are not finite"):
         model.c3a.merge_adapter(safe_merge=True)
     assert model.model.embed_tokens.weight.equal(before)
+    model.c3a.merge_adapter()
+    model.c3a.unmerge_adapter()
+    assert model.model.embed_tokens.weight.equal(before)
+
+
+def test_an_embedding_that_is_offloaded():
+    model = tiny_models.llama()
+    model.model.embed_tokens.to("meta")
+    with pytest.raises(ConfigError, match=r"model\.embed_tokens is offloaded, or on the meta device"):
+        c3a_triton.apply(model, config())
+    model = adapted(tied=False)
+    model.model.embed_tokens.weight = nn.Parameter(model.model.embed_tokens.weight.to("meta"), requires_grad=False)
+    with pytest.raises(AdapterStateError, match=r"model\.embed_tokens: no rows can be merged .*offloaded"):
+        model.c3a.merge_adapter()
+    assert not model.c3a.get_model_status().merged_adapters
 
 
 def test_setting_another_adapter_brings_back_the_rows():

@@ -103,11 +103,12 @@ class TokenRows(nn.Module):
 
     def rename_adapter(self, old: str, new: str) -> None:
         """Give an adapter another name; its parameter stays the same object."""
-        for held in (self.trainable_tokens_delta, self._places, self.indices):
+        for held in (self.trainable_tokens_delta, self._places, self.indices, self._kept):
             items = [(new if name == old else name, value) for name, value in held.items()]
             held.clear()
             held.update(dict(items))  # type: ignore[arg-type]
         self._active = [new if name == old else name for name in self._active]
+        self.merged_adapters[:] = [new if name == old else name for name in self.merged_adapters]
 
     # Hooks
 
@@ -175,14 +176,14 @@ class TokenRows(nn.Module):
         """Refuse what cannot be merged.
 
         Raises:
-            AdapterStateError: as `unmerged`, a weight of the modules is sharded, or with `safe_merge` rows that are not
-                finite.
+            AdapterStateError: as `unmerged`, a weight of the modules is sharded or offloaded, or with `safe_merge` rows
+                that are not finite.
         """
         for name in self.unmerged(adapter_names):
-            if any(hasattr(weight, "full_tensor") for weight in _weights(modules)):
+            if any(hasattr(weight, "full_tensor") or weight.is_meta for weight in _weights(modules)):
                 raise AdapterStateError(
-                    f"{self.layer_name}: nothing can be merged into a weight that is sharded, as FSDP2 does it. Save "
-                    "the adapter, and merge it in a model that is not"
+                    f"{self.layer_name}: no rows can be merged into a weight that is sharded, as FSDP2 does it, or "
+                    "offloaded. Save the adapter, and merge it in a model that is not, or by c3a-triton merge"
                 )
             if safe_merge and not torch.isfinite(gathered(self.trainable_tokens_delta[name])).all():
                 raise AdapterStateError(
@@ -222,7 +223,8 @@ class TokenRows(nn.Module):
                     f"{self.layer_name}: the rows that {name!r} was merged into were not kept (keep_base=None): "
                     "load the base model again"
                 )
-            if not all(gathered(w)[self.indices[name]].equal(rows.to(w.device, w.dtype)) for w in weights):
+            found = [(gathered(w)[self.indices[name]], rows.to(w.device, w.dtype)) for w in weights]
+            if not all(torch.allclose(*pair, rtol=0.0, atol=0.0, equal_nan=True) for pair in found):
                 raise AdapterStateError(
                     f"{self.layer_name}: its weight, or the rows of {name!r}, were changed after they were merged, "
                     "so that bringing back the original would undo that change. Load the base model again, or keep the "
