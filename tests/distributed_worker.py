@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -230,6 +231,57 @@ def reloaded(folder: Path) -> dict[str, Tensor]:
     return c3a_triton.load_adapter(Model(), folder).c3a.state_dict()
 
 
+class Reader(nn.Module):
+    """An embedding, a block, and an output layer that is tied to the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.blocks = nn.Embedding(10, WIDTH), nn.Sequential(Block())
+        self.head = nn.Linear(WIDTH, 10, bias=False)
+        self.head.weight = self.words.weight
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.words
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.blocks(self.words(ids)))
+
+
+def reader() -> Any:
+    torch.manual_seed(0)
+    return Reader()
+
+
+def with_tokens(way: str, folder: Path) -> dict[str, Any]:
+    """Rows of tokens, trained by two processes and by one; saved, loaded alone, merged and brought back."""
+    config = C3AConfig(block_size=4, target_modules=["up"], trainable_token_indices=[7, 2], init_weights="gaussian")
+    ids = torch.tensor([[1, 7], [2, 4], [7, 7], [2, 9]])
+
+    def train(model: nn.Module, rank: int = 0, n_processes: int = 1) -> None:
+        update = by_torch(model)
+        for _ in range(STEPS):
+            update(model(ids[rank::n_processes]).square().mean())
+
+    alone, model = (c3a_triton.apply(reader(), config) for _ in range(2))
+    start = {name: tensor.clone() for name, tensor in model.c3a.state_dict().items()}
+    train(alone)
+    wrapped = WAYS[way](model)
+    train(wrapped, dist.get_rank(), dist.get_world_size())
+    whole = FullyShardedDataParallel.summon_full_params if way == "fsdp1" else nullcontext
+    with whole(wrapped):
+        model.c3a.save_pretrained(folder)
+        after = {name: tensor.clone() for name, tensor in model.c3a.state_dict().items()}
+    dist.barrier()
+    if way == "ddp":  # the others have sharded the weights
+        model.c3a.merge_adapter()
+        model.c3a.unmerge_adapter()
+        after = model.c3a.state_dict()
+    loaded = c3a_triton.load_adapter(reader(), folder).c3a.state_dict()
+    expected = alone.c3a.state_dict()
+    same = all(tensor.equal(loaded[name.replace("_fsdp_wrapped_module.", "")]) for name, tensor in after.items())
+    return differences((torch.zeros(1), torch.zeros(1)), loaded, expected, start) | {"same afterwards": same}
+
+
 def message(function: Callable[[], Any]) -> str:
     try:
         function()
@@ -352,6 +404,7 @@ def main(folder: Path, cases: str) -> None:
             results[way] = traceback.format_exc()
     if cases == "torch":
         results["refused"] = refused(folder / "fsdp2")
+        results["tokens"] = {way: with_tokens(way, folder / f"tokens {way}") for way in ("ddp", "fsdp2", "fsdp1")}
         results["through wrappers"] = through_wrappers(folder / "ddp")
     if dist.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(results))

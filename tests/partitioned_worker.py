@@ -188,6 +188,38 @@ def add_afterwards(model: Any) -> None:
     model.c3a.add_adapter("late", CONFIG)
 
 
+def with_tokens(way: Any, folder: Path) -> dict[str, Any]:
+    """Rows of the embedding, which the tied head has too: computed, merged, brought back, saved, loaded, swapped."""
+    config = replace(ROWS, target_modules=["up"], trainable_token_indices=[7, 2])
+    name = "table.token_adapter.trainable_tokens_delta"
+    alone, model = build(config), build(config)
+    for each in (alone, model):
+        each.table.token_adapter.trainable_tokens_delta["default"].data.add_(1)
+    way.initialize(model)
+    found = {
+        "output": difference(model(IDS), alone(IDS)),
+        "state": equal(model.c3a.state_dict(), alone.c3a.state_dict()),
+    }
+    before = values(model)
+    for each in (alone, model):
+        each.c3a.merge_adapter()
+    found["merged as alone"] = equal(values(model), values(alone))
+    found["merged output"] = difference(model(IDS), alone(IDS))
+    model.c3a.unmerge_adapter()
+    found["brought back"] = equal(values(model), before)
+    model.c3a.save_pretrained(folder / "tokens")
+    torch.manual_seed(0)
+    other = c3a_triton.load_adapter(zero_stand_in.put_in_parts(Model().eval()), folder / "tokens")
+    found["loaded"] = other.c3a.state_dict()[name].equal(before[f"{name}.default"])
+    torch.manual_seed(0)
+    first = c3a_triton.apply(zero_stand_in.put_in_parts(Model().eval()), config).c3a.state_dict()[name]
+    found["first values"] = first.equal(before["table.weight"][[7, 2]])
+    model.c3a.hotswap_adapter(folder / "tokens")
+    found["swapped"] = equal(values(model), before)
+    found["added"] = message(lambda: model.c3a.add_adapter("other", config))
+    return found
+
+
 def failing(way: Any, folder: Path) -> dict[str, Any]:
     """One process cannot: the others learn of it, and nothing has changed."""
     import deepspeed
@@ -331,6 +363,7 @@ CASES: dict[str, Callable[[Any, Path], dict[str, Any]]] = {
     "unloaded": unloaded,
     "swapped": swapped,
     "loaded": loaded,
+    "tokens": with_tokens,
     "experts": experts,
     "PEFT": by_peft,
     "failing": failing,

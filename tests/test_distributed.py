@@ -44,6 +44,15 @@ def test_two_processes_train_as_one_and_their_files_load_on_one(results: dict[st
     assert found["kernels sharded"] == way.startswith("fsdp2")
 
 
+@pytest.mark.parametrize("way", ["ddp", "fsdp2", "fsdp1"])
+def test_rows_of_tokens_are_trained_as_by_one(results: dict[str, Any], way: str) -> None:
+    found = results["tokens"][way]
+    assert found["same names"]
+    assert found["moved"] > 1e-2
+    assert found["adapter"] <= BOUND
+    assert found["same afterwards"]
+
+
 def test_mixed_precision_of_fsdp2(results: dict[str, Any]) -> None:
     found = results["fsdp2, bfloat16"]
     assert isinstance(found, dict), found

@@ -93,6 +93,15 @@ def test_an_adapter_is_loaded_into_a_base_in_parts_but_no_module_copied_out_of_a
     assert "before deepspeed.initialize" in loaded["added"]
 
 
+@only_stand_in
+def test_rows_of_tokens_in_a_model_in_parts(found: dict[str, Any]) -> None:
+    tokens = of(found, "tokens")
+    for what in ("state", "merged as alone", "brought back", "loaded", "first values", "swapped"):
+        assert tokens[what] is True, what
+    assert max(tokens["output"], tokens["merged output"]) <= BOUND
+    assert tokens["added"].startswith("ConfigError: trainable_token_indices: table is in a DeepSpeed engine")
+
+
 @pytest.mark.skipif(not HAS_PLANS, reason="transformers 4: experts are layers")
 def test_experts_are_merged(found: dict[str, Any]) -> None:
     experts = of(found, "experts")

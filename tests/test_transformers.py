@@ -372,6 +372,7 @@ def test_saving_in_place_warns_and_names_the_way(tmp_path: Path) -> None:
         warnings.simplefilter("error", UserWarning)
         model.save_pretrained(tmp_path / "final")
     assert {path.name for path in (tmp_path / "final").iterdir()} == {
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
     }

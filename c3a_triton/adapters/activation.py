@@ -16,9 +16,10 @@ from .base_model import near_names
 from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
 from .names import BASE_ROW, Scope
-from .ownership import own_copies, own_layers, own_parts
+from .ownership import own_copies, own_layers, own_parts, own_rows
 from .saving import AdapterTensors
 from .strength import strengths_of
+from .token_rows import TokenRows, modules_with
 from .wrapping import Wrappers
 
 __all__ = ["Activation"]
@@ -64,12 +65,16 @@ class Activation:
     def _saved_modules(self) -> list[tuple[str, ModulesToSave]]:
         return own_copies(self.model, self._scope)
 
-    def _parts(self) -> list[C3ALinear | ModulesToSave]:
-        return [part for _, part in own_parts(self.model, self._scope)]
+    def _token_rows(self) -> list[TokenRows]:
+        return [rows for _, rows in own_rows(self.model, self._scope)]
+
+    def _parts(self) -> list[C3ALinear | ModulesToSave | TokenRows]:
+        return [*(part for _, part in own_parts(self.model, self._scope)), *self._token_rows()]
 
     def _merged(self) -> list[str]:
         """Names of the adapters that are merged into any layer."""
-        return sorted({name for _, layer in self.layers() for name in layer.merged_adapters})
+        layers = [name for _, layer in self.layers() for name in layer.merged_adapters]
+        return sorted({*layers, *(name for rows in self._token_rows() for name in rows.merged_adapters)})
 
     def _known(self, adapter_names: str | Iterable[str]) -> list[str]:
         """The names as a list, each once, if all are known."""
@@ -86,13 +91,17 @@ class Activation:
         return AdapterTensors(self.model, self._scope, adapter_name, self._configs[adapter_name], held)
 
     def _to_unmerge(self) -> list[C3ALinear]:
-        """Layers by which `_unmerge` reaches whatever is merged, if all of it can be unmerged."""
+        """Layers by which `_unmerge` reaches what is merged into layers, if all that is merged can be unmerged."""
+        for rows in self._token_rows():
+            rows.check_unmerge(modules_with(self.model, rows))
         return merging.to_unmerge(layer for _, layer in self.layers())
 
     def _unmerge(self, layers: list[C3ALinear]) -> None:
         with self._scope.lock:
             for layer in layers:
                 merging.bring_back(layer, everyone=True)
+            for rows in self._token_rows():
+                rows.unmerge(modules_with(self.model, rows))
 
     def _check_idle(self, what: str) -> None:
         """Refuse what would change the model under requests that have not ended.
@@ -125,8 +134,9 @@ class Activation:
 
         Raises:
             AdapterNotFoundError: an unknown name.
-            AdapterStateError: two adapters with a copy of the same module (`modules_to_save`), or a merged layer that
-                cannot be unmerged; or a DDP that was given to `apply` and cannot be built again.
+            AdapterStateError: two adapters with a copy of the same module (`modules_to_save`) or rows for one token
+                (`trainable_token_indices`), or a merged layer that cannot be unmerged; or a DDP that was given to
+                `apply` and cannot be built again.
             ConfigError: a weight that is no finite number, or not one for each name. Nothing has changed.
         """
         with in_step(self.model, "set_adapter") as shared:
@@ -134,11 +144,12 @@ class Activation:
             names = self._known(given)
             strengths = {} if weights is None else strengths_of(given, weights)
             shared |= {"adapters": names, "inference_mode": inference_mode, "weights": strengths}
-            for _, module in self._saved_modules():
-                module.check_set_adapter(names)
+            for part in self._parts():
+                if not isinstance(part, C3ALinear):
+                    part.check_set_adapter(names)
             self.wrappers.check()
-            merged = self._to_unmerge()
-        if merged:
+            merged, is_merged = self._to_unmerge(), bool(self._merged())
+        if is_merged:
             self._unmerge(merged)
             warnings.warn("adapters were merged; they have been unmerged before another one was set", stacklevel=2)
         self._set_strengths(strengths)
@@ -321,8 +332,9 @@ class Activation:
             layer.freeze_for_inference(frozen)
         if not frozen:
             return
-        for _, module in self._saved_modules():
-            module.requires_grad_(False)
+        for part in self._parts():
+            if not isinstance(part, C3ALinear):
+                part.requires_grad_(False)
         for name in self._configs:
             for parameter in self._tensors(name).biases().values():
                 parameter.requires_grad_(False)

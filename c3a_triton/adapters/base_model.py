@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
 from .parts import Holder, Part
+from .token_rows import TokenRows
 
 __all__ = [
     "base_module_names",
@@ -36,6 +37,9 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     hidden: str | None = None
     for name, module in model.named_modules():
         if hidden is not None and name.startswith(hidden):
+            continue
+        if isinstance(module, TokenRows):  # a child that the base model does not have
+            hidden = f"{name}."
             continue
         if isinstance(module, Holder):
             hidden = f"{name}.base_layer"

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from c3a_triton._public import public
 from c3a_triton.bases.linear_like import Geometry
@@ -17,7 +17,7 @@ from c3a_triton.operator.dense import add_circulant_, circulant_matrix
 
 from .layer import C3ALinear
 
-__all__ = ["C3AEmbedding"]
+__all__ = ["C3AEmbedding", "fixed_scale", "scaled"]
 
 
 @public
@@ -54,24 +54,15 @@ class C3AEmbedding(C3ALinear):
         self.num_embeddings, self.embedding_dim = self.out_features, self.in_features
         self.padding_idx: int | None = base.padding_idx
         # None: the base layer's attribute, which is read in each call, as the base layer reads it.
-        self._scale = None if _has_scale(base) else behaviour(base).scale
+        self._scale = fixed_scale(base)
 
     def _delta(self, x: Tensor, kernel: Tensor, backend: str) -> Tensor:
         b = kernel.shape[-1]
         shifts = torch.arange(b, device=x.device) - (x % b).unsqueeze(-1)
         # [..., b, in_blocks]: two indices with a slice between them put their own axes first.
         rows = kernel[(x // b).unsqueeze(-1), :, shifts % b]
-        delta = self._scaled(rows.transpose(-1, -2).flatten(-2) / self.in_features)
+        delta = scaled(rows.transpose(-1, -2).flatten(-2) / self.in_features, self.get_base_layer(), self._scale)
         return delta if self.padding_idx is None else delta.masked_fill((x == self.padding_idx).unsqueeze(-1), 0.0)
-
-    def _scaled(self, delta: Tensor) -> Tensor:
-        if self._scale is not None:
-            return delta if self._scale == 1.0 else delta * self._scale
-        base: Any = self.get_base_layer()
-        if not isinstance(base.embed_scale, Tensor):
-            return delta * base.embed_scale
-        # Gemma rounds its scale to the weight's dtype, as all that are kept as tensors.
-        return delta * stored_tensor(base, "embed_scale").to(delta.device, base.weight.dtype)
 
     def _delta_weight(self, kernel: Tensor, dtype: torch.dtype) -> Tensor:
         delta = circulant_matrix(kernel, dtype=dtype)[: self.out_features]
@@ -91,6 +82,21 @@ class C3AEmbedding(C3ALinear):
             weight.copy_(tall[: self.out_features])
         if padding is not None:
             weight[self.padding_idx] = padding
+
+
+def fixed_scale(base: nn.Module) -> float | None:
+    """What an embedding multiplies its rows by; None where its `embed_scale` says so, which each call reads."""
+    return None if _has_scale(base) else behaviour(base).scale
+
+
+def scaled(rows: Tensor, base: Any, scale: float | None) -> Tensor:
+    """Rows times what an embedding multiplies its own by; `scale` is what `fixed_scale` said."""
+    if scale is not None:
+        return rows if scale == 1.0 else rows * scale
+    if not isinstance(base.embed_scale, Tensor):
+        return rows * base.embed_scale
+    # Gemma rounds its scale to the weight's dtype, as all that are kept as tensors.
+    return rows * stored_tensor(base, "embed_scale").to(rows.device, base.weight.dtype)
 
 
 def _has_scale(base: Any) -> bool:

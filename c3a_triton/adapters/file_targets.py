@@ -1,8 +1,9 @@
 """What an adapter file means for a model: under which names, which modules, and what is wrong. Changes nothing."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from c3a_triton.bases.linear_like import Geometry, unfit_for_adapters
@@ -19,7 +20,10 @@ from .modules_to_save import ModulesToSave
 from .parameter_targets import parameter_places, parameter_problem
 from .parts import Part
 from .stacking import stacked_file, with_parameters_for_layers
+from .target import token_problem
 from .targets import Target, geometry_of, sharding_problem
+from .token_rows import ROWS_SUFFIX
+from .token_targets import TokenTarget
 
 __all__ = ["check_file_values", "chosen_by_file", "find_file_targets", "same_tensors", "with_names_of"]
 
@@ -57,6 +61,8 @@ def _renamed(model: nn.Module, file: AdapterFile) -> AdapterFile:
         if key.endswith(KERNEL_SUFFIX):
             name = key.removesuffix(KERNEL_SUFFIX)
             return names.get(name, name) + KERNEL_SUFFIX
+        if key.endswith(ROWS_SUFFIX):
+            return renamed(key.removesuffix(ROWS_SUFFIX) + ".weight").removesuffix(".weight") + ROWS_SUFFIX
         # What is trained whole, biases and embeddings.
         new, converted = rename(base_name(key))
         return key if converted or key.rpartition(".")[0] in known or new.rpartition(".")[0] not in known else new
@@ -68,7 +74,11 @@ def _renamed(model: nn.Module, file: AdapterFile) -> AdapterFile:
     entries = file.config.modules_to_save
     if entries is not None:
         entries = [renamed(f"{entry}.weight").removesuffix(".weight") for entry in entries]
-    return replace(file, tensors=tensors, block_sizes=sizes, config=replace(file.config, modules_to_save=entries))
+    tokens = file.config.trainable_token_indices
+    if isinstance(tokens, dict):
+        tokens = {renamed(f"{name}.weight").removesuffix(".weight"): indices for name, indices in tokens.items()}
+    config = replace(file.config, modules_to_save=entries, trainable_token_indices=tokens)
+    return replace(file, tensors=tensors, block_sizes=sizes, config=config)
 
 
 def _is_of_transformers(model: nn.Module) -> bool:
@@ -110,7 +120,7 @@ def find_file_targets(model: nn.Module, file: AdapterFile) -> list[Target]:
         sizes = geometry_of(module)
         if sizes is None:
             problems.append(f"{name} is a {type(module).__name__}, not a layer to adapt")
-        elif problem := sharding_problem(name, module):
+        elif problem := sharding_problem(name, module) or token_problem(name, module):
             problems.append(problem)
         elif not isinstance(module, C3ALinear) and (reason := unfit_for_adapters(module)):
             problems.append(f"{name}: {reason}")
@@ -184,16 +194,23 @@ def chosen_by_file(file: AdapterFile, matching: Matching | None = None) -> Calla
 
 
 def check_file_values(
-    model: nn.Module, file: AdapterFile, saved: list[tuple[str, nn.Module]], *, on_meta: bool = False
+    model: nn.Module,
+    file: AdapterFile,
+    saved: list[tuple[str, nn.Module]],
+    tokens: Sequence[TokenTarget] = (),
+    *,
+    on_meta: bool = False,
 ) -> list[tuple[nn.Parameter, Tensor]]:
     """The base model's parameters that a file replaces (biases, and embeddings, which PEFT adds), with their values.
 
-    Also checks that the file has every tensor of the modules that it trains whole, and nothing that has no place.
+    Also checks that the file has every tensor of the modules that it trains whole, the rows of every token, and nothing
+    that has no place.
 
     Args:
         model: the model.
         file: the adapter file.
         saved: what `find_modules_to_save` found for its configuration.
+        tokens: what `find_token_targets` found for it.
         on_meta: whether the model is a mere structure, whose values nobody is going to replace.
 
     Raises:
@@ -209,6 +226,13 @@ def check_file_values(
                 problems.append(f"it has no {name}.{key}, which modules_to_save promises")
             elif value.shape != (shape := whole_shape(tensor)):
                 problems.append(f"{name}.{key} has shape {list(value.shape)}, in the model {list(shape)}")
+    for target in tokens:
+        value = left.pop(target.name + ROWS_SUFFIX, None)
+        shape = torch.Size([len(target.indices), whole_shape(target.module.weight)[1]])  # type: ignore[arg-type]
+        if value is None:
+            problems.append(f"it has no {target.name}{ROWS_SUFFIX}, which trainable_token_indices promises")
+        elif value.shape != shape:
+            problems.append(f"{target.name}{ROWS_SUFFIX} has shape {list(value.shape)}, its tokens want {list(shape)}")
     parameters = {base_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
     embeddings = embedding_weights(model)
     replaced: list[tuple[nn.Parameter, Tensor]] = []

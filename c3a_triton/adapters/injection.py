@@ -26,8 +26,21 @@ from .ownership import holds_own, is_own
 from .parts import Holder
 from .plain_parameters import C3AParameter, C3AParameters
 from .targets import Target
+from .token_rows import TokenRows
+from .token_targets import TokenTarget
 
-__all__ = ["Addition", "layer_class", "new_copy", "new_layer", "put", "put_plain", "replace_module", "without_adapters"]
+__all__ = [
+    "Addition",
+    "layer_class",
+    "new_copy",
+    "new_layer",
+    "put",
+    "put_plain",
+    "put_rows",
+    "remove_rows",
+    "replace_module",
+    "without_adapters",
+]
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,7 @@ class Addition:
         config: its configuration.
         layers: (target, its layer, the kernel) of what is adapted, in the model's order.
         copies: (name, module, what holds its copies, the copy) of the modules that are trained whole.
+        rows: (target, what holds its rows, the rows) of the tokens that are trained.
         replaced: the base model's parameters that get other values, with these.
     """
 
@@ -46,6 +60,7 @@ class Addition:
     config: C3AConfig
     layers: Sequence[tuple[Target, C3ALinear, nn.Parameter]]
     copies: Sequence[tuple[str, nn.Module, ModulesToSave, nn.Module]]
+    rows: Sequence[tuple[TokenTarget, TokenRows, nn.Parameter]] = ()
     replaced: Sequence[tuple[nn.Parameter, Tensor]] = ()
 
     def shared(self) -> dict[str, Any]:
@@ -55,6 +70,7 @@ class Addition:
             "configuration": self.config.to_dict() | {"base_model_name_or_path": None},
             "targets": [(target.name, target.block_size) for target, _, _ in self.layers],
             "modules_to_save": [name for name, *_ in self.copies],
+            "tokens": [([name for name, _ in target.modules], target.indices) for target, _, _ in self.rows],
         }
 
     def tensors(self) -> Iterator[Tensor]:
@@ -62,6 +78,7 @@ class Addition:
         yield from (kernel for _, _, kernel in self.layers)
         for *_, module_copy in self.copies:
             yield from chain(module_copy.parameters(), module_copy.buffers())
+        yield from (rows for _, _, rows in self.rows)
 
 
 _CLASSES: dict[str, type[C3ALinear]] = {
@@ -164,6 +181,20 @@ def put(model: nn.Module, target: Target, layer: C3ALinear) -> None:
         holder = (C3AExperts if target.sizes.kind == "experts" else C3AParameters)(holder)
         replace_module(model, name, holder)
     setattr(holder, target.parameter, layer)
+
+
+def put_rows(adapter_name: str, target: TokenTarget, rows: TokenRows, values: nn.Parameter) -> None:
+    """Give what `new_rows` gave to the modules of a target, if they do not have it yet."""
+    rows.install(adapter_name, target.indices, values)
+    if target.module._modules.get("token_adapter") is not rows:
+        for name, module in target.modules:
+            rows.attach(module, name, holds=module is target.module)
+
+
+def remove_rows(model: nn.Module, rows: TokenRows) -> None:
+    """Take all of `put_rows` away."""
+    for module in list(model.modules()):
+        rows.detach_from(module)
 
 
 def put_plain(model: nn.Module, scope: Scope, *, with_copies: bool) -> list[tuple[str, nn.Module]]:

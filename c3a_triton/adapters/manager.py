@@ -17,10 +17,12 @@ from c3a_triton.bases.quantized import hold_layout
 from c3a_triton.bases.sharded import gathered, is_partitioned, is_sharded, put_values
 from c3a_triton.errors import (
     AdapterStateError,
+    CheckpointError,
     ConfigError,
 )
 from c3a_triton.files.checkpoint import peft_config, read_adapter
 from c3a_triton.files.config import C3AConfig
+from c3a_triton.files.values import shown
 
 from .base_model import base_module_names, base_modules, base_name, model_name_or_path
 from .beside import (
@@ -31,14 +33,18 @@ from .beside import (
     warn_unsaved,
 )
 from .combine import combination, combined
+from .ensured_ties import tie_copies, with_tied_modules
 from .file_targets import check_file_values, find_file_targets, same_tensors, with_names_of
-from .injection import Addition, new_copy, new_layer, put, replace_module
-from .ownership import check_owner
+from .injection import Addition, new_copy, new_layer, put, put_rows, remove_rows, replace_module
+from .ownership import check_owner, own_parts, own_rows
 from .parameters import check_adapter_name
 from .report import count_parameters, summary_table
 from .serving import Serving
 from .spread import check_spread
+from .status import LayerStatus, ModelStatus, layer_status, model_status
 from .targets import Target, find_modules_to_save, find_targets, with_task_heads
+from .token_rows import TokenRows
+from .token_targets import TokenTarget, check_tokens_alone, find_token_targets, new_rows
 
 __all__ = ["AdapterManager"]
 
@@ -103,7 +109,10 @@ class AdapterManager(Serving):
             if config.base_model_name_or_path is None:
                 config = replace(config, base_model_name_or_path=model_name_or_path(self.model))
             targets = find_targets(self.model, config)
-            new = self._build(adapter_name, config, targets, find_modules_to_save(self.model, config))
+            saved, tokens = find_modules_to_save(self.model, config), find_token_targets(self.model, config)
+            config = with_tied_modules(self.model, config, [target.name for target in targets], saved)
+            saved = find_modules_to_save(self.model, config) if config.ensure_weight_tying else saved
+            new = self._build(adapter_name, config, targets, saved, tokens)
             shared |= new.shared()
         self._put(new)
 
@@ -131,12 +140,13 @@ class AdapterManager(Serving):
             config = replace(file.config, inference_mode=not is_trainable)
             targets = find_file_targets(self.model, file)
             saved = find_modules_to_save(self.model, config)
-            replaced = check_file_values(self.model, file, saved)
+            tokens = find_token_targets(self.model, config)
+            replaced = check_file_values(self.model, file, saved, tokens)
             if self._configs:
                 warn_embeddings(self.model, replaced, self._configs)
             shared["tensors"] = file.tensors
         with in_step(self.model, "load_adapter", parts=True) as shared:
-            new = self._build(adapter_name, config, targets, saved, file.tensors, replaced)
+            new = self._build(adapter_name, config, targets, saved, tokens, file.tensors, replaced)
             shared |= new.shared()
         self._put(new)
         self._embeddings[adapter_name] = embeddings_in(file, self.model)
@@ -180,10 +190,11 @@ class AdapterManager(Serving):
                     f"adapters must name each adapter once, with a weight for each, got {adapters!r} and {weights!r}"
                 )
             for name in names:
-                if self._configs[name].modules_to_save or self._configs[name].bias != "none":
+                config = self._configs[name]
+                if config.modules_to_save or config.trainable_token_indices or config.bias != "none":
                     raise ConfigError(
-                        f"adapter {name!r} also trains biases or whole modules (bias, modules_to_save), of which no "
-                        "weighted sum is taken: combine adapters without them"
+                        f"adapter {name!r} also trains biases, whole modules or tokens (bias, modules_to_save, "
+                        "trainable_token_indices), of which no weighted sum is taken: combine adapters without them"
                     )
             shared |= {
                 "adapters": names,
@@ -195,7 +206,7 @@ class AdapterManager(Serving):
             block_sizes = {target.name: target.block_size for target in targets}
             parameters = [target.name for target in targets if target.parameter]
             config = peft_config(self._configs[names[0]], block_sizes, base_module_names(self.model), parameters)
-            new = self._build(adapter_name, replace(config, inference_mode=False), targets, [], tensors)
+            new = self._build(adapter_name, replace(config, inference_mode=False), targets, [], [], tensors)
             shared |= new.shared()
         self._put(new)
 
@@ -231,6 +242,8 @@ class AdapterManager(Serving):
         with in_step(self.model, "hotswap_adapter", parts=True) as shared:  # as in `load_adapter`
             file = with_names_of(self.model, read_adapter(directory))
             present = self._tensors(adapter_name).held_by_model(save_embedding_layers=False)
+            targets = find_token_targets(self.model, file.config)
+            _check_same_tokens(self._tensors(adapter_name).rows(), adapter_name, targets)
             held = embeddings_in(file, self.model)
             embeddings = embedding_parameters(self.model)
             present |= {name: p for name, p in embeddings.items() if base_name(name) in held}
@@ -250,6 +263,7 @@ class AdapterManager(Serving):
         config: C3AConfig,
         targets: Sequence[Target],
         saved: Sequence[tuple[str, nn.Module]],
+        tokens: Sequence[TokenTarget],
         tensors: Mapping[str, Tensor] | None = None,
         replaced: Sequence[tuple[nn.Parameter, Tensor]] = (),
     ) -> Addition:
@@ -260,11 +274,14 @@ class AdapterManager(Serving):
                 f"bias={config.bias!r}: adapter {biased[0]!r} trains biases already, and they can follow only one "
                 'adapter; use bias="none"'
             )
+        check_tokens_alone(tokens, [target.name for target in targets], [name for name, _ in saved], config)
         check_spread(self.model, config, [target.name for target in targets], saved)
         new = partial(new_layer, self.model, backend=self.backend, active=self._active)
         layers = [(target, *new(target, adapter_name, config.init_weights, tensors)) for target in targets]
         copies = [(name, module, *new_copy(name, module, tensors)) for name, module in saved]
-        return Addition(adapter_name, config, layers, copies, replaced)
+        tie_copies(self.model, config, {name: module_copy for name, *_, module_copy in copies})
+        rows = [(target, *new_rows(target, tensors)) for target in tokens]
+        return Addition(adapter_name, config, layers, copies, rows, replaced)
 
     def _put(self, new: Addition) -> None:
         """Put what was built into the model."""
@@ -290,6 +307,8 @@ class AdapterManager(Serving):
             wrapper.install(adapter_name, module_copy)
             if wrapper is not module:
                 replace_module(self.model, name, wrapper)
+        for token_target, rows, values in new.rows:
+            put_rows(adapter_name, token_target, rows, values)
         self._scope.trials.clear()  # the new layers were in none
         for part in self._parts():
             part._scope = self._scope
@@ -328,6 +347,9 @@ class AdapterManager(Serving):
         with self._scope.lock:
             for part in self._parts():
                 part.delete_adapter(adapter_name)
+            for rows in self._token_rows():
+                if not rows.indices:
+                    remove_rows(self.model, rows)
             del self._configs[adapter_name], self._chosen_by[adapter_name]
         self._embeddings.pop(adapter_name, None)
 
@@ -389,7 +411,8 @@ class AdapterManager(Serving):
     ) -> None:
         """Save an adapter to a folder, as PEFT does and reads it. PEFT reads adapters of `nn.Linear` alone.
 
-        Warns, once for each, about parameters that were made trainable after `apply` and are in no file.
+        Warns, once for each, about parameters that were made trainable after `apply` and are in no file. A model card
+        (`README.md`) is written too, as PEFT writes it, or brought up to date; that needs huggingface_hub.
 
         Where parameters are sharded (FSDP2), every process has to call; the first one writes, the others wait for it.
         In a model that a plan spreads over processes (tensor or expert parallel), the first of these writes, and every
@@ -428,13 +451,26 @@ class AdapterManager(Serving):
         try:
             if is_first and is_main_process:
                 stored.write(directory, tensors)
+                stored.write_card(directory)
         finally:
             if sharded:
                 torch.distributed.barrier()
 
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str], adapter_name: str = "default") -> None:
+        """Write an adapter's model card, `README.md`, or bring the one that is there up to date, as PEFT does.
+
+        What others wrote in it stays. Without huggingface_hub none is written.
+
+        Raises:
+            AdapterNotFoundError: an unknown name.
+            CheckpointError: it cannot be written.
+        """
+        self._tensors(adapter_name).write_card(output_dir)
+
     def _warn_unsaved(self, tensors: Mapping[str, Tensor]) -> None:
         saved = [parameter for _, layer in self.layers() for parameter in layer.c3a_kernel.parameters()]
         saved += [parameter for _, module in self._saved_modules() for parameter in module.parameters()]
+        saved += [parameter for rows in self._token_rows() for parameter in rows.parameters()]
         for name in self._configs:
             saved += self._tensors(name).biases().values()
         saved += [parameter for name, parameter in embedding_parameters(self.model).items() if name in tensors]
@@ -453,6 +489,16 @@ class AdapterManager(Serving):
         share = 100 * trainable / total if total else 0.0
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
 
+    def get_layer_status(self) -> list[LayerStatus]:
+        """The status of each adapted layer, module trained whole and embedding with trained tokens, as PEFT has it."""
+        parts: list[tuple[str, Any]] = list(own_parts(self.model, self._scope))
+        parts += [(f"{name}.token_adapter", rows) for name, rows in own_rows(self.model, self._scope)]
+        return layer_status(parts, self._active)
+
+    def get_model_status(self) -> ModelStatus:
+        """The status of all adapters together, as PEFT has it."""
+        return model_status(self.model, self, self.get_layer_status())
+
     def summary(self) -> str:
         """A table as text: for each layer and adapter the widths, b and what decided on it, parameters and backend.
 
@@ -460,3 +506,19 @@ class AdapterManager(Serving):
         where an adapter file has another size than its configuration says.
         """
         return summary_table(base_modules(self.model), self._active, self._chosen_by)
+
+
+def _check_same_tokens(
+    rows: Sequence[tuple[str, TokenRows]], adapter_name: str, targets: Sequence[TokenTarget]
+) -> None:
+    """Refuse a file whose rows are of other tokens than an adapter's.
+
+    Raises:
+        CheckpointError: they are.
+    """
+    own = {name: held.indices[adapter_name] for name, held in rows}
+    if own != (others := {target.name: target.indices for target in targets}):
+        raise CheckpointError(
+            f"the file trains other tokens (trainable_token_indices {shown(others)}) than adapter {adapter_name!r} "
+            f"({shown(own)}): load it as another adapter"
+        )

@@ -14,9 +14,11 @@ from . import merging, pretrained
 from .activation import Activation
 from .base_model import warn_tied
 from .beside import unwatch_statistics
-from .injection import put_plain, without_adapters
+from .injection import put_plain, remove_rows, without_adapters
+from .layer import C3ALinear
 from .row_names import RowNames
 from .samples import computes_the_same
+from .token_rows import TokenRows, modules_with
 from .untying import Untying, homes_of, plan_parts, tensors_by_name, untie
 from .watched import Watch
 from .wrapping import unwatch
@@ -76,12 +78,15 @@ class Merging(Activation):
             shared |= {"adapters": list(names), "safe_merge": bool(safe_merge), "keep_base": keep_base}
         with in_step(self.model, "merge_adapter", parts=True):
             merged = self._merged()
-            if merged and not any(layer.unmerged(names) for _, layer in self.layers()):
+            if merged and not any(part.unmerged(names) for part in self._mergeable()):
                 warnings.warn(f"{merged} are merged already, nothing to do", stacklevel=2)
             elif merged and set(names) - set(merged):
                 warnings.warn(f"{merged} are merged already; merging the others too", stacklevel=2)
             groups = self._to_merge(names, safe_merge, merge_uncalled)
-        self._merge(groups, keep_base)
+        self._merge(names, groups, keep_base)
+
+    def _mergeable(self) -> list[C3ALinear | TokenRows]:
+        return [*(layer for _, layer in self.layers()), *self._token_rows()]
 
     def _to_merge(self, names: list[str], safe_merge: bool, merge_uncalled: bool) -> list[merging.Group]:
         """The layers that adapters are to be merged into, in groups of one weight each, if all of them can be."""
@@ -94,10 +99,14 @@ class Merging(Activation):
             merging.check(group)
         for group in groups if safe_merge else ():
             merging.check_finite(group)
+        for rows in self._token_rows():
+            rows.check_merge(modules_with(self.model, rows), names, safe_merge)
         warn_tied(self.model, [name for name, _, _ in work], "merging changes both")
         return groups
 
-    def _merge(self, groups: list[merging.Group], keep_base: str | None, progressbar: bool = False) -> None:
+    def _merge(
+        self, names: list[str], groups: list[merging.Group], keep_base: str | None, progressbar: bool = False
+    ) -> None:
         done, total = 0, sum(map(len, groups))
         with self._scope.lock, in_step(self.model, "merging"):  # memory may run out in one process alone
             self._check_idle("merging would change the weights")
@@ -107,6 +116,8 @@ class Merging(Activation):
                 if progressbar:
                     end = "\n" if done == total else ""
                     print(f"\rmerging {done}/{total}", end=end, file=sys.stderr, flush=True)
+            for rows in self._token_rows():
+                rows.merge(modules_with(self.model, rows), rows.unmerged(names), keep_base)
 
     def unmerge_adapter(self) -> None:
         """Bring back the base weights as they were before anything was merged, bit for bit.
@@ -115,9 +126,9 @@ class Merging(Activation):
             AdapterStateError: a base weight was not kept, or was changed after merging; nothing has changed.
         """
         with in_step(self.model, "unmerge_adapter", parts=True):
-            merged = self._to_unmerge()
+            merged, is_merged = self._to_unmerge(), bool(self._merged())
         self._unmerge(merged)
-        if not merged:
+        if not is_merged:
             warnings.warn("nothing is merged, so there is nothing to unmerge", stacklevel=2)
 
     def merge_and_unload(
@@ -159,7 +170,7 @@ class Merging(Activation):
         with in_step(self.model, "merge_and_unload", parts=True):
             untyings = self._plan_untying()
             groups = self._to_merge(names, safe_merge, merge_uncalled)
-        self._merge(groups, None, progressbar)
+        self._merge(names, groups, None, progressbar)
         self._remove(with_copies=True)
         for part, untying in untyings:
             untie(part, untying)
@@ -202,6 +213,8 @@ class Merging(Activation):
         self._watch.end()
         with self._scope.lock:
             put_plain(self.model, self._scope, with_copies=with_copies)
+            for rows in self._token_rows():
+                remove_rows(self.model, rows)
         release_layout(self.model)
         self._configs.clear()
         self._chosen_by.clear()

@@ -199,6 +199,10 @@ class ModulesToSave(CopiesByCall):
         if self._active == old:
             self._active = new
 
+    def computing(self) -> list[str]:
+        """The name of the adapter whose copy computes; none where the original does."""
+        return [] if self._active is None else [self._active]
+
     def active_module(self) -> nn.Module:
         """Whichever computes: the active adapter's copy, or the original."""
         if self._active is None or self.disable_adapters:

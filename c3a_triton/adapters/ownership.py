@@ -13,8 +13,9 @@ from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
 from .names import Scope
 from .parts import Holder
+from .token_rows import TokenRows
 
-__all__ = ["check_owner", "holds_own", "is_own", "own_copies", "own_layers", "own_parts"]
+__all__ = ["check_owner", "holds_own", "is_own", "own_copies", "own_layers", "own_parts", "own_rows"]
 
 
 def is_own(module: nn.Module, scope: Scope) -> TypeGuard[C3ALinear | ModulesToSave]:
@@ -44,6 +45,15 @@ def own_layers(model: nn.Module, scope: Scope) -> Iterator[tuple[str, C3ALinear]
 def own_copies(model: nn.Module, scope: Scope) -> list[tuple[str, ModulesToSave]]:
     """(name, module) of the modules trained whole that are that manager's."""
     return [(name, part) for name, part in own_parts(model, scope) if isinstance(part, ModulesToSave)]
+
+
+def own_rows(model: nn.Module, scope: Scope) -> list[tuple[str, TokenRows]]:
+    """(name of the embedding, its rows) of the trained tokens that are that manager's."""
+    return [
+        (name.rpartition(".")[0], module)
+        for name, module in model.named_modules()
+        if isinstance(module, TokenRows) and (module._scope is scope or not module._scope.managed)
+    ]
 
 
 def check_owner(model: nn.Module, scope: Scope) -> None:

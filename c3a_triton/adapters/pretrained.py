@@ -26,6 +26,7 @@ from c3a_triton.files.config import MODEL_CONFIG_NAME, C3AConfig
 from .base_model import base_name, embeddings_of
 from .hooks import remove_hooks
 from .layer import C3ALinear
+from .token_rows import rows_at
 from .tying import keep_ties, release_ties
 
 __all__ = [
@@ -57,6 +58,8 @@ def prepare(model: nn.Module) -> None:
     if "save_pretrained" not in model.__dict__:
         model.save_pretrained = SavePretrained(model)  # type: ignore[assignment]
         model.register_forward_pre_hook(_before_training_forward, with_kwargs=True)
+    if not hasattr(model, "create_or_update_model_card"):
+        model.create_or_update_model_card = ModelCard(model)  # type: ignore[assignment]
     keep_ties(model)
     _warn_quantized(model)
     _warn_fused_loss(model, {})
@@ -69,11 +72,29 @@ def release(model: nn.Module) -> None:
     """Undo `prepare`."""
     if isinstance(model.__dict__.get("save_pretrained"), SavePretrained):
         del model.save_pretrained
+    if isinstance(model.__dict__.get("create_or_update_model_card"), ModelCard):
+        del model.create_or_update_model_card
     release_ties(model)
     remove_hooks(model, lambda hook: hook is _before_training_forward)
     for module in model.modules():
         if isinstance(module.__dict__.get("fuse_qkv_projections"), FuseProjections):
             del module.fuse_qkv_projections
+
+
+class ModelCard:
+    """`create_or_update_model_card` of an adapted model: the Trainer calls it where its folder is an adapter's.
+
+    Attributes:
+        model: the adapted model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, output_dir: str | os.PathLike[str]) -> None:
+        """As the manager's, for the active adapter."""
+        manager: Any = self.model.c3a
+        manager.create_or_update_model_card(output_dir, next(iter(manager.active_adapters or manager.adapters)))
 
 
 class SavePretrained:
@@ -155,7 +176,8 @@ class SavePretrained:
         else:
             # transformers drops one of two names of a tied weight only if it knows both, and it does not know these.
             firsts = {name for name, _ in self.model.named_parameters()}
-            names = {name for name in parameters if name not in firsts and base_name(name) != name}
+            again = [name for name in parameters if name not in firsts]
+            names = {name for name in again if base_name(name) != name or ".modules_to_save." in name}
         return set(map(unwrapped_name, names))
 
 
@@ -319,10 +341,13 @@ class FuseProjections:
         return fuse(self.model, *args, **kwargs)
 
 
-def adapted_head(model: nn.Module) -> C3ALinear | None:
-    """A model's output layer, if it is adapted in place."""
+def adapted_head(model: nn.Module) -> str | None:
+    """The name of a model's output layer, if it is adapted in place, or has rows of tokens of an adapter's own."""
     head = embeddings_of(model)[1]
-    return head if isinstance(head, C3ALinear) else None
+    if isinstance(head, C3ALinear):
+        return head.layer_name
+    has_rows = head is not None and rows_at(head) is not None
+    return next((name for name, module in model.named_modules() if module is head), None) if has_rows else None
 
 
 def is_fused_by_trl(model: nn.Module) -> bool:
@@ -339,9 +364,9 @@ def refuse_adapted_head(model: nn.Module, trainer: str) -> None:
     head = adapted_head(model)
     if head is not None:
         raise AdapterStateError(
-            f"{head.layer_name} is adapted, but {trainer} multiplies by the weight of this layer and does not call it: "
-            f"its adapter would be neither applied nor trained. Leave {head.layer_name} out of target_modules, or "
-            f'train it whole: modules_to_save=["{head.layer_name}"]'
+            f"{head} is adapted, but {trainer} multiplies by the weight of this layer and does not call it: "
+            f"its adapter would be neither applied nor trained. Leave {head} out of target_modules (untied from what "
+            f'trainable_token_indices means), or train it whole: modules_to_save=["{head}"]'
         )
 
 
@@ -367,11 +392,11 @@ def _warn_fused_loss(model: Any, kwargs: Mapping[str, Any]) -> None:
     if library is None or (head := adapted_head(model)) is None:
         return
     model.c3a._watch.tell(
-        [head.layer_name],
+        [head],
         f"{{}} is adapted, but the forward of {type(model).__name__} is that of {library}, whose "
         "fused loss reads the weight of this layer and does not call it: its adapter is neither applied in "
-        f"training nor trained. Leave {head.layer_name} out of target_modules, train it whole (modules_to_save), or "
-        "switch the fused linear cross-entropy off",
+        f"training nor trained. Leave {head} out of target_modules (untied from what trainable_token_indices means), "
+        "train it whole (modules_to_save), or switch the fused linear cross-entropy off",
         uncalled=False,
         stacklevel=4,
     )

@@ -8,6 +8,7 @@ from c3a_triton.bases.sharded import whole_shape
 
 from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
+from .token_rows import TokenRows
 
 __all__ = ["count_parameters", "format_bytes", "format_seconds", "format_table", "summary_table"]
 
@@ -32,7 +33,7 @@ def _count(parameter: nn.Parameter) -> int:
 def summary_table(
     parts: Iterable[tuple[str, nn.Module]], active: Sequence[str], chosen_by: Mapping[str, Mapping[str, str]]
 ) -> str:
-    """A table with a row for each adapter of each adapted layer and of each module that is trained whole.
+    """A table with a row for each adapter of each adapted layer, module that is trained whole, and trained tokens.
 
     Args:
         parts: (name, module) of the model; other modules are passed over.
@@ -59,6 +60,13 @@ def summary_table(
                 total += count
                 state = "active" if adapter in active else ""
                 rows.append((name, adapter, "", "", "", "modules_to_save", f"{count:,}", "", state))
+        tokens = module._modules.get("token_adapter")
+        if isinstance(tokens, TokenRows):
+            for adapter, indices in tokens.indices.items():
+                count = _count(tokens.trainable_tokens_delta[adapter])
+                total += count
+                state = "merged" if adapter in tokens.merged_adapters else "active" if adapter in active else ""
+                rows.append((name, adapter, "", "", "", f"{len(indices)} tokens", f"{count:,}", "", state))
     return f"{format_table(rows, _NUMBERS)}\n{total:,} parameters"
 
 

@@ -10,8 +10,9 @@ from c3a_triton.bases.parallel import part_of
 from c3a_triton.bases.sharded import is_partitioned, is_sharded
 
 from .layer import C3ALinear
+from .token_rows import rows_at
 
-__all__ = ["Target", "sharding_problem"]
+__all__ = ["Target", "sharding_problem", "token_problem"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,16 @@ class Target:
     block_size: int
     chosen_by: str
     parameter: str = ""
+
+
+def token_problem(name: str, module: nn.Module) -> str | None:
+    """What is wrong with adapting, or copying, a module of which an adapter that is there trains rows, or None."""
+    if not any(rows_at(part) for part in module.modules()):
+        return None
+    return (
+        f"another adapter trains tokens of {name} (trainable_token_indices): leave {name} out, or adapt a model "
+        "without that adapter"
+    )
 
 
 def sharding_problem(name: str, module: nn.Module, parameter: str = "") -> str | None:

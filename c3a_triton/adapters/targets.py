@@ -19,7 +19,7 @@ from .base_model import base_modules, near_names, output_embeddings_of, warn_tie
 from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
 from .parameter_targets import Place, find_parameter_targets, parameter_places, stacked_hint, warn_untouched_experts
-from .target import Target, sharding_problem
+from .target import Target, sharding_problem, token_problem
 
 __all__ = ["Target", "find_modules_to_save", "find_targets", "geometry_of", "sharding_problem", "with_task_heads"]
 
@@ -152,7 +152,7 @@ def _target(name: str, module: nn.Module, config: C3AConfig, size: int | str, ke
             f"{name} is a {type(module).__name__}, which cannot be adapted: only linear layers, nn.Conv2d and "
             "nn.Embedding can. Make target_modules more precise, or name it in exclude_modules"
         )
-    if problem := sharding_problem(name, module):
+    if problem := sharding_problem(name, module) or token_problem(name, module):
         raise ConfigError(problem)
     if not isinstance(module, C3ALinear) and (reason := unfit_for_adapters(module)):
         raise ConfigError(f"{name}: {reason}. Leave it out of target_modules, or name it in exclude_modules")
@@ -257,6 +257,10 @@ def find_modules_to_save(model: nn.Module, config: C3AConfig) -> list[tuple[str,
     if idle := [entry for entry in entries if not any(name.endswith(entry) for name, _ in modules)]:
         hints = "".join(near_names(entry, [name for name, _ in modules]) for entry in idle[:5])
         warnings.warn(f"modules_to_save: {', '.join(map(shown, idle[:20]))} match no module.{hints}", stacklevel=2)
+    for name, module in found:
+        if problem := token_problem(name, module):
+            raise ConfigError(f"modules_to_save: {problem}")
     _warn_shared(model, [name for name, _ in found], "trained whole (modules_to_save)")
-    warn_tied(model, [name for name, _ in found], "modules_to_save gives it a copy of its own")
+    if not config.ensure_weight_tying:
+        warn_tied(model, [name for name, _ in found], "modules_to_save gives it a copy of its own")
     return found

@@ -8,11 +8,13 @@ from torch import Tensor, nn
 
 from c3a_triton.bases.sharded import whole_shape
 from c3a_triton.errors import AdapterStateError
+from c3a_triton.files.values import some
 
 from .base_model import base_modules, embedding_weights, embeddings_of
 from .layer import C3ALinear
 from .modules_to_save import ModulesToSave
 from .parts import Holder
+from .token_rows import rows_at
 
 __all__ = ["bare", "keep_ties", "release_ties"]
 
@@ -61,7 +63,8 @@ class _ResizeTokenEmbeddings(_BareMethod):
         """As the class's method.
 
         Raises:
-            AdapterStateError: another size for an embedding that is adapted or trained whole; nothing has changed.
+            AdapterStateError: another size for an embedding that is adapted or trained whole, or one without tokens
+                whose rows adapters train; nothing has changed.
         """
         wanted = _wanted_rows(self.model, *args, **kwargs)
         held = _held_embeddings(self.model, self.root)
@@ -72,7 +75,20 @@ class _ResizeTokenEmbeddings(_BareMethod):
                 f"(modules_to_save), for {size} tokens, not {wanted}. Resize the model before it is adapted; or after "
                 "model.c3a.merge_and_unload() or model.c3a.unload()"
             )
+        tokens = [(name, module, rows) for name, module in self.root.named_modules() if (rows := rows_at(module))]
+        for name, _, rows in tokens:
+            if wanted is not None and (beyond := [i for held in rows.indices.values() for i in held if i >= wanted]):
+                raise AdapterStateError(
+                    f"resize_token_embeddings: adapters train rows of {name} for the tokens {some(map(str, beyond))} "
+                    f"(trainable_token_indices), which {wanted} tokens do not reach: keep as many tokens, or resize "
+                    "after model.c3a.merge_and_unload() or model.c3a.unload()"
+                )
         super().__call__(*args, **kwargs)
+        for name, module, rows in tokens:
+            if (now := self.root.get_submodule(name)) is not module:  # an output layer is made anew
+                holds = module._modules.get("token_adapter") is rows
+                rows.detach_from(module)
+                rows.attach(now, name, holds=holds)
         return self.model.get_input_embeddings()  # type: ignore[operator]
 
 

@@ -203,5 +203,5 @@ def _adapter_text(document: dict[str, Any]) -> str:
         f"{CONFIG_NAME}: {document['config_state']}",
     ]
     if document["other_parameters"]:
-        lines.append(f"{document['other_parameters']:,} further values (biases, modules_to_save)")
+        lines.append(f"{document['other_parameters']:,} further values (biases, modules_to_save, rows of tokens)")
     return "\n".join([*lines, "", format_table(rows, {1, 2, 3, 4, 6})])

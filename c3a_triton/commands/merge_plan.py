@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from c3a_triton.adapters.base_model import warn_tied
+from c3a_triton.adapters.ensured_ties import tied_to_embeddings
 from c3a_triton.adapters.file_targets import check_file_values, find_file_targets, with_names_of
 from c3a_triton.adapters.injection import layer_class, new_layer, put, put_plain
 from c3a_triton.adapters.layer import C3ALinear
 from c3a_triton.adapters.names import Scope
 from c3a_triton.adapters.samples import output_of, sample_inputs
 from c3a_triton.adapters.targets import Target, find_modules_to_save
+from c3a_triton.adapters.token_rows import ROWS_SUFFIX
+from c3a_triton.adapters.token_targets import check_tokens_alone, find_token_targets
 from c3a_triton.adapters.untying import homes_of, plan_untying
 from c3a_triton.adapters.watched import Watch
 from c3a_triton.bases.model_names import renaming_of
@@ -62,7 +65,9 @@ def plan_merge(structure: nn.Module, adapter: AdapterFile, checkpoint: ModelFold
     called = targets if merge_uncalled else _called(structure, targets)
     targets = targets if called is None else called
     saved_modules = find_modules_to_save(structure, adapter.config)
-    replaced = check_file_values(structure, adapter, saved_modules, on_meta=True)
+    tokens = find_token_targets(structure, adapter.config)
+    check_tokens_alone(tokens, [target.name for target in targets], [name for name, _ in saved_modules], adapter.config)
+    replaced = check_file_values(structure, adapter, saved_modules, tokens, on_meta=True)
     warn_tied(structure, [target.name for target in targets], "merging changes both")
 
     tensors = structure.state_dict(keep_vars=True)
@@ -81,11 +86,20 @@ def plan_merge(structure: nn.Module, adapter: AdapterFile, checkpoint: ModelFold
     for name, tensor in tensors.items():
         if id(tensor) in values and one[name] == name:
             changes.setdefault(name, []).append(partial(_replace, value=values[id(tensor)]))
+    for token in tokens:
+        rows = partial(_replace_rows, indices=token.indices, rows=adapter.tensors[token.name + ROWS_SUFFIX])
+        for first in {one[f"{name}.weight"] for name, _ in token.modules}:
+            changes.setdefault(first, []).append(rows)
     saved = {
         f"{name}.{key}": adapter.tensors[f"{name}.{key}"]
         for name, module in saved_modules
         for key in module.state_dict()
     }
+
+    for name in tied_to_embeddings(structure) if adapter.config.ensure_weight_tying else ():
+        # One tensor it stays, with other values.
+        if (value := saved.pop(f"{name}.weight", None)) is not None:
+            changes[one[f"{name}.weight"]] = [partial(_replace, value=value)]
 
     config = read_json(checkpoint.folder / MODEL_CONFIG_NAME)
     after = one | {name: f"{name} saved" for name in saved}
@@ -254,6 +268,12 @@ def _merge_into(target: Target, adapter: AdapterFile) -> Change:
 
 def _replace(tensor: Tensor, *, value: Tensor) -> None:
     tensor.copy_(value)
+
+
+def _replace_rows(tensor: Tensor, *, indices: list[int], rows: Tensor) -> None:
+    if not torch.isfinite(rows).all():
+        raise AdapterStateError("the rows of the trained tokens are not finite; nothing was written")
+    tensor[indices] = rows.to(tensor)
 
 
 def _in_order(tensor: Tensor, *, changes: list[Change]) -> None:

@@ -83,6 +83,7 @@ def write_adapter(
     block_sizes: Mapping[str, int],
     module_names: Sequence[str],
     parameters: Collection[str] = (),
+    tokens: Mapping[str, list[int]] | None = None,
 ) -> None:
     """Writes an adapter into a folder (created where it is missing), in the form of PEFT.
 
@@ -107,6 +108,8 @@ def write_adapter(
         module_names: the names of all modules of the model without adapters, as `named_modules()` gives them. What PEFT
             would target is checked against these.
         parameters: which names of `block_sizes` are parameters'.
+        tokens: module path → the tokens whose rows, in this order, are `<module path>.token_adapter.
+            trainable_tokens_delta` [tokens, embedding_dim] among the tensors.
 
     Raises:
         CheckpointError: a file cannot be written, or a tensor has no values to write.
@@ -115,8 +118,8 @@ def write_adapter(
     directory = Path(directory)
     _check_kernels(tensors, block_sizes, parameters)
     said = peft_config(config, block_sizes, module_names, parameters)
-    if said.target_modules:
-        said = replace(said, target_modules=with_owners(said.target_modules, parameters))
+    said = replace(said, trainable_token_indices=dict(tokens) if tokens else None)
+    said = replace(said, target_modules=with_owners(said))
     content = said.to_json()
     metadata = {
         "format": "pt",

@@ -4,7 +4,8 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -47,7 +48,14 @@ LAYERS_PATTERN_FORM = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 
 # PEFT writes every field; these it writes only in newer releases (`peft_version`), or its C3A does not know them: they
 # appear in a file only where they say something, because an older PEFT warns about each field it does not know.
-_WRITTEN_WHERE_SET = ("exclude_modules", "rank", "peft_version", "target_parameters")
+_WRITTEN_WHERE_SET = (
+    "exclude_modules",
+    "rank",
+    "peft_version",
+    "target_parameters",
+    "trainable_token_indices",
+    "ensure_weight_tying",
+)
 
 _MODEL_TYPES_BY_TARGETS = {
     (
@@ -113,6 +121,11 @@ class C3AConfig:
         target_parameters: names of parameters that are adapted themselves, such as the stacked weights of experts
             (`"mlp.experts.gate_up_proj"`): a parameter is when its full name is one of them or ends with "." and one
             of them. `"all-experts"` means the stacked weights of all experts.
+        trainable_token_indices: tokens whose rows are trained beside the adapter, without the rest of the embedding, as
+            with PEFT's LoRA: a list for the model's input embeddings, or a dict, module name (or what it ends with
+            after a dot) → list. What is tied to the input embeddings (`lm_head`) follows them.
+        ensure_weight_tying: let what is tied to the input embeddings have the same values as these, where they are in
+            `modules_to_save` or `target_modules`; and refuse different tokens for the two.
 
     Raises:
         ConfigError: a value that cannot be used, named with the rule that it breaks.
@@ -135,6 +148,8 @@ class C3AConfig:
     auto_mapping: dict[str, Any] | None = None
     peft_version: str | None = None
     target_parameters: list[str] | str | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
 
     peft_type: ClassVar[str] = PEFT_TYPE
 
@@ -148,14 +163,16 @@ class C3AConfig:
         self._check_modules()
         self._check_layers()
         self._check_patterns()
+        self._check_tokens()
         if not isinstance(self.init_weights, bool) and self.init_weights not in INIT_WEIGHTS:
             raise ConfigError(
                 f"init_weights must be True, False or one of {INIT_WEIGHTS}, got {described(self.init_weights)}"
             )
         if self.bias not in BIASES:
             raise ConfigError(f"bias must be one of {BIASES}, got {described(self.bias)}")
-        if not isinstance(self.inference_mode, bool):
-            raise ConfigError(f"inference_mode must be True or False, got {described(self.inference_mode)}")
+        for name in ("inference_mode", "ensure_weight_tying"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {described(value)}")
         for name in ("task_type", "base_model_name_or_path", "revision", "peft_version"):
             value = getattr(self, name)
             if not (value is None or isinstance(value, str)):
@@ -238,6 +255,31 @@ class C3AConfig:
         if self.layers_pattern is not None and not isinstance(self.layers_pattern, str):
             self.layers_pattern = _name_list(self.layers_pattern, "layers_pattern")
 
+    def _check_tokens(self) -> None:
+        tokens = self.trainable_token_indices
+        if tokens is None:
+            return
+        lists: dict[str, Any] = {"": tokens}
+        if isinstance(tokens, dict):
+            lists = {f"[{shown(key)}]": value for key, value in tokens.items()}
+        if not lists or (isinstance(tokens, dict) and not all(isinstance(key, str) and key for key in tokens)):
+            raise ConfigError(
+                "trainable_token_indices must be a list of token indices, or a dict of names of embeddings and such "
+                f"lists, got {described(tokens)}"
+            )
+        for where, indices in lists.items():
+            if not isinstance(indices, list) or not indices or not all(type(index) is int for index in indices):
+                raise ConfigError(
+                    f"trainable_token_indices{where} must be a list of token indices, got {described(indices)}"
+                )
+            if negative := [index for index in indices if index < 0]:
+                raise ConfigError(
+                    f"trainable_token_indices{where}: {negative[0]} is no token: indices count from 0 (for the last "
+                    "tokens of a vocabulary write len(tokenizer) - 1)"
+                )
+            if twice := [index for index, count in Counter(indices).items() if count > 1]:
+                raise ConfigError(f"trainable_token_indices{where}: token {twice[0]} is named more than once")
+
     def _check_patterns(self) -> None:
         """Compiles every pattern, after a look at what that will take."""
         layers_pattern = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
@@ -254,13 +296,14 @@ class C3AConfig:
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain values, in the form of PEFT's `adapter_config.json`.
 
-        `exclude_modules`, `rank`, `target_parameters` and `peft_version` are in it only where they are set: PEFT's C3A
-        does not know the first three (it warns and ignores them), and its older releases do not know the fourth.
+        `exclude_modules`, `rank`, `target_parameters`, `trainable_token_indices`, `ensure_weight_tying` and
+        `peft_version` are in it only where they are set: PEFT's C3A does not know the first five (it warns and ignores
+        them), and its older releases do not know the last.
         """
         values: dict[str, Any] = {"peft_type": PEFT_TYPE}
         for item in fields(self):
             value = getattr(self, item.name)
-            if value is not None or item.name not in _WRITTEN_WHERE_SET:
+            if (value is not None and value is not False) or item.name not in _WRITTEN_WHERE_SET:
                 values[item.name] = type(value)(value) if isinstance(value, (list, dict)) else value
         return values
 
@@ -271,7 +314,7 @@ class C3AConfig:
         Fields that nobody here knows are left out, with a warning that names them.
 
         Raises:
-            ConfigError: a value that cannot be used, or a `peft_type` other than C3A.
+            ConfigError: a value that cannot be used, a `peft_type` other than C3A, or dropout, which C3A has none of.
         """
         if not isinstance(values, Mapping):
             raise ConfigError(f"a configuration must be a dict, got {type(values).__name__}")
@@ -281,6 +324,12 @@ class C3AConfig:
                 f"this is the configuration of a {shown(peft_type)} adapter; only {PEFT_TYPE!r} can be used here"
             )
         known = {item.name for item in fields(cls)}
+        for name in (name for name in values if str(name).endswith("dropout") and plain(values[name])):
+            raise ConfigError(
+                f"{name}={shown(values[name])}: dropout on an adapter's input is no part of C3A, here or in PEFT. "
+                f"Leave {name} out (or 0); against overfitting C3A has fewer parameters (a larger block_size) and "
+                "weight decay (param_groups)"
+            )
         unknown = sorted(str(name) for name in values if name not in known and name != "peft_type")
         if unknown:
             warnings.warn(
@@ -307,9 +356,9 @@ class C3AConfig:
         """Writes `adapter_config.json` into a folder (created where it is missing), replacing a former one whole.
 
         `from_pretrained` reads back an equal configuration. PEFT reads the file too; it warns about `exclude_modules`,
-        `rank` and `target_parameters`, where they are set, and goes on without them. A saved adapter's file has none of
-        the first two, and the third only where the adapter has parameters of its own: such a file PEFT refuses
-        (`with_owners`).
+        `rank`, `target_parameters`, `trainable_token_indices` and `ensure_weight_tying`, where they are set, and goes
+        on without them. A saved adapter's file has none of the first two, and the third and fourth only where the
+        adapter has parameters or tokens of its own: such a file PEFT refuses (`with_owners`).
 
         Raises:
             CheckpointError: the file cannot be written.
@@ -342,25 +391,32 @@ class C3AConfig:
             config = cls.from_dict(values)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
-        return replace(config, target_modules=_without_owners(config.target_modules, config.target_parameters))
+        return replace(config, target_modules=_without_owners(config))
 
 
-def with_owners(targets: list[str] | str, parameters: Iterable[str]) -> list[str] | str:
-    """`target_modules` and the modules that have these parameters. PEFT refuses those; otherwise it would drop them."""
-    owners = _owners(parameters)
+def with_owners(config: C3AConfig) -> list[str] | str | None:
+    """`target_modules` and the modules that have parameters or tokens of the adapter, named in full by the others.
+
+    PEFT refuses those; otherwise it would load the adapter without them.
+    """
+    targets, owners = config.target_modules, _owners(config)
+    if not targets:
+        return targets
     return "|".join([targets, *map(re.escape, owners)]) if isinstance(targets, str) else [*targets, *owners]
 
 
-def _without_owners(targets: Any, parameters: Any) -> Any:
+def _without_owners(config: C3AConfig) -> list[str] | str | None:
     """What `with_owners` was given."""
-    owners = _owners(parameters) if isinstance(parameters, list) else []
+    targets, owners = config.target_modules, _owners(config)
     if isinstance(targets, str):
         return targets.removesuffix("".join(f"|{re.escape(owner)}" for owner in owners))
     return targets and [entry for entry in targets if entry not in owners]
 
 
-def _owners(parameters: Iterable[str]) -> list[str]:
-    return sorted({name.rpartition(".")[0] for name in parameters})
+def _owners(config: C3AConfig) -> list[str]:
+    parameters = config.target_parameters if isinstance(config.target_parameters, list) else []
+    tokens = config.trainable_token_indices if isinstance(config.trainable_token_indices, dict) else {}
+    return sorted({*(name.rpartition(".")[0] for name in parameters), *tokens})
 
 
 def read_config_file(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], bytes]:

@@ -43,6 +43,8 @@ class C3ALinear(layer.C3ALinear, peft_layer.C3ALinear):
     `backend`, and that merging keeps the base weight in CPU memory, so that unmerging restores it bit for bit.
     """
 
+    cast_input_dtype_enabled = True
+    """What PEFT's `disable_input_dtype_casting` switches: nothing here, where no input is cast to a weight's dtype."""
     reset_c3a_parameters = peft_layer.C3ALayer.reset_c3a_parameters
     active_adapter = BaseTunerLayer.active_adapter
     active_adapters = BaseTunerLayer.active_adapters
