@@ -591,7 +591,12 @@ def test_slots_lie_among_the_inputs_of_a_batch(own_llama):
 def test_one_graph_serves_all_slots():
     """The whole model as one graph (which nothing on the host interrupts): it computes with the slots that it finds."""
     torch.manual_seed(0)
-    model = adapted(LlamaForCausalLM(LlamaConfig(**{**SIZES, "num_hidden_layers": 1})))
+    adapters = {
+        "a": {"block_size": 8, "target_modules": ["q_proj", "lm_head", "embed_tokens"]},
+        "b": {"block_size": 16, "target_modules": ["q_proj"]},
+        "c": {"block_size": 4, "target_modules": ["o_proj"]},
+    }
+    model = adapted(LlamaForCausalLM(LlamaConfig(**{**SIZES, "num_hidden_layers": 1})), adapters)
     manager = model.c3a.init_continuous_batching(greedy(), small())
     slots, row, scope = manager._slots, manager._row, model.c3a._scope
     leases = {name: slots.lease(name) for name in NAMES}
