@@ -133,7 +133,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	.venv-axolotl/bin/pip install -q transformers==5.16.1 peft==0.20.0 trl==1.9.0 accelerate==1.13.0 datasets==4.8.4 \
 		huggingface_hub==1.17.0 kernels==0.16.2 bitsandbytes==0.50.2 torchao==0.17.0 mistral-common==1.11.5 \
 		axolotl-contribs-lgpl==0.0.7 axolotl-contribs-mit==0.0.6 pydantic==2.12.5 posthog==6.7.11 wandb addict art \
-		colorama fire python-dotenv==1.0.1 schedulefree==1.4.1 numba scipy
+		colorama evaluate==0.4.1 fastcore fire python-dotenv==1.0.1 schedulefree==1.4.1 numba scipy
 	.venv-axolotl/bin/pip install -q pytest -e .
 	touch $@
 
