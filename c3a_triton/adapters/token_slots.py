@@ -285,7 +285,7 @@ class TokenSlots:
         what = [
             f"a copy of {n} (modules_to_save)" for n, m in self.adapters._saved_modules() if name in m.modules_to_save
         ]
-        if getattr(self.adapters.adapters.get(name), "trainable_token_indices", None):
+        if name != BASE_ROW and self.adapters.adapters[name].trainable_token_indices:
             what.append("rows of its own for tokens (trainable_token_indices)")
         if what:
             raise ConfigError(
