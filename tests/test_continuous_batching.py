@@ -26,7 +26,7 @@ from transformers.generation.continuous_batching.input_outputs import Continuous
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
-from c3a_triton import AdapterStateError, C3AConfig, ConfigError, apply
+from c3a_triton import AdapterStateError, ConfigError, apply
 from c3a_triton.adapters import token_slots
 from c3a_triton.adapters.token_slots import PackedRow
 from c3a_triton.integrations.continuous_batching import _Model
