@@ -27,6 +27,7 @@ from transformers.generation.continuous_batching.offloading_manager import Offlo
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
 from c3a_triton import AdapterStateError, C3AConfig, ConfigError, apply
+from c3a_triton.adapters import token_slots
 from c3a_triton.adapters.token_slots import PackedRow
 from c3a_triton.integrations.continuous_batching import _Model
 
@@ -477,7 +478,7 @@ def test_adapters_come_and_go_while_requests_run(own_llama):
 
 def test_what_is_in_use_stays(own_llama, tmp_path):
     c3a = own_llama.c3a
-    c3a.save_pretrained(tmp_path / "b", "b")
+    c3a.save_pretrained(tmp_path / "b", "b", save_embedding_layers=True)
     with running(own_llama) as manager:
         with held(manager, PROMPT, "b") as request_id:
             with pytest.raises(AdapterStateError, match="computed with the adapter 'b'.* or requests of continuous"):
@@ -487,6 +488,9 @@ def test_what_is_in_use_stays(own_llama, tmp_path):
             for verb in (c3a.merge_adapter, c3a.merge_and_unload, c3a.unload):
                 with pytest.raises(AdapterStateError, match=r"requests of continuous batching.*\['b'\]"):
                     verb()
+            with pytest.raises(AdapterStateError, match=r"would replace embeddings or biases.*\['b'\]"):
+                c3a.load_adapter(tmp_path / "b", "with embeddings")
+            assert "with embeddings" not in c3a.adapters
             c3a.delete_adapter("c")
             c3a.rename_adapter("a", "d")
             queued = manager.add_request(PROMPT, adapter_name="d")
@@ -530,6 +534,22 @@ def test_a_manager_that_is_kept(own_llama):
         alone(own_llama, PROMPT, name) for name in ("b", "a")
     ]
     own_llama.destroy_cached_continuous_batching_manager()
+
+
+def test_a_manager_of_adapters_that_are_gone(own_llama):
+    with running(own_llama) as manager:
+        served(manager, PROMPT, "a")
+        own_llama.c3a.unload()
+        assert "there is no adapter 'a'" in result(manager, manager.add_request(PROMPT, adapter_name="a")).error
+        apply(own_llama, ADAPTERS["b"], adapter_name="new")
+        output = result(manager, manager.add_request(PROMPT, adapter_name="__base__"))
+        assert "unloaded and adapted again" in output.error
+
+
+def test_processes_that_share_a_model(llama, monkeypatch):
+    monkeypatch.setattr(token_slots, "parallel_mesh", lambda module: object())
+    with pytest.raises(AdapterStateError, match="is spread over processes.*load the model into one process"):
+        llama.c3a.generate_batch([PROMPT], ["a"])
 
 
 def test_streams(llama):
@@ -590,7 +610,12 @@ def test_slots_lie_among_the_inputs_of_a_batch(own_llama):
 def test_one_graph_serves_all_slots():
     """The whole model as one graph (which nothing on the host interrupts): it computes with the slots that it finds."""
     torch.manual_seed(0)
-    model = adapted(LlamaForCausalLM(LlamaConfig(**{**SIZES, "num_hidden_layers": 1})))
+    adapters = {
+        "a": {"block_size": 8, "target_modules": ["q_proj", "lm_head", "embed_tokens"]},
+        "b": {"block_size": 16, "target_modules": ["q_proj"]},
+        "c": {"block_size": 4, "target_modules": ["o_proj"]},
+    }
+    model = adapted(LlamaForCausalLM(LlamaConfig(**{**SIZES, "num_hidden_layers": 1})), adapters)
     manager = model.c3a.init_continuous_batching(greedy(), small())
     slots, row, scope = manager._slots, manager._row, model.c3a._scope
     leases = {name: slots.lease(name) for name in NAMES}

@@ -13,7 +13,7 @@ __all__ = ["Serving"]
 class Serving(Merging):
     """The adapters of a model, and how it serves requests with them.
 
-    Each request has an adapter of its own, and is computed as if it were alone, with the adapter's values (and strength)
+    Each request has an adapter of its own, and is computed as if it were alone, with the adapter's values and strength
     at the time when it was added. Biases that an adapter has trained, and embeddings that its file has brought, are the
     base model's, for all requests. transformers is needed, in a release whose continuous batching is known (5.23 or
     later).

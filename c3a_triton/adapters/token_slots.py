@@ -182,14 +182,18 @@ class TokenSlots:
     Args:
         adapters: the model's manager, whose scope has `token_layouts`.
         device: where packed rows are.
-        server: asked by `Scope.names_in_use`, held weakly.
+
+    Attributes:
+        adapters: as given.
+        layouts: what layers are given of a packed row.
+        stacks: the slots' kernels, for the next call of the model.
 
     Raises:
         AdapterStateError: processes share the model.
     """
 
-    def __init__(self, adapters: Any, device: torch.device, server: Any) -> None:
-        self.adapters, self.device = adapters, device
+    def __init__(self, adapters: Any, device: torch.device) -> None:
+        self.adapters, self._device = adapters, device
         self.layouts: Mapping[str, str] = adapters._scope.token_layouts
         self.stacks = Stacks(0, {})
         self._slots: dict[Any, Slot] = {}  # the least recently used first
@@ -204,8 +208,7 @@ class TokenSlots:
             kernels = [
                 found for name in adapters.adapters for found in self._kernels(name) if not self._problem(found[0])
             ]
-            self._reserve(kernels, max(_LEAST_SLOTS, 1 << len(adapters.adapters).bit_length()))
-        adapters._scope.servers.add(server)
+            self._publish(self._with_room(kernels, max(_LEAST_SLOTS, 1 << len(adapters.adapters).bit_length())))
 
     def lease(self, adapter_name: str | None) -> Lease:
         """A hold on the slot of an adapter as it is now.
@@ -256,7 +259,7 @@ class TokenSlots:
     def _kernels(self, name: str) -> list[tuple[Any, Tensor]]:
         """(layer, kernel) of an adapter, without layers that are switched off (`enable_adapters`)."""
         return [
-            (layer, layer._kernel_on(name, self.device))
+            (layer, layer._kernel_on(name, self._device))
             for _, layer in self.adapters.layers()
             if name in layer.c3a_kernel and not layer._disable_adapters
         ]
@@ -307,18 +310,17 @@ class TokenSlots:
             for key in [key for key, slot in self._slots.items() if slot.index < 0 and not slot.leases]:
                 del self._slots[key]
             return Slot(-1)
-        index = self._free()
-        n_slots = self.stacks.n_slots
+        index, n_slots = self._free(), self.stacks.n_slots
         if index is None:
             index, n_slots = n_slots, 2 * n_slots
-        self._reserve(kernels, n_slots)
+        stacks = self._with_room(kernels, n_slots)
+        mine = {(layer.layer_name, kernel.shape[-1]): kernel for layer, kernel in kernels}
         with torch.inference_mode(False), torch.no_grad():
-            mine = {(layer.layer_name, kernel.shape[-1]): kernel for layer, kernel in kernels}
-            for layer_name, stacks in self.stacks.of_layers.items():
-                for b, stack in stacks.items():
+            for layer_name, found in stacks.of_layers.items():
+                for b, stack in found.items():
                     kernel = mine.get((layer_name, b))
                     stack[index].zero_() if kernel is None else stack[index].copy_(kernel)
-        self._finish()
+        self._publish(stacks)
         return Slot(index)
 
     def _free(self) -> int | None:
@@ -329,8 +331,8 @@ class TokenSlots:
         idle = next((key for key, slot in self._slots.items() if not slot.leases and slot.index >= 0), None)
         return None if idle is None else self._slots.pop(idle).index
 
-    def _reserve(self, kernels: Iterable[tuple[Any, Tensor]], n_slots: int) -> None:
-        """Have stacks for such kernels, of so many slots."""
+    def _with_room(self, kernels: Iterable[tuple[Any, Tensor]], n_slots: int) -> Stacks:
+        """The stacks, or others in their place that have room for such kernels and for so many slots."""
         stacks = {layer_name: dict(found) for layer_name, found in self.stacks.of_layers.items()}
         is_new = n_slots > self.stacks.n_slots
         with torch.inference_mode(False), torch.no_grad():
@@ -342,13 +344,13 @@ class TokenSlots:
                 if kernel.shape[-1] not in found:
                     found[kernel.shape[-1]] = kernel.new_zeros(n_slots, *kernel.shape)
                     is_new = True
-        if is_new:
-            self.stacks = Stacks(n_slots, stacks)
+        return Stacks(n_slots, stacks) if is_new else self.stacks
 
-    def _finish(self) -> None:
-        """Wait for what this thread has written: other threads read it in the order of other queues."""
-        if self.device.type != "cpu":
-            torch.accelerator.current_stream(self.device).synchronize()
+    def _publish(self, stacks: Stacks) -> None:
+        """Let calls of the model read what this thread has written, which they do in the order of another queue."""
+        if self._device.type != "cpu":
+            torch.accelerator.current_stream(self._device).synchronize()
+        self.stacks = stacks
 
 
 def _version(tensor: Tensor) -> tuple[WeakIdRef, int]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from c3a_triton.adapters.token_layouts import token_layouts
 from c3a_triton.adapters.token_slots import Lease, PackedRow, TokenSlots
-from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, ConfigError
+from c3a_triton.errors import AdapterStateError, C3AError, ConfigError
 
 __all__ = ["AdapterBatchingManager", "EntryPoints"]
 
@@ -134,30 +134,15 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     """
 
     batch_processor: Any
+    logit_processor: Any
     _slots: TokenSlots
     _row: PackedRow
 
-    @classmethod
-    def of(cls, manager: ContinuousBatchingManager, adapters: Any) -> "AdapterBatchingManager":
-        """transformers' manager as one of these, or the one that it is already.
-
-        Raises:
-            AdapterStateError: it is transformers' own and has begun; or processes share the model.
-        """
-        is_kept = manager is getattr(manager.model, "_cached_continuous_batching_manager", None)
-        if isinstance(manager, cls) and manager._slots.adapters is adapters:
-            return manager
-        if is_kept:
-            raise AdapterStateError(
-                "the model keeps a persistent manager that was made without these adapters: call "
-                "model.destroy_cached_continuous_batching_manager() first"
-            )
-        manager.__class__ = cls
-        assert isinstance(manager, cls)
-        manager._slots = TokenSlots(adapters, manager.model.device, manager)
-        manager._row = PackedRow(manager._slots.layouts)
-        manager.logit_processor = _WithSlots(manager.logit_processor)
-        return manager
+    def _begin(self, slots: TokenSlots) -> None:
+        """Become one of these, of transformers' own, before anything has been computed."""
+        self._slots, self._row = slots, PackedRow(slots.layouts)
+        self.logit_processor = _WithSlots(self.logit_processor)
+        slots.adapters._scope.servers.add(self)
 
     # Requests
 
@@ -180,7 +165,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         """
         try:
             lease = self._slots.lease(getattr(input_ids, "adapter_name", adapter_name))
-        except (AdapterNotFoundError, AdapterStateError, ConfigError) as error:
+        except (C3AError, torch.OutOfMemoryError) as error:
             return self._refuse(input_ids, request_id, error)
         return super().add_request(input_ids, request_id, *args, **{**kwargs, _LEASE: lease})
 
@@ -334,10 +319,22 @@ class EntryPoints(ContinuousMixin):
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> AdapterBatchingManager:
         """As transformers' own."""
-        if self._adapters._scope.token_layouts is None:
+        adapters, model = self._adapters, self._adapters.model
+        kept = getattr(model, "_cached_continuous_batching_manager", None)
+        if kept is not None:
+            if not isinstance(kept, AdapterBatchingManager) or kept._slots.adapters is not adapters:
+                raise AdapterStateError(
+                    "the model keeps a persistent manager that was made without these adapters: call "
+                    "model.destroy_cached_continuous_batching_manager() first"
+                )
+            return model.init_continuous_batching(*args, **kwargs)
+        if adapters._scope.token_layouts is None:
             self._try_out()
-        manager = self._adapters.model.init_continuous_batching(*args, **kwargs)
-        return AdapterBatchingManager.of(manager, self._adapters)
+        slots = TokenSlots(adapters, model.device)
+        manager = model.init_continuous_batching(*args, **kwargs)
+        manager.__class__ = AdapterBatchingManager  # of which transformers' method makes none
+        manager._begin(slots)
+        return manager
 
     def _try_out(self) -> None:
         """Learn what layers see, by calls outside of continuous batching, which one implementation is for alone."""
