@@ -86,6 +86,7 @@ class Served(GenerationState):
         if models.get_model_modality(self.model, self.tokenizer) is not Modality.LLM:
             raise ValueError(f"{self.base} is no model of text alone, and others cannot be batched")
         self.cards = {self.base: card(self.base, self.base, None)}
+        self.batching: Any = None
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -97,6 +98,8 @@ class Served(GenerationState):
         ) as self.batching:
             capacity = self.batching.batch_processor.cache.num_blocks * self.config.page_size
             self.longest = min(capacity, self.model.config.get_text_config().max_position_embeddings)
+            for name in self.cards.keys() - {self.base}:
+                self.batching.check_adapter(name)
             yield
 
     def load(self, name: str, folder: str, in_place: bool = False) -> None:
@@ -107,6 +110,12 @@ class Served(GenerationState):
             self.model.c3a.hotswap_adapter(folder, name)
         else:
             c3a_triton.load_adapter(self.model, folder, name)
+        if self.batching is not None:
+            try:
+                self.batching.check_adapter(name)
+            except C3AError:
+                self.model.c3a.delete_adapter(name)
+                raise
         self.cards[name] = card(name, folder, self.base)
 
     def unload(self, name: str) -> None:

@@ -189,6 +189,16 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         inputs = inputs if adapter_names is None else _prompts(inputs, adapter_names)
         return super().add_requests(inputs, *args, **kwargs)
 
+    def check_adapter(self, adapter_name: str) -> None:
+        """Raise what a request with this adapter would fail with, as it is now.
+
+        Raises:
+            AdapterNotFoundError: an unknown name.
+            AdapterStateError: adapters are merged.
+            ConfigError: a part of it computes for all requests alike (`modules_to_save`, convolutions, ...).
+        """
+        self._slots.lease(adapter_name)
+
     def _refuse(self, input_ids: list[int], request_id: str | None, error: Exception) -> str:
         if request_id is None:
             with self._request_lock:

@@ -316,6 +316,16 @@ def test_adapters_come_change_and_go(
     assert running.post("/v1/unload_lora_adapter", {"lora_name": "new"}).status_code == 404
 
 
+def test_an_adapter_that_cannot_be_served_is_not_loaded(running: Running, tmp_path: Path) -> None:
+    config = C3AConfig(block_size=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    c3a_triton.apply(base(), config).c3a.save_pretrained(tmp_path)
+    refused = running.post("/v1/load_lora_adapter", {"lora_name": "whole", "lora_path": str(tmp_path)})
+    assert (refused.status_code, refused.json()["error"]["type"]) == (400, "BadRequestError")
+    assert "modules_to_save" in refused.json()["error"]["message"]
+    assert running.complete("whole").status_code == 404
+    assert "whole" not in running.served.model.c3a.adapters
+
+
 class Streaming:
     """A request in flight: its first token has come, the others will."""
 
