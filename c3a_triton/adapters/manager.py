@@ -412,7 +412,8 @@ class AdapterManager(Serving):
         """Save an adapter to a folder, as PEFT does and reads it. PEFT reads adapters of `nn.Linear` alone.
 
         Warns, once for each, about parameters that were made trainable after `apply` and are in no file. A model card
-        (`README.md`) is written too, as PEFT writes it, or brought up to date; that needs huggingface_hub.
+        (`README.md`) is written too, as PEFT writes it, or brought up to date; that needs huggingface_hub, and where it
+        cannot be written that is warned about.
 
         Where parameters are sharded (FSDP2), every process has to call; the first one writes, the others wait for it.
         In a model that a plan spreads over processes (tensor or expert parallel), the first of these writes, and every
@@ -451,7 +452,10 @@ class AdapterManager(Serving):
         try:
             if is_first and is_main_process:
                 stored.write(directory, tensors)
-                stored.write_card(directory)
+                try:
+                    stored.write_card(directory)
+                except CheckpointError as error:
+                    warnings.warn(f"the adapter is saved, without its model card: {error}", stacklevel=2)
         finally:
             if sharded:
                 torch.distributed.barrier()
