@@ -168,12 +168,14 @@ class C3ALinear(AppliedKernels):
             base = self._modules["base_layer"]
             if is_plain(base, x):  # type: ignore[arg-type]
                 tensors = base._parameters  # type: ignore[union-attr]
+                if self._applied_strengths is not None:  # asked here: a call costs more than most layers have to spare
+                    kernels = times(kernels, self._applied_strengths)
                 try:
                     y = c3a_linear(
                         x,
                         tensors["weight"],  # type: ignore[arg-type]
                         tensors["bias"],
-                        times(kernels, self._applied_strengths),
+                        kernels,
                         backend=self.backend,
                         save_spectrum=self.save_spectrum,
                     )
