@@ -1,6 +1,7 @@
 """Requests of transformers' continuous batching with adapters of their own: each as if alone, token for token."""
 
 import functools
+import logging
 import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -317,6 +318,20 @@ def test_without_names_the_active_adapter_computes(own_llama):
     assert generated(own_llama, [PROMPT], None) == [alone(own_llama, PROMPT, "__base__")]
 
 
+def test_without_names_the_caller_s_context_holds(own_llama):
+    expected = {name: alone(own_llama, PROMPT, name) for name in ("a", "b", "__base__")}
+    with own_llama.c3a.disable_adapter():
+        assert generated(own_llama, [PROMPT] * 2, [None, "b"]) == [expected["__base__"], expected["b"]]
+    with own_llama.c3a.using(["b"]):
+        assert generated(own_llama, [PROMPT], None) == [expected["b"]]
+        with own_llama.c3a.using(None):
+            assert generated(own_llama, [PROMPT], None) == [expected["a"]]
+    with own_llama.c3a.using(["b", "c"]):
+        several, none = errors(own_llama, [None, "a"])
+    assert "['b', 'c'] are active, and a request has one adapter" in several
+    assert none is None
+
+
 def errors(model, names):
     outputs = model.c3a.generate_batch(
         [PROMPT] * len(names), names, generation_config=greedy(2), continuous_batching_config=small()
@@ -514,6 +529,46 @@ def test_a_slot_is_free_when_its_request_has_ended(own_llama):
         assert manager.names_in_use() == set()
         slots = {slot.index for slot in manager._slots._slots.values()}
         assert slots == {-1, 0, 1, 2}
+
+
+def test_a_cancelled_request_has_ended(own_llama):
+    with running(own_llama) as manager:
+        with held(manager, PROMPT, "b") as request_id:
+            pass
+        manager.cancel_request(request_id)
+        own_llama.c3a.delete_adapter("b")
+
+
+def test_a_request_that_is_refused_has_ended(own_llama):
+    """Who logs errors may keep their tracebacks, and with them the request."""
+    kept = []
+    logger = logging.getLogger("ContinuousBatchingLogger")
+    handler = logging.Handler()
+    handler.emit = kept.append
+    logger.addHandler(handler)
+    try:
+        with running(own_llama) as manager:
+            assert result(manager, manager.add_request(PROMPT, adapter_name="b", top_m=1)).error
+            assert [record.exc_info is not None for record in kept] == [True]
+            own_llama.c3a.delete_adapter("b")
+    finally:
+        logger.removeHandler(handler)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_requests_of_a_loop_that_died_have_ended(own_llama, monkeypatch):
+    """Even if their clients, too, are gone, so that nobody could be told."""
+
+    def gone(*args):
+        raise RuntimeError("Event loop is closed")
+
+    with running(own_llama) as manager:
+        with held(manager, PROMPT, "b"):
+            monkeypatch.setattr(manager.output_router, "deliver", gone)
+            monkeypatch.setattr(manager.output_router, "deliver_batch", gone)
+        manager._generation_thread.join(10)
+        assert manager.batch_processor.scheduler.active_requests
+        own_llama.c3a.delete_adapter("b")
 
 
 def test_a_manager_that_is_kept(own_llama):

@@ -214,7 +214,8 @@ class TokenSlots:
         """A hold on the slot of an adapter as it is now.
 
         Args:
-            adapter_name: its name, `BASE_ROW`, or None for the active one, if one is.
+            adapter_name: its name, `BASE_ROW`, or None for the one that the caller's context names (`using`,
+                `disable_adapter`), or the active one, if one is.
 
         Raises:
             AdapterNotFoundError: an unknown name.
@@ -243,18 +244,25 @@ class TokenSlots:
 
     def _resolved(self, adapter_name: str | None) -> str:
         if adapter_name is None:
-            active = self.adapters.active_adapters
-            if len(active) > 1:
+            meant = self._meant()
+            if len(meant) > 1:
                 raise ConfigError(
-                    f"{active} are active, and a request has one adapter: name it (adapter_name=), or combine them "
+                    f"{meant} are active, and a request has one adapter: name it (adapter_name=), or combine them "
                     "(add_weighted_adapter)"
                 )
-            return active[0] if active else BASE_ROW
+            return meant[0] if meant else BASE_ROW
         if not isinstance(adapter_name, str):
             raise ConfigError(f"adapter_name must be the name of an adapter, got {adapter_name!r}")
         if adapter_name != BASE_ROW:
             self.adapters._known(adapter_name)
         return adapter_name
+
+    def _meant(self) -> list[str]:
+        """The adapters that a call of the model would compute with where this is called."""
+        call = self.adapters._scope.said()
+        if call is None or call.kind == "active":
+            return list(self.adapters.active_adapters)
+        return [BASE_ROW] if call.disabled else list(dict.fromkeys(call.names))
 
     def _kernels(self, name: str) -> list[tuple[Any, Tensor]]:
         """(layer, kernel) of an adapter, without layers that are switched off (`enable_adapters`)."""

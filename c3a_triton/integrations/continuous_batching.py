@@ -90,8 +90,8 @@ class _WithSlots(ContinuousBatchingLogitsProcessorList):
         self.tensors_required += 1
 
     def check_kwargs(self, kwargs: dict[str, Any]) -> None:
+        kwargs[_LEASE].arrived = True  # also of one that is refused now, which a kept traceback may hold
         super().check_kwargs({key: value for key, value in kwargs.items() if key != _LEASE})
-        kwargs[_LEASE].arrived = True
 
     def fill_defaults(self, int32_tensor: Tensor) -> None:
         super().fill_defaults(int32_tensor[:-1])
@@ -201,29 +201,21 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
     def names_in_use(self) -> set[str]:
         """The adapters of requests that have not ended."""
-        with self._paused():
-            scheduler = getattr(self.batch_processor, "scheduler", None)
-            states = (
-                [] if scheduler is None else [*scheduler.active_requests.values(), *scheduler.waiting_requests.values()]
-            )
-            known = {lease.name for state in states if (lease := _lease(state)) is not None}
-            return known | {lease.name for lease in self._slots.leases() if not lease.arrived}
+        try:
+            with self.pause():  # the step after it drops what was cancelled before it
+                pass
+            with self.pause():
+                scheduler = getattr(self.batch_processor, "scheduler", None)
+                states = [] if scheduler is None else [*scheduler.active_requests.values()]
+                states += [] if scheduler is None else [*scheduler.waiting_requests.values()]
+                return self._names_of(states)
+        except RuntimeError:  # no loop runs, and a new one begins with no requests but those of its queue
+            return self._names_of([])
 
-    @contextmanager
-    def _paused(self) -> Iterator[None]:
-        """Within it requests stay where they are: between two steps, or with a loop that has ended."""
-        if self.is_running():
-            try:
-                self.background_thread_status.acquire_pause(self._wake_up_loop)
-            except RuntimeError:  # it has ended meanwhile
-                yield
-                return
-            try:
-                yield
-            finally:
-                self.background_thread_status.release_pause()
-        else:
-            yield
+    def _names_of(self, states: list[RequestState]) -> set[str]:
+        """The adapters of these requests, and of those that no scheduler knows yet."""
+        known = {lease.name for state in states if (lease := _lease(state)) is not None}
+        return known | {lease.name for lease in self._slots.leases() if not lease.arrived}
 
     # Steps
 
