@@ -3,6 +3,7 @@
 import functools
 import logging
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -403,6 +404,22 @@ def test_a_layer_that_sees_other_rows_is_refused():
     assert none is None
 
 
+def test_another_thread_that_calls_the_model_beside_the_trial(own_llama):
+    """Its calls tell nothing about what layers see of a packed row."""
+    with ThreadPoolExecutor(1) as pool, pytest.MonkeyPatch.context() as patch:
+        norm = own_llama.model.norm
+        forward = norm.forward
+
+        def beside(x):
+            if own_llama.c3a._scope.said() is not None:
+                pool.submit(norm, x[:, :3]).result()
+            return forward(x)
+
+        patch.setattr(norm, "forward", beside)
+        own_llama.c3a.init_continuous_batching(greedy(), small())
+    assert own_llama.c3a._scope.token_layouts["model.norm"] == "tokens"
+
+
 def test_a_release_that_is_too_old(llama, monkeypatch):
     monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.22.1")
     monkeypatch.delitem(sys.modules, "c3a_triton.integrations.continuous_batching")
@@ -586,6 +603,22 @@ def test_a_manager_that_is_kept(own_llama):
         alone(own_llama, PROMPT, name) for name in ("b", "a")
     ]
     own_llama.destroy_cached_continuous_batching_manager()
+
+
+def test_two_managers_of_a_model(llama):
+    """A step of one must not end in the middle of another's, with which it shares the model's config."""
+    expected = {name: known(llama, tuple(PROMPT), name)[:N_NEW] for name in NAMES}
+    with running(llama) as one, running(llama) as other:
+        ids = [
+            (manager, name, manager.add_request(PROMPT, adapter_name=name))
+            for name in NAMES * 4
+            for manager in (one, other)
+        ]
+        assert all(result(manager, i).generated_tokens == expected[name] for manager, name, i in ids)
+        llama.c3a._scope.token_layouts = None
+        llama.c3a.init_continuous_batching(greedy(), small())  # tries out what layers see
+    assert "other" not in llama.c3a._scope.token_layouts.values()
+    assert not hasattr(llama.config, "is_causal")
 
 
 def test_streams(llama):

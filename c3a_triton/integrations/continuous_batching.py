@@ -244,7 +244,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         if stacks is not row.stacks:
             _forget_graphs(self.batch_processor.inputs_and_outputs)
             row.stacks = stacks
-        with slots.adapters._scope.bound(is_open=False, tokens=row):
+        scope = slots.adapters._scope
+        with scope.steps, scope.bound(is_open=False, tokens=row):
             yield _Model(self.model, row)
 
     def _create_batch_processor(self) -> Any:
@@ -331,14 +332,15 @@ class EntryPoints(ContinuousMixin):
     def _try_out(self) -> None:
         """Learn what layers see, by calls outside of continuous batching, which one implementation is for alone."""
         model, scope = self._adapters.model.eval(), self._adapters._scope
-        is_paged = model.config._attn_implementation == "paged|eager"
-        if is_paged:
-            model.set_attn_implementation("eager")
-        try:
-            scope.token_layouts = token_layouts(model, scope)
-        finally:
+        with scope.steps:
+            is_paged = model.config._attn_implementation == "paged|eager"
             if is_paged:
-                model.set_attn_implementation("paged|eager")
+                model.set_attn_implementation("eager")
+            try:
+                scope.token_layouts = token_layouts(model, scope)
+            finally:
+                if is_paged:
+                    model.set_attn_implementation("paged|eager")
 
     def generate(self, inputs: Any, adapter_names: Sequence[str | None] | None, **kwargs: Any) -> Any:
         """transformers' `generate_batch`, with an adapter for each prompt."""
