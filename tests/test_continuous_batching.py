@@ -376,7 +376,7 @@ def test_rows_of_tokens_are_no_request_s_own():
 
 
 def test_as_many_names_as_prompts(llama):
-    for names in (["a"], "ab"):
+    for names in (["a"], "ab", {"a": 0, "b": 1}, 2):
         with pytest.raises(ConfigError, match="a name, or None, for each of the 2 inputs"):
             llama.c3a.generate_batch([PROMPT, PROMPT], names)
     with running(llama) as manager, pytest.raises(ConfigError, match="for each of the 2 inputs"):

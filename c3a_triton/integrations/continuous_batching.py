@@ -6,7 +6,7 @@ slot of each token. Blocks of keys and values are told by hashes of tokens: thos
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import repeat
 from types import SimpleNamespace
 from typing import Any
@@ -54,7 +54,8 @@ class _Prompt(list[int]):
 def _prompts(inputs: Sequence[Sequence[int]], adapter_names: Sequence[str | None] | None) -> list[list[int]]:
     if adapter_names is None:
         return list(map(list, inputs))
-    if isinstance(adapter_names, str) or len(adapter_names) != len(inputs):
+    is_list = isinstance(adapter_names, Sequence) and not isinstance(adapter_names, str)
+    if not is_list or len(adapter_names) != len(inputs):
         raise ConfigError(
             f"adapter_names must have a name, or None, for each of the {len(inputs)} inputs, got {adapter_names!r}"
         )
@@ -201,21 +202,16 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
     def names_in_use(self) -> set[str]:
         """The adapters of requests that have not ended."""
-        try:
-            with self.pause():  # the step after it drops what was cancelled before it
-                pass
-            with self.pause():
+        scheduler = None
+        with ExitStack() as paused:
+            with suppress(RuntimeError):  # no loop runs, and a new one begins with no requests but those of its queue
+                with self.pause():  # the step after it drops what was cancelled before it
+                    pass
+                paused.enter_context(self.pause())
                 scheduler = getattr(self.batch_processor, "scheduler", None)
-                states = [] if scheduler is None else [*scheduler.active_requests.values()]
-                states += [] if scheduler is None else [*scheduler.waiting_requests.values()]
-                return self._names_of(states)
-        except RuntimeError:  # no loop runs, and a new one begins with no requests but those of its queue
-            return self._names_of([])
-
-    def _names_of(self, states: list[RequestState]) -> set[str]:
-        """The adapters of these requests, and of those that no scheduler knows yet."""
-        known = {lease.name for state in states if (lease := _lease(state)) is not None}
-        return known | {lease.name for lease in self._slots.leases() if not lease.arrived}
+            groups = () if scheduler is None else (scheduler.active_requests, scheduler.waiting_requests)
+            known = {lease.name for group in groups for state in group.values() if (lease := _lease(state)) is not None}
+            return known | {lease.name for lease in self._slots.leases() if not lease.arrived}
 
     # Steps
 
