@@ -478,6 +478,17 @@ def test_a_request_keeps_the_values_that_it_came_with(own_llama, tmp_path):
     assert found == [16, 0, 0, 0]
 
 
+def test_a_request_outlasts_another_backend(own_llama):
+    """One that cannot compute rows of many adapters is for requests to come, which fail alone."""
+    expected = alone(own_llama, PROMPT, "a", 40)
+    with running(own_llama) as manager:
+        with held(manager, PROMPT, "a", 40) as first:
+            own_llama.c3a.set_backend("expand")
+            second = manager.add_request(PROMPT, adapter_name="a")
+        assert result(manager, first).generated_tokens == expected
+        assert "has the backend 'expand'" in result(manager, second).error
+
+
 def test_adapters_come_and_go_while_requests_run(own_llama):
     """More of them than there were slots, in layers that had none; graphs that read former stacks are dropped."""
     model = own_llama

@@ -166,7 +166,9 @@ def _not_packed(layer: Any, shape: torch.Size, n_tokens: int) -> ShapeError:
 
 
 def _of_slots(layer: Any, x: Tensor, stacks: Sequence[Tensor], routes: Routes) -> Tensor:
-    rows = c3a_routed(x, None, None, stacks, routes, gather=True, backend=layer.backend)
+    # Another one may have been set since the requests came.
+    backend = layer.backend if layer.backend in ROUTED else "auto"
+    rows = c3a_routed(x, None, None, stacks, routes, gather=True, backend=backend)
     return rows.index_select(0, routes.inverse)
 
 
