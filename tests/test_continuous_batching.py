@@ -3,7 +3,7 @@
 import functools
 import logging
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -544,6 +544,25 @@ def test_what_is_in_use_stays(own_llama, tmp_path):
         c3a.delete_adapter("b")
         c3a.delete_adapter("d")
         assert "there is no adapter 'b'" in result(manager, manager.add_request(PROMPT, adapter_name="b")).error
+
+
+def test_a_request_does_not_come_in_the_middle_of_a_renaming(own_llama, monkeypatch):
+    """It would get the base model, as the active adapter would have no layers under its former name."""
+    manager = own_llama.c3a.init_continuous_batching(greedy(), small())
+    with ThreadPoolExecutor(1) as pool:
+        coming = []
+
+        def interrupted(c3a, name, value):
+            object.__setattr__(c3a, name, value)
+            if name == "_chosen_by":
+                coming.append(pool.submit(manager._slots.lease, None))
+                wait(coming, timeout=0.05)
+
+        monkeypatch.setattr(type(own_llama.c3a), "__setattr__", interrupted)
+        own_llama.c3a.rename_adapter("a", "d")
+        lease = coming[0].result()
+    assert lease.name == "d"
+    assert lease.slot.index >= 0
 
 
 def test_a_slot_is_free_when_its_request_has_ended(own_llama):
