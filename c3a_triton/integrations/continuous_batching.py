@@ -161,8 +161,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             input_ids: the prompt.
             request_id: its name, or None for one that is made up.
             args, kwargs: transformers' other arguments.
-            adapter_name: its adapter; `"__base__"` for the base model alone; None for the active one, if one is. A
-                request whose adapter is unknown, or cannot be computed here, fails alone: its output's `error` says so.
+            adapter_name: its adapter; `"__base__"` for the base model alone; None for what the caller's context
+                says (`using`, `disable_adapter`), or the active one, if one is. A request whose adapter is unknown, or
+                cannot be computed here, fails alone: its output's `error` says so.
         """
         try:
             lease = self._slots.lease(getattr(input_ids, "adapter_name", adapter_name))
