@@ -52,8 +52,8 @@ class Serving(Merging):
         """A manager of continuous batching: `model.init_continuous_batching` of transformers, with adapters.
 
         Its `add_request(..., adapter_name=)` and `add_requests(..., adapter_names=)` take names as `generate_batch`
-        does. While requests use an adapter it can be trained, hot-swapped and set, but not deleted or renamed. While the
-        manager computes, call the model elsewhere within `manager.pause()`.
+        does. While requests use an adapter it can be trained, hot-swapped and set, but not deleted or renamed. While
+        the manager computes, call the model elsewhere within `manager.pause()`.
 
         Args:
             generation_config, continuous_batching_config, workload_hints: as of transformers' method.
