@@ -1,7 +1,9 @@
 """Requests of transformers' continuous batching with adapters of their own: each as if alone, token for token."""
 
 import functools
+import logging
 import sys
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -318,6 +320,20 @@ def test_without_names_the_active_adapter_computes(own_llama):
     assert generated(own_llama, [PROMPT], None) == [alone(own_llama, PROMPT, "__base__")]
 
 
+def test_without_names_the_caller_s_context_holds(own_llama):
+    expected = {name: alone(own_llama, PROMPT, name) for name in ("a", "b", "__base__")}
+    with own_llama.c3a.disable_adapter():
+        assert generated(own_llama, [PROMPT] * 2, [None, "b"]) == [expected["__base__"], expected["b"]]
+    with own_llama.c3a.using(["b"]):
+        assert generated(own_llama, [PROMPT], None) == [expected["b"]]
+        with own_llama.c3a.using(None):
+            assert generated(own_llama, [PROMPT], None) == [expected["a"]]
+    with own_llama.c3a.using(["b", "c"]):
+        several, none = errors(own_llama, [None, "a"])
+    assert "['b', 'c'] are active, and a request has one adapter" in several
+    assert none is None
+
+
 def errors(model, names):
     outputs = model.c3a.generate_batch(
         [PROMPT] * len(names), names, generation_config=greedy(2), continuous_batching_config=small()
@@ -361,7 +377,7 @@ def test_rows_of_tokens_are_no_request_s_own():
 
 
 def test_as_many_names_as_prompts(llama):
-    for names in (["a"], "ab"):
+    for names in (["a"], "ab", {"a": 0, "b": 1}, 2):
         with pytest.raises(ConfigError, match="a name, or None, for each of the 2 inputs"):
             llama.c3a.generate_batch([PROMPT, PROMPT], names)
     with running(llama) as manager, pytest.raises(ConfigError, match="for each of the 2 inputs"):
@@ -387,6 +403,22 @@ def test_a_layer_that_sees_other_rows_is_refused():
     refused, none = errors(model, ["a", "b"])
     assert "model.layers.0.mlp.up_proj.layer is given something else than the tokens in their order" in refused
     assert none is None
+
+
+def test_another_thread_that_calls_the_model_beside_the_trial(own_llama):
+    """Its calls tell nothing about what layers see of a packed row."""
+    with ThreadPoolExecutor(1) as pool, pytest.MonkeyPatch.context() as patch:
+        norm = own_llama.model.norm
+        forward = norm.forward
+
+        def beside(x):
+            if own_llama.c3a._scope.said() is not None:
+                pool.submit(norm, x[:, :3]).result()
+            return forward(x)
+
+        patch.setattr(norm, "forward", beside)
+        own_llama.c3a.init_continuous_batching(greedy(), small())
+    assert own_llama.c3a._scope.token_layouts["model.norm"] == "tokens"
 
 
 def test_a_release_that_is_too_old(llama, monkeypatch):
@@ -445,6 +477,17 @@ def test_a_request_keeps_the_values_that_it_came_with(own_llama, tmp_path):
         model.c3a.set_scale("a", -1.0)
         assert weak == alone(model, prompt, "a") != before[:N_NEW]
     assert found == [16, 0, 0, 0]
+
+
+def test_a_request_outlasts_another_backend(own_llama):
+    """One that cannot compute rows of many adapters is for requests to come, which fail alone."""
+    expected = alone(own_llama, PROMPT, "a", 40)
+    with running(own_llama) as manager:
+        with held(manager, PROMPT, "a", 40) as first:
+            own_llama.c3a.set_backend("expand")
+            second = manager.add_request(PROMPT, adapter_name="a")
+        assert result(manager, first).generated_tokens == expected
+        assert "has the backend 'expand'" in result(manager, second).error
 
 
 def test_adapters_come_and_go_while_requests_run(own_llama):
@@ -507,6 +550,25 @@ def test_what_is_in_use_stays(own_llama, tmp_path):
         assert "there is no adapter 'b'" in result(manager, manager.add_request(PROMPT, adapter_name="b")).error
 
 
+def test_a_request_does_not_come_in_the_middle_of_a_renaming(own_llama, monkeypatch):
+    """It would get the base model, as the active adapter would have no layers under its former name."""
+    manager = own_llama.c3a.init_continuous_batching(greedy(), small())
+    with ThreadPoolExecutor(1) as pool:
+        coming = []
+
+        def interrupted(c3a, name, value):
+            object.__setattr__(c3a, name, value)
+            if name == "_chosen_by":
+                coming.append(pool.submit(manager._slots.lease, None))
+                wait(coming, timeout=0.05)
+
+        monkeypatch.setattr(type(own_llama.c3a), "__setattr__", interrupted)
+        own_llama.c3a.rename_adapter("a", "d")
+        lease = coming[0].result()
+    assert lease.name == "d"
+    assert lease.slot.index >= 0
+
+
 def test_a_slot_is_free_when_its_request_has_ended(own_llama):
     with running(own_llama) as manager:
         for name in [*NAMES, "a"]:
@@ -518,6 +580,46 @@ def test_a_slot_is_free_when_its_request_has_ended(own_llama):
         assert manager.names_in_use() == set()
         slots = {slot.index for slot in manager._slots._slots.values()}
         assert slots == {-1, 0, 1, 2}
+
+
+def test_a_cancelled_request_has_ended(own_llama):
+    with running(own_llama) as manager:
+        with held(manager, PROMPT, "b") as request_id:
+            pass
+        manager.cancel_request(request_id)
+        own_llama.c3a.delete_adapter("b")
+
+
+def test_a_request_that_is_refused_has_ended(own_llama):
+    """Who logs errors may keep their tracebacks, and with them the request."""
+    kept = []
+    logger = logging.getLogger("ContinuousBatchingLogger")
+    handler = logging.Handler()
+    handler.emit = kept.append
+    logger.addHandler(handler)
+    try:
+        with running(own_llama) as manager:
+            assert result(manager, manager.add_request(PROMPT, adapter_name="b", top_m=1)).error
+            assert [record.exc_info is not None for record in kept] == [True]
+            own_llama.c3a.delete_adapter("b")
+    finally:
+        logger.removeHandler(handler)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_requests_of_a_loop_that_died_have_ended(own_llama, monkeypatch):
+    """Even if their clients, too, are gone, so that nobody could be told."""
+
+    def gone(*args):
+        raise RuntimeError("Event loop is closed")
+
+    with running(own_llama) as manager:
+        with held(manager, PROMPT, "b"):
+            monkeypatch.setattr(manager.output_router, "deliver", gone)
+            monkeypatch.setattr(manager.output_router, "deliver_batch", gone)
+        manager._generation_thread.join(10)
+        assert manager.batch_processor.scheduler.active_requests
+        own_llama.c3a.delete_adapter("b")
 
 
 def test_a_manager_that_is_kept(own_llama):
@@ -551,6 +653,22 @@ def test_processes_that_share_a_model(llama, monkeypatch):
     monkeypatch.setattr(token_slots, "parallel_mesh", lambda module: object())
     with pytest.raises(AdapterStateError, match="is spread over processes.*load the model into one process"):
         llama.c3a.generate_batch([PROMPT], ["a"])
+
+
+def test_two_managers_of_a_model(llama):
+    """A step of one must not end in the middle of another's, with which it shares the model's config."""
+    expected = {name: known(llama, tuple(PROMPT), name)[:N_NEW] for name in NAMES}
+    with running(llama) as one, running(llama) as other:
+        ids = [
+            (manager, name, manager.add_request(PROMPT, adapter_name=name))
+            for name in NAMES * 4
+            for manager in (one, other)
+        ]
+        assert all(result(manager, i).generated_tokens == expected[name] for manager, name, i in ids)
+        llama.c3a._scope.token_layouts = None
+        llama.c3a.init_continuous_batching(greedy(), small())  # tries out what layers see
+    assert "other" not in llama.c3a._scope.token_layouts.values()
+    assert not hasattr(llama.config, "is_causal")
 
 
 def test_streams(llama):

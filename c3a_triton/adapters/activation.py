@@ -71,10 +71,10 @@ class Activation:
     def _parts(self) -> list[C3ALinear | ModulesToSave | TokenRows]:
         return [*(part for _, part in own_parts(self.model, self._scope)), *self._token_rows()]
 
-    def _merged(self) -> list[str]:
-        """Names of the adapters that are merged into any layer."""
-        layers = [name for _, layer in self.layers() for name in layer.merged_adapters]
-        return sorted({*layers, *(name for rows in self._token_rows() for name in rows.merged_adapters)})
+    def _merged(self, parts: Iterable[C3ALinear | ModulesToSave | TokenRows] | None = None) -> list[str]:
+        """Names of the adapters that are merged into any of `_parts`, which may be given."""
+        able = [part for part in parts or self._parts() if not isinstance(part, ModulesToSave)]
+        return sorted({name for part in able for name in part.merged_adapters})
 
     def _known(self, adapter_names: str | Iterable[str]) -> list[str]:
         """The names as a list, each once, if all are known."""

@@ -329,29 +329,29 @@ class AdapterManager(Serving):
             AdapterNotFoundError: an unknown name.
             AdapterStateError: the adapter is merged, or rows are computed with it (`using`).
         """
-        with in_step(self.model, "delete_adapter") as shared:
-            shared["adapter name"] = adapter_name
-            self._known(adapter_name)
-            self._check_unused(adapter_name)
-            if adapter_name in self._merged():
-                raise AdapterStateError(f"adapter {adapter_name!r} is merged: unmerge it before deleting it")
-        if adapter_name in self._active:
-            active, inference_mode = [name for name in self._active if name != adapter_name], self._inference_mode
-            if not active and len(self._configs) > 1:
-                active = [min(name for name in self._configs if name != adapter_name)]
-                inference_mode = self._configs[active[0]].inference_mode
-                warnings.warn(
-                    f"the active adapter {adapter_name!r} is deleted; {active[0]!r} is active now", stacklevel=2
-                )
-            self._activate(active, inference_mode)
-        with self._scope.lock:
+        with self._scope.lock:  # no request takes the adapter meanwhile
+            with in_step(self.model, "delete_adapter") as shared:
+                shared["adapter name"] = adapter_name
+                self._known(adapter_name)
+                self._check_unused(adapter_name)
+                if adapter_name in self._merged():
+                    raise AdapterStateError(f"adapter {adapter_name!r} is merged: unmerge it before deleting it")
+            if adapter_name in self._active:
+                active, inference_mode = [name for name in self._active if name != adapter_name], self._inference_mode
+                if not active and len(self._configs) > 1:
+                    active = [min(name for name in self._configs if name != adapter_name)]
+                    inference_mode = self._configs[active[0]].inference_mode
+                    warnings.warn(
+                        f"the active adapter {adapter_name!r} is deleted; {active[0]!r} is active now", stacklevel=2
+                    )
+                self._activate(active, inference_mode)
             for part in self._parts():
                 part.delete_adapter(adapter_name)
             for rows in self._token_rows():
                 if not rows.indices:
                     remove_rows(self.model, rows)
             del self._configs[adapter_name], self._chosen_by[adapter_name]
-        self._embeddings.pop(adapter_name, None)
+            self._embeddings.pop(adapter_name, None)
 
     def rename_adapter(self, old: str, new: str) -> None:
         """Give an adapter another name; its parameters stay the same objects.
@@ -361,18 +361,18 @@ class AdapterManager(Serving):
             AdapterStateError: the new name is taken, or rows are computed with the adapter (`using`).
             ConfigError: a name that cannot be used.
         """
-        with in_step(self.model, "rename_adapter") as shared:
-            shared["adapter names"] = old, new
-            self._known(old)
-            self._check_unused(old)
-            self._check_free(new)
-        with self._scope.lock:
+        with self._scope.lock:  # no request takes the adapter meanwhile
+            with in_step(self.model, "rename_adapter") as shared:
+                shared["adapter names"] = old, new
+                self._known(old)
+                self._check_unused(old)
+                self._check_free(new)
             for part in self._parts():
                 part.rename_adapter(old, new)
             self._configs = {new if name == old else name: config for name, config in self._configs.items()}
-        self._chosen_by = {new if name == old else name: keys for name, keys in self._chosen_by.items()}
-        self._active = [new if name == old else name for name in self._active]
-        self._embeddings = {new if name == old else name: held for name, held in self._embeddings.items()}
+            self._chosen_by = {new if name == old else name: keys for name, keys in self._chosen_by.items()}
+            self._active = [new if name == old else name for name in self._active]
+            self._embeddings = {new if name == old else name: held for name, held in self._embeddings.items()}
 
     # Saving
 

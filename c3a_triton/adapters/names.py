@@ -147,6 +147,7 @@ class Scope:
     Attributes:
         managed: as given.
         lock: held while adapters are changed, and while their values are copied for requests.
+        steps: held while requests are computed: transformers notes in the model's config what one call of it is to do.
         servers: what knows which adapters requests are computed with, by `names_in_use()`.
         watched: whether a layer has to ask for the present call at all.
         is_open: whether a context (`using`, `disable_adapter`) is open in any thread or task.
@@ -160,6 +161,7 @@ class Scope:
     def __init__(self, managed: bool = False) -> None:
         self.managed = managed
         self.lock = threading.RLock()
+        self.steps = threading.Lock()
         self.servers: weakref.WeakSet[Any] = weakref.WeakSet()
         self.watched = False
         self.is_open = self.is_hidden = False

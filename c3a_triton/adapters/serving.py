@@ -30,8 +30,9 @@ class Serving(Merging):
 
         Args:
             inputs: the prompts, token ids.
-            adapter_names: for each prompt an adapter's name, `"__base__"` for the base model alone, or None for the
-                active adapter, if one is. None: all have the active one.
+            adapter_names: for each prompt an adapter's name, `"__base__"` for the base model alone, or None for what
+                the caller's context says (`using`, `disable_adapter`), or the active adapter, if one is. None: so for
+                all.
             kwargs: as of `model.generate_batch`.
 
         Returns:
@@ -51,7 +52,8 @@ class Serving(Merging):
         """A manager of continuous batching: `model.init_continuous_batching` of transformers, with adapters.
 
         Its `add_request(..., adapter_name=)` and `add_requests(..., adapter_names=)` take names as `generate_batch`
-        does. While requests use an adapter it can be trained, hot-swapped and set, but not deleted or renamed.
+        does. While requests use an adapter it can be trained, hot-swapped and set, but not deleted or renamed. While
+        the manager computes, call the model elsewhere within `manager.pause()`.
 
         Args:
             generation_config, continuous_batching_config, workload_hints: as of transformers' method.

@@ -38,14 +38,15 @@ def token_layouts(model: Any, scope: Scope) -> dict[str, str]:
     seen: list[dict[str, list[Tensor]]] = []
     for n_tokens in (_N_TOKENS, 2 * _N_TOKENS):
         noted: dict[str, list[Tensor]] = {}
+        own: dict[str, Any] = {}  # by which calls of other threads are told
         handles = [
-            module.register_forward_pre_hook(partial(_note, noted.setdefault(name, [])), with_kwargs=True)
+            module.register_forward_pre_hook(partial(_note, scope, own, noted.setdefault(name, [])), with_kwargs=True)
             for name, module in base_modules(model)
         ]
         tokens = torch.arange(1, n_tokens + 1, device=model.device)[None] % model.config.get_text_config().vocab_size
         keeps = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
         try:
-            with scope.bound(is_open=False, probe={}):
+            with scope.bound(is_open=False, probe=own):
                 model(input_ids=tokens, use_cache=False, **keeps)
         except Exception as error:
             raise ConfigError(
@@ -60,7 +61,10 @@ def token_layouts(model: Any, scope: Scope) -> dict[str, str]:
     return {name: _layout(of_some[name], of_twice[name]) for name in of_twice if of_twice[name]}
 
 
-def _note(noted: list[Tensor], module: nn.Module, args: Any, kwargs: Any) -> None:
+def _note(scope: Scope, own: dict[str, Any], noted: list[Tensor], module: nn.Module, args: Any, kwargs: Any) -> None:
+    call = scope.said()
+    if call is None or call.probe is not own:
+        return
     x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
     noted.append(torch.empty(0) if x is None else x.detach())
 

@@ -22,6 +22,8 @@ from c3a_triton.operator.backends import ROUTED
 from c3a_triton.operator.routed import c3a_routed
 from c3a_triton.operator.routes import Routes
 
+from .layer import C3ALinear
+from .modules_to_save import ModulesToSave
 from .names import BASE_ROW
 from .token_layouts import KEPT, OTHER
 
@@ -164,7 +166,9 @@ def _not_packed(layer: Any, shape: torch.Size, n_tokens: int) -> ShapeError:
 
 
 def _of_slots(layer: Any, x: Tensor, stacks: Sequence[Tensor], routes: Routes) -> Tensor:
-    rows = c3a_routed(x, None, None, stacks, routes, gather=True, backend=layer.backend)
+    # Another one may have been set since the requests came.
+    backend = layer.backend if layer.backend in ROUTED else "auto"
+    rows = c3a_routed(x, None, None, stacks, routes, gather=True, backend=backend)
     return rows.index_select(0, routes.inverse)
 
 
@@ -198,23 +202,24 @@ class TokenSlots:
         self.stacks = Stacks(0, {})
         self._slots: dict[Any, Slot] = {}  # the least recently used first
         with adapters._scope.lock:
-            for name, layer in adapters.layers():
+            layers = [layer for _, layer in adapters.layers()]
+            for layer in layers:
                 if parallel_mesh(layer.get_base_layer()) is not None or any(map(is_sharded, layer._stored_kernels())):
                     raise AdapterStateError(
-                        f"{name} is spread over processes, where requests cannot have adapters of their own: load the "
-                        "model into one process"
+                        f"{layer._label} is spread over processes, where requests cannot have adapters of their own: "
+                        "load the model into one process"
                     )
             # What captured graphs read is there before they are captured.
-            kernels = [
-                found for name in adapters.adapters for found in self._kernels(name) if not self._problem(found[0])
-            ]
+            possible = [layer for layer in layers if not self._problem(layer)]
+            kernels = [found for name in adapters.adapters for found in self._kernels(name, possible)]
             self._publish(self._with_room(kernels, max(_LEAST_SLOTS, 1 << len(adapters.adapters).bit_length())))
 
     def lease(self, adapter_name: str | None) -> Lease:
         """A hold on the slot of an adapter as it is now.
 
         Args:
-            adapter_name: its name, `BASE_ROW`, or None for the active one, if one is.
+            adapter_name: its name, `BASE_ROW`, or None for the one that the caller's context names (`using`,
+                `disable_adapter`), or the active one, if one is.
 
         Raises:
             AdapterNotFoundError: an unknown name.
@@ -222,17 +227,19 @@ class TokenSlots:
             ConfigError: no name and several active adapters, or an adapter of which a part has no rows of tokens.
         """
         with self.adapters._scope.lock:
-            if merged := self.adapters._merged():
+            parts = self.adapters._parts()  # once: a large model has thousands of modules
+            if merged := self.adapters._merged(parts):
                 raise AdapterStateError(
                     f"requests cannot have adapters of their own while {merged} are merged: unmerge first"
                 )
             name = self._resolved(adapter_name)
-            kernels = self._kernels(name)
-            self._check(name, kernels)
-            key = name, self._state(name, kernels)
+            layers = [part for part in parts if isinstance(part, C3ALinear)]
+            mine = [layer for layer in layers if name in layer.c3a_kernel and not layer._disable_adapters]
+            self._check(name, mine, [part for part in parts if isinstance(part, ModulesToSave)])
+            key = name, self._state(name, mine, layers)
             slot = self._slots.pop(key, None)
             if slot is None:
-                slot = self._new(kernels)
+                slot = self._new(self._kernels(name, mine))
             self._slots[key] = slot
             return Lease(name, slot)
 
@@ -243,26 +250,29 @@ class TokenSlots:
 
     def _resolved(self, adapter_name: str | None) -> str:
         if adapter_name is None:
-            active = self.adapters.active_adapters
-            if len(active) > 1:
+            meant = self._meant()
+            if len(meant) > 1:
                 raise ConfigError(
-                    f"{active} are active, and a request has one adapter: name it (adapter_name=), or combine them "
+                    f"{meant} are active, and a request has one adapter: name it (adapter_name=), or combine them "
                     "(add_weighted_adapter)"
                 )
-            return active[0] if active else BASE_ROW
+            return meant[0] if meant else BASE_ROW
         if not isinstance(adapter_name, str):
             raise ConfigError(f"adapter_name must be the name of an adapter, got {adapter_name!r}")
         if adapter_name != BASE_ROW:
             self.adapters._known(adapter_name)
         return adapter_name
 
-    def _kernels(self, name: str) -> list[tuple[Any, Tensor]]:
-        """(layer, kernel) of an adapter, without layers that are switched off (`enable_adapters`)."""
-        return [
-            (layer, layer._kernel_on(name, self._device))
-            for _, layer in self.adapters.layers()
-            if name in layer.c3a_kernel and not layer._disable_adapters
-        ]
+    def _meant(self) -> list[str]:
+        """The adapters that a call of the model would compute with where this is called."""
+        call = self.adapters._scope.said()
+        if call is None or call.kind == "active":
+            return list(self.adapters.active_adapters)
+        return [BASE_ROW] if call.disabled else list(dict.fromkeys(call.names))
+
+    def _kernels(self, name: str, layers: Iterable[C3ALinear]) -> list[tuple[C3ALinear, Tensor]]:
+        """(layer, kernel) of an adapter, times its strength."""
+        return [(layer, layer._kernel_on(name, self._device)) for layer in layers if name in layer.c3a_kernel]
 
     def _problem(self, layer: Any) -> str:
         """Why tokens cannot have adapters of their own in a layer, as what follows its name; "" where they can."""
@@ -275,16 +285,14 @@ class TokenSlots:
             return f"has the backend {layer.backend!r}, and only 'auto' and {sorted(ROUTED)} take rows of many adapters"
         return ""
 
-    def _check(self, name: str, kernels: Sequence[tuple[Any, Tensor]]) -> None:
-        for layer, _ in kernels:
+    def _check(self, name: str, layers: Iterable[C3ALinear], copies: Iterable[ModulesToSave]) -> None:
+        for layer in layers:
             if problem := self._problem(layer):
                 raise ConfigError(
                     f"adapter {name!r} cannot be a request's own: {layer._label} {problem}. Activate it for all "
                     "requests (set_adapter, and model.generate_batch), or train it without this layer"
                 )
-        what = [
-            f"a copy of {n} (modules_to_save)" for n, m in self.adapters._saved_modules() if name in m.modules_to_save
-        ]
+        what = [f"a copy of {copy.layer_name} (modules_to_save)" for copy in copies if name in copy.modules_to_save]
         if name != BASE_ROW and self.adapters.adapters[name].trainable_token_indices:
             what.append("rows of its own for tokens (trainable_token_indices)")
         if what:
@@ -293,16 +301,13 @@ class TokenSlots:
                 "all requests. Activate it for all of them (set_adapter, and model.generate_batch)"
             )
 
-    def _state(self, name: str, kernels: Sequence[tuple[Any, Tensor]]) -> tuple[Any, ...]:
+    def _state(self, name: str, mine: Sequence[C3ALinear], layers: Iterable[C3ALinear]) -> tuple[Any, ...]:
         """What is another one as soon as the adapter, or a parameter of the base model, has other values."""
-        own = [parameter for _, layer in self.adapters.layers() for parameter in layer._stored_kernels()]
-        held = {id(parameter) for parameter in own}
+        held = {id(kernel) for layer in layers for kernel in layer._stored_kernels()}
         base = [parameter for parameter in self.adapters.model.parameters() if id(parameter) not in held]
-        mine = [layer.c3a_kernel[name] for layer, _ in kernels]
-        places = tuple(
-            (kernel.data_ptr(), layer.scaling[name]) for kernel, (layer, _) in zip(mine, kernels, strict=True)
-        )
-        return places, *map(_version, [*mine, *base])
+        kernels = [layer.c3a_kernel[name] for layer in mine]
+        strengths = tuple(layer.scaling[name] for layer in mine)
+        return strengths, *(kernel.data_ptr() for kernel in kernels), *map(_version, [*kernels, *base])
 
     def _new(self, kernels: Sequence[tuple[Any, Tensor]]) -> Slot:
         """A slot with these kernels, which are copied."""

@@ -6,7 +6,7 @@ slot of each token. Blocks of keys and values are told by hashes of tokens: thos
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import repeat
 from types import SimpleNamespace
 from typing import Any
@@ -54,7 +54,8 @@ class _Prompt(list[int]):
 def _prompts(inputs: Sequence[Sequence[int]], adapter_names: Sequence[str | None] | None) -> list[list[int]]:
     if adapter_names is None:
         return list(map(list, inputs))
-    if isinstance(adapter_names, str) or len(adapter_names) != len(inputs):
+    is_list = isinstance(adapter_names, Sequence) and not isinstance(adapter_names, str)
+    if not is_list or len(adapter_names) != len(inputs):
         raise ConfigError(
             f"adapter_names must have a name, or None, for each of the {len(inputs)} inputs, got {adapter_names!r}"
         )
@@ -90,8 +91,8 @@ class _WithSlots(ContinuousBatchingLogitsProcessorList):
         self.tensors_required += 1
 
     def check_kwargs(self, kwargs: dict[str, Any]) -> None:
+        kwargs[_LEASE].arrived = True  # also of one that is refused now, which a kept traceback may hold
         super().check_kwargs({key: value for key, value in kwargs.items() if key != _LEASE})
-        kwargs[_LEASE].arrived = True
 
     def fill_defaults(self, int32_tensor: Tensor) -> None:
         super().fill_defaults(int32_tensor[:-1])
@@ -160,8 +161,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             input_ids: the prompt.
             request_id: its name, or None for one that is made up.
             args, kwargs: transformers' other arguments.
-            adapter_name: its adapter; `"__base__"` for the base model alone; None for the active one, if one is. A
-                request whose adapter is unknown, or cannot be computed here, fails alone: its output's `error` says so.
+            adapter_name: its adapter; `"__base__"` for the base model alone; None for what the caller's context
+                says (`using`, `disable_adapter`), or the active one, if one is. A request whose adapter is unknown, or
+                cannot be computed here, fails alone: its output's `error` says so.
         """
         try:
             lease = self._slots.lease(getattr(input_ids, "adapter_name", adapter_name))
@@ -211,29 +213,16 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
     def names_in_use(self) -> set[str]:
         """The adapters of requests that have not ended."""
-        with self._paused():
-            scheduler = getattr(self.batch_processor, "scheduler", None)
-            states = (
-                [] if scheduler is None else [*scheduler.active_requests.values(), *scheduler.waiting_requests.values()]
-            )
-            known = {lease.name for state in states if (lease := _lease(state)) is not None}
+        scheduler = None
+        with ExitStack() as paused:
+            with suppress(RuntimeError):  # no loop runs, and a new one begins with no requests but those of its queue
+                with self.pause():  # the step after it drops what was cancelled before it
+                    pass
+                paused.enter_context(self.pause())
+                scheduler = getattr(self.batch_processor, "scheduler", None)
+            groups = () if scheduler is None else (scheduler.active_requests, scheduler.waiting_requests)
+            known = {lease.name for group in groups for state in group.values() if (lease := _lease(state)) is not None}
             return known | {lease.name for lease in self._slots.leases() if not lease.arrived}
-
-    @contextmanager
-    def _paused(self) -> Iterator[None]:
-        """Within it requests stay where they are: between two steps, or with a loop that has ended."""
-        if self.is_running():
-            try:
-                self.background_thread_status.acquire_pause(self._wake_up_loop)
-            except RuntimeError:  # it has ended meanwhile
-                yield
-                return
-            try:
-                yield
-            finally:
-                self.background_thread_status.release_pause()
-        else:
-            yield
 
     # Steps
 
@@ -262,7 +251,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         if stacks is not row.stacks:
             _forget_graphs(self.batch_processor.inputs_and_outputs)
             row.stacks = stacks
-        with slots.adapters._scope.bound(is_open=False, tokens=row):
+        scope = slots.adapters._scope
+        with scope.steps, scope.bound(is_open=False, tokens=row):
             yield _Model(self.model, row)
 
     def _create_batch_processor(self) -> Any:
@@ -349,14 +339,15 @@ class EntryPoints(ContinuousMixin):
     def _try_out(self) -> None:
         """Learn what layers see, by calls outside of continuous batching, which one implementation is for alone."""
         model, scope = self._adapters.model.eval(), self._adapters._scope
-        is_paged = model.config._attn_implementation == "paged|eager"
-        if is_paged:
-            model.set_attn_implementation("eager")
-        try:
-            scope.token_layouts = token_layouts(model, scope)
-        finally:
+        with scope.steps:
+            is_paged = model.config._attn_implementation == "paged|eager"
             if is_paged:
-                model.set_attn_implementation("paged|eager")
+                model.set_attn_implementation("eager")
+            try:
+                scope.token_layouts = token_layouts(model, scope)
+            finally:
+                if is_paged:
+                    model.set_attn_implementation("paged|eager")
 
     def generate(self, inputs: Any, adapter_names: Sequence[str | None] | None, **kwargs: Any) -> Any:
         """transformers' `generate_batch`, with an adapter for each prompt."""
