@@ -309,6 +309,21 @@ def test_merged_rows_that_cannot_be_brought_back():
     assert model.model.embed_tokens.weight.equal(before)
 
 
+@pytest.mark.parametrize("tokens", [{"lm_head": [4]}, {"embed_tokens": [3, 4], "lm_head": [4, 3]}])
+def test_rows_that_tied_modules_do_not_share_are_not_merged(tokens, tmp_path):
+    """One weight cannot have both, and a merged model would compute something else."""
+    model = adapted(trainable_token_indices=tokens)
+    expected = logits(model)
+    for merge in (model.c3a.merge_adapter, model.c3a.merge_and_unload):
+        with pytest.raises(AdapterStateError, match=r"is that of (lm_head|model\.embed_tokens) \(tied\).*other tokens"):
+            merge()
+    assert logits(model).equal(expected)
+    tiny_models.llama(tied=True).save_pretrained(tmp_path / "model")
+    model.c3a.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(AdapterStateError, match="other tokens"):
+        merge_folder(tmp_path / "model", tmp_path / "adapter", tmp_path / "merged")
+
+
 def test_an_embedding_that_is_offloaded():
     model = tiny_models.llama()
     model.model.embed_tokens.to("meta")

@@ -61,8 +61,8 @@ def strengths_of(names: Sequence[str], weights: float | Sequence[float]) -> dict
         ConfigError: none that is a finite number, not as many as names, or a name twice.
     """
     # Arrays and tensors without dimensions say that they can be iterated over.
-    several = isinstance(weights, Iterable) and not isinstance(weights, (str, bytes)) and getattr(weights, "ndim", 1)
-    each = list(weights) if several else [weights] * len(names)  # type: ignore[arg-type]
+    is_one = not isinstance(weights, Iterable) or isinstance(weights, (str, bytes)) or getattr(weights, "ndim", 1) == 0
+    each = [weights] * len(names) if is_one else list(weights)  # type: ignore[arg-type]
     if len(each) != len(names) or len(set(names)) != len(names):
         raise ConfigError(f"weights must be a strength for each adapter, named once, got {each} for {list(names)}")
     return {name: check_strength(value, f"adapter {name!r}") for name, value in zip(names, each, strict=True)}
