@@ -184,8 +184,8 @@ class TokenRows(nn.Module):
             beside: names of modules that have the weight of one of these, and not the rows.
 
         Raises:
-            AdapterStateError: as `unmerged` and `check_none_beside`, a weight of the modules is sharded or offloaded, or
-                with `safe_merge` rows that are not finite.
+            AdapterStateError: as `unmerged` and `check_none_beside`, a weight of the modules is sharded or offloaded,
+                or with `safe_merge` rows that are not finite.
         """
         for name in self.unmerged(adapter_names):
             check_none_beside(self.layer_name, beside)
@@ -262,7 +262,7 @@ def check_none_beside(name: str, beside: Sequence[str]) -> None:
     """
     if beside:
         raise AdapterStateError(
-            f"{name}: its weight is that of {' and '.join(beside)} (tied), for which other tokens are trained, or none: "
+            f"{name}: its weight is that of {' and '.join(beside)} (tied), where other tokens are trained, or none: "
             "rows merged into it would be theirs, too. Keep the adapter unmerged, load the model with "
             "tie_word_embeddings=False, or train the same tokens of both"
         )
