@@ -42,6 +42,7 @@ from .report import count_parameters, summary_table
 from .serving import Serving
 from .spread import check_spread
 from .status import LayerStatus, ModelStatus, layer_status, model_status
+from .strength import strengths_of
 from .targets import Target, find_modules_to_save, find_targets, with_task_heads
 from .token_rows import TokenRows
 from .token_targets import TokenTarget, check_tokens_alone, find_token_targets, new_rows
@@ -196,13 +197,14 @@ class AdapterManager(Serving):
                         f"adapter {name!r} also trains biases, whole modules or tokens (bias, modules_to_save, "
                         "trainable_token_indices), of which no weighted sum is taken: combine adapters without them"
                     )
+            factors = list(strengths_of(names, weights).values())
             shared |= {
                 "adapters": names,
-                "weights": list(map(float, weights)),
+                "weights": factors,
                 "combination": (combination_type, density, majority_sign_method),
             }
         with in_step(self.model, "add_weighted_adapter", parts=True) as shared:
-            tensors, targets = combined(self.layers(), names, weights, combine, combination_type)
+            tensors, targets = combined(self.layers(), names, factors, combine, combination_type)
             block_sizes = {target.name: target.block_size for target in targets}
             parameters = [target.name for target in targets if target.parameter]
             config = peft_config(self._configs[names[0]], block_sizes, base_module_names(self.model), parameters)
