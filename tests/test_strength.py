@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import numpy as np
 import oracle
 import pytest
@@ -455,6 +456,19 @@ def test_a_meta_layer_computes_shapes() -> None:
     strengthen(layer)
     with torch.no_grad():
         assert layer.to("meta")(torch.randn(5, 12, device="meta")).shape == (5, 18)
+
+
+def test_an_offloaded_layer_has_its_strengths() -> None:
+    model, x = mlp(), torch.randn(5, 12)
+    model.c3a.set_adapter(["a", "b"], weights=list(STRENGTHS.values()))
+    expected = model(x)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    torch.testing.assert_close(model(x), expected)
+    model.c3a.set_scale("a", 0.0)
+    with torch.no_grad():
+        assert not torch.allclose(model(x), expected)
+        model.c3a.set_scale("a", STRENGTHS["a"])
+        torch.testing.assert_close(model(x), expected)
 
 
 # Verbs of a layer

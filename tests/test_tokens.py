@@ -6,6 +6,7 @@ import pickle
 import warnings
 from types import SimpleNamespace
 
+import accelerate
 import peft
 import pytest
 import tiny_models
@@ -334,6 +335,20 @@ def test_an_embedding_that_is_offloaded():
     with pytest.raises(AdapterStateError, match=r"model\.embed_tokens: no rows can be merged .*offloaded"):
         model.c3a.merge_adapter()
     assert not model.c3a.get_model_status().merged_adapters
+
+
+@torch.no_grad()
+def test_rows_that_are_offloaded_with_the_model(tmp_path):
+    model = adapted(tied=False, trainable_token_indices={"embed_tokens": TOKENS, "lm_head": TOKENS})
+    train(model)
+    expected = logits(model)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert rows_of(model).is_meta
+    assert logits(model).equal(expected)
+    model.c3a.save_pretrained(tmp_path)
+    assert logits(c3a_triton.load_adapter(tiny_models.llama(), tmp_path)).equal(expected)
+    with pytest.raises(AdapterStateError, match="is offloaded: delete the adapter"):
+        model.c3a.hotswap_adapter(tmp_path)
 
 
 def test_setting_another_adapter_brings_back_the_rows():

@@ -233,12 +233,15 @@ class AdapterManager(Serving):
                 raise AdapterStateError(
                     f"adapter {adapter_name!r} is merged: unmerge it before its values are replaced"
                 )
-            for name, layer in self._tensors(adapter_name).layers():
+            stored = self._tensors(adapter_name)
+            offloaded = [name for name, layer in stored.layers() if layer.c3a_kernel[adapter_name].is_meta]
+            offloaded += [name for name, rows in stored.rows() if rows.trainable_tokens_delta[adapter_name].is_meta]
+            if offloaded:
+                raise AdapterStateError(
+                    f"{offloaded[0]} is offloaded: delete the adapter and load the other one in its place"
+                )
+            for name, layer in stored.layers():
                 kernel = layer.c3a_kernel[adapter_name]
-                if kernel.is_meta:
-                    raise AdapterStateError(
-                        f"{name} is offloaded: delete the adapter and load the other one in its place"
-                    )
                 if is_sharded(kernel) and not (is_partitioned(kernel) or layer.is_spread()):
                     raise AdapterStateError(f"{name} is sharded: load the adapter into the model before it is sharded")
         with in_step(self.model, "hotswap_adapter", parts=True) as shared:  # as in `load_adapter`

@@ -90,11 +90,12 @@ class _Strength:
         self._factor.fill_(value)
 
     def fit(self, kernel: Tensor) -> None:
-        """Have the tensor where a kernel is, in the dtype in which that computes."""
+        """Have the tensor, which keeps its value, where a kernel is that is not on meta, in the dtype that computes."""
         dtype = torch.promote_types(kernel.dtype, torch.float32)
-        if (self._factor.device, self._factor.dtype) != (kernel.device, dtype):
+        device = self._factor.device if kernel.is_meta else kernel.device
+        if (self._factor.device, self._factor.dtype) != (device, dtype):
             with torch.inference_mode(False):
-                self._factor = torch.tensor(self.value, dtype=dtype, device=kernel.device)
+                self._factor = torch.tensor(self.value, dtype=dtype, device=device)
 
     def times(self, kernel: Tensor) -> Tensor:
         """s · w in at least float32, differentiable in w."""

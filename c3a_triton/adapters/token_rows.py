@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from c3a_triton.bases.partitioned import changed
 from c3a_triton.bases.sharded import gather_with, gathered
+from c3a_triton.bases.weights import stored_tensor
 from c3a_triton.errors import AdapterStateError
 from c3a_triton.files.values import some
 
@@ -151,12 +152,12 @@ class TokenRows(nn.Module):
 
     def _with_rows(self, name: str, module: Any, x: Tensor, y: Tensor) -> Tensor:
         """A module's output for x, were the adapter's rows those of its weight."""
-        rows = self.trainable_tokens_delta[name]
+        rows = stored_tensor(self.trainable_tokens_delta, name)
         gather_with(module, [rows])
         rows = rows.to(y.device, module.weight.dtype)
         tokens, order = self._places[name].both.to(y.device).unbind()  # type: ignore[operator]
         if not isinstance(module, nn.Embedding):
-            bias = None if module.bias is None else module.bias[tokens]
+            bias = None if module.bias is None else stored_tensor(module, "bias").to(y.device)[tokens]
             return y.index_copy(-1, tokens, F.linear(x, rows[order], bias).to(y.dtype))
         at = torch.searchsorted(tokens, x.to(tokens.dtype).contiguous()).clamp(max=len(tokens) - 1)
         indices, padding = self.indices[name], module.padding_idx
