@@ -80,6 +80,12 @@ def test_a_model_says_how_it_is():
     assert (status.enabled, status.active_adapters) == ("irregular", "irregular")
 
 
+def test_a_model_without_adapters_says_so():
+    status = c3a_triton.AdapterManager(tiny_models.llama()).get_model_status()
+    assert (status.num_adapter_layers, status.enabled, status.quantization_backend) == (0, False, None)
+    assert not [*status.active_adapters, *status.merged_adapters, *status.available_adapters]
+
+
 def test_the_status_is_peft_s_own():
     """What PEFT says of the same adapter, but for the names that it puts before those of the model."""
     theirs, ours = of_peft(), adapted(block_size=24, target_modules=["q_proj", "o_proj"])
