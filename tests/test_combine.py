@@ -94,7 +94,7 @@ def test_values_that_cannot_be_used(arguments: tuple, message: str) -> None:
         combination(*arguments)
 
 
-@pytest.mark.parametrize("weight", [float("nan"), float("inf"), "1", None])
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), 1e39, "1", None])
 def test_weights_that_are_no_numbers(weight: object) -> None:
     with pytest.raises(ConfigError, match="finite"):
         combination("linear")(kernels(1), [weight])  # type: ignore[list-item]
@@ -177,6 +177,8 @@ def test_what_a_combination_refuses_changes_nothing() -> None:
         (ConfigError, "weight for each", ([], [], "new")),
         (ConfigError, "weight for each", ("a", [1], "new")),
         (ConfigError, "finite", (["a"], [float("nan")], "new")),
+        (ConfigError, "finite", (["a"], [1e39], "new")),
+        (ConfigError, "finite", (["a"], ["x"], "new")),
         (ConfigError, "dot", (["a"], [1], "new.one")),
     ]
     for error, message, arguments in refusals:

@@ -80,6 +80,12 @@ def test_a_model_says_how_it_is():
     assert (status.enabled, status.active_adapters) == ("irregular", "irregular")
 
 
+def test_a_model_without_adapters_says_so():
+    status = c3a_triton.AdapterManager(tiny_models.llama()).get_model_status()
+    assert (status.num_adapter_layers, status.enabled, status.quantization_backend) == (0, False, None)
+    assert not [*status.active_adapters, *status.merged_adapters, *status.available_adapters]
+
+
 def test_the_status_is_peft_s_own():
     """What PEFT says of the same adapter, but for the names that it puts before those of the model."""
     theirs, ours = of_peft(), adapted(block_size=24, target_modules=["q_proj", "o_proj"])
@@ -143,12 +149,23 @@ def test_a_card_that_is_there_is_brought_up_to_date(tmp_path):
     assert card.stat().st_mtime_ns == stamp
 
 
-def test_a_card_that_is_none_is_left(tmp_path):
+def test_lines_of_a_card_end_as_they_did(tmp_path):
+    model, card = adapted(), tmp_path / "README.md"
+    card.write_bytes(b"---\r\nlicense: mit\r\n---\r\n# Mine\r\ntext\r\n")
+    model.c3a.create_or_update_model_card(tmp_path)
+    written = card.read_bytes()
+    assert written.count(b"\n") == written.count(b"\r\n")
+    model.c3a.create_or_update_model_card(tmp_path)
+    assert card.read_bytes() == written
+
+
+@pytest.mark.parametrize("head", ["- a list: [", "tags:\n- 1\n- x", "tags:\n- [x]"])
+def test_a_card_that_is_none_is_left(tmp_path, head):
     card = tmp_path / "README.md"
-    card.write_text("---\n- a list: [\n---\ntext\n")
+    card.write_text(text := f"---\n{head}\n---\ntext\n")
     with pytest.warns(UserWarning, match=r"README\.md is no model card and is left as it is"):
         adapted().c3a.save_pretrained(tmp_path)
-    assert card.read_text() == "---\n- a list: [\n---\ntext\n"
+    assert card.read_text() == text
     assert (tmp_path / "adapter_model.safetensors").exists()
 
 

@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import numpy as np
 import oracle
 import pytest
@@ -403,6 +404,17 @@ def test_what_is_kept_of_frozen_kernels_follows(monkeypatch: pytest.MonkeyPatch)
     assert not len(spectra._frozen)
 
 
+@torch.no_grad()
+def test_layers_of_one_kernel_have_strengths_of_their_own() -> None:
+    first, second = make(), make()
+    second.c3a_kernel["a"] = first.c3a_kernel["a"]
+    for layer, strength in ((first, 0.5), (second, 2.0)):
+        layer.set_scale("a", strength)
+        layer.freeze_for_inference()
+    for layer, strength in ((first, 0.5), (second, 2.0), (first, 0.5)):
+        assert torch.equal(layer._kernel_on("a"), strength * first.c3a_kernel["a"])
+
+
 COPIES: dict[str, Callable[[Any], Any]] = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda layer: pickle.loads(pickle.dumps(layer)),
@@ -446,6 +458,19 @@ def test_a_meta_layer_computes_shapes() -> None:
         assert layer.to("meta")(torch.randn(5, 12, device="meta")).shape == (5, 18)
 
 
+def test_an_offloaded_layer_has_its_strengths() -> None:
+    model, x = mlp(), torch.randn(5, 12)
+    model.c3a.set_adapter(["a", "b"], weights=list(STRENGTHS.values()))
+    expected = model(x)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    torch.testing.assert_close(model(x), expected)
+    model.c3a.set_scale("a", 0.0)
+    with torch.no_grad():
+        assert not torch.allclose(model(x), expected)
+        model.c3a.set_scale("a", STRENGTHS["a"])
+        torch.testing.assert_close(model(x), expected)
+
+
 # Verbs of a layer
 
 
@@ -478,7 +503,8 @@ def test_verbs_are_those_of_lora(verbs: Callable[[Any], Any]) -> None:
     assert isinstance(before, dict)
 
 
-NO_STRENGTHS = [math.nan, math.inf, -math.inf, True, "0.5", None, 1e39, 10**400, 1j, [0.5], torch.tensor(0.5)]
+NO_STRENGTHS = [math.nan, math.inf, -math.inf, True, "0.5", b"1", None, 1e39, 10**400, 1j, [0.5], torch.tensor(0.5)]
+NO_STRENGTHS += [np.array(0.5), np.bool_(True), object()]
 
 
 @pytest.mark.parametrize("value", NO_STRENGTHS, ids=repr)
@@ -501,6 +527,18 @@ def test_what_is_no_strength_is_refused(value: Any) -> None:
     assert layer.scaling == {"a": 0.5, "b": 1.0}
 
 
+def test_what_is_no_strength_is_refused_by_the_manager() -> None:
+    model = mlp()
+    for value in NO_STRENGTHS:
+        with pytest.raises(ConfigError, match="adapter 'b'.*finite number"):
+            model.c3a.set_scale("b", value)
+        if not isinstance(value, (list, type(None))):
+            with pytest.raises(ConfigError, match="adapter 'b'.*finite number"):
+                model.c3a.set_adapter("b", weights=value)
+    assert model.c3a.active_adapters == ["a"]
+    assert scalings(model) == [{"a": 1.0, "b": 1.0}] * 2
+
+
 def test_numbers_of_any_kind_are_strengths() -> None:
     layer = make()
     for value in (1, -0.0, Fraction(1, 2), np.float32(0.25), np.int64(3)):
@@ -520,6 +558,8 @@ def test_what_else_is_refused() -> None:
         layer.scaling["unknown"] = 0.5
     with pytest.raises(KeyError, match="unknown"):
         layer.scaling["unknown"]
+    with pytest.raises(ConfigError, match="scaling must be a dict"):
+        layer.scaling = 0.5
     assert layer.scaling == {"a": 1e30, "b": 1.0}
 
 

@@ -6,6 +6,7 @@ import pickle
 import warnings
 from types import SimpleNamespace
 
+import accelerate
 import peft
 import pytest
 import tiny_models
@@ -309,6 +310,21 @@ def test_merged_rows_that_cannot_be_brought_back():
     assert model.model.embed_tokens.weight.equal(before)
 
 
+@pytest.mark.parametrize("tokens", [{"lm_head": [4]}, {"embed_tokens": [3, 4], "lm_head": [4, 3]}])
+def test_rows_that_tied_modules_do_not_share_are_not_merged(tokens, tmp_path):
+    """One weight cannot have both, and a merged model would compute something else."""
+    model = adapted(trainable_token_indices=tokens)
+    expected = logits(model)
+    for merge in (model.c3a.merge_adapter, model.c3a.merge_and_unload):
+        with pytest.raises(AdapterStateError, match=r"is that of (lm_head|model\.embed_tokens) \(tied\).*other tokens"):
+            merge()
+    assert logits(model).equal(expected)
+    tiny_models.llama(tied=True).save_pretrained(tmp_path / "model")
+    model.c3a.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(AdapterStateError, match="other tokens"):
+        merge_folder(tmp_path / "model", tmp_path / "adapter", tmp_path / "merged")
+
+
 def test_an_embedding_that_is_offloaded():
     model = tiny_models.llama()
     model.model.embed_tokens.to("meta")
@@ -319,6 +335,20 @@ def test_an_embedding_that_is_offloaded():
     with pytest.raises(AdapterStateError, match=r"model\.embed_tokens: no rows can be merged .*offloaded"):
         model.c3a.merge_adapter()
     assert not model.c3a.get_model_status().merged_adapters
+
+
+@torch.no_grad()
+def test_rows_that_are_offloaded_with_the_model(tmp_path):
+    model = adapted(tied=False, trainable_token_indices={"embed_tokens": TOKENS, "lm_head": TOKENS})
+    train(model)
+    expected = logits(model)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert rows_of(model).is_meta
+    assert logits(model).equal(expected)
+    model.c3a.save_pretrained(tmp_path)
+    assert logits(c3a_triton.load_adapter(tiny_models.llama(), tmp_path)).equal(expected)
+    with pytest.raises(AdapterStateError, match="is offloaded: delete the adapter"):
+        model.c3a.hotswap_adapter(tmp_path)
 
 
 def test_setting_another_adapter_brings_back_the_rows():

@@ -18,7 +18,7 @@ from .modules_to_save import ModulesToSave
 from .names import BASE_ROW, Scope
 from .ownership import own_copies, own_layers, own_parts, own_rows
 from .saving import AdapterTensors
-from .strength import strengths_of
+from .strength import check_strength, strengths_of
 from .token_rows import TokenRows, modules_with
 from .wrapping import Wrappers
 
@@ -173,7 +173,7 @@ class Activation:
             ConfigError: no finite number. Nothing has changed.
         """
         with in_step(self.model, "set_scale") as shared:
-            strengths = strengths_of(self._known(adapter_name), scale)
+            strengths = {name: check_strength(scale, f"adapter {name!r}") for name in self._known(adapter_name)}
             shared["scale"] = strengths
             for _, layer in self.layers():
                 layer.check_strengths(strengths)

@@ -1,7 +1,6 @@
 """Several adapters' kernels of one layer as one kernel: a weighted sum, or one of PEFT's combinations."""
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -74,7 +73,8 @@ def _weighted_sum(kernels: Sequence[Tensor], weights: Sequence[float]) -> Tensor
 
 
 def _factors(weights: Sequence[float], kernel: Tensor) -> Tensor:
-    if not all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in weights):
+    largest = torch.finfo(torch.float32).max
+    if not all(isinstance(weight, (int, float)) and abs(weight) <= largest for weight in weights):
         raise ConfigError(f"weights must be finite numbers, got {list(weights)!r}")
     return torch.tensor(weights, dtype=kernel.dtype, device=kernel.device)
 

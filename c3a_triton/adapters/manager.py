@@ -42,6 +42,7 @@ from .report import count_parameters, summary_table
 from .serving import Serving
 from .spread import check_spread
 from .status import LayerStatus, ModelStatus, layer_status, model_status
+from .strength import strengths_of
 from .targets import Target, find_modules_to_save, find_targets, with_task_heads
 from .token_rows import TokenRows
 from .token_targets import TokenTarget, check_tokens_alone, find_token_targets, new_rows
@@ -196,13 +197,14 @@ class AdapterManager(Serving):
                         f"adapter {name!r} also trains biases, whole modules or tokens (bias, modules_to_save, "
                         "trainable_token_indices), of which no weighted sum is taken: combine adapters without them"
                     )
+            factors = list(strengths_of(names, weights).values())
             shared |= {
                 "adapters": names,
-                "weights": list(map(float, weights)),
+                "weights": factors,
                 "combination": (combination_type, density, majority_sign_method),
             }
         with in_step(self.model, "add_weighted_adapter", parts=True) as shared:
-            tensors, targets = combined(self.layers(), names, weights, combine, combination_type)
+            tensors, targets = combined(self.layers(), names, factors, combine, combination_type)
             block_sizes = {target.name: target.block_size for target in targets}
             parameters = [target.name for target in targets if target.parameter]
             config = peft_config(self._configs[names[0]], block_sizes, base_module_names(self.model), parameters)
@@ -231,12 +233,15 @@ class AdapterManager(Serving):
                 raise AdapterStateError(
                     f"adapter {adapter_name!r} is merged: unmerge it before its values are replaced"
                 )
-            for name, layer in self._tensors(adapter_name).layers():
+            stored = self._tensors(adapter_name)
+            offloaded = [name for name, layer in stored.layers() if layer.c3a_kernel[adapter_name].is_meta]
+            offloaded += [name for name, rows in stored.rows() if rows.trainable_tokens_delta[adapter_name].is_meta]
+            if offloaded:
+                raise AdapterStateError(
+                    f"{offloaded[0]} is offloaded: delete the adapter and load the other one in its place"
+                )
+            for name, layer in stored.layers():
                 kernel = layer.c3a_kernel[adapter_name]
-                if kernel.is_meta:
-                    raise AdapterStateError(
-                        f"{name} is offloaded: delete the adapter and load the other one in its place"
-                    )
                 if is_sharded(kernel) and not (is_partitioned(kernel) or layer.is_spread()):
                     raise AdapterStateError(f"{name} is sharded: load the adapter into the model before it is sharded")
         with in_step(self.model, "hotswap_adapter", parts=True) as shared:  # as in `load_adapter`

@@ -12,13 +12,14 @@ from c3a_triton.errors import ConfigError
 
 from . import merging, pretrained
 from .activation import Activation
-from .base_model import warn_tied
+from .base_model import base_modules, warn_tied
 from .beside import unwatch_statistics
+from .ensured_ties import of_one_weight
 from .injection import put_plain, remove_rows, without_adapters
 from .layer import C3ALinear
 from .row_names import RowNames
 from .samples import computes_the_same
-from .token_rows import TokenRows, modules_with
+from .token_rows import TokenRows, modules_with, rows_at
 from .untying import Untying, homes_of, plan_parts, tensors_by_name, untie
 from .watched import Watch
 from .wrapping import unwatch
@@ -99,8 +100,10 @@ class Merging(Activation):
             merging.check(group)
         for group in groups if safe_merge else ():
             merging.check_finite(group)
+        modules = {name: module for name, module in base_modules(self.model) if name}
         for rows in self._token_rows():
-            rows.check_merge(modules_with(self.model, rows), names, safe_merge)
+            beside = [name for name in of_one_weight(modules, rows.layer_name) if rows_at(modules[name]) is not rows]
+            rows.check_merge(modules_with(self.model, rows), names, safe_merge, beside)
         warn_tied(self.model, [name for name, _, _ in work], "merging changes both")
         return groups
 

@@ -97,7 +97,9 @@ class AdapterTensors:
             if self.name in module.modules_to_save:
                 values = module.modules_to_save[self.name].state_dict(keep_vars=True)
                 tensors |= {f"{name}.{key}": value for key, value in values.items()}
-        tensors |= {name + ROWS_SUFFIX: rows.trainable_tokens_delta[self.name] for name, rows in self.rows()}
+        tensors |= {
+            name + ROWS_SUFFIX: stored_tensor(rows.trainable_tokens_delta, self.name) for name, rows in self.rows()
+        }
         return tensors | self.biases() | self._embeddings(save_embedding_layers)
 
     def found_in(self, state_dict: Mapping[str, Tensor], save_embedding_layers: bool | str) -> dict[str, Tensor]:

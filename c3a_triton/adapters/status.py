@@ -149,7 +149,7 @@ def model_status(model: nn.Module, manager: Any, layers: Sequence[LayerStatus]) 
         if layer.module_type != ModulesToSave.__name__
         for name in set(layer.available_adapters) - set(layer.merged_adapters)
     }
-    active = {tuple(layer.active_adapters) for layer in layers}
+    active = {tuple(layer.active_adapters) for layer in layers} or {()}
     names = sorted({name for layer in layers for name in layer.available_adapters})
     return ModelStatus(
         base_model_type=type(model).__name__,
@@ -158,7 +158,7 @@ def model_status(model: nn.Module, manager: Any, layers: Sequence[LayerStatus]) 
         trainable_params=trainable,
         total_params=total,
         num_adapter_layers=len(layers),
-        enabled=_one(layer.enabled for layer in layers),
+        enabled=_one(layer.enabled for layer in layers) if layers else False,
         active_adapters="irregular" if len(active) > 1 else list(active.pop()),
         merged_adapters="irregular" if merged & left else sorted(merged),
         requires_grad={
@@ -166,5 +166,5 @@ def model_status(model: nn.Module, manager: Any, layers: Sequence[LayerStatus]) 
         },
         available_adapters=names,
         devices={name: sorted({d for layer in layers for d in layer.devices.get(name, ())}) for name in names},
-        quantization_backend=_one(layer.quantization_backend for layer in layers),
+        quantization_backend=_one(layer.quantization_backend for layer in layers) if layers else None,
     )

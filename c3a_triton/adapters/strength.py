@@ -5,7 +5,7 @@ exchanged values know of no strength. Here, too, is what becomes of the tuple th
 are exchanged, and what is kept of frozen ones.
 """
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -22,7 +22,7 @@ from c3a_triton.operator.arguments import at_least_float32, is_plain
 from .names import uncompiled
 from .parameters import set_requires_grad
 
-__all__ = ["AppliedKernels", "strengths_of", "times"]
+__all__ = ["AppliedKernels", "check_strength", "strengths_of", "times"]
 
 _COMPUTED_DTYPES = (torch.float32, torch.float64)
 # The one node of base and adapters widens 16-bit kernels itself.
@@ -32,7 +32,7 @@ _LARGEST = torch.finfo(torch.float32).max
 _of_graphs: list[Tensor] = []
 
 
-def _check_strength(value: Any, where: str) -> float:
+def check_strength(value: Any, where: str) -> float:
     """An adapter's strength as a number.
 
     Args:
@@ -60,10 +60,12 @@ def strengths_of(names: Sequence[str], weights: float | Sequence[float]) -> dict
     Raises:
         ConfigError: none that is a finite number, not as many as names, or a name twice.
     """
-    each = [weights] * len(names) if isinstance(weights, (Real, str)) else list(weights)  # type: ignore[arg-type]
+    # Arrays and tensors without dimensions say that they can be iterated over.
+    is_one = not isinstance(weights, Iterable) or isinstance(weights, (str, bytes)) or getattr(weights, "ndim", 1) == 0
+    each = [weights] * len(names) if is_one else list(weights)  # type: ignore[arg-type]
     if len(each) != len(names) or len(set(names)) != len(names):
         raise ConfigError(f"weights must be a strength for each adapter, named once, got {each} for {list(names)}")
-    return {name: _check_strength(value, f"adapter {name!r}") for name, value in zip(names, each, strict=True)}
+    return {name: check_strength(value, f"adapter {name!r}") for name, value in zip(names, each, strict=True)}
 
 
 class _Strength:
@@ -88,11 +90,12 @@ class _Strength:
         self._factor.fill_(value)
 
     def fit(self, kernel: Tensor) -> None:
-        """Have the tensor where a kernel is, in the dtype in which that computes."""
+        """Have the tensor, which keeps its value, where a kernel is that is not on meta, in the dtype that computes."""
         dtype = torch.promote_types(kernel.dtype, torch.float32)
-        if (self._factor.device, self._factor.dtype) != (kernel.device, dtype):
+        device = self._factor.device if kernel.is_meta else kernel.device
+        if (self._factor.device, self._factor.dtype) != (device, dtype):
             with torch.inference_mode(False):
-                self._factor = torch.tensor(self.value, dtype=dtype, device=kernel.device)
+                self._factor = torch.tensor(self.value, dtype=dtype, device=device)
 
     def times(self, kernel: Tensor) -> Tensor:
         """s · w in at least float32, differentiable in w."""
@@ -101,7 +104,7 @@ class _Strength:
         if torch.is_grad_enabled() or factor.device != w.device or _is_looked_at(w):
             # A backward pass counts what held in its forward pass, whatever has been set since.
             return w * (factor.clone() if w.requires_grad else factor).to(w.device)
-        product, is_unwritten, keep = spectra.of_weight(kernel, "strength", partial(self._place, w))
+        product, is_unwritten, keep = spectra.of_weight(kernel, self, partial(self._place, w))
         if is_unwritten:
             torch.mul(w, factor, out=product)
         if keep is not None:
@@ -273,6 +276,8 @@ class AppliedKernels(nn.Module):
 
     @scaling.setter
     def scaling(self, strengths: Mapping[str, float]) -> None:
+        if not isinstance(strengths, Mapping):
+            raise ConfigError(f"{self._label}: scaling must be a dict, adapter name → strength, got {strengths!r}")
         self._set_strengths({name: strengths.get(name, 1.0) for name in self.c3a_kernel})
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -294,7 +299,7 @@ class AppliedKernels(nn.Module):
         Raises:
             AdapterStateError, ConfigError: as `set_scale`.
         """
-        _check_strength(scale, self._label)
+        check_strength(scale, self._label)
         strengths = self.scaling
         self._set_strengths({name: strengths[name] * scale for name in self._active_adapters if name in strengths})
 
@@ -304,7 +309,7 @@ class AppliedKernels(nn.Module):
         Raises:
             AdapterStateError, ConfigError: as `set_scale`; a factor of 0.
         """
-        if scale is not None and not _check_strength(scale, self._label):
+        if scale is not None and not check_strength(scale, self._label):
             raise ConfigError(f"{self._label}: strengths cannot be divided by 0; unscale_layer() makes them 1 again")
         strengths = self.scaling
         names = [name for name in self._active_adapters if name in strengths]
@@ -316,7 +321,7 @@ class AppliedKernels(nn.Module):
         Raises:
             AdapterStateError, ConfigError: as `set_scale`.
         """
-        checked = {name: _check_strength(value, f"{self._label}, {name!r}") for name, value in strengths.items()}
+        checked = {name: check_strength(value, f"{self._label}, {name!r}") for name, value in strengths.items()}
         present = self.scaling
         for name in self.merged_adapters:
             if name in checked and checked[name] != present[name]:

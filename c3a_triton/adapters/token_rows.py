@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from c3a_triton.bases.partitioned import changed
 from c3a_triton.bases.sharded import gather_with, gathered
+from c3a_triton.bases.weights import stored_tensor
 from c3a_triton.errors import AdapterStateError
 from c3a_triton.files.values import some
 
@@ -22,7 +23,7 @@ from .embedding import fixed_scale, scaled
 from .hooks import remove_hooks
 from .names import Scope, rows_of_call, uncompiled
 
-__all__ = ["ROWS_SUFFIX", "TokenRows", "modules_with", "rows_at"]
+__all__ = ["ROWS_SUFFIX", "TokenRows", "check_none_beside", "modules_with", "rows_at"]
 
 ROWS_SUFFIX = ".token_adapter.trainable_tokens_delta"
 """What follows an embedding's name in the name of its rows."""
@@ -151,12 +152,12 @@ class TokenRows(nn.Module):
 
     def _with_rows(self, name: str, module: Any, x: Tensor, y: Tensor) -> Tensor:
         """A module's output for x, were the adapter's rows those of its weight."""
-        rows = self.trainable_tokens_delta[name]
+        rows = stored_tensor(self.trainable_tokens_delta, name)
         gather_with(module, [rows])
         rows = rows.to(y.device, module.weight.dtype)
         tokens, order = self._places[name].both.to(y.device).unbind()  # type: ignore[operator]
         if not isinstance(module, nn.Embedding):
-            bias = None if module.bias is None else module.bias[tokens]
+            bias = None if module.bias is None else stored_tensor(module, "bias").to(y.device)[tokens]
             return y.index_copy(-1, tokens, F.linear(x, rows[order], bias).to(y.dtype))
         at = torch.searchsorted(tokens, x.to(tokens.dtype).contiguous()).clamp(max=len(tokens) - 1)
         indices, padding = self.indices[name], module.padding_idx
@@ -172,14 +173,23 @@ class TokenRows(nn.Module):
         names = self.check_set_adapter(dict.fromkeys([*self.merged_adapters, *adapter_names]))
         return [name for name in names if name not in self.merged_adapters]
 
-    def check_merge(self, modules: Sequence[nn.Module], adapter_names: Iterable[str], safe_merge: bool) -> None:
+    def check_merge(
+        self, modules: Sequence[nn.Module], adapter_names: Iterable[str], safe_merge: bool, beside: Sequence[str]
+    ) -> None:
         """Refuse what cannot be merged.
 
+        Args:
+            modules: what `attach` was given.
+            adapter_names: which adapters.
+            safe_merge: refuse rows that are not finite.
+            beside: names of modules that have the weight of one of these, and not the rows.
+
         Raises:
-            AdapterStateError: as `unmerged`, a weight of the modules is sharded or offloaded, or with `safe_merge` rows
-                that are not finite.
+            AdapterStateError: as `unmerged` and `check_none_beside`, a weight of the modules is sharded or offloaded,
+                or with `safe_merge` rows that are not finite.
         """
         for name in self.unmerged(adapter_names):
+            check_none_beside(self.layer_name, beside)
             if any(hasattr(weight, "full_tensor") or weight.is_meta for weight in _weights(modules)):
                 raise AdapterStateError(
                     f"{self.layer_name}: no rows can be merged into a weight that is sharded, as FSDP2 does it, or "
@@ -239,6 +249,24 @@ class TokenRows(nn.Module):
                 assert former is not None
                 _write(weight, self.indices[name], former)
         self.merged_adapters.clear()
+
+
+def check_none_beside(name: str, beside: Sequence[str]) -> None:
+    """Refuse to merge rows into a weight that other modules have, too, without these rows.
+
+    Args:
+        name: whose rows they are.
+        beside: names of the others.
+
+    Raises:
+        AdapterStateError: there are some.
+    """
+    if beside:
+        raise AdapterStateError(
+            f"{name}: its weight is that of {' and '.join(beside)} (tied), where other tokens are trained, or none: "
+            "rows merged into it would be theirs, too. Keep the adapter unmerged, load the model with "
+            "tie_word_embeddings=False, or train the same tokens of both"
+        )
 
 
 def modules_with(model: nn.Module, rows: TokenRows) -> list[nn.Module]:

@@ -18,7 +18,7 @@ from c3a_triton.adapters.layer import C3ALinear
 from c3a_triton.adapters.names import Scope
 from c3a_triton.adapters.samples import output_of, sample_inputs
 from c3a_triton.adapters.targets import Target, find_modules_to_save
-from c3a_triton.adapters.token_rows import ROWS_SUFFIX
+from c3a_triton.adapters.token_rows import ROWS_SUFFIX, check_none_beside
 from c3a_triton.adapters.token_targets import check_tokens_alone, find_token_targets
 from c3a_triton.adapters.untying import homes_of, plan_untying
 from c3a_triton.adapters.watched import Watch
@@ -88,7 +88,10 @@ def plan_merge(structure: nn.Module, adapter: AdapterFile, checkpoint: ModelFold
             changes.setdefault(name, []).append(partial(_replace, value=values[id(tensor)]))
     for token in tokens:
         rows = partial(_replace_rows, indices=token.indices, rows=adapter.tensors[token.name + ROWS_SUFFIX])
-        for first in {one[f"{name}.weight"] for name, _ in token.modules}:
+        firsts = {one[f"{name}.weight"] for name, _ in token.modules}
+        beside = {name.removesuffix(".weight") for name, first in one.items() if first in firsts}
+        check_none_beside(token.name, sorted(beside - {name for name, _ in token.modules}))
+        for first in firsts:
             changes.setdefault(first, []).append(rows)
     saved = {
         f"{name}.{key}": adapter.tensors[f"{name}.{key}"]

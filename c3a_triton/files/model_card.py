@@ -45,13 +45,13 @@ def write_model_card(
     path = Path(directory) / CARD_NAME
     try:
         card = ModelCard.load(path) if path.exists() else ModelCard.from_template(ModelCardData())
-    except (ValueError, OSError, YAMLError) as error:
+        of_hub = base_model if base_model and not Path(base_model).is_dir() else None
+        known = {*tags, *(() if of_hub is None else [f"base_model:adapter:{of_hub}"])}
+        card.data["tags"] = sorted({*(card.data.get("tags") or ()), *known})
+    except (ValueError, TypeError, OSError, YAMLError) as error:
         warnings.warn(f"{path} is no model card and is left as it is: {error}", stacklevel=3)
         return
-    of_hub = base_model if base_model and not Path(base_model).is_dir() else None
-    known = {*tags, *(() if of_hub is None else [f"base_model:adapter:{of_hub}"])}
     card.data["library_name"] = library_name
-    card.data["tags"] = sorted({*(card.data.get("tags") or ()), *known})
     if of_hub is not None:
         card.data["base_model"] = of_hub
     if pipeline_tag is not None and not card.data.get("pipeline_tag"):
@@ -63,7 +63,7 @@ def write_model_card(
             lines.insert(lines.index(_VERSIONS) + 2, version)
         else:
             lines += [_VERSIONS, "", version]
-        card.text = "\n".join(lines)
+        card.text = ("\r\n" if "\r\n" in card.text else "\n").join(lines)
     content = str(card).encode()
     if not path.exists() or path.read_bytes() != content:
         replace_file(path, content)
