@@ -118,6 +118,12 @@ class Served(GenerationState):
                 raise
         self.cards[name] = card(name, folder, self.base)
 
+    def card_of(self, name: str) -> dict[str, Any]:
+        """What /v1/models says of a name that requests may have."""
+        if name not in self.cards:
+            raise HTTPException(404, f"the model {name!r} does not exist, but these do: {', '.join(self.cards)}")
+        return self.cards[name]
+
     def unload(self, name: str) -> None:
         """Take an adapter away, which no request may use."""
         self.model.c3a.delete_adapter(name)
@@ -226,9 +232,10 @@ class OfAdapters(BaseHandler):
             raise ValueError(f"this server does not know what to do with {', '.join(found)}")
 
     def _resolve_model(self, body: dict[str, Any]) -> tuple[str, Any, Any]:
-        served, name = self.generation_state, body.get("model", "")
-        if name not in served.cards:
-            raise HTTPException(404, f"the model {name!r} does not exist, but these do: {', '.join(served.cards)}")
+        served, name = self.generation_state, body.get("model")
+        if not name:
+            raise ValueError("the request has no model")
+        served.card_of(name)
         return name, served.model, served.tokenizer
 
     def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> GenerationConfig:
@@ -287,6 +294,10 @@ def application(models: ModelManager, served: Served) -> FastAPI:
     async def models_there() -> dict[str, Any]:
         return {"object": "list", "data": list(served.cards.values())}
 
+    @app.get("/v1/models/{name:path}")
+    async def model_there(name: str) -> dict[str, Any]:
+        return served.card_of(name)
+
     # In the thread that adds requests, and between two steps of the batch: nobody sees half of an adapter.
     @app.post("/v1/load_lora_adapter")
     async def load(adapter: Load) -> str:
@@ -344,6 +355,8 @@ async def failed(_: Request, error: Exception) -> JSONResponse:
         return JSONResponse(error_of(error.detail, error.status_code), error.status_code)
     status = next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
     message = f"the request has no {error}" if type(error) is KeyError else str(error)
+    if isinstance(error, RequestValidationError):  # without the place in this file, which its text has
+        message = "; ".join(f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors())
     return JSONResponse(error_of(message, status), status)
 
 
@@ -371,7 +384,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Load everything, then serve until interrupted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", help="a causal language model: its folder, or its name on the hub")
-    parser.add_argument("--adapter", type=named_folder, nargs="+", required=True, metavar="NAME=FOLDER")
+    parser.add_argument(
+        "--adapter", type=named_folder, nargs="+", action="extend", required=True, metavar="NAME=FOLDER"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
     parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
     parser.add_argument("--device", default="auto", help="default: %(default)s")

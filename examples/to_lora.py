@@ -3,7 +3,7 @@
 A byte-level Llama of width 128 learns English, a C3A adapter teaches it Python, as in `demo.py` and without a network.
 Then each ΔW is cut down to its r largest singular values, which no LoRA of rank r can better, and held-out text is read
 again. A circulant's singular values are the magnitudes of a Fourier transform: none of them is small, so nothing can be
-left out. About two minutes on two CPU cores.
+left out. About a minute of one CPU core.
 """
 
 import os

@@ -1,5 +1,6 @@
 """Requests of transformers' continuous batching with adapters of their own: each as if alone, token for token."""
 
+import copy
 import functools
 import logging
 import sys
@@ -382,6 +383,28 @@ def test_as_many_names_as_prompts(llama):
             llama.c3a.generate_batch([PROMPT, PROMPT], names)
     with running(llama) as manager, pytest.raises(ConfigError, match="for each of the 2 inputs"):
         manager.add_requests([PROMPT, PROMPT], adapter_names=["a"])
+
+
+def test_what_transformers_would_pass_over_or_stumble_on(llama):
+    for prompts in (["text"], [PROMPT, "text"], [PROMPT, []], [[0.5]]):
+        with pytest.raises(ConfigError, match="a prompt is a list of one token id or more"):
+            llama.c3a.generate_batch(prompts, ["a"] * len(prompts))
+    with pytest.raises(ConfigError, match="takes no adapter_name, do_sample: adapters are named by adapter_names="):
+        llama.c3a.generate_batch([PROMPT], adapter_name="a", do_sample=True)
+    with running(llama) as manager:
+        with pytest.raises(ConfigError, match="got 'text'"):
+            manager.add_request("text", adapter_name="a")
+        # Nobody else is disturbed, and any integers will do.
+        assert served(manager, torch.tensor(PROMPT), "a") == known(llama, tuple(PROMPT), "a")[:N_NEW]
+
+
+def test_the_model_s_own_verb_takes_names(llama):
+    options = {"generation_config": greedy(), "continuous_batching_config": small()}
+    (named,) = llama.generate_batch([PROMPT], adapter_names=["b"], **options).values()
+    assert named.generated_tokens == known(llama, tuple(PROMPT), "b")[:N_NEW]
+    (active,) = llama.generate_batch([PROMPT], **options).values()
+    assert active.generated_tokens == known(llama, tuple(PROMPT), llama.c3a.active_adapters[0])[:N_NEW]
+    assert "generate_batch" not in vars(copy.deepcopy(llama).c3a.unload())
 
 
 class Reversed(torch.nn.Module):

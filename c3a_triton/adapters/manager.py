@@ -74,6 +74,9 @@ class AdapterManager(Serving):
         super().__init__(model, backend)
         self._told_unsaved: set[str] = set()
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(adapters={list(self._configs)}, active_adapters={self._active})"
+
     def _check_free(self, name: str) -> None:
         check_adapter_name(name)
         if name in self._configs:

@@ -60,6 +60,8 @@ def prepare(model: nn.Module) -> None:
         model.register_forward_pre_hook(_before_training_forward, with_kwargs=True)
     if not hasattr(model, "create_or_update_model_card"):
         model.create_or_update_model_card = ModelCard(model)  # type: ignore[assignment]
+    if callable(getattr(type(model), "generate_batch", None)) and "generate_batch" not in model.__dict__:
+        model.generate_batch = GenerateBatch(model)  # type: ignore[assignment]
     keep_ties(model)
     _warn_quantized(model)
     _warn_fused_loss(model, {})
@@ -74,6 +76,8 @@ def release(model: nn.Module) -> None:
         del model.save_pretrained
     if isinstance(model.__dict__.get("create_or_update_model_card"), ModelCard):
         del model.create_or_update_model_card
+    if isinstance(model.__dict__.get("generate_batch"), GenerateBatch):
+        del model.generate_batch
     release_ties(model)
     remove_hooks(model, lambda hook: hook is _before_training_forward)
     for module in model.modules():
@@ -95,6 +99,24 @@ class ModelCard:
         """As the manager's, for the active adapter."""
         manager: Any = self.model.c3a
         manager.create_or_update_model_card(output_dir, next(iter(manager.active_adapters or manager.adapters)))
+
+
+class GenerateBatch:
+    """`generate_batch` of an adapted model: it knows `adapter_names`, which transformers passes over without a word.
+
+    Attributes:
+        model: the adapted model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
+        """The manager's where there are names, the model's own otherwise, with the active adapters."""
+        model: Any = self.model
+        if adapter_names is None:
+            return type(model).generate_batch(model, *args, **kwargs)
+        return model.c3a.generate_batch(*args, adapter_names=adapter_names, **kwargs)
 
 
 class SavePretrained:

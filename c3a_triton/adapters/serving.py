@@ -40,8 +40,8 @@ class Serving(Merging):
             or cannot be computed fails alone; its `error` says why.
 
         Raises:
-            ConfigError: not as many names as prompts, a model that transformers does not generate with, or a release of
-                transformers that is too old.
+            ConfigError: not as many names as prompts, prompts that are no token ids, an unknown argument, a model that
+                transformers does not generate with, or a release of transformers that is too old.
             AdapterStateError: processes share the model, or the model keeps a persistent manager without adapters.
         """
         return self._entry_points().generate(inputs, adapter_names, **kwargs)

@@ -5,6 +5,8 @@ lines of a tensor that lies beside the other inputs of a batch, at an address th
 slot of each token. Blocks of keys and values are told by hashes of tokens: those of other slots get other hashes.
 """
 
+import inspect
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import repeat
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from c3a_triton.adapters.token_layouts import token_layouts
 from c3a_triton.adapters.token_slots import Lease, PackedRow, TokenSlots
 from c3a_triton.errors import AdapterStateError, C3AError, ConfigError
+from c3a_triton.files.values import shown
 
 __all__ = ["AdapterBatchingManager", "EntryPoints"]
 
@@ -51,15 +54,31 @@ class _Prompt(list[int]):
         self.adapter_name = adapter_name
 
 
+def _tokens_of(prompt: Any) -> list[int]:
+    """A prompt's token ids.
+
+    Raises:
+        ConfigError: it has none. transformers' loop would end over it, with everybody's requests.
+    """
+    try:
+        tokens = list(map(operator.index, prompt))
+    except TypeError:
+        tokens = []
+    if not tokens:
+        raise ConfigError(f"a prompt is a list of one token id or more (a tokenizer's input_ids), got {shown(prompt)}")
+    return tokens
+
+
 def _prompts(inputs: Sequence[Sequence[int]], adapter_names: Sequence[str | None] | None) -> list[list[int]]:
+    prompts = list(map(_tokens_of, inputs))
     if adapter_names is None:
-        return list(map(list, inputs))
+        return prompts
     is_list = isinstance(adapter_names, Sequence) and not isinstance(adapter_names, str)
-    if not is_list or len(adapter_names) != len(inputs):
+    if not is_list or len(adapter_names) != len(prompts):
         raise ConfigError(
-            f"adapter_names must have a name, or None, for each of the {len(inputs)} inputs, got {adapter_names!r}"
+            f"adapter_names must have a name, or None, for each of the {len(prompts)} inputs, got {adapter_names!r}"
         )
-    return [_Prompt(tokens, name) for tokens, name in zip(inputs, adapter_names, strict=True)]
+    return [_Prompt(tokens, name) for tokens, name in zip(prompts, adapter_names, strict=True)]
 
 
 class _Tokens(list[int]):
@@ -164,12 +183,16 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             adapter_name: its adapter; `"__base__"` for the base model alone; None for what the caller's context
                 says (`using`, `disable_adapter`), or the active one, if one is. A request whose adapter is unknown, or
                 cannot be computed here, fails alone: its output's `error` says so.
+
+        Raises:
+            ConfigError: the prompt is no list of token ids, or an empty one.
         """
+        tokens = _tokens_of(input_ids)
         try:
             lease = self._slots.lease(getattr(input_ids, "adapter_name", adapter_name))
         except (C3AError, torch.OutOfMemoryError) as error:
-            return self._refuse(input_ids, request_id, error)
-        return super().add_request(input_ids, request_id, *args, **{**kwargs, _LEASE: lease})
+            return self._refuse(tokens, request_id, error)
+        return super().add_request(tokens, request_id, *args, **{**kwargs, _LEASE: lease})
 
     def add_requests(
         self,
@@ -186,7 +209,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             adapter_names: as many adapters, each as in `add_request`; None: those that the prompts have.
 
         Raises:
-            ConfigError: not as many names as prompts; nothing was added.
+            ConfigError: not as many names as prompts, or prompts without token ids; nothing was added.
         """
         inputs = inputs if adapter_names is None else _prompts(inputs, adapter_names)
         return super().add_requests(inputs, *args, **kwargs)
@@ -350,5 +373,15 @@ class EntryPoints(ContinuousMixin):
                     model.set_attn_implementation("paged|eager")
 
     def generate(self, inputs: Any, adapter_names: Sequence[str | None] | None, **kwargs: Any) -> Any:
-        """transformers' `generate_batch`, with an adapter for each prompt."""
+        """transformers' `generate_batch`, with an adapter for each prompt.
+
+        Raises:
+            ConfigError: an argument that transformers would pass over without a word.
+        """
+        known = {*inspect.signature(self.generate_batch).parameters, "max_new_tokens"} - {"kwargs"}
+        if unknown := kwargs.keys() - known:
+            raise ConfigError(
+                f"generate_batch takes no {', '.join(sorted(unknown))}: adapters are named by adapter_names=, sampling "
+                "is said by generation_config="
+            )
         return self.generate_batch(_prompts(inputs, adapter_names), **kwargs)

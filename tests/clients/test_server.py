@@ -402,6 +402,11 @@ def test_what_is_no_request(running: Running, tmp_path: Path) -> None:
     for path in ("/v1/completions", "/v1/chat/completions", "/v1/load_lora_adapter"):
         assert running.post(path, []).json()["error"]["code"] == 400
         assert running.post(path, {}).json()["error"]["code"] == 400
+        assert ".py" not in running.post(path, []).json()["error"]["message"]
+    nameless = running.post("/v1/completions", {"prompt": "hello"})
+    assert (nameless.status_code, "no model" in nameless.json()["error"]["message"]) == (400, True)
+    assert httpx.get(f"{running.url}/v1/models/customer1").json()["parent"] == running.base
+    assert httpx.get(f"{running.url}/v1/models/customer9").status_code == 404
     for message, said in (({"role": "system", "content": "a"}, "no system here"), ({"content": "a"}, "no 'role'")):
         chat = running.post("/v1/chat/completions", {"model": "customer1", "messages": [message]})
         assert (chat.status_code, said in chat.json()["error"]["message"]) == (400, True)
