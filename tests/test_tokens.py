@@ -68,8 +68,8 @@ def close(actual, expected):
     "tokens", [TOKENS, {"embed_tokens": TOKENS}, {"lm_head": [4]}, {"embed_tokens": [3], "lm_head": [3]}]
 )
 def test_rows_are_trained_as_peft_trains_them(tied, tokens):
-    if PEFT < (0, 18) and "lm_head" in tokens:
-        pytest.skip("PEFT before 0.18 trains rows of embeddings alone")
+    if PEFT < (0, 19) and "lm_head" in tokens:
+        pytest.skip("PEFT 0.17 trains rows of embeddings alone, 0.18 gives a tied head rows of its own")
     ours = adapted(tied=tied, trainable_token_indices=tokens)
     lora = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=tokens)
     with warnings.catch_warnings():
