@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import IDS
 from torch import nn
+from versions import PEFT
 
 import c3a_triton
 from c3a_triton import AdapterStateError, C3AConfig, CheckpointError, ConfigError
@@ -67,6 +68,8 @@ def close(actual, expected):
     "tokens", [TOKENS, {"embed_tokens": TOKENS}, {"lm_head": [4]}, {"embed_tokens": [3], "lm_head": [3]}]
 )
 def test_rows_are_trained_as_peft_trains_them(tied, tokens):
+    if PEFT < (0, 19) and "lm_head" in tokens:
+        pytest.skip("PEFT 0.17 trains rows of embeddings alone, 0.18 gives a tied head rows of its own")
     ours = adapted(tied=tied, trainable_token_indices=tokens)
     lora = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=tokens)
     with warnings.catch_warnings():
@@ -133,12 +136,11 @@ def test_an_embedding_that_scales_scales_the_rows():
         heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12}
         return Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **heads)).eval()
 
-    model = c3a_triton.apply(gemma(), config())
-    theirs = peft.get_peft_model(gemma(), peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=TOKENS))
+    model, base = c3a_triton.apply(gemma(), config()), gemma()
     with torch.no_grad():
         rows_of(model).add_(1)
-        next(p for name, p in theirs.named_parameters() if "tokens_delta" in name).add_(1)
-    close(logits(model), logits(theirs))
+        base.model.embed_tokens.weight[TOKENS] += 1
+    close(logits(model), logits(base))
 
 
 def test_an_encoder_and_a_decoder_that_are_tied_follow():
@@ -418,7 +420,8 @@ def test_a_file_brings_the_rows_back(tmp_path):
     assert other.c3a.adapters["default"].target_modules == ["q_proj"]
     assert logits(other).equal(logits(model))
     assert not rows_of(other).requires_grad
-    with pytest.raises((TypeError, ValueError), match="Embedding"):
+    refusal = "Embedding" if PEFT >= (0, 19) else "new_module"  # before, a variable that was never set
+    with pytest.raises((TypeError, ValueError, UnboundLocalError), match=refusal):
         peft.PeftModel.from_pretrained(tiny_models.llama(tied=True), tmp_path)
 
 

@@ -212,10 +212,15 @@ class C3AModel(peft_model.C3AModel):
         """As PEFT's.
 
         Raises:
-            AdapterStateError: rows are computed with the adapter.
+            AdapterStateError: rows are computed with the adapter, or PEFT is one that cannot delete C3A's.
         """
         if adapter_name in self._scope.names_in_use():
             raise AdapterStateError(f"rows are computed with the adapter {adapter_name!r}, in this thread or another")
+        if not hasattr(super(), "delete_adapter"):
+            raise AdapterStateError(
+                f"the adapter {adapter_name!r} cannot be deleted: PEFT does that for C3A since 0.18. Upgrade it, or "
+                "adapt the model in place (c3a_triton.apply), which deletes under every release"
+            )
         super().delete_adapter(adapter_name)
 
 
