@@ -1083,6 +1083,9 @@ def test_modules_that_are_trained_whole_in_threads() -> None:
             base = disabled(lambda: None)
             rows = torch.stack([y[row] for row, y in enumerate([*single, base])])
             torch.testing.assert_close(model(x, adapter_names=names), rows)
+        model.base_model.disable_adapter_layers()
+        torch.testing.assert_close(model(x, adapter_names=names), base)
+        model.base_model.enable_adapter_layers()
         # Two threads that enter in one order and leave in the same; a third that names its adapters meanwhile.
         begun, left = threading.Event(), threading.Event()
         with ThreadPoolExecutor(2) as pool:
