@@ -24,6 +24,7 @@ import torch
 from tiny_models import IDS, MLP, llama, llama_classifier, logits
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from versions import PEFT
 
 import c3a_triton
 from c3a_triton.errors import AdapterNotFoundError, AdapterStateError, BackendError, ConfigError
@@ -1049,7 +1050,8 @@ class _Headed(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(input=self.mid(self.first(x)))
+        x = self.mid(self.first(x))
+        return self.head(input=x) if PEFT >= (0, 20) else self.head(x)  # older wrappers want it by its place
 
 
 def test_modules_that_are_trained_whole_in_threads() -> None:
@@ -1081,6 +1083,9 @@ def test_modules_that_are_trained_whole_in_threads() -> None:
             base = disabled(lambda: None)
             rows = torch.stack([y[row] for row, y in enumerate([*single, base])])
             torch.testing.assert_close(model(x, adapter_names=names), rows)
+        model.base_model.disable_adapter_layers()
+        torch.testing.assert_close(model(x, adapter_names=names), base)
+        model.base_model.enable_adapter_layers()
         # Two threads that enter in one order and leave in the same; a third that names its adapters meanwhile.
         begun, left = threading.Event(), threading.Event()
         with ThreadPoolExecutor(2) as pool:
@@ -1114,7 +1119,8 @@ def test_an_adapter_is_not_deleted_from_under_its_rows() -> None:
         model(x, adapter_names=["two"] * 3)
     handle.remove()
     assert "two" in model.peft_config
-    model.delete_adapter("two")
+    if RECENT:
+        model.delete_adapter("two")
 
 
 # Layers that are never called, and what is left of a model

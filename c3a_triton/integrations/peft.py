@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from packaging.version import Version  # PEFT needs it, too
 from peft import PeftModel, PeftType, helpers
+from peft import __version__ as peft_version
 from peft.tuners.c3a import layer as peft_layer
 from peft.tuners.c3a import model as peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -34,6 +36,7 @@ from c3a_triton.operator.dispatch import check_backend
 __all__ = ["C3ALinear", "C3AModel", "convert", "patch_peft", "unpatch_peft"]
 
 _create_and_replace = peft_model.C3AModel._create_and_replace
+_SELECTING_DISABLES = Version(peft_version) < Version("0.19")
 
 
 class C3ALinear(layer.C3ALinear, peft_layer.C3ALinear):
@@ -188,6 +191,9 @@ class C3AModel(peft_model.C3AModel):
             return
         layers = [module for module in self.modules() if isinstance(module, C3ALinear)]
         _check_rows(adapter_names, layers, self.training)
+        if all(module._disable_adapters for module in layers):
+            yield
+            return
         self._convert_wrappers()
         with self._scope.bound(is_open=False, names=tuple(adapter_names)):
             yield
@@ -239,8 +245,13 @@ class ModulesToSaveWrapper(CopiesByCall, other.ModulesToSaveWrapper):
 
     _disable_adapters: bool
 
+    @property
+    def disable_adapters(self) -> bool:
+        return self._disable_adapters or super().disable_adapters
+
     def _is_disabled(self) -> bool:
-        return self._disable_adapters
+        # PEFT < 0.19 sets it also where the active adapter has no copy, which says nothing of rows that have others.
+        return self._disable_adapters and not _SELECTING_DISABLES
 
     def _forward_active(self, *args: Any, **kwargs: Any) -> Any:
         return other.ModulesToSaveWrapper.forward(self, *args, **kwargs)
