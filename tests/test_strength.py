@@ -508,7 +508,7 @@ def test_verbs_are_those_of_lora(verbs: Callable[[Any], Any]) -> None:
 
 
 NO_STRENGTHS = [math.nan, math.inf, -math.inf, True, "0.5", b"1", None, 1e39, 10**400, 1j, [0.5], torch.tensor(0.5)]
-NO_STRENGTHS += [np.array(0.5), np.bool_(True), object()]
+NO_STRENGTHS += [np.array(0.5), np.bool_(True), ...]
 
 
 @pytest.mark.parametrize("value", NO_STRENGTHS, ids=repr)
