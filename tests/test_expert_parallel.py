@@ -38,6 +38,12 @@ TRAINED = {
 SHARDED = {2: ["fsdp"], 4: ["fsdp, replicas", "fsdp"]}
 
 
+def by_processes(cases: dict[int, list[str]]) -> list[Any]:
+    """(number of processes, case); with more than two, which take as long again, nightly."""
+    marks = {n: [] if n == 2 else [pytest.mark.nightly] for n in cases}
+    return [pytest.param(n, case, marks=marks[n]) for n, found in cases.items() for case in found]
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """All cases of `expert_parallel_worker.py` for a number of processes, in one launch, of each process."""
@@ -65,7 +71,7 @@ def of_all(results: list[dict[str, Any]], case: str) -> list[dict[str, Any]]:
     return [found[case] for found in results]
 
 
-@pytest.mark.parametrize(("n_processes", "case"), [(n, case) for n, cases in TRAINED.items() for case in cases])
+@pytest.mark.parametrize(("n_processes", "case"), by_processes(TRAINED))
 def test_processes_train_as_one_and_their_file_loads_on_one(results: Any, n_processes: int, case: str) -> None:
     """Experts by expert parallelism, parts of each expert by tensor parallelism; the plan's attention beside them."""
     for found in of_all(results(n_processes), case):
@@ -92,7 +98,7 @@ def test_gradients_are_clipped_as_by_one(results: Any, case: str) -> None:
         assert found["norms"] > 0.1  # which are among the losses that were compared; the bound is 0.02
 
 
-@pytest.mark.parametrize(("n_processes", "case"), [(n, case) for n, cases in SHARDED.items() for case in cases])
+@pytest.mark.parametrize(("n_processes", "case"), by_processes(SHARDED))
 def test_fsdp2_around_expert_parallelism(results: Any, n_processes: int, case: str) -> None:
     for found in of_all(results(n_processes), case):
         assert found["start"] == 0
