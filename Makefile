@@ -35,9 +35,9 @@ test-gpu-software: .venv-gpu/.installed
 	TRITON_INTERPRET=0 $(SESSION) --timeout 1800 -m 'not native and not nightly'
 
 # What takes too long for every change: kills at a hundred moments each, every byte of a file flipped, all cases compiled
-# for all cards, 5,000 sequences of operations, 20,000 steps, experts over four processes, the GPU machine's software, other
-# people's programs, ten minutes of fuzzing, under atheris where it installs (it has no wheels for every Python and machine), and the scan over
-# all architectures.
+# for all cards, 5,000 sequences of operations, 20,000 steps, experts over four processes, the GPU machine's software,
+# other people's programs, ten minutes of fuzzing, under atheris where it installs (it has no wheels for every Python and
+# machine), and the scan over all architectures.
 FUZZ_SECONDS ?= 600
 nightly: $(VENV)/.installed
 	NIGHTLY=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -s tests/faults tests/test_aot.py
