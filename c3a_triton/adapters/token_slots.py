@@ -5,6 +5,7 @@ slot's kernels are copies in stacks whose addresses stay: whoever trains, exchan
 touches no request in flight, and a captured graph reads whichever slots hold when it runs.
 """
 
+import functools
 import itertools
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -122,7 +123,7 @@ class PackedRow:
         if layout == OTHER or tokens.numel() != slots.shape[0] or tokens[-1] != slots.shape[0]:
             raise _not_packed(layer, x.shape, slots.shape[0])
         if layer.kind == "embedding":
-            return torch.stack([_looked_up(layer, x, stack, slots) for stack in stacks]).sum(0)
+            return functools.reduce(torch.add, (_looked_up(layer, x, stack, slots) for stack in stacks))
         if layout not in self._routes:
             self._routes[layout] = routing.make(slots[:, None], self.stacks.n_slots, partial=True)
         rows = _of_slots(layer, x.flatten(0, -2), stacks, self._routes[layout])

@@ -52,39 +52,23 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def write_llama(folder: str) -> None:
-    """A causal model of width 256."""
+def _write(folder: str, config_class: Any, model_class: Any, width: int, **more: Any) -> None:
     torch.manual_seed(0)
     words = tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=256,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    sizes = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = config_class(vocab_size=len(words), max_position_embeddings=256, pad_token_id=0, **sizes, **more)
+    model_class(config).save_pretrained(folder)
     words.save_pretrained(folder)
+
+
+def write_llama(folder: str) -> None:
+    """A causal model of width 256."""
+    _write(folder, LlamaConfig, LlamaForCausalLM, 256, eos_token_id=1, bos_token_id=None)
 
 
 def write_bert(folder: str) -> None:
-    torch.manual_seed(0)
-    words = tokenizer()
-    config = BertConfig(
-        vocab_size=len(words),
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        pad_token_id=0,
-    )
-    BertModel(config).save_pretrained(folder)
-    words.save_pretrained(folder)
+    """An encoder of width 128."""
+    _write(folder, BertConfig, BertModel, 128)
 
 
 def token_batch(count: int = 8) -> torch.Tensor:
