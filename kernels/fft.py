@@ -167,14 +167,15 @@ def spectra_kernel(
                 w_ptr, exact_ptr, blocks_ptr, tile + w_tiles, out_blocks, in_blocks, S, Q, TRANSPOSE, PRECISION, BLOCK_W
             )
     elif x_ptr is not None:
-        blocks = x_blocks
+        # Names of their own: a stride of 1 is a constant, which a branch cannot make a number of.
+        blocks, stride_t, stride_f = x_blocks, stride_x_t, stride_z_f
         if other_ptr is not None:
             is_x = tile < x_tiles
             x_ptr = tl.where(is_x, x_ptr, other_ptr)
             z_ptr = tl.where(is_x, z_ptr, other_z_ptr)
             x_rows = tl.where(is_x, x_rows, other_rows)
-            stride_x_t = tl.where(is_x, stride_x_t, stride_other_t)
-            stride_z_f = tl.where(is_x, stride_z_f, stride_other_z_f)
+            stride_t = tl.where(is_x, stride_x_t, stride_other_t)
+            stride_f = tl.where(is_x, stride_z_f, stride_other_z_f)
             x_tiles = tl.where(is_x, x_tiles, x_tiles + other_tiles)
             blocks = x_blocks if x_blocks == other_blocks else tl.where(is_x, x_blocks, other_blocks)
         tile = x_tiles - 1 - tile
@@ -191,8 +192,8 @@ def spectra_kernel(
         start = start_row // S
         row = tl.minimum(start + tl.arange(0, WHOLE), x_rows // S - 1)
         token = start // blocks
-        x_ptrs = x_ptr + token.to(tl.int64) * stride_x_t
-        x_ptrs += ((row // blocks - token) * stride_x_t + row % blocks * (S * Q))[:, None] + offs_x[None, :]
+        x_ptrs = x_ptr + token.to(tl.int64) * stride_t
+        x_ptrs += ((row // blocks - token) * stride_t + row % blocks * (S * Q))[:, None] + offs_x[None, :]
         basis_ptrs = basis_ptr + ((start_c + tl.arange(0, BLOCK_C)) * WIDTH)[:, None] + offs_k[None, :]
 
         acc = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)
@@ -211,7 +212,7 @@ def spectra_kernel(
         slot = start_c // 2 + tl.arange(0, BLOCK_C // 2)
         z = tl.permute(tl.reshape(acc, (BLOCK_R, BLOCK_C // 2, 2)), (1, 0, 2))
         z = tl.reshape(z, (BLOCK_C // 2, 2 * BLOCK_R))
-        z_ptrs = z_ptr + start_row.to(tl.int64) * 2 + slot.to(tl.int64)[:, None] * stride_z_f
+        z_ptrs = z_ptr + start_row.to(tl.int64) * 2 + slot.to(tl.int64)[:, None] * stride_f
         z_ptrs += tl.arange(0, 2 * BLOCK_R)[None, :]
         tl.store(z_ptrs, narrowed(z, z_ptr.dtype.element_ty, PRECISION), mask=(slot < SLOTS)[:, None])
 

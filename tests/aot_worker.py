@@ -178,6 +178,7 @@ CASES = (
     (fft, BF16, 8192, 4096, 1024),
     (fft, FP32, 8192, 4096, 128),
     (routed, BF16, 8192, 16, 1536, 1536, 16),
+    (fft, FP32, 200, 33, 1, 1),  # rows of one value: a stride of 1, which kernels are compiled for
 )
 # Neighbours of the above in size or dtype, and the largest transform, which takes the compiler longest.
 MORE_CASES = (
