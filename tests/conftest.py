@@ -55,7 +55,11 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)  # before -m is heeded
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
+    skip_natively = pytest.mark.skip(reason="launches on CPU tensors: needs Triton's interpreter")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     for item in items:
+        if item.get_closest_marker("interpreter") is not None and not interpreted:
+            item.add_marker(skip_natively)
         needs_gpu = item.get_closest_marker("gpu") is not None  # keywords have names of parameters too
         if needs_gpu and not torch.cuda.is_available():
             item.add_marker(skip)

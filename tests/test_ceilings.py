@@ -290,6 +290,7 @@ def test_what_was_not_measured_is_as_committed() -> None:
     )
 
 
+@pytest.mark.interpreter
 def test_products_are_measured_by_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     sweep = [task for task in token_sweep.tasks(_setting()) if task.worth == 1 and "fft" not in task.key]

@@ -111,8 +111,6 @@ def _child(tmp_path: Path, *options: str) -> dict[str, runs.Record]:
 def planted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., None]], None]:
     """Plants a bug in what `direct_product` returns: a function of its result, x and options."""
     pytest.importorskip("triton")
-    if torch.cuda.is_available():
-        pytest.skip("cases are computed on the CPU")
     right = direct.direct_product
 
     def plant(bug: Callable[..., None]) -> None:
@@ -126,6 +124,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., None]], 
     return plant
 
 
+@pytest.mark.interpreter
 def test_variants_point_at_a_bias_that_is_added_twice(tmp_path: Path, planted: Any) -> None:
     planted(lambda y, x, w, bias, **options: None if bias is None else y.add_(bias))
     found = _child(tmp_path, "--case", BIAS)
@@ -140,6 +139,7 @@ def test_variants_point_at_a_bias_that_is_added_twice(tmp_path: Path, planted: A
     assert first["results"]["y"]["where"] == "everywhere"
 
 
+@pytest.mark.interpreter
 def test_variants_point_at_rows_of_unaligned_float16(tmp_path: Path, planted: Any) -> None:
     def bug(y: Tensor, x: Tensor, w: Tensor, **options: Any) -> None:
         if x.data_ptr() % 16 and x.dtype == torch.float16:
@@ -153,6 +153,7 @@ def test_variants_point_at_rows_of_unaligned_float16(tmp_path: Path, planted: An
     assert "16 tokens a tile" in found
 
 
+@pytest.mark.interpreter
 def test_launches_of_variants_are_changed(tmp_path: Path, planted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the bug sees of the kernel's launch: tiles and launches really change, and come back."""
     from triton.runtime.interpreter import InterpretedFunction
@@ -174,6 +175,7 @@ def test_launches_of_variants_are_changed(tmp_path: Path, planted: Any, monkeypa
     assert seen[-1] == as_it_was  # without guards, after the others
 
 
+@pytest.mark.interpreter
 def test_a_case_goes_on_behind_the_variant_that_ended_the_process(
     tmp_path: Path, planted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,6 +191,7 @@ def test_a_case_goes_on_behind_the_variant_that_ended_the_process(
     assert {record["status"] for name, record in found.items() if name != "as it was"} == {"ok"}
 
 
+@pytest.mark.interpreter
 def test_a_layer_is_computed_by_all_backends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(diagnosis, "LAYER_BACKENDS", ("direct", "torch"))
@@ -249,6 +252,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], di
     return started
 
 
+@pytest.mark.interpreter
 def test_the_job_explains_what_was_wrong_instead_of_tuning(
     tmp_path: Path, planted: Any, in_this_process: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

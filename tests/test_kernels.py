@@ -490,6 +490,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, dict[s
     plans.clear_plans()
 
 
+@pytest.mark.interpreter
 def test_plans_follow_the_tf32_switch(launched: list[tuple[str, dict[str, Any]]]) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         found = []
@@ -508,6 +509,7 @@ def test_plans_follow_the_tf32_switch(launched: list[tuple[str, dict[str, Any]]]
         assert found == ([{"tf32x3"}, {"tf32"}] * 4 if dtype == torch.float32 else [{"tf32x3"}] * 8)
 
 
+@pytest.mark.interpreter
 def test_plans_are_of_one_device(launched: list[tuple[str, dict[str, Any]]]) -> None:
     for device in ("cpu", "meta", "cpu", "meta"):
         x, dy, w = tensors(torch.device(device), torch.float32, 300, 1, 1, 16)

@@ -653,6 +653,32 @@ def test_merge_and_unload(capsys: pytest.CaptureFixture[str]) -> None:
     apply(model, QV)
 
 
+def test_what_was_merged_for_good_is_the_base_of_what_is_merged_next() -> None:
+    """Also where somebody still holds the layers that were taken out, and where another model has the same weight."""
+    model, other = llama(), llama()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            other.get_submodule(name).weight = module.weight
+    apply(model, QV)
+    held = dict(model.c3a.layers())
+    model.c3a.merge_adapter()
+    model.c3a.merge_and_unload()
+    base = copy.deepcopy(model.state_dict())
+    for first, second in ((model, other), (other, model)):
+        apply(first, QV)
+        first.c3a.merge_adapter()
+        first.c3a.unmerge_adapter()
+        assert all(map(torch.equal, first.c3a.unload().state_dict().values(), base.values()))
+        apply(first, QV).c3a.merge_adapter()
+        apply(second, QV).c3a.merge_and_unload()
+        with pytest.raises(AdapterStateError, match=r"or others for good \(merge_and_unload\) into the same weight"):
+            first.c3a.unmerge_adapter()
+        first.c3a.merge_and_unload()
+        base = copy.deepcopy(first.state_dict())
+    with pytest.raises(AdapterStateError, match="the base weight is gone"):
+        next(iter(held.values())).unmerge()
+
+
 def test_merge_and_unload_keeps_what_was_trained_whole() -> None:
     model = adapted(llama_classifier(), C3AConfig(block_size=4, task_type="SEQ_CLS"))
     model.score.modules_to_save["default"].weight.data.mul_(2)

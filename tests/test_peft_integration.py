@@ -367,6 +367,20 @@ def test_merging_and_unloading(kind: str, safe_merge: bool, capsys: pytest.Captu
         oracle.assert_close(weight, truth, torch.float32, bound=1e-6)
 
 
+@pytest.mark.parametrize("kind", OURS)
+def test_what_was_merged_for_good_is_the_base_of_what_is_merged_next(kind: str) -> None:
+    model = adapted(kind)
+    held = layers(model)  # which were taken out
+    model.merge_adapter()
+    merged = model.merge_and_unload()
+    base = copy.deepcopy(merged.state_dict())
+    c3a_triton.apply(merged, c3a_triton.C3AConfig(block_size=4, target_modules="all-linear", init_weights="gaussian"))
+    merged.c3a.merge_adapter()
+    merged.c3a.unmerge_adapter()
+    assert held
+    assert all(map(torch.equal, merged.c3a.unload().state_dict().values(), base.values()))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", OURS)
 def test_merging_rounds_once_and_unmerging_is_exact(kind: str, dtype: torch.dtype) -> None:

@@ -107,6 +107,7 @@ def look_up(setting: runs.Setting) -> runs.Record:
 
 
 @pytest.mark.slow
+@pytest.mark.interpreter
 def test_native_launches_find_what_was_compiled(filled: Filled) -> None:
     # The last is another specialisation of the first: its operands are aligned.
     aligned = LAUNCHES.replace("3 * 12 + 1)[1:]", "3 * 12)")
@@ -136,6 +137,7 @@ print(json.dumps(dict(sorted(found.items()))), flush=True)
 
 
 @pytest.mark.slow
+@pytest.mark.interpreter
 def test_what_is_written(filled: Filled) -> None:
     manifest = report.read_json(filled.out / precompile.MANIFEST)
     assert manifest["kernels"] == 3
@@ -152,6 +154,7 @@ def test_what_is_written(filled: Filled) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.interpreter
 def test_it_serves_another_checkout_at_the_same_path(filled: Filled, tmp_path: Path) -> None:
     shutil.rmtree(filled.cache)
     precompiled.unpack(filled.out, filled.cache)
@@ -176,6 +179,7 @@ runpy.run_module("bench.precompiled", run_name="__main__")
 
 
 @pytest.mark.slow
+@pytest.mark.interpreter
 def test_job_says_that_the_cache_serves(filled: Filled, setting: runs.Setting) -> None:
     shutil.rmtree(filled.cache)
     precompiled.adopt(filled.out)
@@ -186,6 +190,7 @@ def test_job_says_that_the_cache_serves(filled: Filled, setting: runs.Setting) -
 
 
 @pytest.mark.slow
+@pytest.mark.interpreter
 def test_job_compiles_what_a_broken_archive_of_another_triton_lacks(
     filled: Filled, setting: runs.Setting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -204,6 +209,7 @@ def test_job_compiles_what_a_broken_archive_of_another_triton_lacks(
     assert not runs.failed(runs.Results(tmp_path, {}, records={"cache": {"look-up": record}}), [precompiled.SUBJECT])
 
 
+@pytest.mark.interpreter
 def test_job_goes_on_without_a_cache(setting: runs.Setting, tmp_path: Path) -> None:
     record = look_up(replace(setting, cache=tmp_path))
     assert record["status"] == "unavailable"
@@ -246,6 +252,7 @@ def test_every_part_with_launches_is_recorded() -> None:
     assert specialisations.parts() == ["ceilings", "model", "op", "profiled", "tile_sweep", "token_sweep"]
 
 
+@pytest.mark.interpreter
 def test_recording_ends_with_its_context() -> None:
     run = plans.kernels().expand.expand_kernel.run
     with specialisations.recorded() as recorder:

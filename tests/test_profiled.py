@@ -27,7 +27,6 @@ from c3a_triton.operator.launch import direct, plans, specs, tiles
 pytest.importorskip("triton")
 
 CPU, CUDA, META = (torch.device(name) for name in ("cpu", "cuda", "meta"))
-needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are native on this machine")
 
 
 @pytest.fixture(autouse=True)
@@ -251,7 +250,7 @@ def _job(name: str, out: Path, *only: str) -> int:
     return gpu.main([name, *options, *(word for part in only for word in ("--only", part))])
 
 
-@needs_interpreter
+@pytest.mark.interpreter
 def test_a_rehearsal_describes_every_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = [case for case in profiled._TINY if case.kind in ("direct", "merge")]
     monkeypatch.setattr(profiled, "_TINY", tuple(chosen))
@@ -289,7 +288,7 @@ def _committed() -> tiles.TileConfig:
     return tiles.product_tile("sm_80", 4, 32)
 
 
-@needs_interpreter
+@pytest.mark.interpreter
 def test_candidates_are_timed_and_the_committed_tiles_come_back(
     tmp_path: Path, direct_case: tuple[profiled.Profiled, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,7 +306,7 @@ def test_candidates_are_timed_and_the_committed_tiles_come_back(
     json.dumps(record)
 
 
-@needs_interpreter
+@pytest.mark.interpreter
 def test_candidates_that_fail_or_are_wrong_are_recorded_and_end_nothing(
     tmp_path: Path, direct_case: tuple[profiled.Profiled, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,7 +332,7 @@ def test_candidates_that_fail_or_are_wrong_are_recorded_and_end_nothing(
     assert "5 stages: RuntimeError: out of resource: shared memory" in lines[-1]
 
 
-@needs_interpreter
+@pytest.mark.interpreter
 def test_a_sweep_ends_when_the_time_is_up(tmp_path: Path, direct_case: tuple[profiled.Profiled, str]) -> None:
     setting = replace(_setting(tmp_path), tiny=False, deadline=time.monotonic() - 1)
     record = runs.attempt(runs.Task("a", 0, partial(tile_sweep._measure, setting, *direct_case, LOOKUP)), CPU)
@@ -343,7 +342,7 @@ def test_a_sweep_ends_when_the_time_is_up(tmp_path: Path, direct_case: tuple[pro
     assert [found["status"] for found in record["candidates"]] == ["ok"]
 
 
-@needs_interpreter
+@pytest.mark.interpreter
 def test_an_interrupted_sweep_leaves_committed_tiles(
     tmp_path: Path, direct_case: tuple[profiled.Profiled, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -529,7 +528,7 @@ def test_a_refusal_is_recorded_in_its_own_words(tmp_path: Path, monkeypatch: pyt
     assert record["message"] == "ncu was not found"
 
 
-@needs_interpreter
+@pytest.mark.interpreter
 def test_a_rehearsal_lists_what_would_be_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert _job("tune", tmp_path, "ncu") == 0
     (record,) = report.read_json(tmp_path / "tune.json")["records"]["ncu"].values()

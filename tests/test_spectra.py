@@ -850,9 +850,10 @@ def test_where_it_cannot_stand_for_x_x_is_saved(device: torch.device, reason: st
 @pytest.mark.parametrize(
     ("backend", "dtype"), [("fold", torch.float32), ("torch", torch.float32), ("torch", torch.float64)]
 )
-def test_other_backends_compute_their_own_gradients(backend: str, dtype: torch.dtype) -> None:
-    one, x = saving(torch.device("cpu")), wide_activation(torch.device("cpu"))
-    w, dy = one.c3a_kernel["default"].detach().to(dtype).requires_grad_(), torch.randn(2, 5, 64).bfloat16()
+def test_other_backends_compute_their_own_gradients(device: torch.device, backend: str, dtype: torch.dtype) -> None:
+    one, x = saving(device), wide_activation(device)
+    w = one.c3a_kernel["default"].detach().to(dtype).requires_grad_()
+    dy = torch.randn(2, 5, 64, device=device).bfloat16()
 
     def gradients(x: Tensor) -> tuple[Tensor, ...]:
         y = c3a_linear(x, one.base_layer.weight, None, [w], backend=backend, save_spectrum=True)

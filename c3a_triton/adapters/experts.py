@@ -159,8 +159,7 @@ class C3AExperts(Holder):
     @property
     def _is_expert_parallel(self) -> bool:
         """Transformers' note that experts may be elsewhere, which is the module's."""
-        base: Any = self.base_layer
-        return base._is_expert_parallel
+        return getattr(self.base_layer, "_is_expert_parallel", False)  # older transformers notes nothing
 
     @_is_expert_parallel.setter
     def _is_expert_parallel(self, value: bool) -> None:
@@ -181,7 +180,7 @@ class C3AExperts(Holder):
         """What transformers' implementations compute: [n_tokens, hidden], and of each token's experts [n_tokens, k]."""
         experts: Any = self.base_layer
         is_mxfp4 = self._layout.kind == "mxfp4"
-        n_experts, partial = self._layout.n_experts, not is_mxfp4 and experts._is_expert_parallel
+        n_experts, partial = self._layout.n_experts, not is_mxfp4 and self._is_expert_parallel
         if not partial:  # a choice that was dropped (the index is n_experts) counts nothing, whoever computes it
             top_k_weights = top_k_weights.masked_fill(top_k_index >= n_experts, 0.0)
             top_k_index = top_k_index.clamp(max=n_experts - 1)
@@ -192,7 +191,7 @@ class C3AExperts(Holder):
         else:
             y = experts._apply_gate(y) if self._layout.gated else experts.act_fn(y)
         y = self._project(parts, self._layout.down, y, places)
-        if not is_mxfp4 and experts.has_post_expert_norm:
+        if getattr(experts, "has_post_expert_norm", False):  # which mxfp4's and older transformers' do not have
             y = experts.post_expert_norm(y)
         shares = top_k_weights.reshape(-1)[places.order].unsqueeze(-1)
         if places.partial:  # what has no expert here is no business of the router's gradient

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["MergeState", "enter", "find"]
+__all__ = ["MergeState", "enter", "find", "leave"]
 
 
 class MergeState:
@@ -71,6 +71,21 @@ def enter(state: MergeState, layer: Any) -> None:
     place = layer.weight_place()
     if place is not None:
         _states[place] = state
+
+
+def leave(layer: Any) -> None:
+    """Let go of the state of a layer that is taken out of its model: what it has merged is the weight's for good.
+
+    Somebody may hold the layer still, which must not make a state found by those that are merged into the weight next.
+    Layers of other models that have merged into it cannot bring back an original that lacks what is now for good.
+    """
+    state = layer._merge_state
+    if state is None:
+        return
+    if any(other.merged for other in state.others(layer)):
+        state.kept = None
+    state.layers.discard(layer)
+    layer._merge_state = None
 
 
 def find(place: Hashable | None) -> MergeState | None:

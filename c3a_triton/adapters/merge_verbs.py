@@ -17,6 +17,7 @@ from .beside import unwatch_statistics
 from .ensured_ties import of_one_weight
 from .injection import put_plain, remove_rows, without_adapters
 from .layer import C3ALinear
+from .merge_state import leave
 from .row_names import RowNames
 from .samples import computes_the_same
 from .token_rows import TokenRows, modules_with, rows_at
@@ -215,6 +216,8 @@ class Merging(Activation):
     def _remove(self, *, with_copies: bool) -> None:
         self._watch.end()
         with self._scope.lock:
+            for _, layer in self.layers():
+                leave(layer)
             put_plain(self.model, self._scope, with_copies=with_copies)
             for rows in self._token_rows():
                 remove_rows(self.model, rows)

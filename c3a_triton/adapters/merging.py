@@ -192,7 +192,8 @@ def check_unmerge(layer: Any) -> None:
     """
     if layer._merge_state is None or layer._merge_state.kept is None:
         raise AdapterStateError(
-            f"{layer._label}: {layer.merged_adapters} were merged with keep_base=None, so the base weight is gone; "
+            f"{layer._label}: {layer.merged_adapters} were merged with keep_base=None, or others for good "
+            "(merge_and_unload) into the same weight, so the base weight is gone; "
             'load the base model again, or merge with keep_base="cpu"'
         )
     check([(layer, [])])

@@ -105,7 +105,7 @@ class C3AParameters(Holder):
         parameters: dict[str, Any] = {**base._parameters, **values}
         if not torch.compiler.is_compiling():
             parameters = _Parameters(parameters, parts)
-        twin = base.__new__(type(base))
+        twin = object.__new__(type(base))
         # A replica of `DataParallel` has its parameters as attributes, which come first.
         own = {key: value for key, value in base.__dict__.items() if key not in values}
         twin.__dict__.update(own | {"_parameters": parameters})

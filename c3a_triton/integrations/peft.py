@@ -21,6 +21,7 @@ from peft.utils import hotswap, other
 from torch import Tensor, nn
 
 from c3a_triton.adapters import layer, merging
+from c3a_triton.adapters.merge_state import leave
 from c3a_triton.adapters.modules_to_save import CopiesByCall
 from c3a_triton.adapters.names import BASE_ROW, Scope
 from c3a_triton.adapters.row_names import RowNames
@@ -127,6 +128,7 @@ class C3ALinear(layer.C3ALinear, peft_layer.C3ALinear):
         """What PEFT's `merge_and_unload` and `unload` put in this layer's place. Nothing is kept to unmerge."""
         if merge:
             self.merge(safe_merge, adapter_names, keep_base=None)
+        leave(self)
         return self.get_base_layer()
 
 
