@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -90,6 +91,13 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """Put variables back, such as the interpreter's switch, which a rehearsal of the GPU job sets for its process."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The table of small and odd cases between guards, and that neither can be fooled: bugs are planted in both."""
 
 import ast
-import os
 import re
 import threading
 from collections import defaultdict
@@ -231,10 +230,8 @@ def test_a_kernel_that_writes_past_its_tensor_is_caught(device: torch.device) ->
 
 @pytest.fixture
 def unmasked(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Takes the masks of all loads, or of all stores, from every kernel, where the interpreter runs them."""
+    """Takes the masks of all loads, or of all stores, from every kernel."""
     interpreter: ModuleType = pytest.importorskip("triton.runtime.interpreter")
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("the interpreter's masks are replaced: it does not run here")
 
     def without(kind: str) -> None:
         name = f"create_masked_{kind}"
@@ -270,6 +267,7 @@ REACHING = [
 ]
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("key", REACHING)
 def test_a_store_without_its_mask_is_caught(key: str, unmasked: Callable[[str], None]) -> None:
     (case,) = [case for case in kernel_cases.CASES if case.key.startswith(key)]
@@ -296,6 +294,7 @@ SUMMING = [
 ]
 
 
+@pytest.mark.interpreter
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("key", SUMMING)
 def test_a_load_without_its_mask_is_caught(key: str, unmasked: Callable[[str], None]) -> None:
