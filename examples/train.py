@@ -92,7 +92,9 @@ def load(args: argparse.Namespace) -> tuple[Any, Any | None]:
     """(model, tokenizer); no tokenizer means bytes."""
     options: dict[str, Any] = {}
     if args.shared_by > 1:
-        options["distributed_config"] = DistributedConfig(tp_size=args.shared_by, ep_size=args.ep)
+        # Not every transformers that has tensor parallelism knows ep_size.
+        experts = {"ep_size": args.ep} if args.ep > 1 else {}
+        options["distributed_config"] = DistributedConfig(tp_size=args.shared_by, **experts)
     if args.model is None:
         model = tiny_model(experts=args.target_parameters is not None)
         if options:  # models are spread as they are loaded

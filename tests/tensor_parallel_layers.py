@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from oracle import dense, weight_grad
+from packaging.version import Version
 from torch import Tensor, nn
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
@@ -155,6 +157,22 @@ WAYS = {
 }
 # Number of processes → in_features, out_features. Of the last one some of four processes have nothing.
 SIZES = {2: ((24, 24), (12, 18), (18, 12)), 4: ((12, 18), (6, 6))}
+# Before 5.23 styles of transformers take parts for equal ones.
+NEEDS_EQUAL_PARTS = Version(transformers.__version__) < Version("5.23")
+EQUAL_SIZES = {2: SIZES[2], 4: ((16, 24), (8, 8))}
+
+
+def known_ways() -> list[str]:
+    """All but what transformers 5.17 has no style for and what torch 2.11 does not compute, adapters or none."""
+    missing = set() if "replicate" in ALL_PARALLEL_STYLES else {"replicate"}
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    tokens = DTensor.from_local(torch.zeros(2, 2, 2), mesh, [Shard(1)])
+    weight = DTensor.from_local(torch.zeros(2, 2), mesh, [Replicate()])
+    try:
+        nn.functional.linear(tokens, weight)
+    except RuntimeError:  # 2.11 views x as one list of tokens, and finds that rows of spread ones are no such list
+        missing.add("sequence_parallel")
+    return [way for way in WAYS if way not in missing]
 
 
 def linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:
@@ -270,8 +288,9 @@ def one_layer(way: str, sizes: tuple[int, int], bs: tuple[int, int], *, adapted_
 def layers() -> dict[str, Any]:
     """Every way of spreading a layer in turn, with every pair of block sizes that its widths can have."""
     found = {}
-    for number, way in enumerate(WAYS):
-        for in_features, out_features in SIZES[dist.get_world_size()]:
+    for number, way in enumerate(known_ways()):
+        sizes = EQUAL_SIZES if NEEDS_EQUAL_PARTS and not way.startswith("torch") else SIZES
+        for in_features, out_features in sizes[dist.get_world_size()]:
             largest = gcd(in_features, out_features)
             divisors = [b for b in range(1, largest + 1) if largest % b == 0]
             bs = divisors[number % len(divisors)], divisors[-1 - (number // 2) % len(divisors)]

@@ -15,22 +15,33 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tensor_parallel_layers import attempt, by_transformers, counted, everywhere, is_ours, layers, left_in, worst
+from tensor_parallel_layers import (
+    NEEDS_EQUAL_PARTS,
+    attempt,
+    by_transformers,
+    counted,
+    everywhere,
+    is_ours,
+    layers,
+    left_in,
+    worst,
+)
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.distributed import DistributedConfig
-from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 from transformers.utils import logging
 
 import c3a_triton
 from c3a_triton import C3AConfig
+from c3a_triton.bases.parallel import parallel_mesh
 
 # Models of transformers
 
-VOCABULARY, STEPS = 66, 20
+STEPS = 20
+VOCABULARY = 68 if NEEDS_EQUAL_PARTS else 66
 SMALL = {
     "hidden_size": 32,
     "intermediate_size": 40,
@@ -128,6 +139,7 @@ def whole_model(folder: Path, steps: int = STEPS) -> dict[str, Any]:
     frozen_forward, frozen_backward = collectives(frozen)
     n_kernels = len(list(many.c3a.layers()))
     found["forward"] = [forward, frozen_forward]
+    found["spread embeddings"] = parallel_mesh(many.get_input_embeddings()) is not None
     found["backward"] = [backward, {**frozen_backward, "allreduce": frozen_backward["allreduce"] + n_kernels}]
     many.disable_input_require_grads()
     losses = train(many, steps), train(one, steps)
@@ -234,14 +246,12 @@ def several_adapters(folder: Path) -> dict[str, Any]:
 
 
 def adapted_before_sharding(folder: Path) -> float:
-    """transformers' plan over the base layers of a model that is adapted already."""
+    """Styles of transformers over the base layers of a model that is adapted already."""
     one, many = adapt(alone(folder)), adapt(alone(folder))
-    plan = {}
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
     for name, module in many.named_modules():
         if name.endswith("base_layer") and "lm_head" not in name:
-            style = "rowwise" if "o_proj" in name or "down_proj" in name else "colwise"
-            plan |= {f"{name}.{parameter}": style for parameter, _ in module.named_parameters()} | {name: style}
-    apply_tensor_parallelism(many, dist.init_device_mesh("cpu", (dist.get_world_size(),)), plan)
+            by_transformers("rowwise" if "o_proj" in name or "down_proj" in name else "colwise")(module, mesh)
     return worst([train(many, 3) - train(one, 3), *(many(IDS).logits - one(IDS).logits)])
 
 
@@ -412,11 +422,11 @@ def refused() -> dict[str, str]:
         x = torch.randn(2, 8, requires_grad=True)
         torch.autograd.grad(model["part"](x).square().sum(), x, create_graph=True)
 
-    def around(plan: dict[str, Any]) -> None:
+    def around(style: str) -> None:
         model = c3a_triton.apply(
             nn.ModuleDict({"part": nn.Linear(8, 8)}), C3AConfig(block_size=4, target_modules=["part"])
         )
-        apply_tensor_parallelism(model, mesh, plan)
+        by_transformers(style)(model["part"], mesh)
         model["part"](torch.randn(2, 8))
 
     bare = nn.Linear(8, 8)
@@ -430,7 +440,7 @@ def refused() -> dict[str, str]:
         "another plan later": message(lambda: later["part"](torch.randn(2, 8))),
         "quantized": message(merge_quantized),
         "second derivative": message(second_derivative),
-        "around": message(lambda: around({"part": "colwise"})),
+        "around": message(lambda: around("colwise")),
     }
 
 

@@ -144,7 +144,7 @@ def _check_base_output(layer: Any, x: Tensor, y: Tensor, part: Part | None) -> N
         # The adapter's part alone would pass one on, a wrong one.
         raise AdapterStateError(
             f"{layer._label}: this {type(layer.get_base_layer()).__name__} passes no gradient on to its input, "
-            "as some quantized layers do not (torchao's with quantized activations, transformers 4's FP8 layers): "
+            "as some quantized layers do not (torchao's with quantized activations, older transformers' FP8 layers): "
             "layers below it cannot be trained. Load the base model in another format, or adapt no layer below this one"
         )
 

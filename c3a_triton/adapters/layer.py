@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from c3a_triton._public import public
 from c3a_triton.bases.linear_like import Geometry, geometry, is_plain, unfit_for_adapters
-from c3a_triton.bases.parallel import Part, part_of
+from c3a_triton.bases.parallel import Part, entered, part_of
 from c3a_triton.bases.partitioned import changed
 from c3a_triton.bases.quantized import hold_layout, holds_values
 from c3a_triton.bases.weights import first_tensor, weight_access
@@ -189,6 +189,14 @@ class C3ALinear(AppliedKernels):
     @uncompiled
     def _uncompiled_forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return C3ALinear.forward(self, *args, **kwargs)
+
+    def _entered(self) -> bool:
+        """Whether a plan spreads it; which it then has entered."""
+        return entered(self)
+
+    # What traces cannot look into closures. As torch.compiler.assume_constant_result, which would import the compiler
+    # now; and of a method, because torch 2.11 takes no layer for the argument of such a function.
+    _entered._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _delta(self, x: Tensor, kernel: Tensor, backend: str) -> Tensor:
         """What one adapter adds for x, on x's device."""

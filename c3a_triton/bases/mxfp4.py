@@ -42,7 +42,7 @@ def _is_of(module: nn.Module, name: str) -> bool:
 
 
 def _is_old(experts: Any) -> bool:
-    """Whether it is one of transformers 4, whose forward takes the kernels' own form of routes."""
+    """Whether it is one of an older transformers (5.17), whose forward takes the kernels' own form of routes."""
     return not hasattr(experts, "forward_routed")
 
 
@@ -173,8 +173,8 @@ def _plain(experts: Any, dtype: torch.dtype) -> Any:
 def pass_gradients(model: nn.Module) -> None:
     """Let what holds such experts in a model ask its router and them, where a gradient is wanted, until released.
 
-    Those of transformers 4, those that a plan spreads over processes, and those whose MLP computes by a forward that
-    somebody else has put there (a kernel of the hub), refuse to compute where one is wanted.
+    Those of older transformers, those that a plan spreads over processes, and those whose MLP computes by a forward
+    that somebody else has put there (a kernel of the hub), refuse to compute where one is wanted.
     """
     for module in model.modules():
         if _is_of(module, "Mxfp4GptOssMLP"):

@@ -30,7 +30,7 @@ from c3a_triton.errors import AdapterStateError
 from .linear_like import geometry, is_transposed
 from .sharded import is_sharded
 
-__all__ = ["Part", "beside", "leave", "meshes", "parallel_mesh", "part_of", "shares_batch"]
+__all__ = ["Part", "beside", "entered", "leave", "meshes", "parallel_mesh", "part_of", "shares_batch"]
 
 Ranges = tuple[tuple[int, int], ...]
 Add = Callable[[Tensor, Tensor, "Part | None"], Tensor]
@@ -55,6 +55,13 @@ def _functions(module: nn.Module) -> Iterator[Any]:
     yield module.__dict__.get("forward")
     yield from module._forward_pre_hooks.values()
     yield from module._forward_hooks.values()
+    yield from module._backward_hooks.values()  # transformers 5.17, for one style
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Whether there is any of `_functions`."""
+    hooks = module._forward_pre_hooks or module._forward_hooks or module._backward_hooks
+    return bool(hooks) or "forward" in module.__dict__
 
 
 def _cells(function: Any) -> dict[str, CellType]:
@@ -78,8 +85,7 @@ def parallel_mesh(module: nn.Module) -> DeviceMesh | None:
 def meshes(model: nn.Module) -> list[DeviceMesh]:
     """The distinct meshes over which a plan spreads modules of a model, in the order of `modules()`."""
     # What most modules have nothing of is asked first: verbs of any model come here.
-    touched = (m for m in model.modules() if m._forward_pre_hooks or m._forward_hooks or "forward" in m.__dict__)
-    found = map(parallel_mesh, touched)
+    found = map(parallel_mesh, filter(_is_changed, model.modules()))
     return list(dict.fromkeys(mesh for mesh in found if mesh is not None))
 
 
@@ -303,7 +309,9 @@ def _style(base: nn.Module) -> str | None:
     """The class of transformers' style by which a layer is spread, the nearest that is known; None: it is torch's."""
     cells = _cells(base.__dict__.get("forward"))
     if "original_forward" not in cells:
-        return None
+        # A style of transformers 5.17 is but a hook, which does not use itself either.
+        names = (getattr(hook, "__qualname__", "").partition(".")[0] for hook in base._backward_hooks.values())
+        return next((name for name in names if name in _STYLES), None)
     style = _value(base, "self")
     if style is None:  # the one style whose forward does not use itself
         return base.__dict__["forward"].__qualname__.partition(".")[0]
@@ -337,7 +345,8 @@ def beside(owner: Any, add: Add, x: Tensor, *args: Any, **kwargs: Any) -> Tensor
     """What a layer's base computes and what `add` adds to it: beside it, or where a plan has its place.
 
     Args:
-        owner: the layer, with `base_layer`, `get_base_layer()`, `_label`, and `_part`, which is set here.
+        owner: the layer, with `base_layer`, `get_base_layer()`, `_label`, `_entered()`, which is `entered` of it, and
+            `_part`, which that sets.
         add: what its adapters add.
         x, args, kwargs: of the call.
 
@@ -345,8 +354,7 @@ def beside(owner: Any, add: Add, x: Tensor, *args: Any, **kwargs: Any) -> Tensor
         AdapterStateError: a plan beside which no adapter can be computed.
     """
     base = owner.get_base_layer()
-    is_changed = "forward" in base.__dict__ or base._forward_pre_hooks or base._forward_hooks
-    if not is_changed or not _entered(owner):
+    if not _is_changed(base) or not owner._entered():
         return add(x, owner.base_layer(x, *args, **kwargs), None)
     part, label = owner._part, owner._label
 
@@ -356,7 +364,7 @@ def beside(owner: Any, add: Add, x: Tensor, *args: Any, **kwargs: Any) -> Tensor
     return owner.base_layer(x, *args, **kwargs, c3a_join=join)
 
 
-def _entered(owner: Any) -> bool:
+def entered(owner: Any) -> bool:
     """Whether a plan spreads a layer; which then knows its part, and has a place for it in its base's own forward."""
     base = owner.get_base_layer()
     cell = _cells(base.__dict__.get("forward")).get("original_forward")
@@ -376,10 +384,6 @@ def _entered(owner: Any) -> bool:
         else:
             cell.cell_contents = _Joining(forward)
     return True
-
-
-# What traces cannot look into closures. As torch.compiler.assume_constant_result, which would import the compiler now.
-_entered._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def leave(base: nn.Module) -> None:
