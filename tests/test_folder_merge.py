@@ -368,6 +368,7 @@ def test_what_is_no_product_with_its_weight_is_refused_as_in_memory(tmp_path, mo
 
 
 def test_layers_that_are_never_called_are_left_out_as_in_memory(tmp_path):
+    pytest.importorskip("transformers", minversion="5", reason="transformers 4 calls Mamba's dt_proj on a CPU")
     config = transformers.MambaConfig(
         vocab_size=32, hidden_size=24, state_size=4, num_hidden_layers=1, time_step_rank=4
     )

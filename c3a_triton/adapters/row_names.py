@@ -250,12 +250,11 @@ class _Arguments:
 
     def __init__(self, args: Any, kwargs: dict[str, Any], n_rows: int) -> None:
         self.n_rows = n_rows
-        paths, self._structure = pytree.tree_flatten_with_path((args, kwargs))
-        self._leaves = [leaf for _, leaf in paths]
+        self._leaves, self._structure = pytree.tree_flatten((args, kwargs))
         # Positions of the cache are no rows, however many there are.
+        positions = kwargs.get("cache_position")
         self._has_rows = [
-            isinstance(leaf, Tensor) and leaf.shape[:1] == (n_rows,) and "cache_position" not in pytree.keystr(path)
-            for path, leaf in paths
+            isinstance(leaf, Tensor) and leaf.shape[:1] == (n_rows,) and leaf is not positions for leaf in self._leaves
         ]
 
     def form(self) -> tuple[Any, ...]:

@@ -128,7 +128,6 @@ class C3ALinear(layer.C3ALinear, peft_layer.C3ALinear):
         """What PEFT's `merge_and_unload` and `unload` put in this layer's place. Nothing is kept to unmerge."""
         if merge:
             self.merge(safe_merge, adapter_names, keep_base=None)
-        leave(self)
         return self.get_base_layer()
 
 
@@ -169,7 +168,10 @@ class C3AModel(peft_model.C3AModel):
         self._watch.begin()
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        layers = [module for module in self.modules() if isinstance(module, C3ALinear)]
         unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+        for one in layers:
+            leave(one)
         self._watch.end()
         if (hooks := RowNames.of(self)) is not None:
             hooks.remove(self)
