@@ -22,8 +22,6 @@ if not (torch.distributed.is_available() and torch.distributed.is_gloo_available
 TESTS = Path(__file__).resolve().parent
 EXAMPLE = TESTS.parent / "examples" / "train.py"
 BOUND = 1e-5
-# Of values that Adam has trained: where a gradient is about zero it divides rounding errors by each other.
-ADAM_BOUND = 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +237,11 @@ def test_the_example_in_two_processes_trains_as_in_one(tmp_path: Path, in_two_pr
     assert any(".experts." in name for name in one[1]) == (way == "expert parallel")
     for name, tensor in one[1].items():
         assert tensor.abs().max() > 0.1
-        torch.testing.assert_close(two[1][name], tensor, rtol=0, atol=ADAM_BOUND)
+        if way == "expert parallel":
+            # Where a gradient is about zero Adam divides rounding errors by each other: single values say less.
+            assert (two[1][name] - tensor).norm() <= BOUND * tensor.norm()
+        else:
+            torch.testing.assert_close(two[1][name], tensor, rtol=0, atol=BOUND)
 
 
 @needs_deepspeed
@@ -255,7 +257,8 @@ def test_the_example_under_zero3(tmp_path: Path) -> None:
     torch.testing.assert_close(two[0], one[0], rtol=0, atol=BOUND)
     assert two[1].keys() == one[1].keys()
     for name, tensor in one[1].items():
-        torch.testing.assert_close(two[1][name], tensor, rtol=0, atol=ADAM_BOUND)
+        # Where a gradient is about zero Adam divides rounding errors by each other.
+        torch.testing.assert_close(two[1][name], tensor, rtol=0, atol=1e-4)
 
 
 def test_the_example_resumes_and_takes_a_model_and_a_text(tmp_path: Path) -> None:

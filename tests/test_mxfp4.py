@@ -23,7 +23,7 @@ from c3a_triton import AdapterStateError, C3AConfig, ConfigError
 integration = pytest.importorskip("transformers.integrations.mxfp4")
 if not hasattr(integration, "Mxfp4ReverseDeserialize"):
     pytest.skip("this transformers has MXFP4 in another form", allow_module_level=True)
-if not hasattr(integration, "routing_from_top_k"):  # before 5.23; such experts are refused, with the remedy
+if not hasattr(integration, "routing_from_top_k"):  # 5.17; such experts are refused, with the remedy
     pytest.skip("this transformers computes experts in MXFP4 with what its router makes", allow_module_level=True)
 load_file = pytest.importorskip("safetensors.torch").load_file
 save_file = pytest.importorskip("safetensors.torch").save_file

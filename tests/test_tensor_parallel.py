@@ -50,7 +50,8 @@ def case(results: dict[str, Any], name: str) -> Any:
 def test_a_layer_computes_its_part(processes: str, request: pytest.FixtureRequest) -> None:
     """Every style, block sizes that divide the local widths and that do not, even and uneven parts, and none at all."""
     found = request.getfixturevalue(processes)["layers"]
-    assert len(found) >= 25
+    has_all_ways = any(name.startswith("sequence_parallel") for name in found)  # torch 2.11 does not compute this one
+    assert len(found) > (25 if has_all_ways else 24)
     for name, layer in found.items():
         assert isinstance(layer, dict), (name, layer)
         for what in ("y", "dx", "dw", "no grad", "rows", "merged", "delta"):
